@@ -1,0 +1,343 @@
+"""What a number format is: bits, granularity, symmetry, static or dynamic.
+
+A :class:`Scheme` says how a layer's weight is stored and, if its inputs are quantized too, how. It knows no
+tensor, no device and no model; ``to_dict`` is the vocabulary of compressed-tensors' ``QuantizationScheme``
+("weights", "input_activations", "num_bits", "strategy", ...) with three additions of ours, each under its own
+key: ``scale_rule``, ``pad`` and the strategy ``two_level``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeAlias
+
+from diffuse_compress.errors import ConfigError, IncompatibleShapeError, nearest
+
+__all__ = [
+    "ActivationScheme",
+    "Granularity",
+    "NumberFormat",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "ScaleRule",
+    "Scheme",
+    "TwoLevel",
+    "WeightScheme",
+]
+
+GROUP_SIZES = (32, 64, 128)
+TWO_LEVEL_GROUP_SIZE = 128
+TWO_LEVEL_MAX_GROUP_SCALE = 16
+
+
+class NumberFormat(str, Enum):
+    """Storage type of one element. Integers are signed two's complement."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+    INT3 = "int3"
+    INT2 = "int2"
+    FLOAT8_E4M3 = "float8_e4m3fn"
+
+    @property
+    def bits(self) -> int:
+        return {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "float8_e4m3fn": 8}[self.value]
+
+    @property
+    def is_integer(self) -> bool:
+        return self is not NumberFormat.FLOAT8_E4M3
+
+    @property
+    def qmin(self) -> int:
+        """Smallest integer code, e.g. -8 for int4 (integers only)."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        """Largest integer code, e.g. 7 for int4 (integers only)."""
+        return (1 << (self.bits - 1)) - 1
+
+
+class ScaleRule(str, Enum):
+    """How a symmetric integer scale follows from the range of the values (three rules coexist in the field)."""
+
+    AMAX_OVER_QMAX = "amax_over_qmax"
+    """amax / (2**(b-1) - 1); codes stay in [-qmax, qmax]. LLMC's rule."""
+    AMAX_OVER_HALF_RANGE = "amax_over_half_range"
+    """amax / ((2**b - 1) / 2), e.g. amax/7.5 for int4; torchao SYMMETRIC and compressed-tensors."""
+    MIN_MAX_NO_CLIP = "min_max_no_clip"
+    """max(min / qmin, max / qmax): the smallest scale that clips nothing; torchao SYMMETRIC_NO_CLIPPING_ERR."""
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole tensor: scale [1, 1]."""
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale per output row of the weight: scale [N, 1]."""
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """One scale per row of the input (every leading index); for a convolution, per sample."""
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale per ``group_size`` consecutive columns: scale [N, ceil(K / group_size)].
+
+    Args:
+        group_size: 32, 64 or 128.
+        pad: let the last group of a row be shorter when ``group_size`` does not divide in_features (it is
+            filled with zeros in the packed layout, which is exact). False raises instead.
+    """
+
+    group_size: int = 128
+    pad: bool = False
+
+    def __post_init__(self) -> None:
+        if self.group_size not in GROUP_SIZES:
+            raise ConfigError(f"PerGroup: group_size must be one of {GROUP_SIZES}, got {self.group_size}.")
+
+
+@dataclass(frozen=True)
+class TwoLevel:
+    """fp32 scale per row times an integer 1..16 per 128 columns; int8 arithmetic stays exact.
+
+    ``w = scale[n] * group_scale[n, g] * q`` with q in [-7, 7], so ``|group_scale * q| <= 112`` fits int8 and a
+    GEMM over the products returns exact int32 sums. Source: the progressive quantization of QServe (Lin et al.
+    2024, arXiv 2405.04532, section 4.1), with the symmetric code range and power-free integer scales described
+    in this project's kernel notes.
+    """
+
+    group_size: int = TWO_LEVEL_GROUP_SIZE
+
+    def __post_init__(self) -> None:
+        if self.group_size != TWO_LEVEL_GROUP_SIZE:
+            raise ConfigError(f"TwoLevel: group_size must be {TWO_LEVEL_GROUP_SIZE}, got {self.group_size}.")
+
+
+Granularity: TypeAlias = PerTensor | PerChannel | PerGroup | PerToken | TwoLevel
+
+_STRATEGY: dict[type, str] = {
+    PerTensor: "tensor",
+    PerChannel: "channel",
+    PerGroup: "group",
+    PerToken: "token",
+    TwoLevel: "two_level",
+}
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """How a weight [N, K] is stored.
+
+    Args:
+        format: element type.
+        granularity: PerTensor, PerChannel, PerGroup or TwoLevel.
+        symmetric: False stores a ``zero_point`` of ``scale``'s shape; ``w = scale * (q - zero_point)``.
+        scale_rule: the symmetric rule; ignored by asymmetric and float8 formats, so it must be left alone there.
+        float_zero_point: keep ``zero_point`` in fp32 instead of rounding it to int8 (HQQ).
+    """
+
+    format: NumberFormat
+    granularity: Granularity = PerChannel()
+    symmetric: bool = True
+    scale_rule: ScaleRule = ScaleRule.AMAX_OVER_QMAX
+    float_zero_point: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", NumberFormat(self.format))
+        object.__setattr__(self, "scale_rule", ScaleRule(self.scale_rule))
+        if isinstance(self.granularity, PerToken):
+            raise ConfigError("WeightScheme: a weight has no tokens; use PerTensor, PerChannel, PerGroup or TwoLevel.")
+        if isinstance(self.granularity, TwoLevel) and (self.format is not NumberFormat.INT4 or not self.symmetric):
+            raise ConfigError(f"WeightScheme: TwoLevel needs symmetric int4, got {self.format.value}.")
+        if not self.format.is_integer and (not self.symmetric or isinstance(self.granularity, PerGroup)):
+            raise ConfigError("WeightScheme: float8 weights are symmetric, per tensor or per channel.")
+        if self.float_zero_point and self.symmetric:
+            raise ConfigError("WeightScheme: float_zero_point=True needs symmetric=False.")
+
+    @property
+    def group_size(self) -> int | None:
+        """Columns per scale, or None when a whole row (or the tensor) shares one."""
+        return getattr(self.granularity, "group_size", None)
+
+    def num_groups(self, in_features: int) -> int:
+        """Scales per row for a weight with ``in_features`` columns."""
+        return 1 if self.group_size is None else -(-in_features // self.group_size)
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """(lowest, highest) integer code this scheme uses."""
+        fmt = self.format
+        full = not self.symmetric or self.scale_rule is not ScaleRule.AMAX_OVER_QMAX
+        return (fmt.qmin if full else -fmt.qmax, fmt.qmax)
+
+    def check_shape(self, name: str, in_features: int) -> None:
+        """Raise :class:`IncompatibleShapeError` if rows of ``in_features`` columns cannot be stored so."""
+        gran = self.granularity
+        if isinstance(gran, PerGroup) and not gran.pad and in_features % gran.group_size:
+            fits = [size for size in GROUP_SIZES if in_features % size == 0]
+            use = f"Use group_size={fits[-1]}, pad=True" if fits else "Use pad=True"
+            raise IncompatibleShapeError(
+                f"{name}: {self.format.value} weights with group_size={gran.group_size} need in_features divisible "
+                f"by {gran.group_size}, got in_features={in_features}. {use}, "
+                f'or modules_to_not_convert=["{name}"].'
+            )
+
+
+@dataclass(frozen=True)
+class ActivationScheme:
+    """How a layer's input is quantized.
+
+    Args:
+        format: int8, int4 (held in an int8 container at run time) or float8_e4m3fn.
+        granularity: PerTensor or PerToken.
+        dynamic: True measures the scale on every call; False stores ``input_scale`` [1] (PerTensor only).
+        symmetric: False adds ``input_zero_point``; static int8 only.
+    """
+
+    format: NumberFormat
+    granularity: Granularity = PerToken()
+    dynamic: bool = True
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", NumberFormat(self.format))
+        if self.format not in (NumberFormat.INT8, NumberFormat.INT4, NumberFormat.FLOAT8_E4M3):
+            raise ConfigError(f"ActivationScheme: format must be int8, int4 or float8_e4m3fn, got {self.format.value}.")
+        if not isinstance(self.granularity, PerTensor | PerToken):
+            raise ConfigError("ActivationScheme: granularity must be PerTensor or PerToken.")
+        if not self.dynamic and not isinstance(self.granularity, PerTensor):
+            raise ConfigError("ActivationScheme: static scales are per tensor; use granularity=PerTensor().")
+        if not self.symmetric and (self.dynamic or not self.format.is_integer):
+            raise ConfigError("ActivationScheme: symmetric=False needs dynamic=False and an integer format.")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The number formats of one layer: its weight's and, if quantized, its input's."""
+
+    weight: WeightScheme
+    activation: ActivationScheme | None = None
+
+    def __post_init__(self) -> None:
+        weight, act = self.weight, self.activation
+        if act is not None and weight.format.is_integer != act.format.is_integer:
+            raise ConfigError(
+                f"Scheme: {weight.format.value} weights with {act.format.value} activations have no matmul. "
+                "Use two integer formats, two float8 formats, or activation=None."
+            )
+
+    @property
+    def name(self) -> str:
+        """Short label, e.g. ``w4a8`` or ``fp8``; for people, not for identity (compare objects for that)."""
+        if not self.weight.format.is_integer:
+            return "fp8" if self.activation is not None else "fp8-weight-only"
+        act = 16 if self.activation is None else self.activation.format.bits
+        return f"w{self.weight.format.bits}a{act}"
+
+    @property
+    def has_integer_path(self) -> bool:
+        """True when the product can be summed exactly in int32: scales sit outside the sum over K."""
+        per_row = isinstance(self.weight.granularity, PerTensor | PerChannel | TwoLevel)
+        return self.activation is not None and self.weight.format.is_integer and self.weight.symmetric and per_row
+
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+        """Stored bits per element of a weight [N, K], scales, zero points and padding included."""
+        return 8 * self.weight_bytes(shape) / (shape[0] * shape[1])
+
+    def weight_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of ``qweight`` and its qparams for a weight [N, K]; exact, as written to disk."""
+        rows, cols = shape
+        weight = self.weight
+        bits = weight.format.bits
+        stored_row = cols if bits == 8 else -(-cols // 128) * 16 * bits
+        gran = weight.granularity
+        num_scales = 1 if isinstance(gran, PerTensor) else rows
+        if isinstance(gran, PerGroup):
+            num_scales = rows * weight.num_groups(cols)
+        total = rows * stored_row + 4 * num_scales
+        if isinstance(gran, TwoLevel):
+            total += rows * weight.num_groups(cols)
+        if not weight.symmetric:
+            total += num_scales * (4 if weight.float_zero_point else 1)
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able description in compressed-tensors' vocabulary; inverse of :meth:`from_dict`."""
+        weights = _args_to_dict(self.weight.format, self.weight.granularity, self.weight.symmetric, dynamic=False)
+        if self.weight.format.is_integer and self.weight.symmetric:
+            weights["scale_rule"] = self.weight.scale_rule.value
+        if self.weight.float_zero_point:
+            weights["float_zero_point"] = True
+        act = self.activation
+        inputs = None if act is None else _args_to_dict(act.format, act.granularity, act.symmetric, dynamic=act.dynamic)
+        return {"weights": weights, "input_activations": inputs}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Scheme:
+        """Read :meth:`to_dict`'s output. Raises ConfigError on an unknown key or strategy."""
+        unknown = set(data) - {"weights", "input_activations", "output_activations", "targets", "format"}
+        if unknown or not isinstance(data.get("weights"), dict):
+            raise ConfigError(f"Scheme.from_dict: need 'weights' and 'input_activations', got keys {sorted(data)}.")
+        weights = dict(data["weights"])
+        weight = WeightScheme(
+            scale_rule=ScaleRule(weights.pop("scale_rule", ScaleRule.AMAX_OVER_QMAX)),
+            float_zero_point=bool(weights.pop("float_zero_point", False)),
+            **_args_from_dict(weights),
+        )
+        inputs = data.get("input_activations")
+        act = None
+        if inputs is not None:
+            dynamic = bool(inputs.get("dynamic", False))
+            act = ActivationScheme(dynamic=dynamic, **_args_from_dict(dict(inputs)))
+        return cls(weight, act)
+
+    def replace(self, **changes: Any) -> Scheme:
+        """Copy with fields of this object, or of ``weight`` (prefix ``weight_``), replaced."""
+        weight = {key.removeprefix("weight_"): val for key, val in changes.items() if key.startswith("weight_")}
+        own = {key: val for key, val in changes.items() if not key.startswith("weight_")}
+        if weight:
+            own["weight"] = dataclasses.replace(own.get("weight", self.weight), **weight)
+        return dataclasses.replace(self, **own)
+
+
+def _args_to_dict(fmt: NumberFormat, granularity: Granularity, symmetric: bool, dynamic: bool) -> dict[str, Any]:
+    args: dict[str, Any] = {
+        "num_bits": fmt.bits,
+        "type": "int" if fmt.is_integer else "float",
+        "symmetric": symmetric,
+        "strategy": _STRATEGY[type(granularity)],
+        "dynamic": dynamic,
+    }
+    if isinstance(granularity, PerGroup | TwoLevel):
+        args["group_size"] = granularity.group_size
+    if isinstance(granularity, PerGroup) and granularity.pad:
+        args["pad"] = True
+    return args
+
+
+def _args_from_dict(args: dict[str, Any]) -> dict[str, Any]:
+    by_name = {name: kind for kind, name in _STRATEGY.items()}
+    strategy = args.pop("strategy", None)
+    if strategy not in by_name:
+        raise ConfigError(f"Scheme.from_dict: unknown strategy {strategy!r}; {nearest(str(strategy), by_name)}")
+    kind = by_name[strategy]
+    options = {key: args.pop(key) for key in ("group_size", "pad") if key in args}
+    bits, type_ = args.pop("num_bits", None), args.pop("type", "int")
+    symmetric = bool(args.pop("symmetric", True))
+    args.pop("dynamic", None)
+    if args:
+        raise ConfigError(f"Scheme.from_dict: unknown keys {sorted(args)}.")
+    name = "float8_e4m3fn" if (type_, bits) == ("float", 8) else f"int{bits}"
+    if type_ not in ("int", "float") or name not in {fmt.value for fmt in NumberFormat}:
+        raise ConfigError(f"Scheme.from_dict: no format of num_bits={bits}, type={type_!r}.")
+    return {"format": NumberFormat(name), "granularity": kind(**options), "symmetric": symmetric}
