@@ -1,0 +1,458 @@
+"""Tiny stock models and pipelines for tests: built from configurations, about a million parameters, no hub.
+
+`build(name)` makes a model of `MODELS`, `inputs_for(model)` the keyword arguments of its forward, `build_pipeline(name)`
+a complete stock pipeline of `PIPELINES` and `call_kwargs(pipe)` a cheap call of it. The global random state is never
+touched, and the same seed gives the same bytes. Widths are multiples of 128 where that size allows it, so
+that every preset's group size divides them; pass `config` overrides to get awkward shapes on purpose. Biases and norm
+weights are moved off their initial zeros and ones: a test on them must be able to fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    ModelMixin,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+TEXT_LENGTH = 16
+VOCABULARY = 128
+WORDS = "a the red blue green yellow cat dog house tree sun moon face with of and on in small large".split()
+
+
+def _pixart(**config: Any) -> nn.Module:
+    defaults = dict(
+        sample_size=8,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        num_layers=2,
+        in_channels=4,
+        out_channels=8,
+        patch_size=2,
+        cross_attention_dim=128,
+        caption_channels=64,
+        use_additional_conditions=False,
+    )
+    return PixArtTransformer2DModel(**{**defaults, **config})
+
+
+def _dit(**config: Any) -> nn.Module:
+    defaults = dict(
+        sample_size=8,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        num_layers=2,
+        in_channels=4,
+        out_channels=8,
+        num_embeds_ada_norm=10,
+    )
+    return DiTTransformer2DModel(**{**defaults, **config})
+
+
+def _unet_sd1(**config: Any) -> nn.Module:
+    defaults = dict(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    return UNet2DConditionModel(**{**defaults, **config})
+
+
+def _unet_sdxl(**config: Any) -> nn.Module:
+    defaults = dict(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        reverse_transformer_layers_per_block=(1, 1),
+        cross_attention_dim=128,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=8 * 6 + 32,
+        norm_num_groups=8,
+    )
+    return UNet2DConditionModel(**{**defaults, **config})
+
+
+def _flux(**config: Any) -> nn.Module:
+    defaults = dict(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=128,
+        pooled_projection_dim=128,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+    return FluxTransformer2DModel(**{**defaults, **config})
+
+
+def _sd3(**config: Any) -> nn.Module:
+    defaults = dict(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=128,
+        caption_projection_dim=128,
+        pooled_projection_dim=64,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+    )
+    return SD3Transformer2DModel(**{**defaults, **config})
+
+
+def _wan(**config: Any) -> nn.Module:
+    defaults = dict(
+        patch_size=(1, 2, 2),
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        text_dim=128,
+        freq_dim=64,
+        ffn_dim=256,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    return WanTransformer3DModel(**{**defaults, **config})
+
+
+def _t5_encoder(**config: Any) -> nn.Module:
+    defaults = dict(
+        vocab_size=VOCABULARY,
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+    return T5EncoderModel(T5Config(**{**defaults, **config}))
+
+
+def _clip_text(**config: Any) -> nn.Module:
+    defaults = dict(
+        vocab_size=VOCABULARY * 8,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TEXT_LENGTH,
+        projection_dim=128,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return CLIPTextModel(CLIPTextConfig(**{**defaults, **config}))
+
+
+def _llama(**config: Any) -> nn.Module:
+    defaults = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return LlamaForCausalLM(LlamaConfig(**{**defaults, **config}))
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "pixart": _pixart,
+    "dit": _dit,
+    "unet_sd1": _unet_sd1,
+    "unet_sdxl": _unet_sdxl,
+    "flux": _flux,
+    "sd3": _sd3,
+    "wan": _wan,
+    "t5_encoder": _t5_encoder,
+    "clip_text": _clip_text,
+    "llama": _llama,
+}
+DENOISERS = ("pixart", "dit", "unet_sd1", "unet_sdxl", "flux", "sd3", "wan")
+TRANSFORMERS_MODELS = ("t5_encoder", "clip_text", "llama")
+
+
+def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    """The tiny model `name` of `MODELS`, in eval mode on the CPU; `config` overrides its configuration."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MODELS[name](**config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return _cast(model, dtype)
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """`model` in `dtype`, but for what a `from_pretrained` in that dtype would keep in float32."""
+    kept: Any = getattr(model, "_keep_in_fp32_modules", None) or ()
+    if not isinstance(model, ModelMixin) and dtype != torch.float16:
+        kept = ()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and not set(name.split(".")) & set(kept):
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def inputs_for(model: nn.Module, batch: int = 2, seed: int = 0) -> dict[str, Any]:
+    """Keyword arguments for `model.forward`, in the model's dtype and on its device.
+
+    Every sample of the batch differs, in its timestep too; the last text tokens of the second half of the batch are
+    masked where the model takes a mask.
+    """
+    make = _Inputs(model, batch, seed)
+    return _INPUTS[type(model).__name__](make)
+
+
+class _Inputs:
+    """Seeded tensors in the dtype and on the device of `model`."""
+
+    def __init__(self, model: Any, batch: int, seed: int) -> None:
+        self.config, self.batch = model.config, batch
+        self.dtype, self.device = model.dtype, model.device
+        self.generator = torch.Generator("cpu").manual_seed(seed)
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(self.batch, *shape, generator=self.generator).to(self.device, self.dtype)
+
+    def randint(self, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(0, high, (self.batch, *shape), generator=self.generator).to(self.device)
+
+    def timestep(self) -> torch.Tensor:
+        return torch.linspace(900, 100, self.batch).round().long().to(self.device)
+
+    def mask(self) -> torch.Tensor:
+        mask = torch.ones(self.batch, TEXT_LENGTH, dtype=torch.long, device=self.device)
+        mask[self.batch // 2 :, -TEXT_LENGTH // 2 :] = 0
+        return mask
+
+    def latents(self) -> torch.Tensor:
+        return self.randn(self.config.in_channels, self.config.sample_size, self.config.sample_size)
+
+
+def _pixart_inputs(make: _Inputs) -> dict[str, Any]:
+    return dict(
+        hidden_states=make.latents(),
+        encoder_hidden_states=make.randn(TEXT_LENGTH, make.config.caption_channels),
+        timestep=make.timestep(),
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        encoder_attention_mask=make.mask(),
+    )
+
+
+def _dit_inputs(make: _Inputs) -> dict[str, Any]:
+    labels = make.randint(make.config.num_embeds_ada_norm)
+    return dict(hidden_states=make.latents(), timestep=make.timestep(), class_labels=labels)
+
+
+def _unet_inputs(make: _Inputs) -> dict[str, Any]:
+    inputs = dict(
+        sample=make.latents(),
+        timestep=make.timestep(),
+        encoder_hidden_states=make.randn(TEXT_LENGTH, make.config.cross_attention_dim),
+    )
+    if make.config.addition_embed_type == "text_time":
+        pooled = make.config.projection_class_embeddings_input_dim - 6 * make.config.addition_time_embed_dim
+        sizes = torch.tensor([32.0, 32.0, 0.0, 0.0, 32.0, 32.0], device=make.device, dtype=make.dtype)
+        inputs["added_cond_kwargs"] = {"text_embeds": make.randn(pooled), "time_ids": sizes.repeat(make.batch, 1)}
+    return inputs
+
+
+def _flux_inputs(make: _Inputs) -> dict[str, Any]:
+    side = 4
+    image_ids = torch.zeros(side, side, 3, device=make.device, dtype=make.dtype)
+    image_ids[..., 1] += torch.arange(side, device=make.device)[:, None]
+    image_ids[..., 2] += torch.arange(side, device=make.device)[None, :]
+    guidance = torch.full((make.batch,), 3.5, device=make.device, dtype=make.dtype)
+    return dict(
+        hidden_states=make.randn(side * side, make.config.in_channels),
+        encoder_hidden_states=make.randn(TEXT_LENGTH, make.config.joint_attention_dim),
+        pooled_projections=make.randn(make.config.pooled_projection_dim),
+        timestep=(make.timestep() / 1000).to(make.dtype),
+        img_ids=image_ids.reshape(-1, 3),
+        txt_ids=torch.zeros(TEXT_LENGTH, 3, device=make.device, dtype=make.dtype),
+        guidance=guidance if make.config.guidance_embeds else None,
+    )
+
+
+def _sd3_inputs(make: _Inputs) -> dict[str, Any]:
+    return dict(
+        hidden_states=make.latents(),
+        encoder_hidden_states=make.randn(TEXT_LENGTH, make.config.joint_attention_dim),
+        pooled_projections=make.randn(make.config.pooled_projection_dim),
+        timestep=make.timestep(),
+    )
+
+
+def _wan_inputs(make: _Inputs) -> dict[str, Any]:
+    return dict(
+        hidden_states=make.randn(make.config.in_channels, 2, 8, 8),
+        timestep=make.timestep(),
+        encoder_hidden_states=make.randn(TEXT_LENGTH, make.config.text_dim),
+    )
+
+
+def _text_inputs(make: _Inputs) -> dict[str, Any]:
+    input_ids = make.randint(VOCABULARY - 2, TEXT_LENGTH) + 2
+    input_ids[:, -1] = make.config.eos_token_id
+    return dict(input_ids=input_ids, attention_mask=make.mask())
+
+
+_INPUTS: dict[str, Callable[[_Inputs], dict[str, Any]]] = {
+    "PixArtTransformer2DModel": _pixart_inputs,
+    "DiTTransformer2DModel": _dit_inputs,
+    "UNet2DConditionModel": _unet_inputs,
+    "FluxTransformer2DModel": _flux_inputs,
+    "SD3Transformer2DModel": _sd3_inputs,
+    "WanTransformer3DModel": _wan_inputs,
+    "T5EncoderModel": _text_inputs,
+    "CLIPTextModel": _text_inputs,
+    "LlamaForCausalLM": _text_inputs,
+}
+
+
+def vae(*, seed: int = 0, latent_channels: int = 4, **config: Any) -> AutoencoderKL:
+    """A tiny VAE: 4 pixels for each latent, along each side."""
+    defaults = dict(
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=latent_channels,
+        norm_num_groups=8,
+        sample_size=32,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoencoderKL(**{**defaults, **config}).eval()
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """A T5 tokenizer of `WORDS` and single letters, made here."""
+    pieces = ["▁", *(f"▁{word}" for word in WORDS), *"abcdefghijklmnopqrstuvwxyz,.-0123456789"]
+    scores = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    scores += [(piece, -2.0 if len(piece) > 1 else -6.0) for piece in pieces]
+    return T5Tokenizer(vocab=scores, extra_ids=0, model_max_length=TEXT_LENGTH)
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer of single letters, made here."""
+    letters = "abcdefghijklmnopqrstuvwxyz,.-0123456789"
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=TEXT_LENGTH)
+
+
+def _pixart_pipeline(seed: int, dtype: torch.dtype) -> DiffusionPipeline:
+    return PixArtAlphaPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=build("t5_encoder", seed=seed, dtype=dtype),
+        vae=_cast(vae(seed=seed), dtype),
+        transformer=build("pixart", seed=seed, dtype=dtype, caption_channels=128),
+        scheduler=DPMSolverMultistepScheduler(),
+    )
+
+
+def _stable_diffusion_pipeline(seed: int, dtype: torch.dtype) -> DiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=_cast(vae(seed=seed), dtype),
+        text_encoder=build("clip_text", seed=seed, dtype=dtype),
+        tokenizer=clip_tokenizer(),
+        unet=build("unet_sd1", seed=seed, dtype=dtype),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _flux_pipeline(seed: int, dtype: torch.dtype) -> DiffusionPipeline:
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=_cast(vae(seed=seed, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1), dtype),
+        text_encoder=build("clip_text", seed=seed, dtype=dtype),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=build("t5_encoder", seed=seed + 1, dtype=dtype),
+        tokenizer_2=t5_tokenizer(),
+        transformer=build("flux", seed=seed, dtype=dtype),
+    )
+
+
+PIPELINES: dict[str, Callable[[int, torch.dtype], DiffusionPipeline]] = {
+    "pixart": _pixart_pipeline,
+    "stable_diffusion": _stable_diffusion_pipeline,
+    "flux": _flux_pipeline,
+}
+
+
+def build_pipeline(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """The tiny stock pipeline `name` of `PIPELINES`, on the CPU, with its progress bar off."""
+    pipe = PIPELINES[name](seed, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call_kwargs(pipe: DiffusionPipeline, *, seed: int = 0, steps: int = 2, output_type: str = "np") -> dict[str, Any]:
+    """Keyword arguments for one cheap call of a pipeline made by `build_pipeline`: one 32x32 picture."""
+    kwargs: dict[str, Any] = dict(
+        prompt="a red cat",
+        num_inference_steps=steps,
+        height=32,
+        width=32,
+        generator=torch.Generator("cpu").manual_seed(seed),
+        output_type=output_type,
+    )
+    if isinstance(pipe, PixArtAlphaPipeline):
+        kwargs.update(use_resolution_binning=False, clean_caption=False, max_sequence_length=TEXT_LENGTH)
+    elif isinstance(pipe, FluxPipeline):
+        kwargs.update(max_sequence_length=TEXT_LENGTH)
+    return kwargs
