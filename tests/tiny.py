@@ -1,10 +1,10 @@
 """Tiny stock models and pipelines for tests: built from configurations, about a million parameters, no hub.
 
-`build(name)` makes a model of `MODELS`, `inputs_for(model)` the keyword arguments of its forward, `build_pipeline(name)`
-a complete stock pipeline of `PIPELINES` and `call_kwargs(pipe)` a cheap call of it. The global random state is never
-touched, and the same seed gives the same bytes. Widths are multiples of 128 where that size allows it, so
-that every preset's group size divides them; pass `config` overrides to get awkward shapes on purpose. Biases and norm
-weights are moved off their initial zeros and ones: a test on them must be able to fail.
+`build(name)` makes a model of `MODELS`, `inputs_for(model)` the keyword arguments of its forward,
+`build_pipeline(name)` a complete stock pipeline of `PIPELINES` and `call_kwargs(pipe)` a cheap call of it. The global
+random state is never touched, and the same seed gives the same bytes. Widths are multiples of 128 where that size
+allows it, so that every preset's group size divides them; pass `config` overrides to get awkward shapes on purpose.
+Biases and norm weights are moved off their initial zeros and ones: a test on them must be able to fail.
 """
 
 from __future__ import annotations

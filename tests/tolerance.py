@@ -19,7 +19,7 @@ SNR_MARGIN_DB = 1.0
 
 @dataclass(frozen=True)
 class Tolerance:
-    """`rms` bounds RMS(difference) / RMS(reference); `maximum` bounds |difference| / max(RMS(reference), |reference|)."""
+    """Bounds: `rms` on RMS(error) / RMS(reference), `maximum` on |error| / max(RMS(reference), |reference|)."""
 
     rms: float
     maximum: float
@@ -98,7 +98,9 @@ def assert_close(
     finite = torch.isfinite(reference)
     odd = torch.where(finite, ~torch.isfinite(actual), ~torch.isclose(actual, reference, equal_nan=True))
     if odd.any():
-        raise AssertionError(f"{label}: not finite where it should be, or the reverse:\n{_worst(odd, actual, reference)}")
+        raise AssertionError(
+            f"{label}: not finite where it should be, or the reverse:\n{_worst(odd, actual, reference)}"
+        )
     reference, actual = reference.masked_fill(~finite, 0), actual.masked_fill(~finite, 0)
     if reference.numel() == 0:
         return
@@ -130,5 +132,7 @@ def _worst(badness: torch.Tensor, actual: torch.Tensor, reference: torch.Tensor,
     lines = []
     for flat in order.tolist():
         place = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), badness.shape))
-        lines.append(f"  {list(place)}: {actual.flatten()[flat].item():.6g}, expected {reference.flatten()[flat].item():.6g}")
+        lines.append(
+            f"  {list(place)}: {actual.flatten()[flat].item():.6g}, expected {reference.flatten()[flat].item():.6g}"
+        )
     return "\n".join(lines)
