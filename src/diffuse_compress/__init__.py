@@ -1,0 +1,1 @@
+"""diffuse_compress: make diffusers and transformers models smaller and faster, in place."""

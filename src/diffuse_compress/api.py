@@ -1,0 +1,186 @@
+"""The verbs: compression_plan, compress, decompress, compression_report, compression_recipe.
+
+Each takes a diffusers pipeline, a diffusers model or a transformers model, and is attached to their classes as a
+method of the same name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from diffuse_compress.components import GROUPS, is_pipeline, model_components
+from diffuse_compress.errors import ConfigError
+from diffuse_compress.integrations.component import get_state
+from diffuse_compress.plan import CompressionPlan, make_plan
+from diffuse_compress.plan_text import format_bytes
+from diffuse_compress.progress import Callback
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig
+from diffuse_compress.quantization.presets import PRESETS
+from diffuse_compress.quantization.scheme import Scheme
+from diffuse_compress.recipe import Recipe, as_recipe
+from diffuse_compress.report import CompressionReport, report_of
+
+__all__ = ["METHODS", "compress", "compression_plan", "compression_recipe", "compression_report", "decompress"]
+
+_Target = TypeVar("_Target")
+
+
+def compression_plan(
+    target: Any,
+    *methods: Any,
+    modules_to_not_convert: str | Sequence[str] | None = None,
+    overrides: Mapping[str, str | Scheme | None] | None = None,
+    algorithm: AlgorithmConfig | None = None,
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+) -> CompressionPlan:
+    """What :func:`compress` would do with the same arguments; touches nothing and works on meta-device models.
+
+    Returns:
+        A plan: print it, edit it with ``plan.set(pattern, scheme)`` and ``plan.keep(pattern)``, pass it to compress.
+
+    Raises:
+        ConfigError: see :func:`compress`.
+    """
+    if len(methods) == 1 and isinstance(methods[0], CompressionPlan):
+        return methods[0]
+    if not methods:
+        raise ConfigError(_choices(target))
+    options = {"modules_to_not_convert": modules_to_not_convert, "overrides": overrides, "algorithm": algorithm}
+    recipe = as_recipe(*methods, seed=seed, **options)
+    return make_plan(target, recipe, None if device is None else torch.device(device))
+
+
+def compress(
+    target: _Target,
+    *methods: Any,
+    modules_to_not_convert: str | Sequence[str] | None = None,
+    overrides: Mapping[str, str | Scheme | None] | None = None,
+    algorithm: AlgorithmConfig | None = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    work_dir: str | Path | None = None,
+    preview: Sequence[Any] | None = None,
+    callback: Callback | None = None,
+    measure: bool = True,
+) -> _Target:
+    """Make a pipeline or model smaller and faster, in place. Its class stays; it saves and reloads as before.
+
+    Args:
+        methods: a preset name ("w8a8", "fp8", "w8a16", "w4a16", "w4a8", "w4a4"), a QuantizationConfig, a
+            CompressionPlan, a Recipe, or a dict ``{component or group: preset | config | None}``. A bare preset means
+            the denoisers (transformer, unet, prior, ...).
+        modules_to_not_convert: patterns of modules that stay dense (see QuantizationConfig).
+        overrides: {pattern: preset, Scheme or None} for single layers.
+        algorithm: instead of the preset's.
+        seed, generator: of algorithms that draw random numbers; global random states are never touched.
+        device: compute here, layer by layer; every layer returns to where it was.
+        work_dir: folder for the spill file that lets a failed call restore the model.
+        preview: prompts (or dicts of pipeline arguments) to generate before and after, for the report.
+        callback: ``callback(stage, done, total, metrics)``; raising in it cancels and restores.
+        measure: run the denoiser at four timesteps before and after to report its output error.
+
+    Returns:
+        ``target`` itself.
+
+    Raises:
+        ConfigError: unknown preset, component or pattern, or nothing given (the message lists presets with their
+            bytes for this model).
+        CompressionConflictError: a component already carries another configuration of the same kind.
+        IncompatibleShapeError: a layer cannot take the scheme asked for it.
+        ModelStateError: meta tensors, offload hooks, foreign quantization, or too little disk.
+    """
+    from diffuse_compress.apply import apply_plan
+
+    if generator is not None:
+        if seed is not None:
+            raise ConfigError("compress: give seed= or generator=, not both.")
+        seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+    plan = compression_plan(
+        target,
+        *methods,
+        modules_to_not_convert=modules_to_not_convert,
+        overrides=overrides,
+        algorithm=algorithm,
+        seed=seed,
+        device=device,
+    )
+    if plan.components:
+        apply_plan(
+            target, plan, device=device, callback=callback, work_dir=work_dir, preview=preview, measure=measure
+        )
+    return target
+
+
+def decompress(target: _Target) -> _Target:
+    """Back to dense layers whose weights are rounded to the grid they were stored on; returns ``target``.
+
+    Same act as a component's stock ``dequantize()``. Nothing of this package stays in config or hooks. The rounding
+    is not undone: reload the original checkpoint for that.
+    """
+    for model in model_components(target).values():
+        if get_state(model) is not None:
+            model.dequantize()
+    return target
+
+
+def compression_report(target: Any) -> CompressionReport:
+    """What was done, what it saved and what it cost; survives save and reload.
+
+    Raises:
+        ConfigError: nothing is compressed.
+    """
+    return report_of(target)
+
+
+def compression_recipe(target: Any) -> Recipe:
+    """The resolved recipe: save it, or apply it to another fine-tune with ``other.compress(recipe)``.
+
+    Raises:
+        ConfigError: nothing is compressed.
+    """
+    states = {name: get_state(model) for name, model in model_components(target).items()}
+    found = {name or "denoisers": (state.config,) for name, state in states.items() if state is not None}
+    if not found:
+        raise ConfigError(f'{type(target).__name__} is not compressed; call compress("w8a8") first.')
+    return Recipe(found)
+
+
+METHODS = {
+    function.__name__: function
+    for function in (compress, compression_plan, compression_recipe, compression_report, decompress)
+}
+"""What is attached to pipeline and model classes."""
+
+
+def _choices(target: Any) -> str:
+    """Message of a bare ``compress()``: the presets with their bytes for this model, and a recommendation."""
+    lines = [f"{type(target).__name__}.compress() needs a preset. For this model's denoisers:"]
+    first = next(iter(model_components(target).values()))
+    device = next((p.device for p in first.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    for name, preset in PRESETS.items():
+        try:
+            plan = make_plan(target, as_recipe(Scheme(preset.scheme.weight, preset.scheme.activation)))
+            size = f"{format_bytes(plan.bytes_before)} -> {format_bytes(plan.bytes_after)}"
+        except ConfigError as error:
+            if not is_pipeline(target) or any(GROUPS["denoisers"].match(n) for n in model_components(target)):
+                size = f"not possible: {error}"
+            else:
+                raise
+        needs = " (needs calibration)" if preset.needs_calibration else ""
+        lines.append(f"  {name:6s} {size}: {preset.summary}{needs}")
+    lines.append(_recommendation(device))
+    return "\n".join(lines)
+
+
+def _recommendation(device: torch.device) -> str:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+        return f'On {torch.cuda.get_device_name(device)}: compress("fp8") for speed, compress("w4a8") for memory.'
+    if device.type == "cuda":
+        return f'On {torch.cuda.get_device_name(device)}: compress("w8a16") for memory at almost no loss.'
+    return f'On {device.type}: compress("w8a8") for speed, compress("w4a8") for memory.'

@@ -1,0 +1,133 @@
+"""Carrying out a plan: validate, convert layer by layer inside a transaction, mark, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.assignment import module_aliases
+from diffuse_compress.components import model_components
+from diffuse_compress.errors import DiffuseCompressError, ModelStateError
+from diffuse_compress.integrations.attach import marks_of
+from diffuse_compress.integrations.component import ComponentState, layer_entries
+from diffuse_compress.measurement import LayerMeasurement, PipelineProbe, measure_layer
+from diffuse_compress.plan import ComponentPlan, CompressionPlan
+from diffuse_compress.progress import Callback, track
+from diffuse_compress.quantization.convert import quantize_module
+from diffuse_compress.report import component_report
+from diffuse_compress.transaction import Transaction
+
+__all__ = ["apply_plan"]
+
+
+def apply_plan(
+    target: Any,
+    plan: CompressionPlan,
+    *,
+    device: torch.device | str | None = None,
+    callback: Callback | None = None,
+    work_dir: str | Path | None = None,
+    preview: Sequence[Any] | None = None,
+    measure: bool = True,
+) -> None:
+    """Convert the layers of ``plan`` in place, all or nothing. Global random states are left as they were.
+
+    Raises:
+        ModelStateError: meta tensors, offload hooks, or too little disk for the spill file.
+        DiffuseCompressError: a layer could not be converted; the message names it.
+    """
+    models = model_components(target)
+    for name, part in plan.components.items():
+        _check_ready(name or part.class_name, models[name])
+    spilled = sum(row.bytes_before for row in plan.rows if row.scheme is not None)
+    with _keep_random_state(), torch.no_grad(), Transaction(spilled, work_dir) as spill:
+        probe = PipelineProbe(target, plan, preview=preview, enabled=measure, callback=callback)
+        probe.record_dense()
+        started, layers = {}, {}
+        for name, part in plan.components.items():
+            started[name] = time.perf_counter()
+            layers[name] = _convert(target, models[name], part, spill, probe, device, callback)
+            started[name] = time.perf_counter() - started[name]
+        for name, part in plan.components.items():
+            _mark(models[name], part, spill)
+        probe.record_compressed()
+        for name, part in plan.components.items():
+            state = models[name].hf_quantizer.state
+            state.report = component_report(models[name], part, layers[name], probe, seconds=started[name])
+        probe.keep_preview(target)
+
+
+def _convert(
+    target: Any,
+    model: nn.Module,
+    part: ComponentPlan,
+    spill: Transaction,
+    probe: PipelineProbe,
+    device: torch.device | str | None,
+    callback: Callback | None,
+) -> dict[str, LayerMeasurement]:
+    aliases, measured = module_aliases(model), {}
+    metrics: dict[str, Any] = {"component": part.name}
+    todo = list(part.layers.items())
+    stage = f"Compressing {part.name or part.class_name}"
+    for name, scheme in track(todo, stage, target, callback, metrics):
+
+        def convert(dense: nn.Module, name: str = name, scheme: Any = scheme) -> nn.Module:
+            layer = quantize_module(
+                dense, scheme, part.spec.algorithm, device=device, name=name, generator=part.spec.generator(name)
+            )
+            measured[name] = measure_layer(dense, layer, probe.layer_inputs(part.name, name))
+            return layer
+
+        names = aliases[id(model.get_submodule(name))]
+        spill.replace(model, names, convert)
+        metrics.update(layer=name, scheme=scheme.name, relative_weight_error=measured[name].weight_error)
+    return measured
+
+
+def _mark(model: nn.Module, part: ComponentPlan, spill: Transaction) -> None:
+    mark, unmark = marks_of(model)
+    spill.on_rollback(lambda: unmark(model))
+    mark(model, ComponentState(part.resolved_config, layer_entries(model)))
+
+
+def _check_ready(where: str, model: nn.Module) -> None:
+    for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.device.type == "meta":
+            raise ModelStateError(
+                f"{where}.{key}: compress needs loaded weights, found a meta tensor. Load the weights first; if they "
+                "are offloaded (sequential or disk), call compress before enable_sequential_cpu_offload() or "
+                "device_map=. A plan alone works on meta models: compression_plan(...)."
+            )
+    for name, module in model.named_modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hooks = [hook for hook in getattr(registry, "hooks", {}) if "offload" in hook or "casting" in hook]
+        if hooks:
+            raise ModelStateError(
+                f"{where}{'.' if name else ''}{name}: compress cannot replace layers under the hook {hooks[0]!r}. Call "
+                "compress first, then enable_group_offload() or enable_layerwise_casting()."
+            )
+        if name and getattr(module, "_hf_hook", None) is not None and hasattr(module, "weight"):
+            raise ModelStateError(
+                f"{where}.{name}: compress cannot replace layers under accelerate's per-layer hooks. Call compress "
+                "before enable_sequential_cpu_offload() or dispatching with a device_map."
+            )
+    if not any(True for _ in model.parameters()):
+        raise DiffuseCompressError(f"{where}: has no parameters.")
+
+
+class _keep_random_state:  # noqa: N801 - used as a statement
+    """Global generators (CPU and every CUDA device in use) read the same before and after."""
+
+    def __enter__(self) -> None:
+        initialized = torch.cuda.is_available() and torch.cuda.is_initialized()
+        self._fork = torch.random.fork_rng(devices=list(range(torch.cuda.device_count())) if initialized else [])
+        self._fork.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._fork.__exit__(*exc)

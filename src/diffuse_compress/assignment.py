@@ -1,0 +1,153 @@
+"""Which layer of a model gets which format under a QuantizationSpec, and why the others keep theirs.
+
+Needs only the module tree, so it gives the same answer for a loaded model and for one on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from diffuse_compress.errors import ConfigError
+from diffuse_compress.families.roles import LayerRole, layer_roles
+from diffuse_compress.patterns import first_match, generalize, matches, require_match
+from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear, supports
+from diffuse_compress.quantization.scheme import Scheme
+from diffuse_compress.quantization.spec import QuantizationSpec, Rules
+
+__all__ = ["LayerAssignment", "assign_layers", "module_aliases", "resolve_rules"]
+
+_KEPT_ROLE = {
+    LayerRole.EMBEDDER: "embedder: few parameters and sensitive",
+    LayerRole.OUTPUT: "last layer: few parameters and sensitive",
+}
+
+
+@dataclass(frozen=True)
+class LayerAssignment:
+    """Decision for one linear or convolution.
+
+    Attributes:
+        name: qualified module name.
+        role: its part in the model.
+        shape: (out_features, in_features); a convolution's in_features is C / groups * kh * kw.
+        scheme: the format it gets, or None.
+        reason: why it is kept (``scheme`` is None), else "".
+    """
+
+    name: str
+    role: LayerRole
+    shape: tuple[int, int]
+    scheme: Scheme | None
+    reason: str = ""
+
+
+def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAssignment]:
+    """Decision for every linear and convolution of ``model``, in registration order.
+
+    Raises:
+        ConfigError: a pattern matches no layer, or resolved rules match none of them.
+        IncompatibleShapeError: a layer named explicitly cannot take its scheme.
+    """
+    layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
+    if spec.rules is None:
+        require_match(spec.modules_to_not_convert, _module_names(model), "modules_to_not_convert")
+        require_match([pattern for pattern, _ in spec.overrides], layers, "overrides")
+    roles, tied = layer_roles(model), _tied_layers(model)
+    decided = {name: _decide(name, module, spec, roles, tied) for name, module in layers.items()}
+    if not any(item.scheme is not None for item in decided.values()):
+        kinds = sorted({type(module).__name__ for module in layers.values()}) or ["none"]
+        reasons = sorted({item.reason for item in decided.values()})
+        raise ConfigError(
+            f"{type(model).__name__}: no layer would be converted, of {len(layers)} ({', '.join(kinds)}). "
+            f"Reasons: {'; '.join(reasons) or 'it has no linear or convolution'}. Name layers with overrides=."
+        )
+    return decided
+
+
+def resolve_rules(assigned: dict[str, LayerAssignment]) -> Rules:
+    """The decision as patterns: what config.json keeps, so that no later release decides otherwise."""
+    return tuple(generalize({name: item.scheme for name, item in assigned.items()}))
+
+
+def module_aliases(model: nn.Module) -> dict[int, list[str]]:
+    """Every qualified name of each module by ``id``: one that is shared must be replaced everywhere."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
+
+
+def _decide(
+    name: str, module: nn.Module, spec: QuantizationSpec, roles: dict[str, LayerRole], tied: dict[str, str]
+) -> LayerAssignment:
+    role = roles.get(name, LayerRole.BLOCK)
+    shape = _matrix_shape(module)
+
+    def keep(reason: str) -> LayerAssignment:
+        return LayerAssignment(name, role, shape, None, reason)
+
+    if isinstance(module, QuantizedLinear | QuantizedConv2d):
+        return keep(f"already {module.scheme.name}")
+    if spec.rules is not None:
+        scheme = first_match(spec.rules, name)
+        return keep("not part of the recipe") if scheme is None else LayerAssignment(name, role, shape, scheme)
+    overridden = [(pattern, scheme) for pattern, scheme in spec.overrides if matches(pattern, name)]
+    if any(matches(pattern, name) for pattern in spec.modules_to_not_convert):
+        return keep("modules_to_not_convert")
+    if name in tied:
+        return keep(f"shares its weight with {tied[name]}")
+    if overridden:
+        scheme = overridden[-1][1]
+        if scheme is None:
+            return keep("overrides")
+        unfit = supports(module, scheme)
+        if unfit:
+            raise ConfigError(f"{name}: {unfit}. Take it out of overrides=, or give it another scheme.")
+        scheme.weight.check_shape(name, shape[1])
+        return LayerAssignment(name, role, shape, scheme)
+    if role in _KEPT_ROLE:
+        return keep(_KEPT_ROLE[role])
+    scheme = spec.modulation_scheme if role is LayerRole.MODULATION else spec.scheme
+    unfit = supports(module, scheme)
+    if unfit:
+        return keep(unfit)
+    scheme.weight.check_shape(name, shape[1])
+    return LayerAssignment(name, role, shape, scheme)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d)
+
+
+def _matrix_shape(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d)
+    per_output = module.in_channels // module.groups
+    for size in module.kernel_size:
+        per_output *= size
+    return module.out_channels, per_output
+
+
+def _module_names(model: nn.Module) -> Iterator[str]:
+    return (name for name, _ in model.named_modules() if name)
+
+
+def _tied_layers(model: nn.Module) -> dict[str, str]:
+    """Layers whose weight is also another module's parameter (a language model's head), with that parameter."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    modules = {id(module): name for name, module in model.named_modules()}
+    tied = {}
+    for names in owners.values():
+        parents = {id(model.get_submodule(name.rpartition(".")[0])): name for name in names}
+        if len(parents) > 1:
+            for parent, name in parents.items():
+                others = [other for key, other in parents.items() if key != parent]
+                if name.endswith(".weight"):
+                    tied[modules[parent]] = others[0]
+    return tied

@@ -1,0 +1,1 @@
+"""What is known of model classes: roles of layers, block lists, published configurations."""

@@ -1,0 +1,110 @@
+"""The part a layer plays in a model: inside a block, a modulation projection, an embedder, first or last.
+
+Found from the module tree, so it answers for any model class: what repeats sits in a ``ModuleList``; what stands
+outside every such list carries the model's inputs and outputs. Modulation projections (the linears that turn the
+timestep embedding into AdaLN shifts and scales, or a UNet's ``time_emb_proj``) are told by the names that the
+diffusers classes share. They see one row per sample.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+
+from torch import nn
+
+__all__ = ["LayerRole", "layer_roles"]
+
+
+class LayerRole(str, Enum):
+    """What a weight-carrying layer is for."""
+
+    BLOCK = "block"
+    MODULATION = "modulation"
+    EMBEDDER = "embedder"
+    OUTPUT = "output"
+
+
+# One row per sample: AdaLN/AdaNorm linears (norm1.linear, adaln_single.linear, adaLN_modulation.1), resnet time
+# projections, Wan's time_proj, Sana's and LTX's time_embed.linear, QwenImage's img_mod.1, DiT's proj_out_1, Stable
+# Cascade's mapper, Kandinsky 3's context_mlp.
+_MODULATION = re.compile(
+    r"(?:^|\.)(?:"
+    r"norm\w*\.linear(?:_1)?"
+    r"|ada[lL][nN]\w*(?:\.\d+|\.linear|\.lin)?"
+    r"|\w*_mod(?:\.\d+)?"
+    r"|\w*modulation\w*(?:\.\d+|\.linear|\.lin)?"
+    r"|time_emb_proj|time_proj|time_embed\.linear|context_mlp\.\d+|mapper\w*|proj_out_1"
+    r")$"
+)
+_TIMESTEP_EMBEDDER = re.compile(r"(?:^|\.)(?:timestep_embedder|time_embed\w*|t_embedder)(?:\.|$)")
+# Outside blocks, these prepare inputs; a ModuleList of such a name is not a list of blocks.
+_EMBEDDER = re.compile(
+    r"(?:^|\.)(?:\w*embed(?:der|ding|dings|s)?\w*|caption_projection|patch_embed\w*|pos_embed\w*|conv_in|proj_in_first"
+    r"|emb|image_projection|encoder_hid_proj|add_embedding|time_embedding)(?:\.|$)"
+)
+_OUTPUT = re.compile(r"(?:^|\.)(?:proj_out\w*|conv_out|\w*final_layer\w*|norm_out|lm_head|output_projection|score|classifier)(?:\.|$)")
+# A ModuleList of output layers, one per patch size (Z-Image).
+_OUTPUT_LIST = re.compile(r"(?:^|\.)\w*final_layer\w*\.")
+
+
+def layer_roles(model: nn.Module) -> dict[str, LayerRole]:
+    """Role of every linear and convolution of ``model`` by qualified name, in registration order.
+
+    A layer inside an element of a ``ModuleList`` (or of a ``Sequential`` whose elements repeat one class) is
+    BLOCK, unless its name marks it as MODULATION. Outside, layers that run before the first list in registration
+    order are EMBEDDER and those after it OUTPUT, unless their name says otherwise. A model without any list is all
+    BLOCK except its first and last layer.
+    """
+    layers = [name for name, module in model.named_modules() if _has_matrix(module)]
+    lists = _block_lists(model)
+    roles: dict[str, LayerRole] = {}
+    seen_block = False
+    for name in layers:
+        inside = any(name.startswith(prefix) for prefix in lists)
+        seen_block = seen_block or inside
+        roles[name] = _role(name, inside=inside, after_blocks=seen_block)
+    if not lists and layers:
+        for name in layers[1:-1]:
+            roles[name] = LayerRole.MODULATION if _MODULATION.search(name) else LayerRole.BLOCK
+        roles[layers[0]], roles[layers[-1]] = LayerRole.EMBEDDER, LayerRole.OUTPUT
+    return roles
+
+
+def _role(name: str, *, inside: bool, after_blocks: bool) -> LayerRole:
+    # adaln_single.emb.timestep_embedder.linear_1 is an embedder; adaln_single.linear a modulation projection. DiT
+    # repeats the timestep embedder in every block: one row per sample there too.
+    if _MODULATION.search(name) or (inside and _TIMESTEP_EMBEDDER.search(name)):
+        return LayerRole.MODULATION
+    if inside and not _OUTPUT_LIST.search(name):
+        return LayerRole.BLOCK
+    if _EMBEDDER.search(name):
+        return LayerRole.EMBEDDER
+    if _OUTPUT.search(name) or after_blocks:
+        return LayerRole.OUTPUT
+    return LayerRole.EMBEDDER
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def _block_lists(model: nn.Module) -> list[str]:
+    """Prefixes (``transformer_blocks.``) of the outermost lists that hold layers and are not embedders."""
+    prefixes: list[str] = []
+    for name, module in model.named_modules():
+        repeated = isinstance(module, nn.ModuleList) or _repeats_one_class(module)
+        nested = any(name.startswith(prefix) for prefix in prefixes)
+        leaf = name.rpartition(".")[2]
+        if name and repeated and not nested and not _EMBEDDER.search(leaf):
+            if any(_has_matrix(sub) for sub in module.modules()):
+                prefixes.append(f"{name}.")
+    return prefixes
+
+
+def _repeats_one_class(module: nn.Module) -> bool:
+    """A Sequential of two or more composite elements of one class, as in models that stack blocks so."""
+    children = list(module.children())
+    kinds = {type(child) for child in children}
+    composite = all(any(True for _ in child.children()) for child in children)
+    return isinstance(module, nn.Sequential) and len(children) > 1 and len(kinds) == 1 and composite

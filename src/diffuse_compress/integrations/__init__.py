@@ -1,0 +1,1 @@
+"""Where this package meets diffusers, transformers and their neighbours."""

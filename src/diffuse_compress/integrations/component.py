@@ -1,0 +1,249 @@
+"""What a compressed component carries, whichever library it comes from, and how it is written to a checkpoint.
+
+The exact layer map and the report travel in the safetensors metadata (one JSON string), because the Hub's download
+filter drops sidecar files; ``config.json`` holds the patterns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.errors import CheckpointError, DiffuseCompressError
+from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
+from diffuse_compress.patterns import first_match
+from diffuse_compress.quantization.convert import placeholder_for, replace_module
+from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
+from diffuse_compress.quantization.scheme import Scheme
+from diffuse_compress.quantization.spec import SCHEMA_VERSION, QuantizationSpec
+
+__all__ = [
+    "FP32_PARAMETER_NAMES",
+    "METADATA_KEY",
+    "ComponentState",
+    "LayerEntry",
+    "foreign_quantization",
+    "get_state",
+    "install_placeholders",
+    "layer_entries",
+    "layers_of_checkpoint",
+    "metadata_of",
+    "quantized_layers",
+    "read_metadata",
+    "require_keys",
+]
+
+METADATA_KEY = QUANT_METHOD
+# Kept in fp32 whatever the model's dtype: rounding them to bf16 would cost 0.4 % of every weight.
+FP32_PARAMETER_NAMES = ("scale", "input_scale", "zero_point", "act_pre_scale")
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """What must be known of a converted layer before its tensors are loaded.
+
+    Attributes:
+        scheme: its format.
+        compute_dtype: dtype of its inputs and bias.
+        act_pre_scale: it has a per-input-channel smoothing scale.
+        low_rank: rank of its low-rank branch, 0 for none.
+    """
+
+    scheme: Scheme
+    compute_dtype: torch.dtype
+    act_pre_scale: bool = False
+    low_rank: int = 0
+
+
+@dataclass
+class ComponentState:
+    """Everything known of a compressed component beyond its tensors.
+
+    Attributes:
+        config: the resolved configuration, as in config.json.
+        layers: {qualified name: entry}; exact.
+        report: the component's part of the report (see ``report.py``), or None if never measured.
+    """
+
+    config: QuantizationConfig
+    layers: dict[str, LayerEntry]
+    report: dict[str, Any] | None = field(default=None)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedConv2d]:
+    """Converted layers by qualified name, in registration order."""
+    return {name: mod for name, mod in model.named_modules() if isinstance(mod, QuantizedLinear | QuantizedConv2d)}
+
+
+def layer_entries(model: nn.Module) -> dict[str, LayerEntry]:
+    """The layer map of a live model."""
+    entries = {}
+    for name, layer in quantized_layers(model).items():
+        low_rank = getattr(layer, "low_rank_down", None)
+        entries[name] = LayerEntry(
+            layer.scheme,
+            layer.compute_dtype,
+            getattr(layer, "act_pre_scale", None) is not None,
+            0 if low_rank is None else low_rank.shape[0],
+        )
+    return entries
+
+
+def get_state(component: Any) -> ComponentState | None:
+    """State of a component compressed by this package, else None."""
+    state = getattr(getattr(component, "hf_quantizer", None), "state", None)
+    return state if isinstance(state, ComponentState) else None
+
+
+def foreign_quantization(component: Any) -> str | None:
+    """Name of another library's quantization on this component, or None."""
+    quantizer = getattr(component, "hf_quantizer", None)
+    if quantizer is not None and get_state(component) is None:
+        method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
+        return str(getattr(method, "value", method) or type(quantizer).__name__)
+    for module in component.modules():
+        origin = type(module).__module__.partition(".")[0]
+        if origin in {"bitsandbytes", "optimum", "sdnq", "nunchaku", "auto_gptq", "gptqmodel", "awq", "hqq", "modelopt"}:
+            return origin
+        weight = module._parameters.get("weight")
+        if weight is not None and type(weight.data) is not torch.Tensor and "torchao" in type(weight.data).__module__:
+            return "torchao"
+    return None
+
+
+def metadata_of(state: ComponentState) -> dict[str, str]:
+    """Safetensors metadata of a component: one key, one JSON string; equal states give equal strings."""
+    labels: dict[Scheme, str] = {}
+    layers: dict[str, list[Any]] = {}
+    main_dtype = state.config.compute_dtype
+    for name, entry in state.layers.items():
+        label = labels.setdefault(entry.scheme, str(len(labels)))
+        extra: dict[str, Any] = {}
+        if entry.compute_dtype != main_dtype:
+            extra["compute_dtype"] = _dtype_name(entry.compute_dtype)
+        if entry.act_pre_scale:
+            extra["act_pre_scale"] = True
+        if entry.low_rank:
+            extra["low_rank"] = entry.low_rank
+        layers[name] = [label, extra] if extra else [label]
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "compute_dtype": None if main_dtype is None else _dtype_name(main_dtype),
+        "schemes": {label: scheme.to_dict() for scheme, label in labels.items()},
+        "layers": layers,
+        "report": state.report,
+    }
+    return {METADATA_KEY: json.dumps(content, separators=(",", ":"), sort_keys=True)}
+
+
+def read_metadata(files: Iterable[str | Path] | None) -> dict[str, Any] | None:
+    """Our metadata from the first safetensors file that has it, or None.
+
+    Raises:
+        CheckpointError: the metadata is not JSON, or its schema is newer than this release.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in files or ():
+        if not str(file).endswith(".safetensors"):
+            continue
+        try:
+            with safe_open(str(file), framework="pt") as handle:
+                text = (handle.metadata() or {}).get(METADATA_KEY)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{Path(file).name}: not a readable safetensors file ({error}). It is truncated or corrupted: "
+                "download or save the checkpoint again."
+            ) from error
+        if text is None:
+            continue
+        try:
+            content = json.loads(text)
+            version = int(content["schema_version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{Path(file).name}: unreadable metadata ({error}). Save the checkpoint anew.") from error
+        if version > SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{Path(file).name}: schema_version must be up to {SCHEMA_VERSION}, got {version}. The checkpoint was "
+                "written by a newer release: pip install -U diffuse-compress."
+            )
+        return dict(content)
+    return None
+
+
+def layers_of_checkpoint(
+    model: nn.Module, spec: QuantizationSpec, metadata: Mapping[str, Any] | None, dtype: torch.dtype
+) -> dict[str, LayerEntry]:
+    """The layer map of a checkpoint: from its metadata, or from the config's patterns where it has none.
+
+    ``dtype`` is what the model is being loaded in; layers stored in another dtype than the model's main one keep it.
+    """
+    if metadata is not None:
+        schemes = {label: Scheme.from_dict(value) for label, value in metadata["schemes"].items()}
+        entries = {}
+        for name, (label, *rest) in metadata["layers"].items():
+            extra = dict(rest[0]) if rest else {}
+            own = extra.pop("compute_dtype", None)
+            entries[name] = LayerEntry(schemes[label], dtype if own is None else getattr(torch, own), **extra)
+        return entries
+    rules = spec.rules or ()
+    entries = {}
+    for name, module in model.named_modules():
+        scheme = first_match(rules, name) if isinstance(module, nn.Linear | nn.Conv2d) else None
+        if scheme is not None:
+            entries[name] = LayerEntry(scheme, dtype)
+    return entries
+
+
+def install_placeholders(model: nn.Module, layers: Mapping[str, LayerEntry]) -> None:
+    """Replace the layers of a meta-device model by empty quantized ones, ready for their tensors.
+
+    Raises:
+        CheckpointError: a layer is missing from the model or of another type.
+    """
+    for name, entry in layers.items():
+        try:
+            module = model.get_submodule(name)
+            layer = placeholder_for(
+                module,
+                entry.scheme,
+                compute_dtype=entry.compute_dtype,
+                act_pre_scale=entry.act_pre_scale,
+                low_rank=entry.low_rank,
+            )
+        except (AttributeError, DiffuseCompressError, TypeError) as error:
+            raise CheckpointError(
+                f"{type(model).__name__}.{name}: the checkpoint holds a quantized layer here, the model class does "
+                f"not ({error}). Load it with the class and library version it was saved with."
+            ) from error
+        replace_module(model, name, layer)
+
+
+def require_keys(model: nn.Module, layers: Mapping[str, LayerEntry], present: Iterable[str], on_disk: str) -> None:
+    """Raise CheckpointError if a packed tensor of ``layers`` is not among the ``present`` keys.
+
+    ``on_disk`` is the name under which ``qweight`` is stored.
+    """
+    have = set(present)
+    missing = []
+    for name in layers:
+        for leaf, _ in model.get_submodule(name).named_parameters(recurse=False):
+            key = f"{name}.{on_disk if leaf == 'qweight' else leaf}"
+            if key not in have:
+                missing.append(key)
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise CheckpointError(
+            f"{type(model).__name__}: the checkpoint lacks {len(missing)} tensors of its quantized layers ({shown}). "
+            "It is incomplete: download or save it again."
+        )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,160 @@
+"""The diffusers door: a DiffusersQuantizer for loading, and the marks of a compressed ModelMixin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import nn
+
+from diffuse_compress.assignment import assign_layers, resolve_rules
+from diffuse_compress.errors import CheckpointError
+from diffuse_compress.integrations.compat import remove_from_diffusers_config
+from diffuse_compress.integrations.component import (
+    FP32_PARAMETER_NAMES,
+    ComponentState,
+    install_placeholders,
+    layer_entries,
+    layers_of_checkpoint,
+    metadata_of,
+    quantized_layers,
+    read_metadata,
+    require_keys,
+)
+from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
+from diffuse_compress.integrations.streaming import quantize_loaded_weight
+from diffuse_compress.quantization.convert import replace_module
+from diffuse_compress.quantization.scheme import Scheme
+
+__all__ = ["DiffuseCompressQuantizer", "mark_compressed", "register", "unmark"]
+
+
+class DiffuseCompressQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+    """Loads our checkpoints, and quantizes tensor by tensor when given a config with dense weights."""
+
+    # False makes diffusers hand over a fresh keep_in_fp32 list instead of the model class's own object, so that
+    # it can be extended without changing the class.
+    use_keep_in_fp32_modules = False
+    state: ComponentState | None = None
+
+    def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        # from_single_file never says so, but only a stored checkpoint has resolved rules.
+        self.pre_quantized = bool(self.pre_quantized) and quantization_config.spec.rules is not None
+        self._dtype: torch.dtype | None = None
+        self._metadata: dict[str, Any] | None = None
+        self._loaded_keys: list[str] | None = None
+        self._pending: dict[str, Scheme] = {}
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        # Without a dtype, diffusers would load the unquantized layers of a bf16 checkpoint as fp32.
+        self._dtype = torch_dtype if torch_dtype is not None else self.quantization_config.compute_dtype
+        return self._dtype
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        if self.pre_quantized:
+            self._metadata = read_metadata(checkpoint_files)
+            self._loaded_keys = list(loaded_keys)
+        return loaded_keys
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        spec = self.quantization_config.spec
+        if keep_in_fp32_modules is not None:
+            keep_in_fp32_modules.extend([*(model._keep_in_fp32_modules or ()), *FP32_PARAMETER_NAMES])
+        if not self.pre_quantized:
+            assigned = assign_layers(model, spec)
+            self._pending = {name: item.scheme for name, item in assigned.items() if item.scheme is not None}
+            self._rules = resolve_rules(assigned)
+            return
+        layers = layers_of_checkpoint(model, spec, self._metadata, self._dtype or torch.float32)
+        install_placeholders(model, layers)
+        if self._loaded_keys is not None:
+            require_keys(model, layers, self._loaded_keys, on_disk="qweight")
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        layer, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and layer in self._pending
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Any] | None = None,
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        name = param_name.rpartition(".")[0]
+        scheme = self._pending.pop(name)
+        quantize_loaded_weight(model, name, param_value, scheme, self.quantization_config.spec, target_device)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self._pending:
+            raise CheckpointError(
+                f"{type(model).__name__}: the checkpoint holds no weight for {len(self._pending)} layers that were to "
+                f"be quantized, e.g. {next(iter(self._pending))}."
+            )
+        config = self.quantization_config
+        if not self.pre_quantized:
+            config = QuantizationConfig.from_spec(config.spec.resolved(self._rules), self._dtype or model.dtype)
+        report = (self._metadata or {}).get("report")
+        _mark(model, self, ComponentState(config, layer_entries(model), report))
+        return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        return state_dict, metadata_of(self.state) if self.state is not None else {}
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        for name, layer in quantized_layers(model).items():
+            replace_module(model, name, layer.to_dense())
+        remove_from_diffusers_config(model, "quantization_config")
+        model.__dict__.pop("quantization_method", None)
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def mark_compressed(model: nn.Module, state: ComponentState) -> None:
+    """Make a live ModelMixin whose layers were converted save and reload as a compressed one."""
+    _mark(model, DiffuseCompressQuantizer(state.config, pre_quantized=True), state)
+
+
+def _mark(model: nn.Module, quantizer: DiffuseCompressQuantizer, state: ComponentState) -> None:
+    quantizer.state, quantizer.quantization_config, quantizer.pre_quantized = state, state.config, True
+    model.hf_quantizer = quantizer
+    model.quantization_method = state.config.quant_method
+    # Our layers follow .to(dtype) by themselves (scales stay fp32), so diffusers' guard is not needed.
+    model.is_quantized = False
+    model.register_to_config(quantization_config=state.config)
+
+
+def unmark(model: nn.Module) -> None:
+    """Undo :func:`mark_compressed`; the layers are the caller's business."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        model.__dict__.pop(name, None)
+    remove_from_diffusers_config(model, "quantization_config")
+
+
+def register() -> None:
+    """Add our method to diffusers' tables (it has no register function). Idempotent; never clobbers."""
+    AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, DiffuseCompressQuantizer)
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, QuantizationConfig)

@@ -1,0 +1,145 @@
+"""QuantizationConfig: one class for ``compress``, ``quant_mapping=`` and ``from_pretrained(quantization_config=)``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+
+from diffuse_compress.errors import ConfigError, nearest
+from diffuse_compress.integrations.compat import mixin_bases
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, algorithm_from_dict
+from diffuse_compress.quantization.scheme import Scheme
+from diffuse_compress.quantization.spec import QuantizationSpec
+
+__all__ = ["QUANT_METHOD", "QuantizationConfig"]
+
+QUANT_METHOD = "diffuse_compress"
+
+
+class _Method(str, Enum):
+    """diffusers reads ``quant_method.value``, so a plain string would not do."""
+
+    DIFFUSE_COMPRESS = QUANT_METHOD
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
+    """Quantize a component's weights, and activations where the scheme says so.
+
+    The only configuration of this package that is not a frozen dataclass: both libraries require a subclass of
+    their own mixin. Everything it holds is in ``spec``, which is frozen.
+
+    Args:
+        scheme: preset name ("w4a8", see ``diffuse-compress info``), a Scheme, or its dict.
+        algorithm: RTNConfig, HQQConfig, ...; None takes the preset's.
+        modulation_scheme: format of modulation and timestep projections; None takes the preset's.
+        modules_to_not_convert: patterns of modules to leave alone: whole dotted components ("attn1.to_q"), globs
+            ("*.ff.*") or "re:" regular expressions.
+        overrides: {pattern: preset, Scheme or None}; the last match wins. A layer named here is converted whatever
+            its role.
+        seed: of algorithms that draw random numbers.
+        compute_dtype: dtype of the unquantized layers; recorded when a model is compressed.
+
+    Raises:
+        ConfigError: unknown names; a preset that needs calibration and got none.
+    """
+
+    def __init__(
+        self,
+        scheme: str | Scheme | Mapping[str, Any],
+        algorithm: AlgorithmConfig | Mapping[str, Any] | None = None,
+        modulation_scheme: str | Scheme | Mapping[str, Any] | None = None,
+        modules_to_not_convert: str | Iterable[str] | None = None,
+        overrides: Mapping[str, str | Scheme | None] | None = None,
+        seed: int = 0,
+        compute_dtype: torch.dtype | str | None = None,
+    ) -> None:
+        if isinstance(algorithm, Mapping):
+            algorithm = algorithm_from_dict(dict(algorithm))
+        self._set(
+            QuantizationSpec.build(
+                scheme,
+                algorithm=algorithm,
+                modulation_scheme=modulation_scheme,
+                modules_to_not_convert=modules_to_not_convert,
+                overrides=overrides,
+                seed=seed,
+            ),
+            compute_dtype,
+        )
+
+    @classmethod
+    def from_spec(cls, spec: QuantizationSpec, compute_dtype: torch.dtype | None = None) -> QuantizationConfig:
+        """The config around an existing spec, e.g. one resolved on a model."""
+        config = cls.__new__(cls)
+        config._set(spec, compute_dtype)
+        return config
+
+    def _set(self, spec: QuantizationSpec, compute_dtype: torch.dtype | str | None) -> None:
+        self.quant_method = _Method.DIFFUSE_COMPRESS
+        self.spec = spec
+        self.compute_dtype = _as_dtype(compute_dtype)
+        self.modules_to_not_convert = list(spec.modules_to_not_convert) or None
+
+    @property
+    def kind(self) -> str:
+        """Methods of different kinds add up on a component; two of one kind conflict."""
+        return "weights"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content of ``config.json``'s ``quantization_config``: patterns only, no prompts, no paths."""
+        dtype = None if self.compute_dtype is None else str(self.compute_dtype).removeprefix("torch.")
+        return {"quant_method": QUANT_METHOD, "compute_dtype": dtype, **self.spec.to_dict()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Same as :meth:`to_dict`; diffusers' mixin calls it without defining it."""
+        return self.to_dict()
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Read :meth:`to_dict`'s output, or a dict of constructor arguments.
+
+        Raises:
+            CheckpointError: written by a newer schema, or incomplete.
+        """
+        data = {key: val for key, val in config_dict.items() if key != "quant_method"}
+        if "schema_version" in data:
+            config = cls.from_spec(QuantizationSpec.from_dict(data), _as_dtype(data.get("compute_dtype")))
+        else:
+            config = cls(**data)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, QuantizationConfig) and self.spec == other.spec
+
+    def __hash__(self) -> int:
+        return hash(self.spec)
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        parts = [repr(spec.preset or spec.scheme.name), f"algorithm={spec.algorithm!r}"]
+        if spec.modules_to_not_convert:
+            parts.append(f"modules_to_not_convert={list(spec.modules_to_not_convert)!r}")
+        if spec.overrides:
+            parts.append(f"overrides={len(spec.overrides)} patterns")
+        if spec.rules is not None:
+            parts.append(f"resolved to {len(spec.rules)} patterns")
+        return f"QuantizationConfig({', '.join(parts)})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizationConfig:
+        return type(self).from_spec(copy.deepcopy(self.spec, memo), self.compute_dtype)
+
+
+def _as_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
+    if value is None or isinstance(value, torch.dtype):
+        return value
+    dtype = getattr(torch, value.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"compute_dtype: {nearest(value, ['float32', 'bfloat16', 'float16'])}, got {value!r}.")
+    return dtype

@@ -1,0 +1,124 @@
+"""``save_pretrained`` of compressed objects: written beside, synced, then moved into place file by file."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from diffuse_compress.errors import CheckpointError
+from diffuse_compress.integrations.component import get_state
+
+__all__ = ["publish", "wrap_save_pretrained"]
+
+_MARK = "_diffuse_compress_wrapped"
+# Written last: a reader that finds these finds everything they point to.
+_LAST = ("model_index.json", "modular_model_index.json")
+
+
+def wrap_save_pretrained(cls: type) -> None:
+    """Wrap ``cls.save_pretrained`` once; for objects that carry no compression it is the stock function."""
+    stock: Callable[..., Any] = cls.save_pretrained  # type: ignore[attr-defined]
+    if getattr(stock, _MARK, False) or "save_pretrained" not in cls.__dict__:
+        return
+
+    @functools.wraps(stock)
+    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        if not _is_compressed(self) or _staging(save_directory):
+            return stock(self, save_directory, *args, **kwargs)
+        return _save(stock, self, Path(save_directory), args, kwargs)
+
+    setattr(save_pretrained, _MARK, True)
+    cls.save_pretrained = save_pretrained  # type: ignore[attr-defined]
+
+
+def _is_compressed(obj: Any) -> bool:
+    if get_state(obj) is not None:
+        return True
+    components = getattr(obj, "components", None)
+    return isinstance(components, dict) and any(get_state(getattr(c, "_orig_mod", c)) for c in components.values())
+
+
+_PREFIX = ".diffuse_compress-"
+
+
+def _staging(folder: str | os.PathLike[str]) -> bool:
+    """True inside a save that is already being staged: a pipeline saves its components through the same wrapper."""
+    return any(part.startswith(_PREFIX) for part in Path(folder).parts)
+
+
+def _save(stock: Callable[..., Any], obj: Any, target: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if target.is_file():
+        raise CheckpointError(f"save_pretrained needs a folder, {target} is a file. Give another path.")
+    target.mkdir(parents=True, exist_ok=True)
+    push = kwargs.pop("push_to_hub", False)
+    staging = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
+    try:
+        result = stock(obj, str(staging), *args, **kwargs)
+        publish(staging, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CheckpointError(
+                f"save_pretrained: the disk of {target} is full ({error}). What was there before is untouched; free "
+                "space and save again."
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    if push:
+        _push(obj, target, kwargs)
+    return result
+
+
+def publish(staging: Path, target: Path) -> None:
+    """Move every file of ``staging`` over its place in ``target``: synced first, index files last.
+
+    Files in ``target`` that this save did not write stay, except weight files of components it did write: an old
+    shard or single file beside a new one would be loaded in its stead.
+    """
+    files = sorted((path for path in staging.rglob("*") if path.is_file()), key=lambda p: (p.name in _LAST, str(p)))
+    for file in files:
+        _sync(file)
+    stale = list(_stale_weights(staging, target))
+    for file in files:
+        place = target / file.relative_to(staging)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
+    for path in stale:
+        path.unlink(missing_ok=True)
+    for folder in {(target / file.relative_to(staging)).parent for file in files}:
+        _sync(folder)
+
+
+def _stale_weights(staging: Path, target: Path) -> Iterator[Path]:
+    # Variants ("model.fp16.safetensors") are other checkpoints and stay; .bin files lose to safetensors anyway.
+    endings, stems = (".safetensors", ".safetensors.index.json"), ("diffusion_pytorch_model", "model")
+    written = {path.relative_to(staging) for path in staging.rglob("*") if path.is_file()}
+    folders = {path.parent for path in written if path.name.endswith(endings)}
+    for folder in folders:
+        here = target / folder
+        for path in here.glob("*") if here.is_dir() else ():
+            ours = path.name.startswith(stems) and path.name.endswith(endings)
+            if ours and path.relative_to(target) not in written and "." not in path.name.split(".safetensors")[0]:
+                yield path
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # folders cannot be synced on every file system
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.EACCES, errno.EPERM):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _push(obj: Any, folder: Path, kwargs: dict[str, Any]) -> None:
+    hub = {k: kwargs[k] for k in ("commit_message", "private", "create_pr", "token", "variant") if k in kwargs}
+    obj.push_to_hub(kwargs.get("repo_id") or folder.name, **hub)

@@ -1,0 +1,241 @@
+"""The transformers door: an HfQuantizer for loading and saving, and the marks of a compressed PreTrainedModel.
+
+transformers only warns about a quantization method it does not know and goes on with random weights. So on disk a
+layer's packed codes stand under the stock key ``<layer>.weight`` with a leading axis of 1: a load without this
+package meets a shape it cannot accept and stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from diffuse_compress.assignment import assign_layers, resolve_rules
+from diffuse_compress.errors import CheckpointError
+from diffuse_compress.integrations.component import (
+    ComponentState,
+    LayerEntry,
+    install_placeholders,
+    layer_entries,
+    layers_of_checkpoint,
+    metadata_of,
+    quantized_layers,
+    read_metadata,
+    require_keys,
+)
+from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
+from diffuse_compress.integrations.streaming import quantize_loaded_weight
+from diffuse_compress.quantization.convert import replace_module
+from diffuse_compress.quantization.scheme import Scheme
+
+__all__ = ["DiffuseCompressHfQuantizer", "mark_compressed", "register", "unmark"]
+
+
+class _DropLeadingAxis(ConversionOps):  # type: ignore[misc]
+    """[1, ...] on disk, [...] in memory."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        (value,) = input_dict.values()
+        tensor = value[0] if isinstance(value, list) else value
+        return {kwargs["full_layer_name"]: tensor.squeeze(0)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        raise NotImplementedError  # saving goes through get_state_dict_and_metadata
+
+
+class _PackedWeights(WeightConverter):  # type: ignore[misc]
+    """Renames ``<layer>.weight`` to ``<layer>.qweight`` for exactly the converted layers.
+
+    One object answers for all of them by set membership; a regular expression per layer would be tried against
+    every key of the checkpoint.
+    """
+
+    def __init__(self, layers: Collection[str], base_model_prefix: str) -> None:
+        super().__init__(["diffuse_compress.weight"], ["diffuse_compress.qweight"], [_DropLeadingAxis()])
+        prefix = f"{base_model_prefix}."
+        names = set(layers)
+        # A headless model loads a headed one's checkpoint and the other way round: keys differ by this prefix.
+        names |= {prefix + name for name in layers} | {name.removeprefix(prefix) for name in layers}
+        object.__setattr__(self, "_keys", {f"{name}.weight" for name in names})
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        if source_key not in self._keys:
+            return source_key, None
+        self._was_used = True
+        return f"{source_key.removesuffix('weight')}qweight", self.source_patterns[0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightConverter:
+        # Loading copies the converter once per tensor; the set of keys is not needed any more by then.
+        return WeightConverter(list(self.source_patterns), list(self.target_patterns), [_DropLeadingAxis()])
+
+
+class _QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
+    """Replaces the dense layer by its quantized form when its weight arrives."""
+
+    def __init__(self, quantizer: DiffuseCompressHfQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        (value,) = input_dict.values()
+        weight = value[0] if isinstance(value, list) else value
+        key, model = kwargs["full_layer_name"], kwargs["model"]
+        name = key.rpartition(".")[0]
+        scheme = self.quantizer.pending.pop(name)
+        quantize_loaded_weight(model, name, weight, scheme, self.quantizer.quantization_config.spec, weight.device)
+        missing = kwargs.get("missing_keys")
+        if missing is not None:
+            missing.discard(key)
+        return {}
+
+
+class DiffuseCompressHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads and saves our checkpoints; quantizes tensor by tensor when given a config with dense weights."""
+
+    requires_calibration = False
+    state: ComponentState | None = None
+
+    def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.pending: dict[str, Scheme] = {}
+        self._layers: dict[str, LayerEntry] = {}
+        self._metadata: dict[str, Any] | None = None
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        spec = self.quantization_config.spec
+        self._base_model_prefix = getattr(model, "base_model_prefix", "")
+        if not self.pre_quantized:
+            assigned = assign_layers(model, spec)
+            self.pending = {name: item.scheme for name, item in assigned.items() if item.scheme is not None}
+            self._rules = resolve_rules(assigned)
+            return
+        self._metadata = read_metadata(checkpoint_files)
+        layers = layers_of_checkpoint(model, spec, self._metadata, model.dtype)
+        self._layers = _matching_prefix(model, layers, self._base_model_prefix)
+        install_placeholders(model, self._layers)
+        keys = _keys_of(checkpoint_files)
+        if keys is not None:
+            prefix = f"{self._base_model_prefix}."
+            keys |= {prefix + key for key in keys} | {key.removeprefix(prefix) for key in keys}
+            require_keys(model, self._layers, keys, on_disk="weight")
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        return [_PackedWeights(self._layers, self._base_model_prefix)] if self._layers else []
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        # An fp8 weight inside a layer that the class keeps in fp32 (T5's ``wo``) must not be cast with it.
+        if hasattr(param, "get_dtype") and param.get_dtype().startswith("F8"):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        layer, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and layer in self.pending
+
+    def get_quantize_ops(self) -> _QuantizeOnLoad:
+        return _QuantizeOnLoad(self)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.pending:
+            raise CheckpointError(
+                f"{type(model).__name__}: the checkpoint holds no weight for {len(self.pending)} layers that were to "
+                f"be quantized, e.g. {next(iter(self.pending))}."
+            )
+        config = self.quantization_config
+        if not self.pre_quantized:
+            config = QuantizationConfig.from_spec(config.spec.resolved(self._rules), model.dtype)
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions is not None:
+            model._weight_conversions = [item for item in conversions if not isinstance(item, _PackedWeights)]
+        _mark(model, self, ComponentState(config, layer_entries(model), (self._metadata or {}).get("report")))
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        state_dict = model.state_dict()
+        for name in quantized_layers(model):
+            state_dict[f"{name}.weight"] = state_dict.pop(f"{name}.qweight").unsqueeze(0)
+        return state_dict, metadata_of(self.state) if self.state is not None else {}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, layer in quantized_layers(model).items():
+            replace_module(model, name, layer.to_dense())
+        return model
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def mark_compressed(model: nn.Module, state: ComponentState) -> None:
+    """Make a live PreTrainedModel whose layers were converted save and reload as a compressed one."""
+    quantizer = DiffuseCompressHfQuantizer(state.config, pre_quantized=True)
+    quantizer._base_model_prefix = getattr(model, "base_model_prefix", "")
+    _mark(model, quantizer, state)
+
+
+def _mark(model: nn.Module, quantizer: DiffuseCompressHfQuantizer, state: ComponentState) -> None:
+    quantizer.state, quantizer.quantization_config, quantizer.pre_quantized = state, state.config, True
+    quantizer._layers = state.layers
+    model.hf_quantizer = quantizer
+    model.quantization_method = state.config.quant_method
+    model.is_quantized = True
+    model.config.quantization_config = state.config
+
+
+def unmark(model: nn.Module) -> None:
+    """Undo :func:`mark_compressed`; the layers are the caller's business."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        model.__dict__.pop(name, None)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _matching_prefix(model: nn.Module, layers: dict[str, LayerEntry], prefix: str) -> dict[str, LayerEntry]:
+    """Layer names as this class has them: a checkpoint of the headed class differs by the base model's prefix."""
+    names = {name for name, _ in model.named_modules()}
+    found = {}
+    for name, entry in layers.items():
+        candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        match = next((candidate for candidate in candidates if candidate in names), None)
+        if match is not None:
+            found[match] = entry
+        elif not prefix or name.startswith(f"{prefix}."):
+            found[name] = entry  # reported by install_placeholders
+    return found
+
+
+def _keys_of(checkpoint_files: list[str] | None) -> set[str] | None:
+    from safetensors import safe_open
+
+    keys: set[str] = set()
+    for file in checkpoint_files or ():
+        if not str(file).endswith(".safetensors"):
+            return None
+        with safe_open(str(file), framework="pt") as handle:
+            keys.update(handle.keys())
+    return keys or None
+
+
+def register() -> None:
+    """Register our method with transformers. Idempotent; never clobbers."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(QuantizationConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(DiffuseCompressHfQuantizer)

@@ -1,0 +1,299 @@
+"""The plan: what compress would do to every parameter, in bytes, before any weight is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.assignment import LayerAssignment, assign_layers, resolve_rules
+from diffuse_compress.components import model_components, resolve_names
+from diffuse_compress.errors import CompressionConflictError, ConfigError, ModelStateError
+from diffuse_compress.integrations.component import foreign_quantization, get_state
+from diffuse_compress.integrations.quantization_config import QuantizationConfig
+from diffuse_compress.patterns import matches, require_match
+from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
+from diffuse_compress.quantization.scheme import Scheme
+from diffuse_compress.quantization.spec import QuantizationSpec, resolve_scheme
+from diffuse_compress.recipe import Recipe
+
+__all__ = ["ComponentPlan", "CompressionPlan", "PlanRow", "make_plan", "tensor_rows"]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One tensor of a component's state dict.
+
+    Attributes:
+        parameter: its key, e.g. ``transformer_blocks.0.attn1.to_q.weight``.
+        layer: the module that owns it.
+        shape: as stored in the dense model.
+        role: the layer's part in the model, or "" for anything but linears and convolutions.
+        scheme: name of the format it gets ("w4a8"), or None if kept.
+        bytes_before: now, in its present dtype.
+        bytes_after: as written to disk and held in memory afterwards, scales included.
+        reason: why it is kept, or "".
+    """
+
+    parameter: str
+    layer: str
+    shape: tuple[int, ...]
+    role: str
+    scheme: str | None
+    bytes_before: int
+    bytes_after: int
+    reason: str
+
+
+class ComponentPlan:
+    """Plan of one component. ``assigned`` holds the decisions, ``rows`` what they mean for every tensor."""
+
+    def __init__(self, name: str, model: nn.Module, config: QuantizationConfig) -> None:
+        self.name, self.class_name = name, type(model).__name__
+        self._model, self.request = model, config
+        self.spec: QuantizationSpec = config.spec
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.assigned: dict[str, LayerAssignment] = assign_layers(self._model, self.spec)
+        self.rows = list(tensor_rows(self._model, self.assigned))
+
+    def edit(self, pattern: str, scheme: Scheme | None) -> None:
+        """Give every layer matching ``pattern`` this scheme, or None to keep it."""
+        if self.spec.rules is not None:
+            raise ConfigError(f"{self.name}: this recipe is resolved; edit a plan made from a preset instead.")
+        before = self.spec
+        self.spec = dataclasses.replace(before, overrides=(*before.overrides, (pattern, scheme)))
+        try:
+            self._refresh()
+            blocked = [
+                name
+                for name, item in self.assigned.items()
+                if scheme is not None and matches(pattern, name) and item.scheme is None
+            ]
+            if blocked:
+                reason = self.assigned[blocked[0]].reason
+                raise ConfigError(f"plan.set({pattern!r}): {blocked[0]} cannot be converted: {reason}.")
+        except Exception:
+            self.spec = before
+            self._refresh()
+            raise
+
+    @property
+    def resolved_config(self) -> QuantizationConfig:
+        """The config with the layers it came to."""
+        dtype = _compute_dtype(self._model)
+        return QuantizationConfig.from_spec(self.spec.resolved(resolve_rules(self.assigned)), dtype)
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(row.bytes_after for row in self.rows)
+
+    @property
+    def layers(self) -> dict[str, Scheme]:
+        """Layers to convert, in order."""
+        return {name: item.scheme for name, item in self.assigned.items() if item.scheme is not None}
+
+
+class CompressionPlan:
+    """What ``compress`` would do: editable, printable, and itself an argument of ``compress``.
+
+    Attributes:
+        components: {name: ComponentPlan}; a bare model's name is "".
+        unchanged: components that already carry this very configuration.
+        untouched: {name: bytes} of models that this plan leaves alone.
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        components: dict[str, ComponentPlan],
+        unchanged: list[str],
+        untouched: dict[str, int],
+        device: torch.device,
+    ) -> None:
+        self.target_class = type(target).__name__
+        self.components, self.unchanged, self.untouched = components, unchanged, untouched
+        self.device = device
+        self._target = target
+
+    def set(self, pattern: str, scheme: str | Scheme, component: str | None = None) -> CompressionPlan:
+        """Give every layer matching ``pattern`` this preset or Scheme, whatever its role. Returns self.
+
+        Raises:
+            ConfigError: the pattern matches nothing, or a matched layer cannot be converted.
+            IncompatibleShapeError: the scheme does not fit a layer's shape.
+        """
+        self._edit(pattern, resolve_scheme(scheme), component)
+        return self
+
+    def keep(self, pattern: str, component: str | None = None) -> CompressionPlan:
+        """Leave every layer matching ``pattern`` as it is. Returns self."""
+        self._edit(pattern, None, component)
+        return self
+
+    def _edit(self, pattern: str, scheme: Scheme | None, component: str | None) -> None:
+        chosen = [self.components[component]] if component in self.components else list(self.components.values())
+        if component is not None and component not in self.components:
+            raise ConfigError(f"plan: no component {component!r}; it has {', '.join(self.components) or 'none'}.")
+        names = {f"{part.name}.{name}" if part.name else name for part in chosen for name in part.assigned}
+        require_match([pattern], names, "plan")
+        for part in chosen:
+            own = pattern.removeprefix(f"{part.name}.") if part.name else pattern
+            if any(matches(own, name) for name in part.assigned):
+                part.edit(own, scheme)
+
+    @property
+    def rows(self) -> list[PlanRow]:
+        """Rows of all planned components."""
+        return [row for part in self.components.values() for row in part.rows]
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the planned components now."""
+        return sum(part.bytes_before for part in self.components.values())
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the planned components afterwards."""
+        return sum(part.bytes_after for part in self.components.values())
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe of this plan."""
+        return Recipe({name: (part.resolved_config,) for name, part in self.components.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form: {"components": {name: {"class", "config", "bytes_before", "bytes_after", "rows"}}, ...}."""
+        return {
+            "target": self.target_class,
+            "device": str(self.device),
+            "components": {
+                name: {
+                    "class": part.class_name,
+                    "config": part.resolved_config.to_dict(),
+                    "bytes_before": part.bytes_before,
+                    "bytes_after": part.bytes_after,
+                    "rows": [dataclasses.asdict(row) for row in part.rows],
+                }
+                for name, part in self.components.items()
+            },
+            "unchanged": list(self.unchanged),
+            "untouched": dict(self.untouched),
+        }
+
+    def __str__(self) -> str:
+        from diffuse_compress.plan_text import render_plan
+
+        return render_plan(self)
+
+    __repr__ = __str__
+
+
+def make_plan(target: Any, recipe: Recipe, device: torch.device | None = None) -> CompressionPlan:
+    """Resolve a recipe on a pipeline or model; works on the meta device.
+
+    Raises:
+        ConfigError: unknown component, group or pattern; nothing to convert.
+        CompressionConflictError: a component carries another configuration of the same kind.
+        ModelStateError: a component was quantized by another library.
+    """
+    models = model_components(target)
+    wanted: dict[str, QuantizationConfig | None] = {}
+    for key, names in resolve_names(recipe.components, target).items():
+        configs = recipe.components[key]
+        if len(configs) > 1:
+            raise ConfigError(f"{key}: {len(configs)} configurations of kind 'weights'; a component takes one.")
+        for name in names:
+            exact = key == name
+            if exact or name not in wanted:
+                wanted[name] = configs[0] if configs else None
+    parts, unchanged = {}, []
+    for name, config in wanted.items():
+        if config is None:
+            continue
+        if _is_present(name, models[name], config):
+            unchanged.append(name)
+        else:
+            parts[name] = ComponentPlan(name, models[name], config)
+    rest = {name: _stored_bytes(model) for name, model in models.items() if name not in parts and name not in unchanged}
+    return CompressionPlan(target, parts, unchanged, rest, device or _device_of(models))
+
+
+def tensor_rows(model: nn.Module, assigned: dict[str, LayerAssignment]) -> Iterator[PlanRow]:
+    """A row for every tensor that a checkpoint of ``model`` would hold; shared tensors once."""
+    modules = dict(model.named_modules())
+    persistent = set(model.state_dict(keep_vars=True))
+    buffers = {name: tensor for name, tensor in model.named_buffers() if name in persistent}
+    for key, tensor in [*model.named_parameters(), *buffers.items()]:
+        layer, _, leaf = key.rpartition(".")
+        item = assigned.get(layer)
+        before = tensor.numel() * tensor.element_size()
+        role = item.role.value if item is not None else ""
+        if item is not None and item.scheme is not None and leaf == "weight":
+            after = item.scheme.weight_bytes(item.shape)
+            yield PlanRow(key, layer, tuple(tensor.shape), role, item.scheme.name, before, after, "")
+            continue
+        reason = _kept_reason(key, leaf, modules[layer], item, key in buffers)
+        yield PlanRow(key, layer, tuple(tensor.shape), role, None, before, before, reason)
+
+
+def _kept_reason(key: str, leaf: str, module: nn.Module, item: LayerAssignment | None, is_buffer: bool) -> str:
+    if is_buffer:
+        return "buffer"
+    if isinstance(module, QuantizedLinear | QuantizedConv2d):
+        return f"already {module.scheme.name}"
+    if item is not None:
+        return item.reason if leaf == "weight" and item.reason else leaf
+    if isinstance(module, nn.Embedding):
+        return "embedding table"
+    kind = type(module).__name__
+    return "normalization" if "norm" in kind.lower() else f"parameter of {kind}"
+
+
+def _is_present(name: str, model: nn.Module, config: QuantizationConfig) -> bool:
+    where = name or type(model).__name__
+    foreign = foreign_quantization(model)
+    if foreign is not None:
+        raise ModelStateError(
+            f"{where}: its weights are already quantized by {foreign}. Load the dense checkpoint, or compress other "
+            "components."
+        )
+    state = get_state(model)
+    if state is None:
+        return False
+    if state.config.spec == config.spec or state.config.spec.same_request(config.spec):
+        return True
+    raise CompressionConflictError(
+        f"{where}: already compressed by a method of kind 'weights' ({state.config!r}), asked for another ({config!r}). "
+        "Packed weights are never quantized again: call decompress() first (its weights stay rounded), or load the "
+        "dense checkpoint."
+    )
+
+
+def _stored_bytes(model: nn.Module) -> int:
+    persistent = set(model.state_dict(keep_vars=True))
+    tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in persistent)]
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
+
+
+def _compute_dtype(model: nn.Module) -> torch.dtype:
+    dtype = getattr(model, "dtype", None)
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _device_of(models: dict[str, nn.Module]) -> torch.device:
+    for model in models.values():
+        for parameter in model.parameters():
+            if parameter.device.type != "meta":
+                return parameter.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,95 @@
+"""How a plan reads on a terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from diffuse_compress.components import GROUPS, SELF
+from diffuse_compress.quantization.dispatch import compute_path
+
+if TYPE_CHECKING:
+    from diffuse_compress.plan import ComponentPlan, CompressionPlan, PlanRow
+
+__all__ = ["format_bytes", "group_rows", "render_plan", "shrink_hint"]
+
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
+_UNTOUCHED_SHARE = 0.25
+
+
+def format_bytes(count: float) -> str:
+    """``12.3 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def render_plan(plan: CompressionPlan) -> str:
+    """The whole plan as text; the first line names algorithm, formats and components."""
+    lines = [headline(plan)]
+    for part in plan.components.values():
+        lines += ["", *_component_lines(part, plan)]
+    for name in plan.unchanged:
+        lines.append(f"{name or plan.target_class}: already compressed with this configuration; nothing to do")
+    total = f"total: {format_bytes(plan.bytes_before)} -> {format_bytes(plan.bytes_after)}"
+    if plan.bytes_before:
+        total += f" ({plan.bytes_after / plan.bytes_before:.3f} of before)"
+    lines += ["", total]
+    hint = shrink_hint(plan)
+    return "\n".join([*lines, hint] if hint else lines)
+
+
+def headline(plan: CompressionPlan) -> str:
+    """One line: algorithm, preset and the components it applies to."""
+    described = []
+    for name, part in plan.components.items():
+        spec = part.spec
+        label = f"{spec.preset or spec.scheme.name} by {spec.algorithm.summary}"
+        described.append(f"{label} on {name or part.class_name}")
+    return f"CompressionPlan for {plan.target_class}: " + ("; ".join(described) or "nothing to do")
+
+
+def _component_lines(part: ComponentPlan, plan: CompressionPlan) -> list[str]:
+    title = f"{part.name} ({part.class_name})" if part.name != SELF else part.class_name
+    ratio = part.bytes_after / part.bytes_before if part.bytes_before else 1.0
+    lines = [f"{title}: {format_bytes(part.bytes_before)} -> {format_bytes(part.bytes_after)} ({ratio:.3f})"]
+    table = [("tensors", "count", "scheme", "before", "after", "kept because")]
+    for pattern, rows in group_rows(part.rows):
+        before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
+        cells = (rows[0].scheme or "-", format_bytes(before), format_bytes(after), rows[0].reason)
+        table.append((pattern, str(len(rows)), *cells))
+    lines += _align(table)
+    for scheme in dict.fromkeys(part.layers.values()):
+        path = compute_path(scheme, plan.device)
+        speed = {None: "speed unmeasured here", True: "faster than dense", False: "slower than dense"}
+        lines.append(f"  {scheme.name} on {plan.device}: {path.description}; {speed[path.faster_than_dense]}")
+    return lines
+
+
+def group_rows(rows: Iterable[PlanRow]) -> list[tuple[str, list[PlanRow]]]:
+    """Rows whose names differ only in indices and that fare alike, converted first."""
+    groups: dict[tuple[str, str | None, str], list[PlanRow]] = {}
+    for row in rows:
+        groups.setdefault((_INDEX.sub("*", row.parameter), row.scheme, row.reason), []).append(row)
+    ordered = sorted(groups.items(), key=lambda item: (item[0][1] is None, -sum(r.bytes_before for r in item[1])))
+    return [(key[0], members) for key, members in ordered]
+
+
+def shrink_hint(plan: CompressionPlan) -> str:
+    """The call that would shrink the largest untouched component, if it is over a quarter of what is left."""
+    if not plan.untouched:
+        return ""
+    left = plan.bytes_after + sum(plan.untouched.values())
+    name, size = max(plan.untouched.items(), key=lambda item: item[1])
+    if not left or size / left <= _UNTOUCHED_SHARE:
+        return ""
+    preset = "w8a16" if any(GROUPS[group].match(name) for group in ("text_encoders", "vaes")) else "w8a8"
+    return f'{name} is {size / left:.0%} of what is left ({format_bytes(size)}); pipe.compress({{"{name}": "{preset}"}}) would shrink it'
+
+
+def _align(table: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]

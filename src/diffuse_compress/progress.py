@@ -1,0 +1,41 @@
+"""Progress bars that follow the host library's own switches, and the user's callback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+__all__ = ["Callback", "track"]
+
+Callback = Callable[[str, int, int, dict[str, Any]], object]
+"""``callback(stage, done, total, metrics)``; an exception raised in it cancels and restores."""
+_Item = TypeVar("_Item")
+
+
+def track(
+    items: Sequence[_Item], stage: str, target: Any, callback: Callback | None, metrics: dict[str, Any]
+) -> Iterator[_Item]:
+    """Yield ``items`` behind a progress bar, calling ``callback`` after each with what ``metrics`` holds by then.
+
+    The bar obeys ``diffusers.utils.logging.disable_progress_bar()`` (transformers' for its models) and
+    ``pipe.set_progress_bar_config(disable=True)``.
+    """
+    config = {key: val for key, val in getattr(target, "_progress_bar_config", {}).items() if key != "desc"}
+    with _tqdm(total=len(items), desc=stage, **config) as bar:
+        for done, item in enumerate(items, start=1):
+            yield item
+            bar.update(1)
+            if callback is not None:
+                callback(stage, done, len(items), dict(metrics))
+
+
+def _tqdm(**kwargs: Any) -> Any:
+    # Whichever library is loaded owns the switch; neither is imported for a progress bar.
+    for library in ("diffusers", "transformers"):
+        logging = sys.modules.get(f"{library}.utils.logging")
+        if logging is not None:
+            return logging.tqdm(**kwargs)
+    from tqdm.auto import tqdm
+
+    return tqdm(**kwargs)

@@ -1,0 +1,167 @@
+"""What is asked of a component: formats, exceptions and algorithm, as one frozen, JSON-able value."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from diffuse_compress.errors import CheckpointError, ConfigError
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, algorithm_from_dict, algorithm_to_dict
+from diffuse_compress.quantization.algorithms.rtn import RTNConfig
+from diffuse_compress.quantization.presets import resolve_preset
+from diffuse_compress.quantization.scheme import Scheme
+
+__all__ = ["SCHEMA_VERSION", "QuantizationSpec", "resolve_scheme"]
+
+SCHEMA_VERSION = 1
+Rules = tuple[tuple[str, Scheme | None], ...]
+
+
+def resolve_scheme(value: str | Scheme | Mapping[str, Any] | None) -> Scheme | None:
+    """A preset's body scheme, a Scheme, or its dict form; None stays None (keep dense)."""
+    if value is None or isinstance(value, Scheme):
+        return value
+    if isinstance(value, str):
+        return resolve_preset(value).scheme
+    if isinstance(value, Mapping):
+        return Scheme.from_dict(dict(value))
+    raise ConfigError(f"A scheme is a preset name, a Scheme or its dict, got {type(value).__name__}.")
+
+
+@dataclass(frozen=True)
+class QuantizationSpec:
+    """Weights (and activations) of one component.
+
+    Attributes:
+        scheme: format of the layers inside blocks.
+        modulation_scheme: format of modulation and timestep projections.
+        algorithm: how codes are chosen.
+        preset: the preset's name if one was asked for; for people.
+        modules_to_not_convert: patterns of layers that stay dense.
+        overrides: (pattern, Scheme or None) pairs; the last match wins; a layer named here is converted whatever
+            its role.
+        rules: the resolved form: (pattern, Scheme) for every converted layer. When present, it alone decides, so
+            that a checkpoint means the same under every later release.
+        seed: seed of algorithms that draw random numbers.
+    """
+
+    scheme: Scheme
+    modulation_scheme: Scheme
+    algorithm: AlgorithmConfig = field(default_factory=RTNConfig)
+    preset: str | None = None
+    modules_to_not_convert: tuple[str, ...] = ()
+    overrides: Rules = ()
+    rules: Rules | None = None
+    seed: int = 0
+
+    @classmethod
+    def build(
+        cls,
+        scheme: str | Scheme | Mapping[str, Any],
+        *,
+        algorithm: AlgorithmConfig | None = None,
+        modulation_scheme: str | Scheme | Mapping[str, Any] | None = None,
+        modules_to_not_convert: str | Iterable[str] | None = None,
+        overrides: Mapping[str, str | Scheme | None] | None = None,
+        seed: int = 0,
+    ) -> QuantizationSpec:
+        """Resolve a user's request. Raises ConfigError for unknown names and for presets that need calibration."""
+        name = None
+        if isinstance(scheme, str):
+            preset = resolve_preset(scheme)
+            name, body, modulation, default = preset.name, preset.scheme, preset.modulation_scheme, preset.algorithm
+            if preset.needs_calibration and algorithm is None:
+                raise ConfigError(
+                    f"{preset.name}: {preset.needs_calibration}. No calibrated algorithm was given. To accept plain "
+                    f'rounding anyway, write it out: QuantizationConfig("{preset.name}", algorithm=RTNConfig()); '
+                    'or take "w4a8".'
+                )
+        else:
+            resolved = resolve_scheme(scheme)
+            if resolved is None:
+                raise ConfigError("QuantizationConfig: scheme must be a preset name, a Scheme or its dict, got None.")
+            body, modulation, default = resolved, resolved, RTNConfig()
+        keep = (modules_to_not_convert,) if isinstance(modules_to_not_convert, str) else modules_to_not_convert or ()
+        return cls(
+            scheme=body,
+            modulation_scheme=resolve_scheme(modulation_scheme) or modulation,
+            algorithm=algorithm if algorithm is not None else default,
+            preset=name,
+            modules_to_not_convert=tuple(keep),
+            overrides=tuple((pattern, resolve_scheme(value)) for pattern, value in (overrides or {}).items()),
+            seed=seed,
+        )
+
+    def generator(self, layer: str) -> torch.Generator:
+        """A generator of its own for each layer, so that results depend on neither order nor global state."""
+        digest = hashlib.blake2b(f"{self.seed}:{layer}".encode(), digest_size=7).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+    def resolved(self, rules: Rules) -> QuantizationSpec:
+        """This spec with the layers it came to on a model."""
+        return replace(self, rules=rules)
+
+    def same_request(self, other: QuantizationSpec) -> bool:
+        """True if both ask for the same thing, whether or not either was resolved on a model yet."""
+        return replace(self, rules=None) == replace(other, rules=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; formats are written once under ``schemes`` and named elsewhere."""
+        labels: dict[Scheme, str] = {}
+
+        def label(scheme: Scheme | None) -> str | None:
+            if scheme is None:
+                return None
+            if scheme not in labels:
+                taken = sum(1 for other in labels if other.name == scheme.name)
+                labels[scheme] = scheme.name if not taken else f"{scheme.name}-{taken + 1}"
+            return labels[scheme]
+
+        data: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "preset": self.preset,
+            "scheme": label(self.scheme),
+            "modulation_scheme": label(self.modulation_scheme),
+            "algorithm": algorithm_to_dict(self.algorithm),
+            "modules_to_not_convert": list(self.modules_to_not_convert),
+            "overrides": [[pattern, label(scheme)] for pattern, scheme in self.overrides],
+            "rules": None if self.rules is None else [[pattern, label(scheme)] for pattern, scheme in self.rules],
+            "seed": self.seed,
+        }
+        data["schemes"] = {name: scheme.to_dict() for scheme, name in labels.items()}
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantizationSpec:
+        """Inverse of :meth:`to_dict`. Raises CheckpointError for a newer schema or missing parts."""
+        version = data.get("schema_version")
+        if not isinstance(version, int) or version > SCHEMA_VERSION:
+            raise CheckpointError(
+                f"quantization_config: schema_version must be an integer up to {SCHEMA_VERSION}, got {version!r}. "
+                "The checkpoint was written by a newer release: pip install -U diffuse-compress."
+            )
+        try:
+            schemes = {name: Scheme.from_dict(value) for name, value in data["schemes"].items()}
+
+            def read(pairs: Iterable[Iterable[Any]]) -> Rules:
+                return tuple((pattern, None if name is None else schemes[name]) for pattern, name in pairs)
+
+            return cls(
+                scheme=schemes[data["scheme"]],
+                modulation_scheme=schemes[data["modulation_scheme"]],
+                algorithm=algorithm_from_dict(data["algorithm"]),
+                preset=data.get("preset"),
+                modules_to_not_convert=tuple(data.get("modules_to_not_convert", ())),
+                overrides=read(data.get("overrides", ())),
+                rules=None if data.get("rules") is None else read(data["rules"]),
+                seed=int(data.get("seed", 0)),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"quantization_config: incomplete or corrupted ({type(error).__name__}: {error}). "
+                "Download the checkpoint again or save it anew."
+            ) from error

@@ -1,0 +1,118 @@
+"""A recipe: which methods for which components, as a value that saves, loads and applies to another model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from diffuse_compress.errors import CheckpointError, ConfigError
+from diffuse_compress.integrations.quantization_config import QuantizationConfig
+from diffuse_compress.quantization.scheme import Scheme
+
+__all__ = ["MethodConfig", "Recipe", "as_recipe"]
+
+MethodConfig: TypeAlias = QuantizationConfig
+"""Configuration of one method; each kind (weights, sparsity, temporal, cache, tokens) at most once a component."""
+DEFAULT_GROUP = "denoisers"
+_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Ordered method configurations per component.
+
+    Attributes:
+        components: {component name or group: configs}; an empty tuple leaves the component alone on purpose.
+    """
+
+    components: Mapping[str, tuple[MethodConfig, ...]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; inverse of :meth:`from_dict`."""
+        return {
+            "schema_version": _SCHEMA_VERSION,
+            "components": {
+                name: [{"kind": config.kind, **config.to_dict()} for config in configs]
+                for name, configs in self.components.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Read :meth:`to_dict`'s output. Raises CheckpointError for a newer schema or an unknown kind."""
+        version = data.get("schema_version")
+        if not isinstance(version, int) or version > _SCHEMA_VERSION:
+            raise CheckpointError(
+                f"Recipe: schema_version must be an integer up to {_SCHEMA_VERSION}, got {version!r}. "
+                "pip install -U diffuse-compress."
+            )
+        return cls({name: tuple(map(_config, configs)) for name, configs in data["components"].items()})
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a file written by :meth:`save`. Raises CheckpointError if it is not one."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: not a readable recipe ({error}).") from error
+        if not isinstance(data, dict) or "components" not in data:
+            raise CheckpointError(f"{path}: not a recipe: it needs the keys schema_version and components.")
+        return cls.from_dict(data)
+
+
+def as_recipe(*methods: Any, default_group: str = DEFAULT_GROUP, **options: Any) -> Recipe:
+    """What ``compress`` was given, as a Recipe.
+
+    Args:
+        methods: presets, configs, or one Recipe or dict ``{component or group: preset | config | list | None}``.
+        default_group: components that bare presets and configs are for.
+        options: QuantizationConfig arguments given beside a preset (``modules_to_not_convert=``, ``overrides=``,
+            ``algorithm=``, ``seed=``); None means not given.
+
+    Raises:
+        ConfigError: nothing given, mixed forms, unknown names, or options beside a ready config.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    if len(methods) == 1 and isinstance(methods[0], Recipe):
+        if given:
+            raise ConfigError(f"A Recipe is complete: put {', '.join(sorted(given))} into its configs.")
+        return methods[0]
+    if len(methods) == 1 and isinstance(methods[0], Mapping):
+        return Recipe({name: _configs(value, given) for name, value in methods[0].items()})
+    configs = tuple(config for method in methods for config in _configs(method, given))
+    if not configs:
+        raise ConfigError("compress needs a preset, a configuration, a dict or a Recipe, got nothing.")
+    return Recipe({default_group: configs})
+
+
+def _configs(value: Any, options: Mapping[str, Any]) -> tuple[MethodConfig, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, list | tuple):
+        return tuple(config for item in value for config in _configs(item, options))
+    if isinstance(value, str | Scheme):
+        return (QuantizationConfig(value, **options),)
+    if isinstance(value, QuantizationConfig):
+        if options:
+            raise ConfigError(f"A QuantizationConfig is complete: give {', '.join(sorted(options))} to it instead.")
+        return (value,)
+    if isinstance(value, Recipe):
+        configs = [config for group in value.components.values() for config in group]
+        return tuple(configs)
+    raise ConfigError(
+        f"A method is a preset name, a Scheme, a configuration or a list of them, got {type(value).__name__}."
+    )
+
+
+def _config(data: Mapping[str, Any]) -> MethodConfig:
+    if data.get("kind") != "weights":
+        raise CheckpointError(f"Recipe: unknown method kind {data.get('kind')!r}; pip install -U diffuse-compress.")
+    config: QuantizationConfig = QuantizationConfig.from_dict({k: v for k, v in data.items() if k != "kind"})
+    return config
