@@ -13,6 +13,7 @@ and rescaling the int32 sums of a GEMM with one scale per row use the very same 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +91,7 @@ def choose_qparams(
     """
     low, high = weight_range(weight, scheme)
     _check_finite(weight, low, high)
-    return _qparams_of_weight_range(low, high, scheme, clip_ratio)
+    return qparams_from_weight_range(low, high, scheme, clip_ratio)
 
 
 def weight_range(weight: torch.Tensor, scheme: WeightScheme) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,9 +147,10 @@ def qparams_from_range(low: torch.Tensor, high: torch.Tensor, scheme: WeightSche
     return QParams(scale.clamp_(min=MIN_SCALE))
 
 
-def _qparams_of_weight_range(
-    low: torch.Tensor, high: torch.Tensor, scheme: WeightScheme, clip_ratio: float | torch.Tensor | None
+def qparams_from_weight_range(
+    low: torch.Tensor, high: torch.Tensor, scheme: WeightScheme, clip_ratio: float | torch.Tensor | None = None
 ) -> QParams:
+    """Qparams of a weight whose elements have these ranges (:func:`weight_range`); as :func:`choose_qparams`."""
     if isinstance(scheme.granularity, TwoLevel):
         return _two_level_qparams(low, high, scheme, clip_ratio)
     if clip_ratio is not None:
@@ -208,7 +210,7 @@ def quantize_weight(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams
     low, high = weight_range(weight, scheme)
     _check_finite(weight, low, high)
     if qparams is None:
-        qparams = _qparams_of_weight_range(low, high, scheme, None)
+        qparams = qparams_from_weight_range(low, high, scheme)
     codes = round_to_codes(weight, scheme, qparams)
     if scheme.format.bits != 8:
         codes = pack(codes, scheme.format.bits)
@@ -346,6 +348,9 @@ class _StraightThrough(torch.autograd.Function):
         return grad_outputs[0] * inside, None, None
 
 
+_straight_through: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = _StraightThrough.apply
+
+
 def fake_quantize(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams | None = None) -> torch.Tensor:
     """``dequantize(quantize_weight(weight))`` in the dtype of ``weight``, with a straight-through gradient.
 
@@ -362,13 +367,13 @@ def fake_quantize(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams |
         [N, K] in the dtype of ``weight``; bit for bit what the stored weight dequantizes to.
     """
     if qparams is None:
-        qparams = _qparams_of_weight_range(*weight_range(weight, scheme), scheme, None)
+        qparams = qparams_from_weight_range(*weight_range(weight, scheme), scheme)
     steps = _in_steps(weight, scheme, qparams)
     low, high = scheme.range if scheme.format.is_integer else (-FLOAT8_MAX, FLOAT8_MAX)
     inside = (steps >= low) & (steps <= high)
     codes = steps.clamp_(low, high).to(torch.int8 if scheme.format.is_integer else FLOAT8)
     values = _codes_to_values(codes, scheme, qparams).to(weight.dtype)
-    return _StraightThrough.apply(weight, values, inside)  # type: ignore[no-any-return, no-untyped-call]
+    return _straight_through(weight, values, inside)
 
 
 # --- activations ------------------------------------------------------------------------------------------------
@@ -467,15 +472,16 @@ def fake_quantize_activation(
     steps.clamp_(low, high)
     codes = steps if scheme.format.is_integer else steps.to(FLOAT8)
     values = dequantize_activation(codes, scale, zero_point, x.dtype)
-    return _StraightThrough.apply(x, values, inside)  # type: ignore[no-any-return, no-untyped-call]
+    return _straight_through(x, values, inside)
 
 
 def _activation_steps(
     x: torch.Tensor, scheme: ActivationScheme, scale: torch.Tensor, zero_point: torch.Tensor | None
 ) -> torch.Tensor:
     """fp32 codes before clamping: round(x / scale) + zero_point (float8: x / scale, not rounded)."""
-    # At least one dimension: a scalar tensor would not promote bf16 inputs to float32.
-    steps = torch.div(x.detach(), torch.atleast_1d(scale.float()))
+    # A tensor without dimensions would not promote bf16 inputs to float32.
+    scale = scale.float() if scale.dim() else scale.float().reshape(1)
+    steps = torch.div(x.detach(), scale)
     if not scheme.format.is_integer:
         return steps.float()
     steps = steps.float().round_()

@@ -73,7 +73,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     elif bits == 2:
         packed = _pack_int2(grouped)
     else:
-        sign = (grouped < 0).view(torch.int8).unflatten(-1, (8, 16))
+        sign = (grouped < 0).view(torch.int8).reshape(rows, groups, 8, 16)
         signs = sign[..., 0, :].clone()
         for i in range(1, 8):
             signs |= sign[..., i, :] << i
@@ -116,7 +116,7 @@ def unpack(packed: torch.Tensor, bits: int, in_features: int) -> torch.Tensor:
     whole = in_features // GROUP_COLUMNS
     end = whole * GROUP_COLUMNS
     if whole:
-        view = out[:, :end].unflatten(1, (whole, planes, GROUP_COLUMNS // planes))
+        view = out[:, :end].view(rows, whole, planes, GROUP_COLUMNS // planes)
         if bits == 4:
             # Arithmetic: int8 shifts to the right copy the sign bit.
             torch.bitwise_left_shift(grouped[:, :whole], 4, out=view[:, :, 0]).bitwise_right_shift_(4)
@@ -141,7 +141,7 @@ def _num_planes(bits: int) -> int:
 
 
 def _pack_int2(grouped: torch.Tensor) -> torch.Tensor:
-    quarters = (grouped & 3).unflatten(-1, (4, 32))
+    quarters = (grouped & 3).reshape(*grouped.shape[:-1], 4, 32)
     packed = quarters[..., 0, :].clone()
     for i in range(1, 4):
         packed |= quarters[..., i, :] << 2 * i

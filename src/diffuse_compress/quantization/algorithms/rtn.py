@@ -1,0 +1,73 @@
+"""RTN: round to nearest, each range chosen from the weight alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from diffuse_compress.errors import ConfigError
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register
+from diffuse_compress.quantization.numerics import quantize_weight
+from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver, Observer
+from diffuse_compress.quantization.packed import QuantizedWeight
+from diffuse_compress.quantization.scheme import WeightScheme
+
+__all__ = ["RTNConfig"]
+
+_OBSERVERS = ("mse", "minmax")
+
+
+@dataclass(frozen=True)
+class RTNConfig(AlgorithmConfig):
+    """Round to nearest, within the range an observer chooses. Data-free and deterministic.
+
+    Args:
+        observer: "mse" clips each range where that lowers the error (:class:`MSEObserver`), "minmax" never clips.
+        norm: exponent of the error that "mse" minimises; 2.0 gives the highest SNR.
+        num_ratios: clipping ratios that "mse" tries first; the refinement adds six. Two-level scales search
+            integers instead.
+        min_ratio: smallest of these ratios, in (0, 1).
+    """
+
+    observer: str = "mse"
+    norm: float = 2.0
+    num_ratios: int = 20
+    min_ratio: float = 0.2
+    kind: ClassVar[str] = "rtn"
+
+    def __post_init__(self) -> None:
+        if self.observer not in _OBSERVERS:
+            raise ConfigError(f"RTNConfig: observer must be one of {_OBSERVERS}, got {self.observer!r}.")
+        if self.norm <= 0 or self.num_ratios < 2 or not 0 < self.min_ratio < 1:
+            raise ConfigError(
+                "RTNConfig: need norm > 0, num_ratios >= 2 and 0 < min_ratio < 1, "
+                f"got norm={self.norm}, num_ratios={self.num_ratios}, min_ratio={self.min_ratio}."
+            )
+
+
+@register
+def quantize(
+    weight: torch.Tensor, scheme: WeightScheme, config: RTNConfig, generator: torch.Generator | None = None
+) -> QuantizedWeight:
+    """Round a weight to nearest.
+
+    Args:
+        weight: [N, K] floating point, any device, not modified.
+        scheme: any.
+        config: which range.
+        generator: not used, RTN draws nothing.
+
+    Returns:
+        The packed weight; equal inputs on one device give equal bytes.
+
+    Raises:
+        IncompatibleShapeError: K does not fit the scheme's group size.
+        ModelStateError: the weight holds inf or nan.
+    """
+    observer: Observer = MinMaxObserver(scheme)
+    if config.observer == "mse":
+        observer = MSEObserver(scheme, config.norm, config.num_ratios, config.min_ratio)
+    observer.update(weight)
+    return quantize_weight(weight, scheme, observer.qparams())
