@@ -1,0 +1,25 @@
+"""Low-bit products for CPU and CUDA behind torch operators (namespace ``diffuse_compress``). Needs torch alone.
+
+Importing registers the operators and initialises no device.
+"""
+
+from diffuse_compress_kernels.fp8_linear import fp8_linear, has_fp8_matmul
+from diffuse_compress_kernels.int8_conv2d import int8_conv2d
+from diffuse_compress_kernels.int8_linear import (
+    has_fast_int8,
+    int8_linear,
+    int8_linear_codes,
+    int_matmul,
+    quantize_rows,
+)
+
+__all__ = [
+    "fp8_linear",
+    "has_fast_int8",
+    "has_fp8_matmul",
+    "int8_conv2d",
+    "int8_linear",
+    "int8_linear_codes",
+    "int_matmul",
+    "quantize_rows",
+]

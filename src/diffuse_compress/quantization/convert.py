@@ -1,0 +1,158 @@
+"""Dense layers to quantized ones and into place."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from diffuse_compress.errors import ConfigError, DiffuseCompressError, ModelStateError
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, quantize_with
+from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear, supports
+from diffuse_compress.quantization.packed import QuantizedWeight
+from diffuse_compress.quantization.scheme import PerTensor, Scheme, WeightScheme
+
+__all__ = ["placeholder_for", "quantize_module", "replace_module"]
+
+ROW_BLOCK_BYTES = 64 << 20
+
+
+def quantize_module(
+    module: nn.Module,
+    scheme: Scheme,
+    algorithm: AlgorithmConfig,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+    name: str | None = None,
+) -> QuantizedLinear | QuantizedConv2d:
+    """The quantized layer that can replace a dense one, which is not modified.
+
+    Args:
+        module: a stock ``nn.Linear`` or ``nn.Conv2d`` with a loaded weight.
+        scheme: the format to reach.
+        algorithm: config of a data-free algorithm, e.g. ``RTNConfig()``.
+        compute_dtype: of bias and output; default that of the weight.
+        device: where to compute; the layer comes back on the device of ``module.weight``.
+        generator: source of random numbers for algorithms that draw some.
+        name: of the layer, for error messages.
+
+    Raises:
+        ConfigError: the module cannot be converted, or the algorithm cannot reach the scheme.
+        IncompatibleShapeError: the scheme cannot be applied to this shape.
+        ModelStateError: the weight is on the meta device, or holds inf or nan.
+
+    Cost:
+        Rows go to ``device`` in blocks of at most 64 MiB of fp32 (per-tensor schemes: the whole weight).
+    """
+    label = name or type(module).__name__
+    reason = supports(module, scheme)
+    if reason is not None:
+        raise ConfigError(f"{label}: cannot be quantized, {reason}. Use modules_to_not_convert=[{label!r}].")
+    assert isinstance(module, nn.Linear | nn.Conv2d)
+    if module.weight.is_meta:
+        raise ModelStateError(f"{label}: quantization needs the weight, which is on the meta device. Load it first.")
+    weight = module.weight.detach().flatten(1)
+    scheme.weight.check_shape(label, weight.shape[1])
+    try:
+        with torch.no_grad():
+            quantized = _quantize(weight, scheme.weight, algorithm, device, generator)
+        if isinstance(module, nn.Linear):
+            return QuantizedLinear.from_dense(module, quantized, scheme, compute_dtype=compute_dtype)
+        return QuantizedConv2d.from_dense(module, quantized, scheme, compute_dtype=compute_dtype)
+    except DiffuseCompressError as error:
+        if str(error).startswith(label):
+            raise
+        raise type(error)(f"{label}: {error}") from error
+
+
+def _quantize(
+    weight: torch.Tensor,
+    scheme: WeightScheme,
+    algorithm: AlgorithmConfig,
+    device: torch.device | str | None,
+    generator: torch.Generator | None,
+) -> QuantizedWeight:
+    """Quantize by blocks of rows, which data-free algorithms treat independently, and collect at home."""
+    rows, columns = weight.shape
+    step = rows if isinstance(scheme.granularity, PerTensor) else max(1, ROW_BLOCK_BYTES // (4 * columns))
+    parts = []
+    for start in range(0, rows, step):
+        block = weight[start : start + step]
+        block = block if device is None else block.to(device)
+        parts.append(_to_device(quantize_with(algorithm, block, scheme, generator), weight.device))
+    return parts[0] if len(parts) == 1 else _concatenate(parts)
+
+
+def _to_device(quantized: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    return QuantizedWeight(
+        qweight=quantized.qweight.to(device),
+        scale=quantized.scale.to(device),
+        zero_point=None if quantized.zero_point is None else quantized.zero_point.to(device),
+        group_scale=None if quantized.group_scale is None else quantized.group_scale.to(device),
+        in_features=quantized.in_features,
+        scheme=quantized.scheme,
+    )
+
+
+def _concatenate(parts: list[QuantizedWeight]) -> QuantizedWeight:
+    def joined(name: str) -> torch.Tensor | None:
+        tensors = [getattr(part, name) for part in parts]
+        return None if tensors[0] is None else torch.cat(tensors)
+
+    qweight, scale = joined("qweight"), joined("scale")
+    assert qweight is not None
+    assert scale is not None
+    return QuantizedWeight(
+        qweight, scale, joined("zero_point"), joined("group_scale"), parts[0].in_features, parts[0].scheme
+    )
+
+
+def placeholder_for(
+    module: nn.Module,
+    scheme: Scheme,
+    *,
+    compute_dtype: torch.dtype,
+    device: torch.device | str = "meta",
+    act_pre_scale: bool = False,
+    low_rank: int = 0,
+) -> QuantizedLinear | QuantizedConv2d:
+    """An empty quantized layer of the size of ``module``, to be filled from a checkpoint.
+
+    Raises:
+        ConfigError: the module cannot be converted.
+        IncompatibleShapeError: the scheme cannot be applied to this shape.
+    """
+    reason = supports(module, scheme)
+    if reason is not None:
+        raise ConfigError(f"{type(module).__name__}: cannot be quantized, {reason}.")
+    if isinstance(module, nn.Linear):
+        return QuantizedLinear.placeholder_like(
+            module,
+            scheme,
+            compute_dtype=compute_dtype,
+            device=device,
+            act_pre_scale=act_pre_scale,
+            low_rank=low_rank,
+        )
+    assert isinstance(module, nn.Conv2d)
+    return QuantizedConv2d.placeholder_like(
+        module, scheme, compute_dtype=compute_dtype, device=device, act_pre_scale=act_pre_scale, low_rank=low_rank
+    )
+
+
+def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` where ``root`` has the submodule ``name`` ("blocks.0.attn.to_q", "blocks.0.ff.net.2", ...).
+
+    Raises:
+        ModelStateError: there is no submodule of this name.
+    """
+    parent_name, _, leaf = name.rpartition(".")
+    try:
+        parent = root.get_submodule(parent_name)
+    except AttributeError as error:
+        raise ModelStateError(f"{name}: no such submodule in {type(root).__name__} ({error}).") from error
+    if leaf not in parent._modules:
+        raise ModelStateError(f"{name}: {type(parent).__name__} has no submodule {leaf!r}.")
+    # By the registry, so that a container's numbered entries and attributes are treated alike.
+    parent._modules[leaf] = new

@@ -1,0 +1,386 @@
+"""Which product a quantized layer runs on this device, and what was measured of it; then runs it.
+
+There are three kinds of path:
+
+* integer: codes of weight and input are multiplied and summed exactly in int32, equal bit for bit on every device;
+  one fp32 epilogue. All schemes with ``Scheme.has_integer_path``.
+* float8: ``torch._scaled_mm``.
+* dequantizing: the weight is expanded to the input's dtype, a bounded block of rows at a time, and multiplied by
+  ``torch.nn.functional.linear``. Inputs with an activation scheme are quantized and dequantized first. The result is
+  within ``DEQUANTIZE_TOLERANCE`` (relative RMS) of the same codes and scales multiplied in float32: the weight and, if
+  quantized, the input are rounded once to that dtype, which float32 does exactly.
+
+Nothing here knows a gradient; layers wrap it (see ``layers.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from diffuse_compress.quantization.numerics import (
+    choose_activation_qparams,
+    dequantize,
+    dequantize_activation,
+    integer_weight,
+    quantize_activation,
+)
+from diffuse_compress.quantization.packed import QuantizedWeight
+from diffuse_compress.quantization.scheme import ActivationScheme, PerTensor, Scheme
+from diffuse_compress_kernels import (
+    fp8_linear,
+    has_fast_int8,
+    has_fp8_matmul,
+    int8_conv2d,
+    int8_linear,
+    int8_linear_codes,
+    quantize_rows,
+)
+
+__all__ = [
+    "DEQUANTIZE_TOLERANCE",
+    "ComputePath",
+    "Geometry",
+    "InputQuantization",
+    "compute_path",
+    "conv2d",
+    "dense_weight",
+    "linear",
+    "per_column",
+]
+
+DEQUANTIZE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+BLOCK_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class ComputePath:
+    """How a layer is computed.
+
+    Attributes:
+        name: "int8-vnni", "int8-cpu", "int8-cuda", "fp8-cuda", "dequantize" or "dequantize-weight-only".
+        is_integer: exact int32 sums; equal on every device that takes an integer path.
+        description: one line for reports.
+        faster_than_dense: measured against a dense layer in the input's dtype at 64 rows or more; None means
+            "unmeasured here".
+    """
+
+    name: str
+    is_integer: bool
+    description: str
+    faster_than_dense: bool | None = None
+
+
+@dataclass(frozen=True)
+class InputQuantization:
+    """What a layer knows of its input.
+
+    Attributes:
+        scale: fp32 [1], static activations only.
+        zero_point: int8 [1], asymmetric static activations only.
+        pre_scale: fp32 [K] (convolutions: [C]) that multiplies the input before it is quantized.
+    """
+
+    scale: torch.Tensor | None = None
+    zero_point: torch.Tensor | None = None
+    pre_scale: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution's shape; padding is zeros, equal on opposite sides."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def columns(self, channels: int) -> int:
+        """Columns of the flattened weight for an input of ``channels``."""
+        return channels // self.groups * self.kernel[0] * self.kernel[1]
+
+
+# --- choice -----------------------------------------------------------------------------------------------------
+
+_DESCRIPTIONS = {
+    "int8-vnni": "int8 GEMM of the CPU (VNNI or AMX), exact int32 sums",
+    "int8-cpu": "int8 codes multiplied as float32, exact int32 sums; this CPU has no VNNI",
+    "int8-cuda": "int8 tensor-core GEMM, exact int32 sums",
+    "fp8-cuda": "float8 tensor-core GEMM, row-wise scales",
+    "dequantize": "weight dequantized in blocks, then a dense product",
+    "dequantize-weight-only": "weight dequantized in blocks, input left alone: this device has no float8 matmul",
+}
+
+# Measured with `python -m diffuse_compress_kernels.benchmarks.cpu_linear`; key: path, layer, 8-bit weight, dtype.
+_FASTER: dict[tuple[str, str, bool, torch.dtype], bool] = {}
+
+
+def compute_path(
+    scheme: Scheme,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    kind: str = "linear",
+    groups: int = 1,
+) -> ComputePath:
+    """The path of a layer with this scheme.
+
+    Args:
+        scheme: the layer's.
+        device: where weight and input are.
+        dtype: of the input.
+        kind: "linear" or "conv2d".
+        groups: of a convolution; grouped ones have no integer path.
+    """
+    device = torch.device(device)
+    chosen = _kind_of_path(scheme, device, kind, groups)
+    if chosen == "int8":
+        if device.type == "cuda":
+            name = "int8-cuda"
+        else:
+            name = "int8-vnni" if device.type == "cpu" and has_fast_int8() else "int8-cpu"
+    else:
+        name = "fp8-cuda" if chosen == "fp8" else chosen
+    faster = _FASTER.get((name, kind, scheme.weight.format.bits == 8, dtype)) if device.type == "cpu" else None
+    return ComputePath(name, chosen == "int8", _DESCRIPTIONS[name], faster)
+
+
+# torch.compile asks the hardware once, when it traces.
+_has_fp8_matmul = torch.compiler.assume_constant_result(has_fp8_matmul)
+
+
+def _kind_of_path(scheme: Scheme, device: torch.device, kind: str, groups: int = 1) -> str:
+    """ "int8", "fp8", "dequantize" or "dequantize-weight-only"."""
+    if scheme.has_integer_path and groups == 1:
+        return "int8"
+    if scheme.weight.format.is_integer or scheme.activation is None:
+        return "dequantize"
+    if kind == "linear" and device.type == "cuda" and _has_fp8_matmul(device):
+        return "fp8"
+    return "dequantize-weight-only"
+
+
+# --- linear -----------------------------------------------------------------------------------------------------
+
+
+def linear(
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    scheme: Scheme,
+    bias: torch.Tensor | None = None,
+    inputs: InputQuantization | None = None,
+) -> torch.Tensor:
+    """y [..., N] in the dtype of x, on the path of :func:`compute_path`; no gradient.
+
+    Args:
+        x: [..., K] fp32, bf16 or fp16, any strides, any number of rows.
+        weight: [N, K].
+        scheme: the layer's; ``scheme.weight`` is ``weight.scheme``.
+        bias: [N], any float dtype.
+        inputs: static qparams and smoothing scale, if the layer has them.
+    """
+    inputs = inputs or InputQuantization()
+    rows = x.reshape(-1, x.shape[-1])
+    path = _kind_of_path(scheme, x.device, "linear")
+    if path == "int8":
+        y = _integer_linear(rows, weight, scheme, bias, inputs)
+    elif path == "fp8":
+        scale = _given_scale(rows, scheme.activation, inputs)
+        y = fp8_linear(rows, weight.qweight, weight.scale, bias, input_scale=scale, pre_scale=inputs.pre_scale)
+    else:
+        y = _dequantized_linear(rows, weight, scheme, bias, inputs, path)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _integer_linear(
+    x: torch.Tensor, weight: QuantizedWeight, scheme: Scheme, bias: torch.Tensor | None, inputs: InputQuantization
+) -> torch.Tensor:
+    qmin, qmax = _code_range(scheme.activation)
+    scale = _given_scale(x, scheme.activation, inputs)
+    outputs = weight.qweight.shape[0]
+    blocks = list(_row_blocks(outputs, weight.in_features)) if scheme.weight.format.bits != 8 else [slice(0, outputs)]
+    if len(blocks) == 1:
+        return int8_linear(
+            x,
+            integer_weight(weight),
+            weight.scale,
+            bias,
+            qmin=qmin,
+            qmax=qmax,
+            input_scale=scale,
+            input_zero_point=inputs.zero_point,
+            pre_scale=inputs.pre_scale,
+        )
+    codes, code_scale = quantize_rows(x, qmin, qmax, scale, inputs.zero_point, inputs.pre_scale)
+    parts = [
+        int8_linear_codes(
+            codes,
+            code_scale,
+            inputs.zero_point,
+            integer_weight(weight, block),
+            _rows_of(weight.scale, block),
+            None if bias is None else bias[block],
+            x.dtype,
+        )
+        for block in blocks
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _dequantized_linear(
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    scheme: Scheme,
+    bias: torch.Tensor | None,
+    inputs: InputQuantization,
+    path: str,
+) -> torch.Tensor:
+    pre_scale = inputs.pre_scale
+    if scheme.activation is not None and path != "dequantize-weight-only":
+        x, pre_scale = _fake_quantized(x, scheme.activation, inputs), None
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    parts = [
+        F.linear(x, _dense_rows(weight, x.dtype, pre_scale, block), None if bias is None else bias[block])
+        for block in _row_blocks(weight.qweight.shape[0], weight.in_features)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _dense_rows(
+    weight: QuantizedWeight, dtype: torch.dtype, pre_scale: torch.Tensor | None, rows: slice | None
+) -> torch.Tensor:
+    """Rows of the dequantized weight, with ``pre_scale`` [K] folded in; fp32 arithmetic, one rounding."""
+    if pre_scale is None:
+        return dequantize(weight, dtype, rows)
+    return (dequantize(weight, torch.float32, rows) * pre_scale).to(dtype)
+
+
+def dense_weight(
+    weight: QuantizedWeight,
+    dtype: torch.dtype,
+    pre_scale: torch.Tensor | None = None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The dense equivalent [N, K]: ``dequantize(weight) * pre_scale + up @ down``, fp32, rounded once.
+
+    Args:
+        weight: any scheme.
+        dtype: of the result.
+        pre_scale: fp32 [K].
+        low_rank: (down [r, K], up [N, r]).
+    """
+    if low_rank is None:
+        return _dense_rows(weight, dtype, pre_scale, None)
+    down, up = low_rank
+    values = _dense_rows(weight, torch.float32, pre_scale, None)
+    return values.add_(up.detach().float() @ down.detach().float()).to(dtype)
+
+
+# --- convolution ------------------------------------------------------------------------------------------------
+
+
+def conv2d(
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    scheme: Scheme,
+    geometry: Geometry,
+    bias: torch.Tensor | None = None,
+    inputs: InputQuantization | None = None,
+) -> torch.Tensor:
+    """y [B, N, Ho, Wo] in the dtype of x; a sample is a convolution's token. Arguments as :func:`linear`.
+
+    Args:
+        x: [B, C, H, W].
+        weight: [N, C / groups * kh * kw].
+        scheme: the layer's.
+        geometry: kernel, stride, padding, dilation, groups.
+        bias: [N], any float dtype.
+        inputs: static qparams and smoothing scale [C], if the layer has them.
+    """
+    inputs = inputs or InputQuantization()
+    path = _kind_of_path(scheme, x.device, "conv2d", geometry.groups)
+    if path == "int8":
+        qmin, qmax = _code_range(scheme.activation)
+        vertical, horizontal = geometry.padding
+        return int8_conv2d(
+            x,
+            integer_weight(weight),
+            weight.scale,
+            bias,
+            kernel=geometry.kernel,
+            stride=geometry.stride,
+            padding=(horizontal, horizontal, vertical, vertical),
+            dilation=geometry.dilation,
+            qmin=qmin,
+            qmax=qmax,
+            input_scale=_given_scale(x, scheme.activation, inputs),
+            input_zero_point=inputs.zero_point,
+            pre_scale=inputs.pre_scale,
+        )
+    pre_scale = inputs.pre_scale
+    if scheme.activation is not None and path != "dequantize-weight-only":
+        x, pre_scale = _fake_quantized(x, scheme.activation, inputs), None
+    folded = None if pre_scale is None else per_column(pre_scale, geometry, weight.qweight.shape[0])
+    kernel = _dense_rows(weight, x.dtype, folded, None).view(-1, x.shape[1] // geometry.groups, *geometry.kernel)
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.conv2d(x, kernel, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+
+
+def per_column(pre_scale: torch.Tensor, geometry: Geometry, outputs: int) -> torch.Tensor:
+    """A scale per input channel [C] as one per column of the flattened weight: [K], or [N, K] if grouped."""
+    taps = geometry.kernel[0] * geometry.kernel[1]
+    if geometry.groups == 1:
+        return pre_scale.repeat_interleave(taps)
+    per_group = pre_scale.view(geometry.groups, -1).repeat_interleave(taps, dim=1)
+    return per_group.repeat_interleave(outputs // geometry.groups, dim=0)
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------
+
+
+def _code_range(act: ActivationScheme | None) -> tuple[int, int]:
+    assert act is not None
+    return (-act.format.qmax if act.symmetric else act.format.qmin), act.format.qmax
+
+
+def _scaled(x: torch.Tensor, pre_scale: torch.Tensor | None) -> torch.Tensor:
+    """x * pre_scale in fp32, not rounded to x's dtype; x itself without one."""
+    if pre_scale is None:
+        return x
+    return x.float() * (pre_scale.view(-1, 1, 1) if x.dim() == 4 else pre_scale)
+
+
+def _given_scale(x: torch.Tensor, act: ActivationScheme | None, inputs: InputQuantization) -> torch.Tensor | None:
+    """The one scale of a static or per-tensor input; None lets the kernel measure one per row or sample."""
+    assert act is not None
+    if not act.dynamic:
+        return inputs.scale
+    if isinstance(act.granularity, PerTensor):
+        return choose_activation_qparams(_scaled(x, inputs.pre_scale), act).scale
+    return None
+
+
+def _fake_quantized(x: torch.Tensor, act: ActivationScheme, inputs: InputQuantization) -> torch.Tensor:
+    feature_dims = 3 if x.dim() == 4 else 1
+    values = _scaled(x, inputs.pre_scale)
+    codes, scale, zero_point = quantize_activation(values, act, inputs.scale, inputs.zero_point, feature_dims)
+    return dequantize_activation(codes, scale, zero_point, x.dtype)
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------
+
+
+def _row_blocks(outputs: int, depth: int) -> Iterator[slice]:
+    """Blocks of output rows whose fp32 weight takes ``BLOCK_BYTES`` at most."""
+    step = max(1, BLOCK_BYTES // (4 * max(depth, 1)))
+    for start in range(0, max(outputs, 1), step):
+        yield slice(start, min(start + step, outputs))
+
+
+def _rows_of(scale: torch.Tensor, rows: slice) -> torch.Tensor:
+    return scale if scale.shape[0] == 1 else scale[rows]

@@ -1,0 +1,239 @@
+"""What quantized layers share: their parameters, and how these are made, read, moved and cast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from diffuse_compress.errors import ConfigError, IncompatibleShapeError
+from diffuse_compress.quantization.dispatch import InputQuantization, dense_weight
+from diffuse_compress.quantization.packed import QuantizedWeight
+from diffuse_compress.quantization.packing import packed_columns
+from diffuse_compress.quantization.scheme import PerGroup, PerTensor, Scheme, TwoLevel, WeightScheme
+
+__all__ = ["LowRank", "QuantizedLayer", "cast_for_autocast", "check_given", "empty_tensors", "fill"]
+
+PARAMETERS = (
+    "bias",
+    "qweight",
+    "scale",
+    "zero_point",
+    "group_scale",
+    "act_pre_scale",
+    "input_scale",
+    "input_zero_point",
+    "low_rank_down",
+    "low_rank_up",
+)
+_IN_COMPUTE_DTYPE = ("bias", "low_rank_down", "low_rank_up")
+_Layer = TypeVar("_Layer", bound="QuantizedLayer")
+LowRank = tuple[torch.Tensor, torch.Tensor]
+
+
+def _parameter(tensor: torch.Tensor) -> nn.Parameter:
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    # transformers initialises what does not carry this mark.
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def empty_tensors(
+    scheme: Scheme,
+    outputs: int,
+    columns: int,
+    channels: int,
+    *,
+    bias: bool,
+    compute_dtype: torch.dtype,
+    device: torch.device | str,
+    act_pre_scale: bool,
+    low_rank: int,
+) -> dict[str, torch.Tensor]:
+    """Uninitialised tensors of a layer by name; every one names its dtype."""
+    weight, act = scheme.weight, scheme.activation
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if bias:
+        shapes["bias"] = ((outputs,), compute_dtype)
+    shapes.update(_weight_shapes(weight, outputs, columns))
+    if act_pre_scale:
+        shapes["act_pre_scale"] = ((channels,), torch.float32)
+    if act is not None and not act.dynamic:
+        shapes["input_scale"] = ((1,), torch.float32)
+        if not act.symmetric:
+            shapes["input_zero_point"] = ((1,), torch.int8)
+    if low_rank:
+        shapes["low_rank_down"] = ((low_rank, columns), compute_dtype)
+        shapes["low_rank_up"] = ((outputs, low_rank), compute_dtype)
+    return {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
+
+
+def _weight_shapes(scheme: WeightScheme, outputs: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    bits = scheme.format.bits
+    code_dtype = torch.int8 if scheme.format.is_integer else torch.float8_e4m3fn
+    stored = columns if bits == 8 else packed_columns(columns, bits)
+    groups = scheme.num_groups(columns)
+    per_row = isinstance(scheme.granularity, PerGroup)
+    scale_shape = (1, 1) if isinstance(scheme.granularity, PerTensor) else (outputs, groups if per_row else 1)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "qweight": ((outputs, stored), code_dtype),
+        "scale": (scale_shape, torch.float32),
+    }
+    if not scheme.symmetric:
+        shapes["zero_point"] = (scale_shape, torch.float32 if scheme.float_zero_point else torch.int8)
+    if isinstance(scheme.granularity, TwoLevel):
+        shapes["group_scale"] = ((outputs, groups), torch.int8)
+    return shapes
+
+
+class QuantizedLayer(nn.Module):
+    """What both layers share; mixed in before the stock class, whose ``__init__`` is never run."""
+
+    bias: Any
+    qweight: nn.Parameter
+    scale: nn.Parameter
+    zero_point: nn.Parameter | None
+    group_scale: nn.Parameter | None
+    act_pre_scale: nn.Parameter | None
+    input_scale: nn.Parameter | None
+    input_zero_point: nn.Parameter | None
+    low_rank_down: nn.Parameter | None
+    low_rank_up: nn.Parameter | None
+    scheme: Scheme
+    compute_dtype: torch.dtype
+
+    def _setup(self, tensors: dict[str, torch.Tensor], scheme: Scheme, compute_dtype: torch.dtype) -> None:
+        self.scheme = scheme
+        self.compute_dtype = compute_dtype
+        self._is_hf_initialized = True
+        for name in PARAMETERS:
+            tensor = tensors.get(name)
+            self.register_parameter(name, None if tensor is None else _parameter(tensor))
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    @property
+    def _columns(self) -> int:
+        """K: columns of the flattened weight."""
+        raise NotImplementedError
+
+    @property
+    def _column_scale(self) -> torch.Tensor | None:
+        """``act_pre_scale`` per column of the flattened weight."""
+        raise NotImplementedError
+
+    @property
+    def _low_rank(self) -> LowRank | None:
+        down, up = self.low_rank_down, self.low_rank_up
+        return None if down is None or up is None else (down, up)
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weight as stored; shares its tensors with the layer."""
+        return QuantizedWeight(
+            qweight=self.qweight,
+            scale=self.scale,
+            zero_point=self.zero_point,
+            group_scale=self.group_scale,
+            in_features=self._columns,
+            scheme=self.scheme.weight,
+        )
+
+    def _inputs(self) -> InputQuantization:
+        return InputQuantization(self.input_scale, self.input_zero_point, self.act_pre_scale)
+
+    def _flat_weight(self) -> torch.Tensor:
+        """Dense equivalent [N, K] in the compute dtype, smoothing and low-rank branch folded in."""
+        with torch.no_grad():
+            return dense_weight(self.quantized_weight(), self.compute_dtype, self._column_scale, self._low_rank)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters(recurse=False))
+
+    def reset_parameters(self) -> None:
+        """Do nothing: codes are not drawn at random."""
+
+    def _describe(self) -> str:
+        parts = [f"scheme={self.scheme.name}", f"compute_dtype={str(self.compute_dtype).removeprefix('torch.')}"]
+        if self.act_pre_scale is not None:
+            parts.append("act_pre_scale=True")
+        if self.low_rank_down is not None:
+            parts.append(f"low_rank={self.low_rank_down.shape[0]}")
+        return ", ".join(parts)
+
+    def _needs_grad(self, x: torch.Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
+
+    # --- moving and casting -------------------------------------------------------------------------------------
+
+    def _apply(self: _Layer, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _Layer:
+        """Let ``fn`` move every tensor but cast only those in the compute dtype."""
+        kept = [
+            parameter
+            for name, parameter in self._parameters.items()
+            if parameter is not None and name not in _IN_COMPUTE_DTYPE
+        ]
+
+        def guarded(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            if result.dtype == tensor.dtype or not any(tensor is parameter for parameter in kept):
+                return result
+            return tensor.to(result.device)
+
+        probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.qweight.device))
+        super()._apply(guarded, recurse)
+        if probe.is_floating_point():
+            self.compute_dtype = probe.dtype
+        return self
+
+
+def cast_for_autocast(x: torch.Tensor) -> torch.Tensor:
+    """x as a dense layer would see it under autocast."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def check_given(scheme: Scheme, input_scale: Any, input_zero_point: Any) -> None:
+    act = scheme.activation
+    static = act is not None and not act.dynamic
+    if static != (input_scale is not None):
+        need = "static activations need input_scale" if static else "only static activations take input_scale"
+        raise ConfigError(f"from_dense: {need}, got input_scale={input_scale!r} for {scheme.name}.")
+    asymmetric = act is not None and not act.symmetric
+    if asymmetric != (input_zero_point is not None):
+        need = "asymmetric activations need" if asymmetric else "only asymmetric activations take"
+        raise ConfigError(f"from_dense: {need} input_zero_point, got {input_zero_point!r} for {scheme.name}.")
+
+
+def fill(
+    expected: dict[str, torch.Tensor],
+    quantized: QuantizedWeight,
+    given: dict[str, torch.Tensor | None],
+) -> dict[str, torch.Tensor]:
+    """Tensors of a layer from what an algorithm returned, checked against (meta) ``expected`` ones."""
+    values = {
+        "qweight": quantized.qweight,
+        "scale": quantized.scale,
+        "zero_point": quantized.zero_point,
+        "group_scale": quantized.group_scale,
+        **given,
+    }
+    tensors = {}
+    for name, like in expected.items():
+        value = values.get(name)
+        if value is None:
+            raise IncompatibleShapeError(f"from_dense: the scheme needs {name} {list(like.shape)}, got None.")
+        # Scalars are welcome where one number is meant.
+        value = value.detach().reshape(like.shape) if value.numel() == like.numel() == 1 else value.detach()
+        if value.shape != like.shape:
+            raise IncompatibleShapeError(
+                f"from_dense: {name} must have shape {list(like.shape)}, got {list(value.shape)}."
+            )
+        device = value.device if name == "bias" else quantized.qweight.device
+        tensors[name] = value.to(device=device, dtype=like.dtype)
+    return tensors

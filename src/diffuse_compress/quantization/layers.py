@@ -1,0 +1,556 @@
+"""Quantized layers: ``nn.Linear`` and ``nn.Conv2d`` to everyone who looks, plain parameters inside.
+
+A layer holds, in this order and only where its scheme asks for them (K = in_features, or C * kh * kw):
+
+=====================  =====================================  =================================================
+parameter              shape, dtype                           meaning
+=====================  =====================================  =================================================
+``bias``               [N], compute dtype                     as in the dense layer
+``qweight``            see :class:`QuantizedWeight`           codes, packed below 8 bits
+``scale``              [1, 1], [N, 1] or [N, G] fp32          of the weight
+``zero_point``         as ``scale``, int8 or fp32             asymmetric weights
+``group_scale``        [N, G] int8                            two-level scales
+``act_pre_scale``      [K] or [C] fp32                        multiplies the input, in fp32, before it is quantized
+``input_scale``        [1] fp32                               static activations
+``input_zero_point``   [1] int8                               static asymmetric activations
+``low_rank_down``      [r, K], compute dtype                  with ``low_rank_up`` [N, r]: a dense branch
+=====================  =====================================  =================================================
+
+and computes, with Q the quantizer of the input (the identity in weight-only layers)::
+
+    y = Q(x * act_pre_scale) @ dequantize(qweight, ...).T + bias + (x @ low_rank_down.T) @ low_rank_up.T
+
+The low-rank branch reads the input as it comes, *before* ``act_pre_scale``: an algorithm that factors the smoothed
+weight multiplies the columns of ``low_rank_down`` by ``act_pre_scale`` once, and no second copy of x is made.
+Casting a layer moves what is in the compute dtype; scales stay fp32 and codes stay codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.grad import conv2d_input
+
+from diffuse_compress.errors import ConfigError
+from diffuse_compress.quantization.dispatch import (
+    ComputePath,
+    Geometry,
+    InputQuantization,
+    compute_path,
+    conv2d,
+    dense_weight,
+    linear,
+    per_column,
+)
+from diffuse_compress.quantization.layer_base import (
+    LowRank,
+    QuantizedLayer,
+    cast_for_autocast,
+    check_given,
+    empty_tensors,
+    fill,
+)
+from diffuse_compress.quantization.packed import QuantizedWeight
+from diffuse_compress.quantization.scheme import Scheme
+
+__all__ = ["QuantizedConv2d", "QuantizedLinear", "supports"]
+
+MAX_INTEGER_COLUMNS = 1 << 17
+
+
+def supports(module: nn.Module, scheme: Scheme) -> str | None:
+    """Why a stock module cannot be converted to this scheme, or None if it can.
+
+    Divisibility by a group size is not judged here: ``WeightScheme.check_shape`` raises with what to do about it.
+    """
+    if isinstance(module, QuantizedLayer):
+        return f"already {module.scheme.name}"
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        return f"no quantized layer for {type(module).__name__}"
+    if type(module) not in (nn.Linear, nn.Conv2d):
+        return f"{type(module).__name__} is a subclass whose forward is its own"
+    if "parametrizations" in module._modules or "weight" not in module._parameters:
+        return "its weight is parametrized"
+    weight = module.weight
+    if type(weight) is not nn.Parameter and not weight.is_meta:
+        return f"its weight is a {type(weight).__name__}"
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    if scheme.has_integer_path and weight.flatten(1).shape[1] > MAX_INTEGER_COLUMNS:
+        return f"in_features over {MAX_INTEGER_COLUMNS} could overflow int32 sums"
+    return None
+
+
+# --- linear -----------------------------------------------------------------------------------------------------
+
+
+class _LinearFunction(torch.autograd.Function):
+    """Straight-through: the gradient of x is that of the dense layer with the dequantized weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        qweight: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None,
+        group_scale: torch.Tensor | None,
+        pre_scale: torch.Tensor | None,
+        input_scale: torch.Tensor | None,
+        input_zero_point: torch.Tensor | None,
+        scheme: Scheme,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(qweight, scale, zero_point, group_scale, pre_scale)
+        ctx.weight_scheme, ctx.columns = scheme.weight, x.shape[-1]
+        weight = QuantizedWeight(qweight, scale, zero_point, group_scale, x.shape[-1], scheme.weight)
+        return linear(x, weight, scheme, bias, InputQuantization(input_scale, input_zero_point, pre_scale))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grad_outputs
+        qweight, scale, zero_point, group_scale, pre_scale = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = QuantizedWeight(qweight, scale, zero_point, group_scale, ctx.columns, ctx.weight_scheme)
+            grad_x = grad @ dense_weight(weight, grad.dtype, pre_scale)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
+        return grad_x, grad_bias, *(None,) * 8
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """A linear layer with a quantized weight; see the module docstring for parameters and equation.
+
+    Made by :meth:`from_dense`, or empty by :meth:`placeholder`. Gradients reach the input, the bias and the low-rank
+    branch if they require one, straight through the quantizer of the input; codes and scales get none.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, tensors: dict[str, torch.Tensor], scheme: Scheme, dtype: torch.dtype
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self._setup(tensors, scheme, dtype)
+
+    @classmethod
+    def placeholder(
+        cls,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        scheme: Scheme,
+        *,
+        compute_dtype: torch.dtype,
+        device: torch.device | str = "meta",
+        act_pre_scale: bool = False,
+        low_rank: int = 0,
+    ) -> QuantizedLinear:
+        """A layer of uninitialised tensors, to be filled from a checkpoint.
+
+        Raises:
+            IncompatibleShapeError: ``in_features`` does not fit the scheme's group size.
+        """
+        scheme.weight.check_shape("placeholder", in_features)
+        tensors = empty_tensors(
+            scheme,
+            out_features,
+            in_features,
+            in_features,
+            bias=bias,
+            compute_dtype=compute_dtype,
+            device=device,
+            act_pre_scale=act_pre_scale,
+            low_rank=low_rank,
+        )
+        return cls(in_features, out_features, tensors, scheme, compute_dtype)
+
+    @classmethod
+    def placeholder_like(
+        cls,
+        module: nn.Linear,
+        scheme: Scheme,
+        *,
+        compute_dtype: torch.dtype,
+        device: torch.device | str = "meta",
+        act_pre_scale: bool = False,
+        low_rank: int = 0,
+    ) -> QuantizedLinear:
+        """:meth:`placeholder` of the size of a dense layer, in its training mode."""
+        layer = cls.placeholder(
+            module.in_features,
+            module.out_features,
+            module.bias is not None,
+            scheme,
+            compute_dtype=compute_dtype,
+            device=device,
+            act_pre_scale=act_pre_scale,
+            low_rank=low_rank,
+        )
+        return layer.train(module.training)
+
+    @classmethod
+    def from_dense(
+        cls,
+        linear: nn.Linear,
+        quantized: QuantizedWeight,
+        scheme: Scheme,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        act_pre_scale: torch.Tensor | None = None,
+        input_scale: torch.Tensor | None = None,
+        input_zero_point: torch.Tensor | None = None,
+        low_rank: LowRank | None = None,
+    ) -> QuantizedLinear:
+        """The layer that replaces ``linear``, on the device of ``quantized``.
+
+        Args:
+            linear: its sizes, bias and training mode are taken.
+            quantized: codes of the weight; of ``weight / act_pre_scale`` if the input is smoothed, and of what the
+                low-rank branch leaves if there is one.
+            scheme: the layer's; ``scheme.weight`` is ``quantized.scheme``.
+            compute_dtype: default that of ``linear.weight``.
+            act_pre_scale: [K].
+            input_scale: one number, static activations only.
+            input_zero_point: one number, static asymmetric activations only.
+            low_rank: (down [r, K], up [N, r]) on the input before ``act_pre_scale``.
+
+        Raises:
+            ConfigError: static qparams are missing or not wanted.
+            IncompatibleShapeError: a tensor's shape is not what the scheme asks for.
+        """
+        check_given(scheme, input_scale, input_zero_point)
+        dtype = compute_dtype or linear.weight.dtype
+        expected = cls.placeholder_like(
+            linear,
+            scheme,
+            compute_dtype=dtype,
+            act_pre_scale=act_pre_scale is not None,
+            low_rank=0 if low_rank is None else low_rank[0].shape[0],
+        )
+        down, up = low_rank or (None, None)
+        given = {
+            "bias": linear.bias,
+            "act_pre_scale": act_pre_scale,
+            "input_scale": input_scale,
+            "input_zero_point": input_zero_point,
+            "low_rank_down": down,
+            "low_rank_up": up,
+        }
+        tensors = fill(dict(expected.named_parameters()), quantized, given)
+        return cls(linear.in_features, linear.out_features, tensors, scheme, dtype).train(linear.training)
+
+    @property
+    def _columns(self) -> int:
+        return self.in_features
+
+    @property
+    def _column_scale(self) -> torch.Tensor | None:
+        return self.act_pre_scale
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """Dense equivalent [N, K] in the compute dtype: ``F.linear(x, layer.weight, layer.bias)`` without Q.
+
+        Computed on every access; smoothing and low-rank branch are folded in.
+        """
+        return self._flat_weight()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y [..., N] in the dtype of x, [..., K]; the equation is in the module docstring."""
+        x = cast_for_autocast(x)
+        if self._needs_grad(x):
+            y = cast(
+                torch.Tensor,
+                _LinearFunction.apply(
+                    x,
+                    self.bias,
+                    self.qweight,
+                    self.scale,
+                    self.zero_point,
+                    self.group_scale,
+                    self.act_pre_scale,
+                    self.input_scale,
+                    self.input_zero_point,
+                    self.scheme,
+                ),
+            )
+        else:
+            y = linear(x, self.quantized_weight(), self.scheme, self.bias, self._inputs())
+        if self.low_rank_down is not None and self.low_rank_up is not None:
+            y = y + F.linear(F.linear(x, self.low_rank_down.to(x.dtype)), self.low_rank_up.to(x.dtype))
+        return y
+
+    def compute_path(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ComputePath:
+        """How this layer is computed there (default: where it is, in its compute dtype)."""
+        return compute_path(self.scheme, device or self.qweight.device, dtype or self.compute_dtype)
+
+    def to_dense(self) -> nn.Linear:
+        """A stock layer with the weight rounded to the grid, same device, compute dtype and training mode."""
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta", self.compute_dtype)
+        return _finish_dense(dense, self.weight, self.bias, self.training)
+
+    def extra_repr(self) -> str:
+        """Sizes, scheme and dtype."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            + self._describe()
+        )
+
+
+_Dense = TypeVar("_Dense", nn.Linear, nn.Conv2d)
+
+
+def _finish_dense(dense: _Dense, weight: torch.Tensor, bias: nn.Parameter | None, training: bool) -> _Dense:
+    dense.weight = nn.Parameter(weight)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach().clone())
+    return dense.train(training)
+
+
+# --- convolution ------------------------------------------------------------------------------------------------
+
+
+class _ConvFunction(torch.autograd.Function):
+    """As :class:`_LinearFunction`, for a convolution."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        qweight: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor | None,
+        group_scale: torch.Tensor | None,
+        pre_scale: torch.Tensor | None,
+        column_scale: torch.Tensor | None,
+        input_scale: torch.Tensor | None,
+        input_zero_point: torch.Tensor | None,
+        scheme: Scheme,
+        geometry: Geometry,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(qweight, scale, zero_point, group_scale, column_scale)
+        ctx.weight_scheme, ctx.geometry, ctx.input_size = scheme.weight, geometry, x.shape
+        weight = QuantizedWeight(qweight, scale, zero_point, group_scale, geometry.columns(x.shape[1]), scheme.weight)
+        inputs = InputQuantization(input_scale, input_zero_point, pre_scale)
+        return conv2d(x, weight, scheme, geometry, bias, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grad_outputs
+        qweight, scale, zero_point, group_scale, column_scale = ctx.saved_tensors
+        geometry: Geometry = ctx.geometry
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            columns = geometry.columns(ctx.input_size[1])
+            weight = QuantizedWeight(qweight, scale, zero_point, group_scale, columns, ctx.weight_scheme)
+            kernel = dense_weight(weight, grad.dtype, column_scale).unflatten(1, (-1, *geometry.kernel))
+            grad_x = conv2d_input(
+                ctx.input_size, kernel, grad, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+            )
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.sum(dim=(0, 2, 3))
+        return grad_x, grad_bias, *(None,) * 10
+
+
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
+    """A 2-d convolution with a quantized weight, flattened to [N, C / groups * kh * kw] in storage.
+
+    A sample is a convolution's token: dynamic activation scales are one per sample. Everything else is as in
+    :class:`QuantizedLinear`; grouped convolutions have no integer path and no low-rank branch.
+    """
+
+    def __init__(
+        self, like: nn.Conv2d, tensors: dict[str, torch.Tensor], scheme: Scheme, compute_dtype: torch.dtype
+    ) -> None:
+        nn.Module.__init__(self)
+        for name in _CONV_ATTRIBUTES:
+            setattr(self, name, getattr(like, name))
+        self._setup(tensors, scheme, compute_dtype)
+
+    @classmethod
+    def placeholder_like(
+        cls,
+        module: nn.Conv2d,
+        scheme: Scheme,
+        *,
+        compute_dtype: torch.dtype,
+        device: torch.device | str = "meta",
+        act_pre_scale: bool = False,
+        low_rank: int = 0,
+    ) -> QuantizedConv2d:
+        """A layer of uninitialised tensors with the geometry of ``module``.
+
+        Raises:
+            IncompatibleShapeError: its columns do not fit the scheme's group size.
+            ConfigError: a low-rank branch for a grouped convolution.
+        """
+        columns = _conv_columns(module)
+        scheme.weight.check_shape("placeholder", columns)
+        if low_rank and module.groups != 1:
+            raise ConfigError(f"placeholder: grouped convolutions take no low-rank branch, got groups={module.groups}.")
+        tensors = empty_tensors(
+            scheme,
+            module.out_channels,
+            columns,
+            module.in_channels,
+            bias=module.bias is not None,
+            compute_dtype=compute_dtype,
+            device=device,
+            act_pre_scale=act_pre_scale,
+            low_rank=low_rank,
+        )
+        return cls(module, tensors, scheme, compute_dtype).train(module.training)
+
+    @classmethod
+    def from_dense(
+        cls,
+        conv: nn.Conv2d,
+        quantized: QuantizedWeight,
+        scheme: Scheme,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        act_pre_scale: torch.Tensor | None = None,
+        input_scale: torch.Tensor | None = None,
+        input_zero_point: torch.Tensor | None = None,
+        low_rank: LowRank | None = None,
+    ) -> QuantizedConv2d:
+        """The layer that replaces ``conv``; arguments as :meth:`QuantizedLinear.from_dense`, ``act_pre_scale`` [C]."""
+        check_given(scheme, input_scale, input_zero_point)
+        dtype = compute_dtype or conv.weight.dtype
+        expected = cls.placeholder_like(
+            conv,
+            scheme,
+            compute_dtype=dtype,
+            act_pre_scale=act_pre_scale is not None,
+            low_rank=0 if low_rank is None else low_rank[0].shape[0],
+        )
+        down, up = low_rank or (None, None)
+        given = {
+            "bias": conv.bias,
+            "act_pre_scale": act_pre_scale,
+            "input_scale": input_scale,
+            "input_zero_point": input_zero_point,
+            "low_rank_down": down,
+            "low_rank_up": up,
+        }
+        tensors = fill(dict(expected.named_parameters()), quantized, given)
+        return cls(conv, tensors, scheme, dtype).train(conv.training)
+
+    @property
+    def _columns(self) -> int:
+        return _conv_columns(self)
+
+    @property
+    def _column_scale(self) -> torch.Tensor | None:
+        return None if self.act_pre_scale is None else per_column(self.act_pre_scale, self._geometry, self.out_channels)
+
+    @property
+    def _geometry(self) -> Geometry:
+        return self._geometry_and_padding()[0]
+
+    def _geometry_and_padding(self) -> tuple[Geometry, tuple[int, ...] | None]:
+        """Geometry, and what :func:`torch.nn.functional.pad` must do first (None: the geometry pads with zeros)."""
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        explicit = self.padding_mode != "zeros" or left != right or top != bottom
+        geometry = Geometry(
+            cast(tuple[int, int], self.kernel_size),
+            cast(tuple[int, int], self.stride),
+            (0, 0) if explicit else (top, left),
+            cast(tuple[int, int], self.dilation),
+            self.groups,
+        )
+        return geometry, (left, right, top, bottom) if explicit else None
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """Dense equivalent [N, C / groups, kh, kw] in the compute dtype, computed on every access."""
+        return self._flat_weight().view(self.out_channels, -1, *self.kernel_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y [B, N, Ho, Wo] (or unbatched) in the dtype of x."""
+        if x.dim() == 3:
+            y: torch.Tensor = self.forward(x.unsqueeze(0))
+            return y.squeeze(0)
+        x = cast_for_autocast(x)
+        geometry, padding = self._geometry_and_padding()
+        if padding is not None:
+            x = F.pad(x, padding, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        if self._needs_grad(x):
+            y = cast(
+                torch.Tensor,
+                _ConvFunction.apply(
+                    x,
+                    self.bias,
+                    self.qweight,
+                    self.scale,
+                    self.zero_point,
+                    self.group_scale,
+                    self.act_pre_scale,
+                    self._column_scale,
+                    self.input_scale,
+                    self.input_zero_point,
+                    self.scheme,
+                    geometry,
+                ),
+            )
+        else:
+            y = conv2d(x, self.quantized_weight(), self.scheme, geometry, self.bias, self._inputs())
+        if self.low_rank_down is not None and self.low_rank_up is not None:
+            down = self.low_rank_down.to(x.dtype).unflatten(1, (-1, *geometry.kernel))
+            hidden = F.conv2d(x, down, None, geometry.stride, geometry.padding, geometry.dilation)
+            y = y + F.conv2d(hidden, self.low_rank_up.to(x.dtype)[:, :, None, None])
+        return y
+
+    def compute_path(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ComputePath:
+        """How this layer is computed there (default: where it is, in its compute dtype)."""
+        device, dtype = device or self.qweight.device, dtype or self.compute_dtype
+        return compute_path(self.scheme, device, dtype, kind="conv2d", groups=self.groups)
+
+    def to_dense(self) -> nn.Conv2d:
+        """A stock layer with the weight rounded to the grid, same device, compute dtype and training mode."""
+        dense = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            cast(tuple[int, int], self.kernel_size),
+            cast(tuple[int, int], self.stride),
+            cast(tuple[int, int] | str, self.padding),
+            cast(tuple[int, int], self.dilation),
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,
+            device="meta",
+            dtype=self.compute_dtype,
+        )
+        return _finish_dense(dense, self.weight, self.bias, self.training)
+
+    def extra_repr(self) -> str:
+        """Sizes, scheme and dtype."""
+        return f"{super().extra_repr()}, {self._describe()}"
+
+
+_CONV_ATTRIBUTES = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "transposed",
+    "output_padding",
+    "groups",
+    "padding_mode",
+    "_reversed_padding_repeated_twice",
+)
+
+
+def _conv_columns(conv: nn.Conv2d) -> int:
+    """Columns of the flattened weight."""
+    return conv.in_channels // conv.groups * conv.kernel_size[0] * conv.kernel_size[1]
