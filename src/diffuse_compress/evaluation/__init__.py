@@ -1,0 +1,1 @@
+"""Measuring what a compression costs: paired picture metrics, intervals, seeded generation, controls."""

@@ -1,0 +1,83 @@
+"""The reference for a compressed model: the same codes and scales, simulated in float32.
+
+A quantized layer runs integer or float8 kernels, or expands its weight in the compute dtype. Replacing each by a
+float32 layer that dequantizes the *same* stored codes and quantizes and dequantizes its input shows what these
+kernels add to the error of the scheme itself: nothing but float rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
+from diffuse_compress.quantization.numerics import dequantize, fake_quantize_activation
+from diffuse_compress.quantization.scheme import ActivationScheme
+
+__all__ = ["FakeQuantizedLayer", "to_fake_quantized"]
+
+
+class FakeQuantizedLayer(nn.Module):
+    """What a quantized layer stands for, in float32: ``y = dense(Q(x * act_pre_scale)) + low-rank branch``.
+
+    Args:
+        layer: a QuantizedLinear or QuantizedConv2d; its codes, scales and bias are copied in float32.
+        quantize_input: False leaves the input alone, as on devices where a path is weight-only.
+    """
+
+    def __init__(self, layer: QuantizedLinear | QuantizedConv2d, quantize_input: bool = True) -> None:
+        super().__init__()
+        dense = layer.to_dense().float()
+        with torch.no_grad():
+            # to_dense folds smoothing and the low-rank branch into the weight; here they stay apart.
+            dense.weight.copy_(dequantize(layer.quantized_weight(), torch.float32).view_as(dense.weight))
+        self.dense = dense.requires_grad_(False)
+        self.activation: ActivationScheme | None = layer.scheme.activation if quantize_input else None
+        self.feature_dims = 3 if isinstance(dense, nn.Conv2d) else 1
+        for name in ("act_pre_scale", "input_scale", "input_zero_point", "low_rank_down", "low_rank_up"):
+            value = getattr(layer, name)
+            self.register_buffer(name, None if value is None else value.detach().clone(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y in the dtype of x; shapes as in the stock layer."""
+        values = x.float()
+        inputs = values
+        if self.act_pre_scale is not None:
+            inputs = values * (self.act_pre_scale.view(-1, 1, 1) if self.feature_dims == 3 else self.act_pre_scale)
+        if self.activation is not None:
+            inputs = fake_quantize_activation(
+                inputs, self.activation, self.input_scale, self.input_zero_point, self.feature_dims
+            )
+        y = self.dense(inputs)
+        if self.low_rank_down is not None and self.low_rank_up is not None:
+            y = y + self._low_rank(values)
+        return y.to(x.dtype)
+
+    def _low_rank(self, x: torch.Tensor) -> torch.Tensor:
+        product = self.low_rank_up.float() @ self.low_rank_down.float()
+        if self.feature_dims == 3:
+            return self.dense._conv_forward(x, product.view_as(self.dense.weight), None)
+        return nn.functional.linear(x, product)
+
+
+def to_fake_quantized(model: Any, follow_device: bool = False) -> list[str]:
+    """Replace, in place, every quantized layer of ``model`` by its :class:`FakeQuantizedLayer`.
+
+    For measurements only: the result cannot be saved as a compressed model, so work on a copy.
+
+    Args:
+        model: any module with quantized layers.
+        follow_device: leave inputs alone where the layer's own path on its device does (float8 without a float8
+            matmul); False simulates the scheme as written.
+
+    Returns:
+        Names of the replaced layers, in order.
+    """
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, QuantizedLinear | QuantizedConv2d)]
+    for name, layer in found:
+        weight_only = follow_device and layer.compute_path().name == "dequantize-weight-only"
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, FakeQuantizedLayer(layer, quantize_input=not weight_only))
+    return [name for name, _ in found]
