@@ -134,7 +134,7 @@ def linear(
         return linear_codes(codes, scale, input_zero_point, weight, weight_scale, bias, x.dtype)
     rows, depth = x.shape
     out = torch.empty(rows, weight.shape[0], dtype=x.dtype)
-    block = min(rows, ROWS_PER_BLOCK * torch.get_num_threads())
+    block = max(1, min(rows, ROWS_PER_BLOCK * torch.get_num_threads()))
     scratch = torch.empty(block, depth, dtype=torch.float32)
     codes = torch.empty(block, depth, dtype=torch.int8)
     epilogue = _Epilogue(weight, weight_scale, bias, input_zero_point, block)
@@ -161,7 +161,7 @@ def linear_codes(
     rows = codes.shape[0]
     out = torch.empty(rows, weight.shape[0], dtype=dtype, device=codes.device)
     fast = has_fast_int8() and codes.device.type == "cpu"
-    block = min(rows, ROWS_PER_BLOCK * torch.get_num_threads())
+    block = max(1, min(rows, ROWS_PER_BLOCK * torch.get_num_threads()))
     epilogue = _Epilogue(weight, weight_scale, bias, zero_point, block)
     if not fast:
         _linear_codes_float(codes, scale, epilogue, out, block)
