@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
 import tiny
+import torch
 from tolerance import KERNEL, assert_close, assert_snr, relative_rms, snr_db
 
 
