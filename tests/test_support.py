@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+
+import tiny
 from tolerance import KERNEL, assert_close, assert_snr, relative_rms, snr_db
 
 
