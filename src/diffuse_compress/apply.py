@@ -97,6 +97,7 @@ def _mark(model: nn.Module, part: ComponentPlan, spill: Transaction) -> None:
 
 
 def _check_ready(where: str, model: nn.Module) -> None:
+    marks_of(model)
     for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.device.type == "meta":
             raise ModelStateError(

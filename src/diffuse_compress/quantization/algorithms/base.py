@@ -39,6 +39,11 @@ class AlgorithmConfig:
 
     kind: ClassVar[str]
 
+    @property
+    def summary(self) -> str:
+        """The algorithm in a few words, for the first line of plans and reports."""
+        return self.kind
+
 
 WeightQuantizer = Callable[[torch.Tensor, WeightScheme, Any, torch.Generator | None], QuantizedWeight]
 _Quantizer = TypeVar("_Quantizer", bound=WeightQuantizer)

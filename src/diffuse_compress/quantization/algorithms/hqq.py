@@ -30,8 +30,14 @@ import torch
 
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register
-from diffuse_compress.quantization.numerics import QParams, choose_qparams, quantize_weight, split_groups
-from diffuse_compress.quantization.observers import row_chunks
+from diffuse_compress.quantization.numerics import (
+    QParams,
+    choose_qparams,
+    quantize_weight,
+    row_chunks,
+    split_groups,
+    valid_columns,
+)
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import PerTensor, WeightScheme
 
@@ -54,6 +60,10 @@ class HQQConfig(AlgorithmConfig):
     beta: float = 10.0
     kappa: float = 1.01
     kind: ClassVar[str] = "hqq"
+
+    @property
+    def summary(self) -> str:
+        return f"HQQ ({self.iterations} iterations)"
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or not 0 < self.lp_norm <= 1 or self.beta <= 0 or self.kappa < 1:
@@ -108,7 +118,7 @@ def _optimise(
 ) -> torch.Tensor:
     """The best zero points of a weight [n, K], of the shape and dtype of ``zero_point``."""
     w = torch.div(split_groups(weight, scheme), scale.unsqueeze(-1)).float()
-    valid = _valid_columns(weight, scheme)
+    valid = valid_columns(weight, scheme)
     current, best = zero_point.float(), zero_point.float()
     best_error: torch.Tensor | None = None
     beta = config.beta
@@ -145,13 +155,3 @@ def _codes(w: torch.Tensor, zero_point: torch.Tensor, scheme: WeightScheme) -> t
     z = zero_point.unsqueeze(-1)
     steps = (w + z).round_() if scheme.float_zero_point else w.round().add_(z)
     return steps.clamp_(*scheme.range)
-
-
-def _valid_columns(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor | None:
-    """1 where a column [G, g] is of the weight and 0 where it pads the last group; None when nothing pads."""
-    size = scheme.group_size
-    if size is None or weight.shape[1] % size == 0:
-        return None
-    groups = scheme.num_groups(weight.shape[1])
-    columns = torch.arange(groups * size, device=weight.device).reshape(groups, size)
-    return (columns < weight.shape[1]).float()

@@ -37,6 +37,10 @@ class RTNConfig(AlgorithmConfig):
     min_ratio: float = 0.2
     kind: ClassVar[str] = "rtn"
 
+    @property
+    def summary(self) -> str:
+        return f"round-to-nearest ({self.observer} ranges)"
+
     def __post_init__(self) -> None:
         if self.observer not in _OBSERVERS:
             raise ConfigError(f"RTNConfig: observer must be one of {_OBSERVERS}, got {self.observer!r}.")

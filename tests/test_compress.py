@@ -1,0 +1,284 @@
+"""compress: in place, adds up, refuses, and restores every byte when anything fails."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import diffuse_compress as dc
+from diffuse_compress.integrations.component import get_state, quantized_layers
+from diffuse_compress.quantization.layers import QuantizedLinear
+
+PRESETS = ["w8a8", "fp8", "w8a16", "w4a16", "w4a8"]
+
+
+def fingerprint(model: nn.Module) -> dict[str, tuple[str, str, str]]:
+    """{key: (hash of bytes, dtype, device)} and the module tree."""
+    prints = {}
+    for key, tensor in model.state_dict().items():
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        prints[key] = (hashlib.blake2b(data).hexdigest(), str(tensor.dtype), str(tensor.device))
+    prints["tree"] = (str([(n, type(m).__name__) for n, m in model.named_modules()]), "", "")
+    return prints
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "W4A8", "int8"])
+def test_compress_converts_in_place_and_returns_self(preset: str) -> None:
+    model = tiny.build("pixart")
+    before = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert model.compress(preset) is model
+    assert type(model).__name__ == "PixArtTransformer2DModel"
+    assert len(quantized_layers(model)) > 10
+    after = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert after < before
+    out = model(**tiny.inputs_for(model))[0]
+    assert torch.isfinite(out).all()
+
+
+def test_compress_pipeline_preset_means_denoisers() -> None:
+    pipe = tiny.build_pipeline("pixart")
+    pipe.compress("w8a8")
+    assert get_state(pipe.transformer) is not None
+    assert get_state(pipe.text_encoder) is None
+
+
+def test_compress_components_dict_groups_and_none() -> None:
+    pipe = tiny.build_pipeline("pixart")
+    pipe.compress({"denoisers": "w4a8", "text_encoder": "w8a16", "vae": None})
+    assert get_state(pipe.transformer).config.spec.preset == "w4a8"
+    assert get_state(pipe.text_encoder).config.spec.preset == "w8a16"
+    assert get_state(pipe.vae) is None
+
+
+def test_compress_calls_add_up_and_refuse_another_config() -> None:
+    pipe = tiny.build_pipeline("pixart")
+    pipe.compress("w8a8")
+    prints = fingerprint(pipe.transformer)
+    pipe.compress("w8a8")  # equal configuration: nothing happens
+    assert fingerprint(pipe.transformer) == prints
+    pipe.compress({"text_encoder": "w8a16"})
+    with pytest.raises(
+        dc.CompressionConflictError, match=r"transformer: already compressed.*'weights'.*decompress\(\)"
+    ):
+        pipe.compress("w4a8")
+    assert fingerprint(pipe.transformer) == prints
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compress_fails_at_every_layer_restores_identical_bytes(dtype: torch.dtype) -> None:
+    model = tiny.build("pixart", dtype=dtype)
+    clean = fingerprint(model)
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    total = len(model.compression_plan("w4a8").components[""].layers)
+    for stop in range(1, total + 1):
+
+        def fail(stage: str, done: int, total: int, metrics: dict[str, Any], stop: int = stop) -> None:
+            if done == stop:
+                raise KeyboardInterrupt if stop % 2 else RuntimeError("out of memory, say")
+
+        with pytest.raises((KeyboardInterrupt, RuntimeError)):
+            model.compress("w4a8", callback=fail)
+        assert fingerprint(model) == clean, f"layer {stop}"
+        assert get_state(model) is None
+        assert "quantization_config" not in model.config
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    model.compress("w4a8")
+    assert get_state(model) is not None
+
+
+def test_compress_failure_in_second_component_restores_the_first() -> None:
+    pipe = tiny.build_pipeline("pixart")
+    clean = fingerprint(pipe.transformer), fingerprint(pipe.text_encoder)
+    seen = []
+
+    def fail(stage: str, done: int, total: int, metrics: dict[str, Any]) -> None:
+        seen.append(metrics.get("component"))
+        if metrics.get("component") == "text_encoder":
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        pipe.compress({"transformer": "w8a8", "text_encoder": "w8a16"}, callback=fail)
+    assert "transformer" in seen
+    assert (fingerprint(pipe.transformer), fingerprint(pipe.text_encoder)) == clean
+
+
+def test_compress_leaves_global_random_state_and_is_deterministic() -> None:
+    prints = []
+    for _ in range(2):
+        model = tiny.build("pixart")
+        state = torch.random.get_rng_state()
+        model.compress("w4a8", seed=3)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        prints.append(fingerprint(model))
+    assert prints[0] == prints[1]
+
+
+def test_compress_device_returns_layers_where_they_were() -> None:
+    model = tiny.build("pixart").compress("w8a8", device="cpu")
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+def test_compress_modules_to_not_convert_and_overrides() -> None:
+    model = tiny.build("pixart")
+    model.compress("w4a8", modules_to_not_convert=["attn2"], overrides={"*.attn1.to_q": "w8a8", "proj_out": "w8a16"})
+    layers = quantized_layers(model)
+    assert not any(".attn2." in name for name in layers)
+    assert {layer.scheme.name for name, layer in layers.items() if name.endswith("attn1.to_q")} == {"w8a8"}
+    assert layers["proj_out"].scheme.name == "w8a16"
+
+
+def test_compress_modulation_is_weight_only_in_four_bit_presets() -> None:
+    model = tiny.build("flux").compress("w4a8")
+    layers = quantized_layers(model)
+    assert layers["transformer_blocks.0.norm1.linear"].scheme.name == "w4a16"
+    assert layers["transformer_blocks.0.attn.to_q"].scheme.name == "w4a8"
+    assert "x_embedder" not in layers
+    assert "proj_out" not in layers
+
+
+def test_decompress_equals_dequantize_and_leaves_nothing() -> None:
+    model = tiny.build("pixart").compress("w8a16")
+    weights = {name: layer.weight for name, layer in quantized_layers(model).items()}
+    inputs = tiny.inputs_for(model)
+    expected = model(**inputs)[0]
+    assert model.decompress() is model
+    for name, weight in weights.items():
+        assert type(model.get_submodule(name)) is nn.Linear
+        assert torch.equal(model.get_submodule(name).weight, weight)
+    torch.testing.assert_close(model(**inputs)[0], expected, rtol=1e-4, atol=1e-5)
+    assert "quantization_config" not in model.config
+    assert not hasattr(model, "hf_quantizer")
+    model.compress("w4a8")
+
+
+def test_decompress_transformers_model() -> None:
+    model = tiny.build("t5_encoder").compress("w8a16")
+    model.dequantize()
+    assert not quantized_layers(model)
+    assert getattr(model.config, "quantization_config", None) is None
+    assert getattr(model, "hf_quantizer", None) is None
+
+
+def test_compression_recipe_applies_to_another_model(tmp_path: Any) -> None:
+    first = tiny.build_pipeline("pixart")
+    first.compress("w4a8", modules_to_not_convert="attn2")
+    recipe = first.compression_recipe()
+    recipe.save(tmp_path / "recipe.json")
+    other = tiny.build_pipeline("pixart", seed=1)
+    other.compress(dc.Recipe.load(tmp_path / "recipe.json"))
+    assert set(quantized_layers(other.transformer)) == set(quantized_layers(first.transformer))
+    assert other.compression_recipe() == recipe
+
+
+def test_compress_shared_module_is_replaced_under_every_name() -> None:
+    model = tiny.build("pixart")
+    model.transformer_blocks[1].attn1.to_k = model.transformer_blocks[0].attn1.to_k
+    model.compress("w8a8")
+    assert isinstance(model.transformer_blocks[0].attn1.to_k, QuantizedLinear)
+    assert model.transformer_blocks[1].attn1.to_k is model.transformer_blocks[0].attn1.to_k
+
+
+def test_compress_progress_bar_follows_pipeline_switch(capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tiny.build_pipeline("pixart")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.compress("w8a8")
+    assert "Compressing" not in capsys.readouterr().err
+    other = tiny.build_pipeline("pixart")
+    other.set_progress_bar_config(disable=False)
+    other.compress("w8a8")
+    assert "Compressing transformer" in capsys.readouterr().err
+
+
+# --- errors ---------------------------------------------------------------------------------------------------
+
+
+def test_compress_unknown_preset_names_nearest() -> None:
+    with pytest.raises(dc.ConfigError, match=r"Unknown preset 'w4a9'; did you mean 'w4a"):
+        tiny.build("pixart").compress("w4a9")
+
+
+def test_compress_without_preset_lists_bytes_and_recommends() -> None:
+    with pytest.raises(dc.ConfigError, match=r"(?s)needs a preset.*w8a8 .* -> .*w4a8.*On cpu: compress\(\"w8a8\"\)"):
+        tiny.build_pipeline("pixart").compress()
+
+
+def test_compress_w4a4_without_calibration_says_what_it_needs() -> None:
+    model = tiny.build("pixart")
+    with pytest.raises(dc.ConfigError, match=r"w4a4: .*calibrated algorithm.*RTNConfig\(\)"):
+        model.compress("w4a4")
+    model.compress(dc.QuantizationConfig("w4a4", algorithm=dc.RTNConfig()))
+    assert torch.isfinite(model(**tiny.inputs_for(model))[0]).all()
+
+
+def test_compress_impossible_group_size_names_layer_shape_and_fix() -> None:
+    scheme = dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT4, dc.PerGroup(128)))
+    model = tiny.build("pixart", attention_head_dim=24, cross_attention_dim=96)
+    clean = fingerprint(model)
+    with pytest.raises(
+        dc.IncompatibleShapeError, match=r"transformer_blocks\.0\..*group_size=128.*in_features=96.*group_size=32"
+    ):
+        model.compress(scheme)
+    assert fingerprint(model) == clean
+
+
+def test_compress_missing_component() -> None:
+    with pytest.raises(dc.ConfigError, match=r"no component or group 'text_encoder_2'; did you mean 'text_encoder'"):
+        tiny.build_pipeline("pixart").compress({"text_encoder_2": "w8a16"})
+
+
+def test_compress_pipeline_without_denoiser() -> None:
+    pipe = tiny.build_pipeline("pixart")
+    pipe.transformer = None
+    with pytest.raises(dc.ConfigError, match=r"no denoiser found among its models \(.*vae.*\)"):
+        pipe.compress("w8a8")
+
+
+def test_compress_meta_tensors_refused_but_planned() -> None:
+    with torch.device("meta"):
+        model = tiny.build("pixart", dtype=torch.float32).to("meta")
+    assert model.compression_plan("w4a8").bytes_after > 0
+    with pytest.raises(dc.ModelStateError, match=r"needs loaded weights, found a meta tensor"):
+        model.compress("w4a8")
+
+
+def test_compress_pattern_without_match() -> None:
+    with pytest.raises(dc.ConfigError, match=r"modules_to_not_convert: pattern 'atn2' matches no layer"):
+        tiny.build("pixart").compress("w8a8", modules_to_not_convert=["atn2"])
+
+
+def test_compress_foreign_quantization_refused_by_name() -> None:
+    model = tiny.build("pixart")
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(model.transformer_blocks[0], torchao.Int8WeightOnlyConfig(set_inductor_config=False))
+    with pytest.raises(dc.ModelStateError, match="already quantized by torchao"):
+        model.compress("w8a8")
+
+
+def test_compress_needs_disk_for_the_spill_file(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    model = tiny.build("pixart")
+    clean = fingerprint(model)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(dc.ModelStateError, match=r"MiB of free disk.*work_dir="):
+        model.compress("w8a8", work_dir=tmp_path)
+    assert fingerprint(model) == clean
+
+
+def test_compress_plain_module_refused() -> None:
+    with pytest.raises(dc.ConfigError, match="needs a diffusers ModelMixin or a transformers PreTrainedModel"):
+        dc.compress(nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128), nn.Linear(128, 128)), "w8a8")
+    with pytest.raises(dc.ConfigError, match="needs a diffusers pipeline or a model, got str"):
+        dc.compress("a string", "w8a8")
+
+
+def test_compress_under_group_offload_names_the_order() -> None:
+    model = tiny.build("pixart")
+    model.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(dc.ModelStateError, match=r"compress first, then enable_group_offload"):
+        model.compress("w8a8")
