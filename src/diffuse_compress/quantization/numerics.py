@@ -13,7 +13,7 @@ and rescaling the int32 sums of a GEMM with one scale per row use the very same 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 
 from diffuse_compress.errors import ConfigError, IncompatibleShapeError, ModelStateError
 from diffuse_compress.quantization.packed import QuantizedWeight
-from diffuse_compress.quantization.packing import pack, unpack
+from diffuse_compress.quantization.packing import pack, packed_columns, unpack
 from diffuse_compress.quantization.scheme import (
     TWO_LEVEL_MAX_GROUP_SCALE,
     ActivationScheme,
@@ -49,6 +49,13 @@ __all__ = [
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
+# Larger magnitudes would round to 480, which the format does not have: beyond it, clamping changes the code.
+_FLOAT8_ROUNDS_TO_MAX = 464.0
+# Elements of a weight worked on at a time: what stays in a core's cache, or fills a GPU. Nothing here holds more than
+# three fp32 copies of a chunk, 48 MiB.
+_CHUNK_CPU = 1 << 18
+_CHUNK_GPU = 1 << 22
+
 MIN_SCALE = torch.finfo(torch.float32).tiny
 """Smallest scale, the smallest normal float32: an all-zero element quantizes to zeros without a division by 0."""
 
@@ -116,6 +123,18 @@ def split_groups(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
             weight = torch.nn.functional.pad(weight, (0, -cols % size))
         return weight.reshape(rows, scheme.num_groups(cols), size)
     return weight.reshape(1, 1, rows * cols) if isinstance(scheme.granularity, PerTensor) else weight.unsqueeze(1)
+
+
+def valid_columns(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor | None:
+    """fp32 [G, group_size]: 0 where :func:`split_groups` pads the last group, else 1; None when nothing is padded.
+
+    Padding costs no error where 0 is exact; a float zero point does not keep it so.
+    """
+    size, cols = scheme.group_size, weight.shape[1]
+    if size is None or cols % size == 0:
+        return None
+    columns = torch.arange(scheme.num_groups(cols) * size, device=weight.device)
+    return (columns < cols).float().reshape(-1, size)
 
 
 def qparams_from_range(low: torch.Tensor, high: torch.Tensor, scheme: WeightScheme | ActivationScheme) -> QParams:
@@ -206,25 +225,56 @@ def quantize_weight(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams
 
     Raises:
         As :func:`choose_qparams`.
+
+    Cost:
+        Four passes in chunks of rows: 48 MiB of extra memory at most, except one copy of the weight for the range of
+        a last group that is not full.
     """
     low, high = weight_range(weight, scheme)
     _check_finite(weight, low, high)
     if qparams is None:
         qparams = qparams_from_weight_range(low, high, scheme)
-    codes = round_to_codes(weight, scheme, qparams)
-    if scheme.format.bits != 8:
-        codes = pack(codes, scheme.format.bits)
+    bits = scheme.format.bits
+    rows, cols = weight.shape
+    qweight = torch.empty(
+        (rows, cols if bits == 8 else packed_columns(cols, bits)),
+        dtype=torch.int8 if scheme.format.is_integer else FLOAT8,
+        device=weight.device,
+    )
+    for part in row_chunks(weight):
+        codes = _round_to_codes(weight[part], scheme, _rows_of(qparams, scheme, part))
+        qweight[part] = codes if bits == 8 else pack(codes, bits)
     return QuantizedWeight(
-        qweight=codes,
+        qweight=qweight,
         scale=qparams.scale,
         zero_point=qparams.zero_point,
         group_scale=qparams.group_scale,
-        in_features=weight.shape[1],
+        in_features=cols,
         scheme=scheme,
     )
 
 
-def round_to_codes(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -> torch.Tensor:
+def row_chunks(weight: torch.Tensor) -> Iterator[slice]:
+    """Slices of rows of bounded size, at least one row each."""
+    elements = _CHUNK_CPU if weight.device.type == "cpu" else _CHUNK_GPU
+    step = max(1, elements // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, min(start + step, weight.shape[0]))
+
+
+def _rows_of(qparams: QParams, scheme: WeightScheme, rows: slice | None) -> QParams:
+    """Qparams of some rows; per tensor they are those of the whole."""
+    if rows is None or isinstance(scheme.granularity, PerTensor):
+        return qparams
+    zero_point, group_scale = qparams.zero_point, qparams.group_scale
+    return QParams(
+        qparams.scale[rows],
+        None if zero_point is None else zero_point[rows],
+        None if group_scale is None else group_scale[rows],
+    )
+
+
+def _round_to_codes(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -> torch.Tensor:
     """Codes [N, K] of a weight, not packed: int8, or float8 for fp8 weights."""
     steps = _in_steps(weight, scheme, qparams)
     if not scheme.format.is_integer:
@@ -313,10 +363,7 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32, rows
     Cost:
         One fp32 tensor of the result's shape.
     """
-    qparams = QParams(weight.scale, weight.zero_point, weight.group_scale)
-    if rows is not None and not isinstance(weight.scheme.granularity, PerTensor):
-        parts = (qparams.scale, qparams.zero_point, qparams.group_scale)
-        qparams = QParams(*(None if part is None else part[rows] for part in parts))  # type: ignore[arg-type]
+    qparams = _rows_of(QParams(weight.scale, weight.zero_point, weight.group_scale), weight.scheme, rows)
     return _codes_to_values(unpacked_codes(weight, rows), weight.scheme, qparams).to(dtype)
 
 
@@ -329,6 +376,13 @@ def _codes_to_values(codes: torch.Tensor, scheme: WeightScheme, qparams: QParams
     if qparams.zero_point is not None:
         _per_group_(values, qparams.zero_point.float(), size, torch.Tensor.sub_)
     return _per_group_(values, qparams.scale, size, torch.Tensor.mul_)
+
+
+def _not_clamped(steps: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """Where clamping to [low, high] does not change the code: integers are rounded already, float8 codes are not."""
+    if high == FLOAT8_MAX:
+        return steps.abs() <= _FLOAT8_ROUNDS_TO_MAX
+    return (steps >= low) & (steps <= high)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -370,7 +424,7 @@ def fake_quantize(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams |
         qparams = qparams_from_weight_range(*weight_range(weight, scheme), scheme)
     steps = _in_steps(weight, scheme, qparams)
     low, high = scheme.range if scheme.format.is_integer else (-FLOAT8_MAX, FLOAT8_MAX)
-    inside = (steps >= low) & (steps <= high)
+    inside = _not_clamped(steps, low, high)
     codes = steps.clamp_(low, high).to(torch.int8 if scheme.format.is_integer else FLOAT8)
     values = _codes_to_values(codes, scheme, qparams).to(weight.dtype)
     return _straight_through(weight, values, inside)
@@ -468,7 +522,7 @@ def fake_quantize_activation(
         scale, zero_point = qparams.scale, qparams.zero_point
     steps = _activation_steps(x, scheme, scale, zero_point)
     low, high = _activation_range(scheme)
-    inside = (steps >= low) & (steps <= high)
+    inside = _not_clamped(steps, low, high)
     steps.clamp_(low, high)
     codes = steps if scheme.format.is_integer else steps.to(FLOAT8)
     values = dequantize_activation(codes, scale, zero_point, x.dtype)

@@ -8,7 +8,6 @@ activations: these count values over any number of batches, and observers of sev
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -22,19 +21,19 @@ from diffuse_compress.quantization.numerics import (
     effective_scale,
     qparams_from_range,
     qparams_from_weight_range,
+    row_chunks,
     split_groups,
+    valid_columns,
     weight_range,
 )
 from diffuse_compress.quantization.scheme import ActivationScheme, PerTensor, TwoLevel, WeightScheme
 
 __all__ = ["HistogramObserver", "MSEObserver", "MinMaxObserver", "Observer", "PercentileObserver"]
 
-# Elements of a weight searched at a time: what stays in a core's cache, or fills a GPU. The search holds three fp32
-# copies of a chunk, 48 MiB at most.
-_CHUNK_CPU = 1 << 18
-_CHUNK_GPU = 1 << 22
 _ROW_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)
 _GROUP_SCALE_STEPS = 8
+_HISTOGRAM_RATIOS = 256
+_HISTOGRAM_ROUNDS = 3
 
 
 class Observer(Protocol):
@@ -169,9 +168,10 @@ class MSEObserver:
 
     def _search(self, weight: torch.Tensor) -> QParams:
         low, high = weight_range(weight, self.scheme)
+        unit = qparams_from_range(low, high, self.scheme).scale
 
         def error(ratio: torch.Tensor) -> torch.Tensor:
-            return self._error(weight, qparams_from_range(low * ratio, high * ratio, self.scheme))
+            return self._error(weight, qparams_from_range(low * ratio, high * ratio, self.scheme), unit)
 
         best_ratio = torch.ones_like(low)
         best_error = error(best_ratio)
@@ -185,6 +185,7 @@ class MSEObserver:
 
     def _search_two_level(self, weight: torch.Tensor) -> QParams:
         low, high = weight_range(weight, self.scheme)
+        unit = qparams_from_weight_range(low, high, self.scheme).scale
         best: QParams | None = None
         best_row_error = low.new_zeros(())
         for ratio in _ROW_RATIOS:
@@ -195,7 +196,7 @@ class MSEObserver:
             scale = qparams.scale
 
             def error(candidate: torch.Tensor, scale: torch.Tensor = scale) -> torch.Tensor:
-                return self._error(weight, QParams(scale * candidate))
+                return self._error(weight, QParams(scale * candidate), unit)
 
             group_error = error(group_scale)
             for i in range(1, _GROUP_SCALE_STEPS):
@@ -214,21 +215,24 @@ class MSEObserver:
         assert best is not None
         return best
 
-    def _error(self, weight: torch.Tensor, qparams: QParams) -> torch.Tensor:
-        """fp32 error of each element of the granularity, of the shape of ``qparams.scale``."""
+    def _error(self, weight: torch.Tensor, qparams: QParams, unit: torch.Tensor) -> torch.Tensor:
+        """fp32 error of each element, of the shape of ``qparams.scale``; with ``unit`` as unit nothing overflows."""
         if isinstance(self.scheme.granularity, PerTensor):
-            chunks = [self._chunk_error(weight[rows], qparams) for rows in row_chunks(weight)]
+            chunks = [self._chunk_error(weight[rows], qparams, unit) for rows in row_chunks(weight)]
             return torch.stack(chunks).double().sum(dim=0).float()
-        return self._chunk_error(weight, qparams)
+        return self._chunk_error(weight, qparams, unit)
 
-    def _chunk_error(self, weight: torch.Tensor, qparams: QParams) -> torch.Tensor:
+    def _chunk_error(self, weight: torch.Tensor, qparams: QParams, unit: torch.Tensor) -> torch.Tensor:
         scale = qparams.scale.unsqueeze(-1)
         steps = torch.div(split_groups(weight, self.scheme), scale).float()
         if qparams.zero_point is not None:
             steps.add_(qparams.zero_point.unsqueeze(-1))
         error = steps.round().clamp_(*self.scheme.range).sub_(steps)
         error = error.square_() if self.norm == 2 else error.abs_().pow_(self.norm)
-        return error.sum(dim=-1).mul_(qparams.scale.pow(self.norm))
+        valid = valid_columns(weight, self.scheme) if self.scheme.float_zero_point else None
+        if valid is not None:
+            error.mul_(valid)
+        return error.sum(dim=-1).mul_((qparams.scale / unit).pow(self.norm))
 
 
 class HistogramObserver:
@@ -236,8 +240,9 @@ class HistogramObserver:
 
     Values are counted in ``num_bins`` bins, symmetric about 0, whose width is a power of two that doubles when larger
     values come: adjacent bins are added up, so that counts are exact and neither the order of the batches nor merging
-    changes the result. The search multiplies the observed range by 100 ratios, then for asymmetric schemes either end
-    by itself, and takes the smallest ``sum count * |center - fake_quantize(center)|**norm``.
+    changes the result. The search multiplies the observed range by 256 ratios from 1 to 2**-10, then for asymmetric
+    schemes each end by itself, three times in turn, and takes the smallest
+    ``sum count * |center - fake_quantize(center)|**norm``.
 
     Source: common practice; the threshold search by squared error resembles torch.ao's HistogramObserver; differs:
     exact power-of-two bins instead of interpolated ones.
@@ -290,14 +295,14 @@ class HistogramObserver:
         """(low, high), fp32 [1]."""
         self._seen()
         low, high = torch.tensor(self.low), torch.tensor(self.high)
-        ratios = torch.linspace(1.0, 0.01, 100)
+        ratios = 2.0 ** -torch.linspace(0, 10, _HISTOGRAM_RATIOS)
         best = ratios[self._error(low * ratios, high * ratios).argmin()]
         low, high = low * best, high * best
-        if not self.scheme.symmetric:
-            ends = torch.linspace(1.0, 0.01, 100) * self.low
-            low = ends[self._error(ends, high.expand(100)).argmin()]
-            ends = torch.linspace(1.0, 0.01, 100) * self.high
-            high = ends[self._error(low.expand(100), ends).argmin()]
+        for _ in range(0 if self.scheme.symmetric else _HISTOGRAM_ROUNDS):
+            ends = ratios * self.low
+            low = ends[self._error(ends, high.expand_as(ends)).argmin()]
+            ends = ratios * self.high
+            high = ends[self._error(low.expand_as(ends), ends).argmin()]
         return low.reshape(1), high.reshape(1)
 
     def qparams(self) -> QParams:
@@ -372,10 +377,6 @@ class PercentileObserver(HistogramObserver):
             low = max(self.low, min(0.0, -(_first_reaching(counts.flip(0), 1 - tail) + 1 - half) * width))
         return torch.tensor([low], dtype=torch.float32), torch.tensor([high], dtype=torch.float32)
 
-    def merge(self, other: HistogramObserver) -> None:
-        """Take in everything ``other`` has seen."""
-        super().merge(other)
-
 
 def _keep_better(best: torch.Tensor, best_error: torch.Tensor, candidate: torch.Tensor, error: _ErrorOf) -> None:
     """Replace, in place, the elements of ``best`` whose candidate has the smaller error; ties keep the older."""
@@ -387,14 +388,6 @@ def _keep_better(best: torch.Tensor, best_error: torch.Tensor, candidate: torch.
 
 class _ErrorOf(Protocol):
     def __call__(self, candidate: torch.Tensor, /) -> torch.Tensor: ...
-
-
-def row_chunks(weight: torch.Tensor) -> Iterator[slice]:
-    """Slices of rows of bounded size, at least one row each."""
-    elements = _CHUNK_CPU if weight.device.type == "cpu" else _CHUNK_GPU
-    step = max(1, elements // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], step):
-        yield slice(start, start + step)
 
 
 def _cat_optional(parts: list[torch.Tensor | None]) -> torch.Tensor | None:

@@ -142,7 +142,7 @@ class WeightScheme:
         format: element type.
         granularity: PerTensor, PerChannel, PerGroup or TwoLevel.
         symmetric: False stores a ``zero_point`` of ``scale``'s shape; ``w = scale * (q - zero_point)``.
-        scale_rule: the symmetric rule; ignored by asymmetric and float8 formats, so it must be left alone there.
+        scale_rule: the symmetric rule; asymmetric, float8 and two-level formats have one rule and refuse another.
         float_zero_point: keep ``zero_point`` in fp32 instead of rounding it to int8 (HQQ).
     """
 
@@ -161,6 +161,13 @@ class WeightScheme:
             raise ConfigError(f"WeightScheme: TwoLevel needs symmetric int4, got {self.format.value}.")
         if not self.format.is_integer and (not self.symmetric or isinstance(self.granularity, PerGroup)):
             raise ConfigError("WeightScheme: float8 weights are symmetric, per tensor or per channel.")
+        if self.scale_rule is not ScaleRule.AMAX_OVER_QMAX and (
+            not self.format.is_integer or not self.symmetric or isinstance(self.granularity, TwoLevel)
+        ):
+            raise ConfigError(
+                f"WeightScheme: scale_rule={self.scale_rule.value!r} needs symmetric integers, per tensor, channel or "
+                "group. Leave it out."
+            )
         if self.float_zero_point and self.symmetric:
             raise ConfigError("WeightScheme: float_zero_point=True needs symmetric=False.")
 
@@ -217,8 +224,8 @@ class ActivationScheme:
             raise ConfigError("ActivationScheme: granularity must be PerTensor or PerToken.")
         if not self.dynamic and not isinstance(self.granularity, PerTensor):
             raise ConfigError("ActivationScheme: static scales are per tensor; use granularity=PerTensor().")
-        if not self.symmetric and (self.dynamic or not self.format.is_integer):
-            raise ConfigError("ActivationScheme: symmetric=False needs dynamic=False and an integer format.")
+        if not self.symmetric and (self.dynamic or self.format is not NumberFormat.INT8):
+            raise ConfigError("ActivationScheme: symmetric=False needs dynamic=False and format int8.")
 
 
 @dataclass(frozen=True)
@@ -290,7 +297,7 @@ class Scheme:
             raise ConfigError(f"Scheme.from_dict: need 'weights' and 'input_activations', got keys {sorted(data)}.")
         weights = dict(data["weights"])
         weight = WeightScheme(
-            scale_rule=ScaleRule(weights.pop("scale_rule", ScaleRule.AMAX_OVER_QMAX)),
+            scale_rule=_scale_rule_from(weights.pop("scale_rule", ScaleRule.AMAX_OVER_QMAX.value)),
             float_zero_point=bool(weights.pop("float_zero_point", False)),
             **_args_from_dict(weights),
         )
@@ -325,19 +332,32 @@ def _args_to_dict(fmt: NumberFormat, granularity: Granularity, symmetric: bool, 
     return args
 
 
+def _scale_rule_from(name: str) -> ScaleRule:
+    try:
+        return ScaleRule(name)
+    except ValueError:
+        rules = [rule.value for rule in ScaleRule]
+        raise ConfigError(f"Scheme.from_dict: unknown scale_rule {name!r}; {nearest(str(name), rules)}") from None
+
+
 def _args_from_dict(args: dict[str, Any]) -> dict[str, Any]:
     by_name = {name: kind for kind, name in _STRATEGY.items()}
     strategy = args.pop("strategy", None)
     if strategy not in by_name:
         raise ConfigError(f"Scheme.from_dict: unknown strategy {strategy!r}; {nearest(str(strategy), by_name)}")
     kind = by_name[strategy]
+    # compressed-tensors writes group_size=None where a strategy has none.
     options = {key: args.pop(key) for key in ("group_size", "pad") if key in args}
+    options = {key: value for key, value in options.items() if value is not None}
+    unfit = set(options) - {field.name for field in dataclasses.fields(kind)}
+    if unfit:
+        raise ConfigError(f"Scheme.from_dict: strategy {strategy!r} has no {' or '.join(sorted(unfit))}.")
     bits, type_ = args.pop("num_bits", None), args.pop("type", "int")
     symmetric = bool(args.pop("symmetric", True))
     args.pop("dynamic", None)
     if args:
         raise ConfigError(f"Scheme.from_dict: unknown keys {sorted(args)}.")
-    name = "float8_e4m3fn" if (type_, bits) == ("float", 8) else f"int{bits}"
-    if type_ not in ("int", "float") or name not in {fmt.value for fmt in NumberFormat}:
+    name = {"int": f"int{bits}", "float": "float8_e4m3fn" if bits == 8 else ""}.get(type_)
+    if name not in {fmt.value for fmt in NumberFormat}:
         raise ConfigError(f"Scheme.from_dict: no format of num_bits={bits}, type={type_!r}.")
     return {"format": NumberFormat(name), "granularity": kind(**options), "symmetric": symmetric}
