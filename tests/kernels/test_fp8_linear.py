@@ -58,5 +58,6 @@ def test_fp8_linear_matches_reference(rows: int, outputs: int, depth: int, stati
     expected = (codes.double() * scale) @ (weight.double() * weight_scale).t() + bias
     assert y.dtype == dtype
     assert_close(y, expected, ACCUMULATOR)
+    torch._dynamo.reset()
     compiled = torch.compile(fp8_linear, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, weight, weight_scale, bias, input_scale=given, pre_scale=pre_scale), y)

@@ -194,6 +194,15 @@ def test_int8_linear_shows_nan_and_survives_zero_rows(gemm: str) -> None:
     assert int8_linear(x[:0], weight, weight_scale).shape == (0, 8)
 
 
+def test_scratch_made_in_inference_mode_serves_outside(gemm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_SCRATCH", cpu._Scratch())
+    x, weight, weight_scale = inputs(4, 51, torch.float32), codes(8, 51), torch.rand(8, 1)
+    bias = torch.randn(8, requires_grad=True)
+    with torch.inference_mode():
+        first = int8_linear(x, weight, weight_scale, bias)
+    assert torch.equal(int8_linear(x, weight, weight_scale, bias), first)
+
+
 def test_int8_linear_non_contiguous_input(gemm: str) -> None:
     x, weight, weight_scale = inputs(64, 200, torch.float32), codes(8, 100), torch.rand(8, 1)
     assert torch.equal(
@@ -282,9 +291,9 @@ def test_cuda_sums_equal_cpu_sums(rows: int, outputs: int, depth: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cuda_linear_matches_reference(dtype: torch.dtype) -> None:
     x, weight, weight_scale, bias = inputs(90, 131, dtype), codes(70, 131), torch.rand(70, 1) * 1e-3, torch.randn(70)
-    x_codes, scale = quantize_rows(x, -127, 127)
-    cuda_codes, cuda_scale = quantize_rows(x.cuda(), -127, 127)
-    assert torch.equal(cuda_codes.cpu(), x_codes)
-    assert torch.equal(cuda_scale.cpu(), scale)
+    expected, expected_scale, _ = quantize_activation(x.cuda(), ActivationScheme(NumberFormat.INT8))
+    x_codes, scale = quantize_rows(x.cuda(), -127, 127)
+    assert torch.equal(x_codes, expected)
+    assert torch.equal(scale, expected_scale)
     y = int8_linear(x.cuda(), weight.cuda(), weight_scale.cuda(), bias.cuda())
     assert_close(y, linear_codes_reference(x_codes, scale, None, weight, weight_scale, bias), dtype)

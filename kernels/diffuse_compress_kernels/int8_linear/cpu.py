@@ -15,6 +15,7 @@ when |a_row| * |b_column| < 2**24, and otherwise for runs of 1024 columns, whose
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 
 import torch
@@ -28,6 +29,9 @@ QUANTIZE_BLOCK_ELEMENTS = 1 << 18
 FLOAT_EXACT_LIMIT = float(1 << 24) * (1 - 1e-4)
 FLOAT_EXACT_K = 1024
 FLOAT_WEIGHT_BLOCK_ELEMENTS = 1 << 21
+KEPT_SCRATCH_BYTES = 16 << 20
+# 1.5 * 2**23: adding it to |v| <= 2**22 rounds v half to even and leaves it in the low bits of the float.
+ROUNDING_MAGIC = 12582912.0
 
 
 @cache
@@ -35,6 +39,34 @@ def has_fast_int8() -> bool:
     """True if this CPU multiplies int8 natively (AVX512-VNNI or AMX) and torch was built to use it."""
     probe = getattr(torch.cpu, "_is_vnni_supported", None)
     return bool(torch.backends.mkldnn.is_available() and probe is not None and probe())
+
+
+class _Scratch(threading.local):
+    """Buffers that a thread keeps between calls: fresh ones would cost more page faults than some layers' GEMM."""
+
+    def __init__(self) -> None:
+        self.kept: dict[torch.dtype, torch.Tensor] = {}
+
+    def take(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Uninitialised [rows, columns]; the next call for this dtype overwrites it."""
+        count = rows * columns
+        if device.type != "cpu" or count * dtype.itemsize > KEPT_SCRATCH_BYTES:
+            return torch.empty(rows, columns, dtype=dtype, device=device)
+        buffer = self.kept.get(dtype)
+        if buffer is None or buffer.numel() < count:
+            # Tensors made in inference mode could not be written outside of it.
+            with torch.inference_mode(False):
+                buffer = self.kept[dtype] = torch.empty(count, dtype=dtype)
+        return buffer.as_strided((rows, columns), (columns, 1))
+
+
+_SCRATCH = _Scratch()
+
+
+@cache
+def _magic_row(columns: int) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.full((columns,), ROUNDING_MAGIC)
 
 
 def quantize_rows(
@@ -48,19 +80,18 @@ def quantize_rows(
     """int8 codes of x [M, K] and their fp32 scale: [M, 1] measured per row, or the given one as [1, 1]."""
     rows, columns = x.shape
     codes = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
-    if scale is not None:
-        row_scale = scale.reshape(1, 1)
-    else:
-        row_scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = max(1, QUANTIZE_BLOCK_ELEMENTS // max(columns, 1))
-    scratch = torch.empty(min(block, rows), columns, dtype=torch.float32, device=x.device)
+    scratch = _SCRATCH.take(min(block, rows), columns, torch.float32, x.device)
+    scales = []
     for start in range(0, rows, block):
         part = slice(start, min(start + block, rows))
         buffer = scratch[: part.stop - part.start]
-        block_scale = _quantize_block(x[part], codes[part], buffer, qmin, qmax, scale, zero_point, pre_scale)
-        if scale is None:
-            row_scale[part] = block_scale
-    return codes, row_scale
+        scales.append(_quantize_block(x[part], codes[part], buffer, qmin, qmax, scale, zero_point, pre_scale))
+    if scale is not None:
+        return codes, scale.reshape(1, 1)
+    if not scales:
+        return codes, torch.empty(0, 1, dtype=torch.float32, device=x.device)
+    return codes, scales[0] if len(scales) == 1 else torch.cat(scales)
 
 
 def _quantize_block(
@@ -78,17 +109,17 @@ def _quantize_block(
         values = torch.mul(x, pre_scale, out=scratch) if x.dtype == torch.float32 else scratch.copy_(x).mul_(pre_scale)
     else:
         values = x if x.dtype == torch.float32 else scratch.copy_(x)
-    if scale is None:
-        amax = torch.maximum(values.amax(dim=1, keepdim=True), values.amin(dim=1, keepdim=True).neg_())
-        block_scale = amax.div_(qmax).clamp_(min=MIN_SCALE)
-    else:
-        block_scale = scale.reshape(1, 1)
-    torch.div(values, block_scale, out=scratch).round_()
     if scale is not None:
+        torch.div(values, scale.reshape(1, 1), out=scratch).round_()
         if zero_point is not None:
             scratch.add_(zero_point)
-        scratch.clamp_(qmin, qmax)
-    codes.copy_(scratch)
+        codes.copy_(scratch.clamp_(qmin, qmax))
+        return scale.reshape(1, 1)
+    low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
+    block_scale = torch.maximum(high, low.neg_()).div_(qmax).clamp_(min=MIN_SCALE)
+    # round(values / scale) as integers, in one pass: a measured scale keeps them within the range of the codes.
+    torch.addcdiv(_magic_row(x.shape[1]), values, block_scale, out=scratch)
+    codes.copy_(scratch.view(torch.int32))
     return block_scale
 
 
@@ -135,17 +166,23 @@ def linear(
     rows, depth = x.shape
     out = torch.empty(rows, weight.shape[0], dtype=x.dtype)
     block = max(1, min(rows, ROWS_PER_BLOCK * torch.get_num_threads()))
-    scratch = torch.empty(block, depth, dtype=torch.float32)
-    codes = torch.empty(block, depth, dtype=torch.int8)
+    scratch = _SCRATCH.take(block, depth, torch.float32, x.device)
+    codes = _SCRATCH.take(block, depth, torch.int8, x.device)
     epilogue = _Epilogue(weight, weight_scale, bias, input_zero_point, block)
     for start in range(0, rows, block):
-        part = x[start : start + block]
-        part_codes = codes[: part.shape[0]]
+        part = slice(start, min(start + block, rows))
+        count = part.stop - part.start
+        some = _part(codes, slice(0, count))
         scale = _quantize_block(
-            part, part_codes, scratch[: part.shape[0]], qmin, qmax, input_scale, input_zero_point, pre_scale
+            _part(x, part), some, _part(scratch, slice(0, count)), qmin, qmax, input_scale, input_zero_point, pre_scale
         )
-        epilogue.multiply(part_codes, scale, out[start : start + block])
+        epilogue.multiply(some, scale, _part(out, part))
     return out
+
+
+def _part(tensor: torch.Tensor, rows: slice) -> torch.Tensor:
+    """``tensor[rows]``; the tensor itself when that is all of it, because a view costs as much as a small product."""
+    return tensor if rows.start == 0 and rows.stop == tensor.shape[0] else tensor[rows]
 
 
 def linear_codes(
@@ -201,37 +238,41 @@ class _Epilogue:
     ) -> None:
         outputs = weight.shape[0]
         self.weight = weight
-        self.scale = weight_scale.reshape(-1).expand(outputs)
+        self.scale = weight_scale.view(-1) if weight_scale.shape[0] == outputs else weight_scale.view(1).expand(outputs)
         self.bias = None if bias is None else bias.float()
         self.offset = None
         if zero_point is not None:
             self.offset = weight.sum(dim=1, dtype=torch.int32).mul_(zero_point.reshape(1).to(torch.int32))
         # Slices of equal width: a narrow rest would cost a GEMM of its own.
-        self.columns = -(-outputs // max(1, -(-outputs // COLUMNS_PER_BLOCK)))
-        self.acc = torch.empty(rows, self.columns, dtype=torch.int32, device=weight.device)
-        self.values = torch.empty(rows, self.columns, dtype=torch.float32, device=weight.device)
+        self.columns = max(1, -(-outputs // max(1, -(-outputs // COLUMNS_PER_BLOCK))))
+        self.acc = _SCRATCH.take(rows, self.columns, torch.int32, weight.device)
 
     def buffer(self, rows: int, part: slice) -> torch.Tensor:
         """Contiguous int32 scratch for the columns ``part``."""
-        return self.acc.view(-1)[: rows * (part.stop - part.start)].view(rows, part.stop - part.start)
+        columns = part.stop - part.start
+        if (rows, columns) == self.acc.shape:
+            return self.acc
+        return self.acc.as_strided((rows, columns), (columns, 1))
 
     def multiply(self, codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
         """out [m, N] = epilogue(codes [m, K] @ weight.T)."""
         outputs = self.weight.shape[0]
         for first in range(0, outputs, self.columns):
             part = slice(first, min(first + self.columns, outputs))
-            acc = int_matmul(codes, self.weight[part].t(), self.buffer(codes.shape[0], part))
-            self.write(acc, scale, part, out[:, part])
+            acc = int_matmul(codes, _part(self.weight, part).t(), self.buffer(codes.shape[0], part))
+            whole = part.stop - part.start == outputs
+            self.write(acc, scale, part, out if whole else out[:, part])
 
     def write(self, acc: torch.Tensor, scale: torch.Tensor, part: slice, out: torch.Tensor) -> None:
         """out [m, n] = (acc - offset) * scale * weight_scale + bias for the columns ``part``."""
         if self.offset is not None:
             acc -= self.offset[part]
-        values = self.values.view(-1)[: acc.numel()].view(acc.shape).copy_(acc).mul_(scale)
+        # In place: each integer is read before the float of its own bytes is written.
+        values = acc.view(torch.float32).copy_(acc).mul_(scale)
         target = out if out.dtype == torch.float32 else values
         if self.bias is None:
-            torch.mul(values, self.scale[part], out=target)
+            torch.mul(values, _part(self.scale, part), out=target)
         else:
-            torch.addcmul(self.bias[part], values, self.scale[part], out=target)
+            torch.addcmul(_part(self.bias, part), values, _part(self.scale, part), out=target)
         if target is not out:
             out.copy_(values)

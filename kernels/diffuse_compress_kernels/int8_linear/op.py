@@ -27,6 +27,11 @@ def is_plain(x: torch.Tensor) -> bool:
     )
 
 
+def _detached(x: torch.Tensor) -> torch.Tensor:
+    """Operations with ``out=`` refuse operands that require a gradient."""
+    return x.detach() if x.requires_grad else x
+
+
 def _implementation(x: torch.Tensor) -> ModuleType:
     return cuda if x.device.type == "cuda" else cpu
 
@@ -110,7 +115,7 @@ def quantize_rows(
         int8 [M, K]; fp32 [M, 1] measured or [1, 1] given.
     """
     if is_plain(x):
-        codes, row_scale = _implementation(x).quantize_rows(x.detach(), qmin, qmax, scale, zero_point, pre_scale)
+        codes, row_scale = _implementation(x).quantize_rows(_detached(x), qmin, qmax, scale, zero_point, pre_scale)
     else:
         codes, row_scale = _quantize_rows(x, qmin, qmax, scale, zero_point, pre_scale)
     return codes, row_scale
@@ -187,10 +192,9 @@ def int8_linear(
             f"{weight.dtype} {list(weight.shape)}."
         )
     if is_plain(x):
-        run = _implementation(x).linear
+        x, bias, run = _detached(x), None if bias is None else _detached(bias), _implementation(x).linear
         return cast(
-            torch.Tensor,
-            run(x.detach(), weight, weight_scale, bias, qmin, qmax, input_scale, input_zero_point, pre_scale),
+            torch.Tensor, run(x, weight, weight_scale, bias, qmin, qmax, input_scale, input_zero_point, pre_scale)
         )
     y = _int8_linear(x, weight, weight_scale, bias, qmin, qmax, input_scale, input_zero_point, pre_scale)
     return cast(torch.Tensor, y)
@@ -235,6 +239,7 @@ def int8_linear_codes(
     """:func:`int8_linear` for an input that :func:`quantize_rows` has quantized already; result in ``dtype``."""
     if is_plain(codes):
         run = _implementation(codes).linear_codes
+        bias = None if bias is None else _detached(bias)
         return cast(torch.Tensor, run(codes, scale, zero_point, weight, weight_scale, bias, dtype))
     return cast(torch.Tensor, _int8_linear_codes(codes, scale, zero_point, weight, weight_scale, bias, dtype))
 
