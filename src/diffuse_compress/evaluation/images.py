@@ -70,4 +70,4 @@ def generate_pictures(
         pictures.append(as_pictures(output.images).clamp_(0, 1))
         if on_batch is not None:
             on_batch(start + len(part))
-    return torch.cat(pictures)
+    return torch.cat(pictures).contiguous()

@@ -1,0 +1,120 @@
+"""The scripts of ``eval/`` on tiny models: they run, resume, and write what their tables read."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import tiny
+
+EVAL = Path(__file__).resolve().parents[2] / "eval"
+PROMPTS = ["a red cat", "the blue moon", "a small house"]
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"eval_script_{name}", EVAL / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny PixArt pipeline with prompts and a classifier that names pictures by their brightness."""
+    folder = tmp_path_factory.mktemp("tiny_pixart")
+    tiny.build_pipeline("pixart").save_pretrained(folder)
+    (folder / "eval_prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (folder / "classifier.py").write_text(
+        "import torch\n"
+        "class Classifier:\n"
+        f"    captions = {PROMPTS!r}\n"
+        "    def classify(self, images):\n"
+        "        level = images.mean(dim=(1, 2, 3))\n"
+        "        return -(level[:, None] - torch.tensor([0.0, 0.5, 1.0])).abs()\n"
+        "def load_classifier(folder):\n"
+        "    return Classifier()\n"
+    )
+    return folder
+
+
+def arguments_for(folder: Path, out: Path, *more: str) -> list[str]:
+    fixed = ["--prompts", "2", "--steps", "3", "--batch-size", "2", "--presets", "w8a8", "fp8", "w4a4"]
+    return ["--model", str(folder), "--out", str(out), *fixed, *more]
+
+
+def test_quantization_presets_runs_resumes_and_prints(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, out = load_script("quantization_presets"), tmp_path / "results.json"
+    script.main(arguments_for(model_folder, out, "--outliers", "--fake", "--markdown"))
+    printed = capsys.readouterr().out
+    assert "| `w8a8` |" in printed
+    assert "With outlier channels" in printed
+    results: dict[str, Any] = json.loads(out.read_text())
+    arms = results["arms"]
+    assert list(arms)[:5] == ["dense", "bf16", "bf16-weights", "fewer-steps", "other-seed"]
+    assert {"w8a8", "w8a8:fake", "fp8:fake-as-written", "w4a4:fake", "outliers/dense", "outliers/w4a4"} <= set(arms)
+    assert arms["outliers/dense"]["psnr"]["value"] > 60
+    assert arms["w8a8"]["psnr"]["value"] > arms["w4a4"]["psnr"]["value"] > arms["other-seed"]["psnr"]["value"]
+    assert arms["w8a8"]["psnr"]["count"] == 2
+    assert 0 < arms["w8a8"]["file_ratio"] < 1
+    assert 0.5 < arms["w8a8"]["macs_at_claimed_precision"] < 1
+    assert arms["w8a8"]["accuracy_change"]["low"] <= 0 <= arms["w8a8"]["accuracy_change"]["high"]
+    for preset in ("w8a8", "fp8", "w4a4"):
+        assert abs(arms[f"{preset}:fake"]["real_minus_fake_db"]["value"]) < 0.5
+
+    # Nothing is made twice; a missing arm is.
+    first = arms.pop("w4a4")
+    out.write_text(json.dumps(results))
+    made = []
+    original = script.generate_pictures
+    monkeypatch.setattr(script, "generate_pictures", lambda *args, **kw: made.append(1) or original(*args, **kw))
+    script.main(arguments_for(model_folder, out, "--outliers", "--fake", "--resume"))
+    assert len(made) == 2  # the arm, and the one call that counts MACs
+    again = json.loads(out.read_text())["arms"]
+    assert again["w4a4"]["psnr"] == first["psnr"]
+    assert list(again).index("w4a4") < list(again).index("w4a4:fake")
+
+    with pytest.raises(SystemExit, match="made with other steps"):
+        script.main([*arguments_for(model_folder, out, "--resume"), "--steps", "4"])
+    script.main(["--table", str(out)])
+    assert "| `w8a8` |" in capsys.readouterr().out
+
+
+def test_quantization_presets_pictures_do_not_depend_on_the_batch(model_folder: Path) -> None:
+    from diffuse_compress.evaluation.images import generate_pictures, sample_seed
+
+    script = load_script("quantization_presets")
+    pipe = script.load_pipeline(model_folder, script.torch.float32)
+    options = {**script.accepted_options(pipe, script.DEFAULTS), "num_inference_steps": 2}
+    counts: list[int] = []
+    one = generate_pictures(pipe, PROMPTS, batch_size=1, options=options, on_batch=counts.append)
+    three = generate_pictures(pipe, PROMPTS, batch_size=3, options=options)
+    assert counts == [1, 2, 3]
+    assert one.shape == (3, 3, 32, 32)
+    assert (one - three).abs().max() < 1e-4
+    assert len({sample_seed(seed, index) for seed in range(3) for index in range(100)}) == 300
+    with pytest.raises(ValueError, match="options without generator"):
+        generate_pictures(pipe, PROMPTS, options={"generator": None})
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_compress_memory_reports_and_holds_its_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    script = load_script("compress_memory")
+    assert script.main(["--presets", "w8a8", "--layers", "1", "--heads", "2", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert 0 < result["compressed_bytes"] < result["dense_bytes"]
+    assert result["bound_bytes"] == result["dense_bytes"] + result["largest_layer_bytes"] + 200 * 2**20
+
+
+def test_import_cost_prints_medians(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load_script("import_cost").main(["--runs", "1", "--limit", "60"]) == 0
+    assert "import diffuse_compress:" in capsys.readouterr().out
