@@ -1,1 +1,85 @@
-"""diffuse_compress: make diffusers and transformers models smaller and faster, in place."""
+"""diffuse_compress: make diffusers and transformers models smaller and faster, in place.
+
+``import diffuse_compress`` adds ``compress``, ``compression_plan``, ``compression_report``, ``compression_recipe`` and
+``decompress`` to pipelines and models, and lets plain ``from_pretrained`` load what they saved. The same verbs are
+functions here. ``DIFFUSE_COMPRESS_NO_PATCH=1`` leaves the classes alone.
+"""
+
+from __future__ import annotations
+
+from diffuse_compress.api import (
+    METHODS,
+    compress,
+    compression_plan,
+    compression_recipe,
+    compression_report,
+    decompress,
+)
+from diffuse_compress.errors import (
+    CheckpointError,
+    CompressionConflictError,
+    ConfigError,
+    DiffuseCompressError,
+    DiffuseCompressWarning,
+    IncompatibleShapeError,
+    MissingDependencyError,
+    ModelStateError,
+    UnsupportedHardwareError,
+)
+from diffuse_compress.integrations.attach import attach, register_quantizers
+from diffuse_compress.integrations.quantization_config import QuantizationConfig
+from diffuse_compress.plan import CompressionPlan
+from diffuse_compress.quantization.algorithms.hqq import HQQConfig
+from diffuse_compress.quantization.algorithms.rtn import RTNConfig
+from diffuse_compress.quantization.scheme import (
+    ActivationScheme,
+    NumberFormat,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    ScaleRule,
+    Scheme,
+    TwoLevel,
+    WeightScheme,
+)
+from diffuse_compress.recipe import Recipe
+from diffuse_compress.report import CompressionReport
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ActivationScheme",
+    "CheckpointError",
+    "CompressionConflictError",
+    "CompressionPlan",
+    "CompressionReport",
+    "ConfigError",
+    "DiffuseCompressError",
+    "DiffuseCompressWarning",
+    "HQQConfig",
+    "IncompatibleShapeError",
+    "MissingDependencyError",
+    "ModelStateError",
+    "NumberFormat",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "QuantizationConfig",
+    "RTNConfig",
+    "Recipe",
+    "ScaleRule",
+    "Scheme",
+    "TwoLevel",
+    "UnsupportedHardwareError",
+    "WeightScheme",
+    "compress",
+    "compression_plan",
+    "compression_recipe",
+    "compression_report",
+    "decompress",
+]
+
+register_quantizers()
+attach(METHODS)
