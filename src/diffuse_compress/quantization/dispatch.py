@@ -116,8 +116,44 @@ _DESCRIPTIONS = {
     "dequantize-weight-only": "weight dequantized in blocks, input left alone: this device has no float8 matmul",
 }
 
-# Measured with `python -m diffuse_compress_kernels.benchmarks.cpu_linear`; key: path, layer, 8-bit weight, dtype.
-_FASTER: dict[tuple[str, str, bool, torch.dtype], bool] = {}
+_FP32, _BF16 = torch.float32, torch.bfloat16
+# Speed against the dense layer in the input's dtype: geometric mean over the PixArt-XL (w8a8: and SDXL) linear layers
+# at 64 rows or more, one thread, by `python -m diffuse_compress_kernels.benchmarks.cpu_linear`, 2026-11.
+# Key: path, CPU, 8-bit weight, input dtype. "plain": Zen 3 (AVX2), torch 2.13. "vnni", "amx": one Sapphire Rapids,
+# torch 2.11, with oneDNN held to AVX512_CORE_BF16 and not. What has no entry was not measured.
+_MEASURED: dict[tuple[str, str, bool, torch.dtype], float] = {
+    ("int8-cpu", "plain", True, _FP32): 0.80,
+    ("int8-cpu", "plain", True, _BF16): 4.97,
+    ("int8-cpu", "plain", False, _FP32): 0.74,
+    ("int8-cpu", "plain", False, _BF16): 4.47,
+    ("int8-vnni", "vnni", True, _FP32): 2.38,
+    ("int8-vnni", "vnni", True, _BF16): 3.93,
+    ("int8-vnni", "vnni", False, _FP32): 1.67,
+    ("int8-vnni", "vnni", False, _BF16): 2.68,
+    ("int8-vnni", "amx", True, _FP32): 3.15,
+    ("int8-vnni", "amx", True, _BF16): 0.97,
+    ("dequantize", "plain", True, _FP32): 0.93,
+    ("dequantize", "plain", True, _BF16): 6.04,
+    ("dequantize", "plain", False, _FP32): 0.99,
+    ("dequantize", "plain", False, _BF16): 4.90,
+    ("dequantize", "vnni", True, _FP32): 0.81,
+    ("dequantize", "vnni", True, _BF16): 0.77,
+    ("dequantize", "vnni", False, _FP32): 0.71,
+    ("dequantize", "vnni", False, _BF16): 0.71,
+    ("dequantize-weight-only", "plain", True, _FP32): 0.55,
+    ("dequantize-weight-only", "plain", True, _BF16): 3.20,
+    ("dequantize-weight-only", "vnni", True, _FP32): 0.36,
+    ("dequantize-weight-only", "vnni", True, _BF16): 0.43,
+}
+
+
+def _measured_faster(path: str, scheme: Scheme, dtype: torch.dtype) -> bool | None:
+    """What was measured on this kind of CPU, for linear layers."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return None
+    cpu = "amx" if torch.cpu._is_amx_tile_supported() else "vnni" if has_fast_int8() else "plain"
+    ratio = _MEASURED.get((path, cpu, scheme.weight.format.bits == 8, dtype))
+    return None if ratio is None else ratio > 1
 
 
 def compute_path(
@@ -146,7 +182,7 @@ def compute_path(
             name = "int8-vnni" if device.type == "cpu" and has_fast_int8() else "int8-cpu"
     else:
         name = "fp8-cuda" if chosen == "fp8" else chosen
-    faster = _FASTER.get((name, kind, scheme.weight.format.bits == 8, dtype)) if device.type == "cpu" else None
+    faster = _measured_faster(name, scheme, dtype) if device.type == "cpu" and kind == "linear" else None
     return ComputePath(name, chosen == "int8", _DESCRIPTIONS[name], faster)
 
 
