@@ -21,7 +21,7 @@ from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import QuantizationSpec, resolve_scheme
 from diffuse_compress.recipe import Recipe
 
-__all__ = ["ComponentPlan", "CompressionPlan", "PlanRow", "make_plan", "tensor_rows"]
+__all__ = ["ComponentPlan", "CompressionPlan", "PlanRow", "make_plan", "stored_bytes", "tensor_rows"]
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def make_plan(target: Any, recipe: Recipe, device: torch.device | None = None) -
             unchanged.append(name)
         else:
             parts[name] = ComponentPlan(name, models[name], config)
-    rest = {name: _stored_bytes(model) for name, model in models.items() if name not in parts and name not in unchanged}
+    rest = {name: stored_bytes(model) for name, model in models.items() if name not in parts and name not in unchanged}
     return CompressionPlan(target, parts, unchanged, rest, device or _device_of(models))
 
 
@@ -278,7 +278,8 @@ def _is_present(name: str, model: nn.Module, config: QuantizationConfig) -> bool
     )
 
 
-def _stored_bytes(model: nn.Module) -> int:
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of every tensor that a checkpoint of ``model`` holds; shared tensors once."""
     persistent = set(model.state_dict(keep_vars=True))
     tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in persistent)]
     return sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)

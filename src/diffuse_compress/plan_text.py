@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from diffuse_compress.components import GROUPS, SELF
@@ -12,7 +12,7 @@ from diffuse_compress.quantization.dispatch import compute_path
 if TYPE_CHECKING:
     from diffuse_compress.plan import ComponentPlan, CompressionPlan, PlanRow
 
-__all__ = ["format_bytes", "group_rows", "render_plan", "shrink_hint"]
+__all__ = ["align", "format_bytes", "group_rows", "render_plan", "shrink_hint"]
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 _UNTOUCHED_SHARE = 0.25
@@ -38,7 +38,7 @@ def render_plan(plan: CompressionPlan) -> str:
     if plan.bytes_before:
         total += f" ({plan.bytes_after / plan.bytes_before:.3f} of before)"
     lines += ["", total]
-    hint = shrink_hint(plan)
+    hint = shrink_hint(plan.untouched, plan.bytes_after)
     return "\n".join([*lines, hint] if hint else lines)
 
 
@@ -61,7 +61,7 @@ def _component_lines(part: ComponentPlan, plan: CompressionPlan) -> list[str]:
         before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
         cells = (rows[0].scheme or "-", format_bytes(before), format_bytes(after), rows[0].reason)
         table.append((pattern, str(len(rows)), *cells))
-    lines += _align(table)
+    lines += align(table)
     for scheme in dict.fromkeys(part.layers.values()):
         path = compute_path(scheme, plan.device)
         speed = {None: "speed unmeasured here", True: "faster than dense", False: "slower than dense"}
@@ -78,18 +78,26 @@ def group_rows(rows: Iterable[PlanRow]) -> list[tuple[str, list[PlanRow]]]:
     return [(key[0], members) for key, members in ordered]
 
 
-def shrink_hint(plan: CompressionPlan) -> str:
-    """The call that would shrink the largest untouched component, if it is over a quarter of what is left."""
-    if not plan.untouched:
+def shrink_hint(untouched: Mapping[str, int], planned_bytes: int) -> str:
+    """The call that would shrink the largest untouched component, if it is over a quarter of what is left.
+
+    Args:
+        untouched: {component: bytes} of what stays as it is.
+        planned_bytes: of the compressed components, afterwards.
+    """
+    if not untouched:
         return ""
-    left = plan.bytes_after + sum(plan.untouched.values())
-    name, size = max(plan.untouched.items(), key=lambda item: item[1])
+    left = planned_bytes + sum(untouched.values())
+    name, size = max(untouched.items(), key=lambda item: item[1])
     if not left or size / left <= _UNTOUCHED_SHARE:
         return ""
     preset = "w8a16" if any(GROUPS[group].match(name) for group in ("text_encoders", "vaes")) else "w8a8"
-    return f'{name} is {size / left:.0%} of what is left ({format_bytes(size)}); pipe.compress({{"{name}": "{preset}"}}) would shrink it'
+    call = f'pipe.compress({{"{name}": "{preset}"}})'
+    return f"{name} is {size / left:.0%} of what is left ({format_bytes(size)}); {call} would shrink it"
 
 
-def _align(table: list[tuple[str, ...]]) -> list[str]:
+def align(table: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table of texts, columns aligned and indented by two spaces."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in table]
+    return ["  " + "  ".join(cells).rstrip() for cells in padded]

@@ -69,11 +69,13 @@ class ComponentState:
         config: the resolved configuration, as in config.json.
         layers: {qualified name: entry}; exact.
         report: the component's part of the report (see ``report.py``), or None if never measured.
+        preview: pictures before and after, for the live report; never written.
     """
 
     config: QuantizationConfig
     layers: dict[str, LayerEntry]
     report: dict[str, Any] | None = field(default=None)
+    preview: list[Any] = field(default_factory=list, repr=False, compare=False)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedConv2d]:

@@ -1,0 +1,199 @@
+"""Calling a diffusers pipeline without knowing it, and leaving no trace of the call."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import math
+import sys
+from collections.abc import Iterator
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.components import GROUPS, model_components
+
+__all__ = ["CannotCallError", "cheap_arguments", "default_prompt", "picture_of", "seeded", "untouched"]
+
+MAX_PIXELS = {"cpu": 256 * 256}
+"""Area of the pictures of a probe run; other devices get ``MAX_PIXELS_ACCELERATOR``."""
+MAX_PIXELS_ACCELERATOR = 512 * 512
+MAX_FRAMES = 9
+_SIZE_MULTIPLE = 32
+_SUPPLIED = {"prompt", "class_labels", "generator", "num_inference_steps", "output_type", "batch_size"}
+
+
+class CannotCallError(Exception):
+    """The pipeline needs arguments that cannot be made up; the message names them."""
+
+
+def default_prompt() -> str:
+    """First prompt of the bundled list."""
+    text = resources.files("diffuse_compress").joinpath("prompts").joinpath("general.txt").read_text(encoding="utf-8")
+    return next(line for line in text.splitlines() if line.strip() and not line.startswith("#"))
+
+
+def cheap_arguments(pipe: Any, steps: int, seed: int, *, decode: bool) -> dict[str, Any]:
+    """Arguments of the cheapest call that runs the whole denoising loop of ``pipe``.
+
+    Args:
+        pipe: any diffusers pipeline.
+        steps: number of denoising steps.
+        seed: of the call's own generator.
+        decode: let the VAE run too.
+
+    Raises:
+        CannotCallError: an argument is required that this function does not know.
+    """
+    known = _parameters(pipe)
+    missing = [
+        name
+        for name, default in known.items()
+        if default is inspect.Parameter.empty and name not in _SUPPLIED and name not in ("height", "width")
+    ]
+    if missing:
+        raise CannotCallError(f"{type(pipe).__name__} needs {', '.join(missing)}")
+    choices: dict[str, Any] = {
+        "prompt": default_prompt(),
+        "class_labels": [0],
+        "num_inference_steps": steps,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+        "generator": seeded(seed),
+    }
+    if "prompt" not in known and "class_labels" not in known:
+        choices["batch_size"] = 1
+    if not decode:
+        choices["output_type"] = "latent"
+    frames = known.get("num_frames")
+    if isinstance(frames, int) and frames > MAX_FRAMES:
+        choices["num_frames"] = MAX_FRAMES
+    arguments = {name: value for name, value in choices.items() if name in known}
+    return arguments | _reduced_size(pipe, known)
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A CPU generator: pipelines draw from it on every device alike."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+@contextlib.contextmanager
+def untouched(pipe: Any) -> Iterator[None]:
+    """Inside, ``pipe`` may be called: it is in eval mode, silent, and runs on copies of its schedulers.
+
+    Afterwards its attributes, schedulers, training flags and the libraries' verbosity are as they were.
+    """
+    attributes = dict(vars(pipe))
+    models = model_components(pipe)
+    training = [(module, module.training) for model in models.values() for module in model.modules()]
+    with contextlib.ExitStack() as stack:
+        stack.callback(_restore, pipe, attributes, training)
+        for name, part in pipe.components.items():
+            if name in attributes and hasattr(part, "set_timesteps"):
+                vars(pipe)[name] = copy.deepcopy(part)
+        vars(pipe)["_progress_bar_config"] = {**(attributes.get("_progress_bar_config") or {}), "disable": True}
+        for model in models.values():
+            model.eval()
+        for library in ("diffusers", "transformers"):
+            stack.enter_context(_quiet(library))
+        if "torch._dynamo" in sys.modules:
+            # Hooks must see every call, and a probe is not worth a compilation.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def picture_of(output: Any) -> Any:
+    """The first picture of a pipeline's output as a PIL image, of a video its middle frame; None if it has none."""
+    values = getattr(output, "values", None)
+    source = values if isinstance(values, dict) else vars(output) if hasattr(output, "__dict__") else {}
+    found = next((source[name] for name in ("images", "frames", "videos") if source.get(name) is not None), None)
+    if found is None and isinstance(output, tuple | list):
+        found = output[0]
+    if found is None or len(found) == 0:
+        return None
+    first = found[0]
+    if isinstance(first, list | tuple) or getattr(first, "ndim", 0) == 4:
+        first = first[len(first) // 2]
+    return first if hasattr(first, "convert") else _from_array(first)
+
+
+def _from_array(array: Any) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    values = array.detach().float().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
+    if values.ndim != 3:
+        return None
+    if values.shape[0] in (1, 3) and values.shape[-1] not in (1, 3):
+        values = values.transpose(1, 2, 0)
+    if values.dtype != np.uint8:
+        values = (values.clip(0, 1) * 255).round().astype(np.uint8)
+    return Image.fromarray(values.squeeze(-1) if values.shape[-1] == 1 else values)
+
+
+def _parameters(pipe: Any) -> dict[str, Any]:
+    """{argument: default} of a call; a modular pipeline names its own in its blocks."""
+    inputs = getattr(getattr(pipe, "blocks", None), "inputs", None)
+    if inputs is not None:
+        empty = inspect.Parameter.empty
+        return {item.name: empty if item.required else item.default for item in inputs if item.name}
+    parameters = inspect.signature(type(pipe).__call__).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
+    return {parameter.name: parameter.default for parameter in named}
+
+
+def _reduced_size(pipe: Any, known: dict[str, Any]) -> dict[str, int]:
+    """height and width of the default aspect ratio within the area that this device affords; {} to leave them."""
+    if "height" not in known or "width" not in known:
+        return {}
+    size = _default_size(pipe, known)
+    device = getattr(pipe, "_execution_device", None) or torch.device("cpu")
+    area = MAX_PIXELS.get(device.type, MAX_PIXELS_ACCELERATOR)
+    if size is None or size[0] * size[1] <= area:
+        return {}
+    factor = math.sqrt(area / (size[0] * size[1]))
+    height, width = (max(1, round(side * factor / _SIZE_MULTIPLE)) * _SIZE_MULTIPLE for side in size)
+    return {"height": height, "width": width}
+
+
+def _default_size(pipe: Any, known: dict[str, Any]) -> tuple[int, int] | None:
+    if isinstance(known["height"], int) and isinstance(known["width"], int):
+        return known["height"], known["width"]
+    denoiser = next((part for name, part in model_components(pipe).items() if GROUPS["denoisers"].match(name)), None)
+    config = getattr(denoiser, "config", None)
+    square = getattr(pipe, "default_sample_size", None) or getattr(config, "sample_size", None)
+    latent = (getattr(config, "sample_height", None), getattr(config, "sample_width", None))
+    if None in latent:
+        latent = tuple(square) if isinstance(square, list | tuple) else (square, square)
+    factor = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", None)
+    if not isinstance(factor, int) or len(latent) != 2 or not all(isinstance(side, int) for side in latent):
+        return None
+    return latent[0] * factor, latent[1] * factor  # type: ignore[operator]
+
+
+def _restore(pipe: Any, attributes: dict[str, Any], training: list[tuple[nn.Module, bool]]) -> None:
+    for module, flag in training:
+        module.training = flag
+    if hasattr(pipe, "maybe_free_model_hooks") and getattr(pipe, "_all_hooks", None):
+        pipe.maybe_free_model_hooks()
+        attributes["_all_hooks"] = vars(pipe).get("_all_hooks", attributes.get("_all_hooks"))
+    vars(pipe).clear()
+    vars(pipe).update(attributes)
+
+
+@contextlib.contextmanager
+def _quiet(library: str) -> Iterator[None]:
+    logging = sys.modules.get(f"{library}.utils.logging")
+    if logging is None:
+        yield
+        return
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
