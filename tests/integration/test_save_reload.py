@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -34,12 +35,9 @@ def output(model: torch.nn.Module) -> torch.Tensor:
 
 def python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a new interpreter that finds our sources but imports them only if told to."""
-    path = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'kernels'}:{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-c", code, *args], capture_output=True, text=True, env={**os.environ, **path}, check=False
-    )
+    path = [str(ROOT / folder) for folder in ("src", "kernels", "tests")] + [os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=env, check=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

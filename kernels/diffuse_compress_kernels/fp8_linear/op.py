@@ -135,7 +135,9 @@ def _quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     values = x.float() if pre_scale is None else x.float() * pre_scale
     if scale is None:
-        scale = values.abs().amax(dim=1, keepdim=True).div_(FLOAT8_MAX).clamp_(min=MIN_SCALE)
+        amax = values.abs().amax(dim=1, keepdim=True)
+        # By a tensor: CUDA divides by a Python number through its reciprocal, which is not the CPU's quotient.
+        scale = amax.div_(torch.full_like(amax, FLOAT8_MAX)).clamp_(min=MIN_SCALE)
     else:
         scale = scale.reshape(1, 1)
     return torch.div(values, scale).clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8), scale

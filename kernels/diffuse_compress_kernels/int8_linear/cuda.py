@@ -28,7 +28,9 @@ def quantize_rows(
     values = x.float() if pre_scale is None else x.float() * pre_scale
     if scale is None:
         amax = values.abs().amax(dim=1, keepdim=True)
-        row_scale = amax.div_(qmax).clamp_(min=MIN_SCALE)
+        # By a tensor: CUDA divides by a Python number through its reciprocal, which is not the CPU's quotient, and one
+        # unit in the last place of a scale turns ties (common in bf16) into other codes.
+        row_scale = amax.div_(torch.full_like(amax, qmax)).clamp_(min=MIN_SCALE)
         return torch.div(values, row_scale).round_().to(torch.int8), row_scale
     steps = torch.div(values, scale.reshape(1, 1)).round_()
     if zero_point is not None:

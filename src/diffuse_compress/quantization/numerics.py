@@ -456,7 +456,8 @@ def choose_activation_qparams(x: torch.Tensor, scheme: ActivationScheme, feature
         low = high = torch.zeros(shape, dtype=torch.float32, device=x.device)
     elif scheme.symmetric:
         high = x.abs().amax(dim=dims).float().reshape(shape)
-        return QParams((high / _activation_max(scheme)).clamp_(min=MIN_SCALE))
+        # By a tensor: CUDA divides by a Python number through its reciprocal, which is not the CPU's quotient.
+        return QParams((high / torch.full_like(high, _activation_max(scheme))).clamp_(min=MIN_SCALE))
     else:
         low = x.amin(dim=dims).float().clamp_(max=0).reshape(shape)
         high = x.amax(dim=dims).float().clamp_(min=0).reshape(shape)
