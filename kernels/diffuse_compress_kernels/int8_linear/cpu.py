@@ -30,6 +30,7 @@ FLOAT_EXACT_LIMIT = float(1 << 24) * (1 - 1e-4)
 FLOAT_EXACT_K = 1024
 FLOAT_WEIGHT_BLOCK_ELEMENTS = 1 << 21
 KEPT_SCRATCH_BYTES = 16 << 20
+MAX_VIEWS = 256
 # 1.5 * 2**23: adding it to |v| <= 2**22 rounds v half to even and leaves it in the low bits of the float.
 ROUNDING_MAGIC = 12582912.0
 
@@ -46,18 +47,26 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self.kept: dict[torch.dtype, torch.Tensor] = {}
+        self.views: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
 
     def take(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Uninitialised [rows, columns]; the next call for this dtype overwrites it."""
-        count = rows * columns
-        if device.type != "cpu" or count * dtype.itemsize > KEPT_SCRATCH_BYTES:
+        if device.type != "cpu" or rows * columns * dtype.itemsize > KEPT_SCRATCH_BYTES:
             return torch.empty(rows, columns, dtype=dtype, device=device)
+        view = self.views.get((rows, columns, dtype))
+        if view is None:
+            view = self.views[rows, columns, dtype] = self._view(rows, columns, dtype)
+        return view
+
+    def _view(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         buffer = self.kept.get(dtype)
-        if buffer is None or buffer.numel() < count:
-            # Tensors made in inference mode could not be written outside of it.
-            with torch.inference_mode(False):
+        # Tensors made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            if buffer is None or buffer.numel() < rows * columns or len(self.views) >= MAX_VIEWS:
+                self.views.clear()
+                count = max(rows * columns, 0 if buffer is None else buffer.numel())
                 buffer = self.kept[dtype] = torch.empty(count, dtype=dtype)
-        return buffer.as_strided((rows, columns), (columns, 1))
+            return buffer[: rows * columns].view(rows, columns)
 
 
 _SCRATCH = _Scratch()
@@ -78,20 +87,33 @@ def quantize_rows(
     pre_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 codes of x [M, K] and their fp32 scale: [M, 1] measured per row, or the given one as [1, 1]."""
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    return codes, _quantize_into(codes, x, qmin, qmax, scale, zero_point, pre_scale)
+
+
+def _quantize_into(
+    codes: torch.Tensor,
+    x: torch.Tensor,
+    qmin: int,
+    qmax: int,
+    scale: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    pre_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """Write the codes of x [M, K], a cache's worth of rows at a time; returns the scale, [M, 1] or [1, 1]."""
     rows, columns = x.shape
-    codes = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
-    block = max(1, QUANTIZE_BLOCK_ELEMENTS // max(columns, 1))
-    scratch = _SCRATCH.take(min(block, rows), columns, torch.float32, x.device)
+    block = min(rows, max(1, QUANTIZE_BLOCK_ELEMENTS // max(columns, 1)))
+    scratch = _SCRATCH.take(block, columns, torch.float32, x.device)
+    if rows and block == rows:
+        return _quantize_block(x, codes, scratch, qmin, qmax, scale, zero_point, pre_scale)
     scales = []
-    for start in range(0, rows, block):
+    for start in range(0, rows, block or 1):
         part = slice(start, min(start + block, rows))
-        buffer = scratch[: part.stop - part.start]
+        buffer = _part(scratch, slice(0, part.stop - part.start))
         scales.append(_quantize_block(x[part], codes[part], buffer, qmin, qmax, scale, zero_point, pre_scale))
     if scale is not None:
-        return codes, scale.reshape(1, 1)
-    if not scales:
-        return codes, torch.empty(0, 1, dtype=torch.float32, device=x.device)
-    return codes, scales[0] if len(scales) == 1 else torch.cat(scales)
+        return scale.reshape(1, 1)
+    return torch.cat(scales) if scales else torch.empty(0, 1, dtype=torch.float32, device=x.device)
 
 
 def _quantize_block(
@@ -166,16 +188,12 @@ def linear(
     rows, depth = x.shape
     out = torch.empty(rows, weight.shape[0], dtype=x.dtype)
     block = max(1, min(rows, ROWS_PER_BLOCK * torch.get_num_threads()))
-    scratch = _SCRATCH.take(block, depth, torch.float32, x.device)
     codes = _SCRATCH.take(block, depth, torch.int8, x.device)
     epilogue = _Epilogue(weight, weight_scale, bias, input_zero_point, block)
     for start in range(0, rows, block):
         part = slice(start, min(start + block, rows))
-        count = part.stop - part.start
-        some = _part(codes, slice(0, count))
-        scale = _quantize_block(
-            _part(x, part), some, _part(scratch, slice(0, count)), qmin, qmax, input_scale, input_zero_point, pre_scale
-        )
+        some = _part(codes, slice(0, part.stop - part.start))
+        scale = _quantize_into(some, _part(x, part), qmin, qmax, input_scale, input_zero_point, pre_scale)
         epilogue.multiply(some, scale, _part(out, part))
     return out
 

@@ -221,7 +221,7 @@ def linear(
         inputs: static qparams and smoothing scale, if the layer has them.
     """
     inputs = inputs or InputQuantization()
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     path = _kind_of_path(scheme, x.device, "linear")
     if path == "int8":
         y = _integer_linear(rows, weight, scheme, bias, inputs)
@@ -230,7 +230,7 @@ def linear(
         y = fp8_linear(rows, weight.qweight, weight.scale, bias, input_scale=scale, pre_scale=inputs.pre_scale)
     else:
         y = _dequantized_linear(rows, weight, scheme, bias, inputs, path)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _integer_linear(
