@@ -38,8 +38,9 @@ def generate_pictures(
 ) -> torch.Tensor:
     """One picture for each prompt.
 
-    Every sample draws from a CPU generator of its own, seeded by ``sample_seed(seed, index)``: its starting noise
-    depends on neither batch size nor device. Global random states are not touched.
+    Every sample draws from a CPU generator of its own, seeded by ``sample_seed(seed, index)``, and its starting noise
+    in float32 where the pipeline takes ``latents``: it depends on neither batch size, device nor dtype (a pipeline in
+    bfloat16 would draw other numbers from the same generator). Global random states are not touched.
 
     Args:
         pipe: a text-to-image pipeline on the device to use. Its scheduler must draw no noise of its own, or draw it
@@ -65,9 +66,21 @@ def generate_pictures(
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
         generators = [torch.Generator("cpu").manual_seed(sample_seed(seed, start + i)) for i in range(len(part))]
+        noise = _starting_noise(pipe, generators) if "latents" not in options else {}
         with torch.no_grad():
-            output = pipe(part, generator=generators, output_type="pt", **options)
+            output = pipe(part, generator=generators, output_type="pt", **noise, **options)
         pictures.append(as_pictures(output.images).clamp_(0, 1))
         if on_batch is not None:
             on_batch(start + len(part))
     return torch.cat(pictures).contiguous()
+
+
+def _starting_noise(pipe: Any, generators: Sequence[torch.Generator]) -> dict[str, torch.Tensor]:
+    """``{"latents": noise}`` of the pipeline's default size, or nothing where that cannot be told."""
+    denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    size, channels = (getattr(getattr(denoiser, "config", None), name, None) for name in ("sample_size", "in_channels"))
+    takes_latents = "latents" in inspect.signature(type(pipe).__call__).parameters
+    if not takes_latents or not isinstance(size, int) or not isinstance(channels, int):
+        return {}
+    noise = torch.cat([torch.randn(1, channels, size, size, generator=generator) for generator in generators])
+    return {"latents": noise.to(pipe.device, denoiser.dtype)}
