@@ -235,7 +235,7 @@ def test_speed_is_told_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     for fast, dtype, faster in (
         (True, torch.float32, True),
-        (True, torch.bfloat16, True),
+        (True, torch.bfloat16, None),
         (False, torch.float32, False),
         (False, torch.bfloat16, True),
         (False, torch.float16, None),

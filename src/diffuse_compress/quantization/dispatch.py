@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from diffuse_compress.errors import UnsupportedHardwareError
 from diffuse_compress.quantization.numerics import (
     choose_activation_qparams,
     dequantize,
@@ -50,6 +51,7 @@ __all__ = [
     "conv2d",
     "dense_weight",
     "linear",
+    "require_device",
     "per_column",
 ]
 
@@ -117,19 +119,19 @@ _DESCRIPTIONS = {
 }
 
 _FP32, _BF16 = torch.float32, torch.bfloat16
-# Speed against the dense layer in the input's dtype: geometric mean over the PixArt-XL (w8a8: and SDXL) linear layers
-# at 64 rows or more, one thread, by `python -m diffuse_compress_kernels.benchmarks.cpu_linear`, 2026-11.
-# Key: path, CPU, 8-bit weight, input dtype. "plain": Zen 3 (AVX2), torch 2.13. "vnni", "amx": one Sapphire Rapids,
-# torch 2.11, with oneDNN held to AVX512_CORE_BF16 and not. What has no entry was not measured.
+# Speed against the dense layer in the input's dtype: geometric mean over the PixArt-XL linear layers at 64 and 1024
+# rows (w8a8 on "vnni" and "amx": PixArt-XL and SDXL, 64 to 4096 rows), one thread, by
+# `python -m diffuse_compress_kernels.benchmarks.cpu_linear`, 2026-11. Key: path, CPU, 8-bit weight, input dtype.
+# "plain": Zen 3 (AVX2), torch 2.13, a busy machine. "amx": Sapphire Rapids, torch 2.11. "vnni": the same with oneDNN
+# held to AVX512_CORE_BF16. Its dense bf16 is slower than its fp32 then, which no real CPU with bf16 instructions
+# shares: integer products with bf16 inputs stay unmeasured there. So does everything else without an entry.
 _MEASURED: dict[tuple[str, str, bool, torch.dtype], float] = {
     ("int8-cpu", "plain", True, _FP32): 0.80,
     ("int8-cpu", "plain", True, _BF16): 4.97,
     ("int8-cpu", "plain", False, _FP32): 0.74,
     ("int8-cpu", "plain", False, _BF16): 4.47,
     ("int8-vnni", "vnni", True, _FP32): 2.38,
-    ("int8-vnni", "vnni", True, _BF16): 3.93,
     ("int8-vnni", "vnni", False, _FP32): 1.67,
-    ("int8-vnni", "vnni", False, _BF16): 2.68,
     ("int8-vnni", "amx", True, _FP32): 3.15,
     ("int8-vnni", "amx", True, _BF16): 0.97,
     ("dequantize", "plain", True, _FP32): 0.93,
@@ -184,6 +186,16 @@ def compute_path(
         name = "fp8-cuda" if chosen == "fp8" else chosen
     faster = _measured_faster(name, scheme, dtype) if device.type == "cpu" and kind == "linear" else None
     return ComputePath(name, chosen == "int8", _DESCRIPTIONS[name], faster)
+
+
+def require_device(scheme: Scheme, device: torch.device | str) -> None:
+    """Raise UnsupportedHardwareError if ``device`` cannot even hold this scheme's tensors."""
+    kind = torch.device(device).type
+    if kind == "mps" and not scheme.weight.format.is_integer:
+        raise UnsupportedHardwareError(
+            f"{scheme.name} needs the dtype float8_e4m3fn, which the device 'mps' does not have. Use \"w8a16\" or "
+            '"w8a8", or another device.'
+        )
 
 
 # torch.compile asks the hardware once, when it traces.
