@@ -51,8 +51,8 @@ __all__ = [
     "conv2d",
     "dense_weight",
     "linear",
-    "require_device",
     "per_column",
+    "require_device",
 ]
 
 DEQUANTIZE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
