@@ -282,3 +282,28 @@ def test_compress_under_group_offload_names_the_order() -> None:
     model.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
     with pytest.raises(dc.ModelStateError, match=r"compress first, then enable_group_offload"):
         model.compress("w8a8")
+
+
+def test_compress_scheme_the_device_lacks() -> None:
+    with pytest.raises(dc.UnsupportedHardwareError, match=r"float8_e4m3fn, which the device 'mps' does not have.*w8a16"):
+        tiny.build("pixart").compress("fp8", device="mps")
+
+
+def test_compress_plan_made_on_a_meta_twin() -> None:
+    with torch.device("meta"):
+        twin = tiny.build("pixart").to("meta")
+    plan = twin.compression_plan("w4a8").keep("attn2")
+    model = tiny.build("pixart").compress(plan)
+    assert set(quantized_layers(model)) == set(plan.components[""].layers)
+    model.compress(plan)  # the same again is a no-op
+    with pytest.raises(dc.CompressionConflictError, match="already compressed"):
+        model.compress("w8a8")
+
+
+def test_compress_recipe_of_another_model_touches_nothing() -> None:
+    recipe = tiny.build("pixart").compress("w4a8").compression_recipe()
+    other = tiny.build("flux")
+    clean = fingerprint(other)
+    with pytest.raises(dc.ConfigError, match=r"of the recipe's \d+ patterns match no layer.*another architecture.*'w4a8'"):
+        other.compress(recipe)
+    assert fingerprint(other) == clean

@@ -46,10 +46,10 @@ def compression_plan(
     Raises:
         ConfigError: see :func:`compress`.
     """
-    if len(methods) == 1 and isinstance(methods[0], CompressionPlan):
-        return methods[0]
     if not methods:
         raise ConfigError(_choices(target))
+    # A plan is looked at again: the model may have changed since, or it was made on a meta-device twin.
+    methods = tuple(method.recipe() if isinstance(method, CompressionPlan) else method for method in methods)
     options = {"modules_to_not_convert": modules_to_not_convert, "overrides": overrides, "algorithm": algorithm}
     recipe = as_recipe(*methods, seed=seed, **options)
     return make_plan(target, recipe, None if device is None else torch.device(device))
@@ -165,7 +165,7 @@ def _choices(target: Any) -> str:
     device = next((p.device for p in first.parameters() if p.device.type != "meta"), torch.device("cpu"))
     for name, preset in PRESETS.items():
         try:
-            plan = make_plan(target, as_recipe(Scheme(preset.scheme.weight, preset.scheme.activation)))
+            plan = make_plan(target, as_recipe(name, algorithm=preset.algorithm))
             size = f"{format_bytes(plan.bytes_before)} -> {format_bytes(plan.bytes_after)}"
         except ConfigError as error:
             if not is_pipeline(target) or any(GROUPS["denoisers"].match(n) for n in model_components(target)):

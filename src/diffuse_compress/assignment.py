@@ -55,6 +55,14 @@ def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAs
     if spec.rules is None:
         require_match(spec.modules_to_not_convert, _module_names(model), "modules_to_not_convert")
         require_match([pattern for pattern, _ in spec.overrides], layers, "overrides")
+    else:
+        unmatched = [pattern for pattern, _ in spec.rules if not any(matches(pattern, name) for name in layers)]
+        if unmatched:
+            raise ConfigError(
+                f"{type(model).__name__}: {len(unmatched)} of the recipe's {len(spec.rules)} patterns match no layer, "
+                f"e.g. {unmatched[0]!r}. It was resolved on another architecture: start from its preset, "
+                f"{spec.preset or spec.scheme.name!r}."
+            )
     roles, tied = layer_roles(model), _tied_layers(model)
     decided = {name: _decide(name, module, spec, roles, tied) for name, module in layers.items()}
     if not any(item.scheme is not None for item in decided.values()):
@@ -93,7 +101,9 @@ def _decide(
         return keep(f"already {module.scheme.name}")
     if spec.rules is not None:
         scheme = first_match(spec.rules, name)
-        return keep("not part of the recipe") if scheme is None else LayerAssignment(name, role, shape, scheme)
+        if scheme is None:
+            return keep("not part of the recipe")
+        return LayerAssignment(name, role, shape, _checked(name, module, shape, scheme, "It is not the recipe's model"))
     overridden = [(pattern, scheme) for pattern, scheme in spec.overrides if matches(pattern, name)]
     if any(matches(pattern, name) for pattern in spec.modules_to_not_convert):
         return keep("modules_to_not_convert")
@@ -103,11 +113,8 @@ def _decide(
         scheme = overridden[-1][1]
         if scheme is None:
             return keep("overrides")
-        unfit = supports(module, scheme)
-        if unfit:
-            raise ConfigError(f"{name}: {unfit}. Take it out of overrides=, or give it another scheme.")
-        scheme.weight.check_shape(name, shape[1])
-        return LayerAssignment(name, role, shape, scheme)
+        fix = "Take it out of overrides=, or give it another scheme"
+        return LayerAssignment(name, role, shape, _checked(name, module, shape, scheme, fix))
     if role in _KEPT_ROLE:
         return keep(_KEPT_ROLE[role])
     scheme = spec.modulation_scheme if role is LayerRole.MODULATION else spec.scheme
@@ -116,6 +123,15 @@ def _decide(
         return keep(unfit)
     scheme.weight.check_shape(name, shape[1])
     return LayerAssignment(name, role, shape, scheme)
+
+
+def _checked(name: str, module: nn.Module, shape: tuple[int, int], scheme: Scheme, fix: str) -> Scheme:
+    """``scheme``, or an error: this layer was named, so it cannot be skipped."""
+    unfit = supports(module, scheme)
+    if unfit:
+        raise ConfigError(f"{name}: {scheme.name} cannot be applied: {unfit}. {fix}.")
+    scheme.weight.check_shape(name, shape[1])
+    return scheme
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from diffuse_compress.errors import CompressionConflictError, ConfigError, Model
 from diffuse_compress.integrations.component import foreign_quantization, get_state
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.patterns import matches, require_match
+from diffuse_compress.quantization.dispatch import require_device
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import QuantizationSpec, resolve_scheme
@@ -204,6 +205,7 @@ def make_plan(target: Any, recipe: Recipe, device: torch.device | None = None) -
         ConfigError: unknown component, group or pattern; nothing to convert.
         CompressionConflictError: a component carries another configuration of the same kind.
         ModelStateError: a component was quantized by another library.
+        UnsupportedHardwareError: the device cannot hold a scheme's dtype.
     """
     models = model_components(target)
     wanted: dict[str, QuantizationConfig | None] = {}
@@ -223,8 +225,12 @@ def make_plan(target: Any, recipe: Recipe, device: torch.device | None = None) -
             unchanged.append(name)
         else:
             parts[name] = ComponentPlan(name, models[name], config)
+    device = device or _device_of(models)
+    for part in parts.values():
+        for scheme in set(part.layers.values()):
+            require_device(scheme, device)
     rest = {name: stored_bytes(model) for name, model in models.items() if name not in parts and name not in unchanged}
-    return CompressionPlan(target, parts, unchanged, rest, device or _device_of(models))
+    return CompressionPlan(target, parts, unchanged, rest, device)
 
 
 def tensor_rows(model: nn.Module, assigned: dict[str, LayerAssignment]) -> Iterator[PlanRow]:
