@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from diffuse_compress.apply import apply_plan
 from diffuse_compress.components import GROUPS, is_pipeline, model_components
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.integrations.component import get_state
@@ -95,8 +96,6 @@ def compress(
         IncompatibleShapeError: a layer cannot take the scheme asked for it.
         ModelStateError: meta tensors, offload hooks, foreign quantization, or too little disk.
     """
-    from diffuse_compress.apply import apply_plan
-
     if generator is not None:
         if seed is not None:
             raise ConfigError("compress: give seed= or generator=, not both.")

@@ -16,6 +16,7 @@ from diffuse_compress.errors import CompressionConflictError, ConfigError, Model
 from diffuse_compress.integrations.component import foreign_quantization, get_state
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.patterns import matches, require_match
+from diffuse_compress.plan_text import render_plan
 from diffuse_compress.quantization.dispatch import require_device
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
 from diffuse_compress.quantization.scheme import Scheme
@@ -191,8 +192,6 @@ class CompressionPlan:
         }
 
     def __str__(self) -> str:
-        from diffuse_compress.plan_text import render_plan
-
         return render_plan(self)
 
     __repr__ = __str__

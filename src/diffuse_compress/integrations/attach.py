@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from torch import nn
 
 from diffuse_compress.errors import ConfigError
-from diffuse_compress.integrations.compat import has
+from diffuse_compress.integrations.compat import usable
 from diffuse_compress.integrations.component import get_state
+from diffuse_compress.integrations.saving import wrap_save_pretrained
 
 __all__ = ["NO_PATCH_VARIABLE", "attach", "marks_of", "register_quantizers"]
 
@@ -20,14 +22,9 @@ _MARK = "_diffuse_compress"
 
 def register_quantizers() -> None:
     """Make both libraries' ``from_pretrained`` know our method. Idempotent."""
-    if has("diffusers"):
-        from diffuse_compress.integrations.diffusers import register as register_diffusers
-
-        register_diffusers()
-    if has("transformers"):
-        from diffuse_compress.integrations.transformers import register as register_transformers
-
-        register_transformers()
+    for library in ("diffusers", "transformers"):
+        if usable(library):
+            _door(library).register()
 
 
 def attach(methods: dict[str, Callable[..., Any]]) -> None:
@@ -38,8 +35,6 @@ def attach(methods: dict[str, Callable[..., Any]]) -> None:
     """
     if os.environ.get(NO_PATCH_VARIABLE, "") not in ("", "0"):
         return
-    from diffuse_compress.integrations.saving import wrap_save_pretrained
-
     for cls in _classes():
         for name, function in methods.items():
             if not hasattr(cls, name):
@@ -55,42 +50,30 @@ def marks_of(model: nn.Module) -> tuple[Callable[..., None], Callable[..., None]
     Raises:
         ConfigError: the model is neither a diffusers ModelMixin nor a transformers PreTrainedModel.
     """
-    if has("diffusers"):
-        from diffusers import ModelMixin
-
-        if isinstance(model, ModelMixin):
-            from diffuse_compress.integrations import diffusers as door
-
+    for library, base in (("diffusers", "ModelMixin"), ("transformers", "PreTrainedModel")):
+        if usable(library) and isinstance(model, getattr(import_module(library), base)):
+            door = _door(library)
             return door.mark_compressed, door.unmark
-    if has("transformers"):
-        from transformers import PreTrainedModel
-
-        if isinstance(model, PreTrainedModel):
-            from diffuse_compress.integrations import transformers as other_door
-
-            return other_door.mark_compressed, other_door.unmark
     raise ConfigError(
         f"compress needs a diffusers ModelMixin or a transformers PreTrainedModel, got {type(model).__name__}. For a "
         "plain torch module, convert its layers with diffuse_compress.quantization.convert.quantize_module."
     )
 
 
+def _door(library: str) -> Any:
+    """Our module for ``library``; it imports that library, so it is imported only where that can be."""
+    return import_module(f"diffuse_compress.integrations.{library}")
+
+
 def _classes() -> list[type]:
+    names = {"diffusers": ("DiffusionPipeline", "ModelMixin", "ModularPipeline"), "transformers": ("PreTrainedModel",)}
     classes: list[type] = []
-    if has("diffusers"):
-        from diffusers import DiffusionPipeline, ModelMixin
-
-        classes += [DiffusionPipeline, ModelMixin]
-        try:
-            from diffusers import ModularPipeline
-        except ImportError:  # older diffusers, or one of its optional parts is missing
-            pass
-        else:
-            classes.append(ModularPipeline)
-    if has("transformers"):
-        from transformers import PreTrainedModel
-
-        classes.append(PreTrainedModel)
+    for library, wanted in names.items():
+        for name in wanted if usable(library) else ():
+            try:
+                classes.append(getattr(import_module(library), name))
+            except (AttributeError, ImportError, RuntimeError):  # absent in this version, or a part of it is missing
+                continue
     return classes
 
 

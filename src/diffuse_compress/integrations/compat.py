@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from functools import lru_cache
 from typing import Any
 
 from diffuse_compress.errors import MissingDependencyError
 
-__all__ = ["has", "mixin_bases", "remove_from_diffusers_config", "require"]
+__all__ = ["mixin_bases", "remove_from_diffusers_config", "require", "usable"]
 
 _PIP = {
     "diffusers": "pip install diffusers",
@@ -21,12 +21,17 @@ _PIP = {
 
 
 @lru_cache
-def has(package: str) -> bool:
-    """True if ``package`` can be found (it is not imported)."""
+def usable(library: str) -> bool:
+    """True if diffusers or transformers is installed and its model base class imports.
+
+    diffusers fails to import its models where peft is installed and transformers, which peft needs, is not.
+    """
+    base = {"diffusers": "ModelMixin", "transformers": "PreTrainedModel"}[library]
     try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
+        getattr(importlib.import_module(library), base)
+    except (AttributeError, ImportError, RuntimeError):
         return False
+    return True
 
 
 def require(package: str, purpose: str) -> Any:
@@ -41,11 +46,11 @@ def require(package: str, purpose: str) -> Any:
 def mixin_bases() -> tuple[type, ...]:
     """QuantizationConfigMixin of the libraries that are installed, transformers' first (it has ``to_diff_dict``)."""
     bases: list[type] = []
-    if has("transformers"):
+    if usable("transformers"):
         from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersMixin
 
         bases.append(TransformersMixin)
-    if has("diffusers"):
+    if usable("diffusers"):
         from diffusers.quantizers.quantization_config import QuantizationConfigMixin as DiffusersMixin
 
         bases.append(DiffusersMixin)
