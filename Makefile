@@ -57,7 +57,7 @@ types: $(STAMP)  ## mypy, strict for the quantization core
 	$(BIN)/mypy
 
 layering: $(STAMP)  ## import-linter: which package may import which
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 check: lint types layering docs  ## everything a commit must pass besides the tests
 

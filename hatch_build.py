@@ -1,0 +1,22 @@
+"""Puts the demo's model into the wheel; an editable install finds it in the checkout."""
+
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+MODEL = "examples/reference_models/emoji_pixart"
+PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+
+
+class DemoModelHook(BuildHookInterface):
+    """A static force-include would be copied beside an editable install as well, and go stale there."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        if version == "editable":
+            return
+        for part in PARTS:
+            source = Path(self.root) / MODEL / part
+            if not source.exists():
+                raise FileNotFoundError(f"{source}: the wheel needs the demo's model; build from a complete checkout")
+            build_data["force_include"][str(source)] = f"diffuse_compress/demo_model/{part}"
