@@ -64,7 +64,7 @@ def test_reload_is_bit_identical(name: str, preset: str, dtype: torch.dtype, tmp
 def test_pipeline_reloads_in_a_new_process(preset: str, tmp_path: Path) -> None:
     pipe = tiny.build_pipeline("pixart", dtype=torch.bfloat16)
     pipe.compress({"transformer": preset, "text_encoder": "w8a16"})
-    kwargs = tiny.call_kwargs(pipe, output_type="latent")
+    kwargs = tiny.call_kwargs(pipe, output_type="pt")
     pipe.set_progress_bar_config(disable=True)
     torch.save(pipe(**kwargs).images, tmp_path / "expected.pt")
     pipe.save_pretrained(tmp_path / "saved")
@@ -73,8 +73,8 @@ def test_pipeline_reloads_in_a_new_process(preset: str, tmp_path: Path) -> None:
         "import sys, torch, tiny, diffuse_compress\n"
         "from diffusers import DiffusionPipeline\n"
         "pipe = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
-        "assert pipe.transformer.dtype == pipe.text_encoder.dtype == torch.bfloat16\n"
-        "out = pipe(**tiny.call_kwargs(pipe, output_type='latent')).images\n"
+        "assert pipe.transformer.dtype == pipe.text_encoder.dtype == pipe.vae.dtype == torch.bfloat16\n"
+        "out = pipe(**tiny.call_kwargs(pipe, output_type='pt')).images\n"
         "assert torch.equal(out, torch.load(sys.argv[2]))\n"
         "print(type(pipe).__name__, pipe.compression_report())\n"
     )
@@ -110,6 +110,19 @@ def test_load_without_our_import_stops(tmp_path: Path) -> None:
         expected = "Unknown quantization type" if cases[folder][0] == "diffusers" else "mismatch"
         assert "LOADED" not in result, folder
         assert expected in result, f"{folder}: {result}"
+
+
+def test_pipeline_reloads_each_component_in_the_dtype_it_was_saved_in(tmp_path: Path) -> None:
+    pipe = tiny.build_pipeline("pixart", dtype=torch.bfloat16)
+    pipe.vae.to(torch.float32)
+    pipe.compress("w8a8").save_pretrained(tmp_path)
+    assert diffusers.DiffusionPipeline.from_pretrained(tmp_path).vae.dtype == torch.float32
+    asked = diffusers.DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.float16)
+    assert asked.vae.dtype == asked.transformer.dtype == torch.float16
+    dense = tiny.build_pipeline("pixart", dtype=torch.bfloat16)
+    dense.save_pretrained(tmp_path / "dense")
+    # What is not compressed loads as diffusers loads it.
+    assert diffusers.DiffusionPipeline.from_pretrained(tmp_path / "dense").vae.dtype == torch.float32
 
 
 def test_component_alone_from_a_pipeline_folder(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.integrations.compat import usable
 from diffuse_compress.integrations.component import get_state
+from diffuse_compress.integrations.loading import wrap_from_pretrained
 from diffuse_compress.integrations.saving import wrap_save_pretrained
 
 __all__ = ["NO_PATCH_VARIABLE", "attach", "marks_of", "register_quantizers"]
@@ -40,6 +41,8 @@ def attach(methods: dict[str, Callable[..., Any]]) -> None:
             if not hasattr(cls, name):
                 setattr(cls, name, function)
         wrap_save_pretrained(cls)
+        if cls.__name__ == "DiffusionPipeline":
+            wrap_from_pretrained(cls)
         if isinstance(cls.__dict__.get("dtype"), property):
             _wrap_dtype(cls)
 

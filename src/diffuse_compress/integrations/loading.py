@@ -1,0 +1,63 @@
+"""``DiffusionPipeline.from_pretrained`` of compressed pipelines without a dtype: every component as it was saved.
+
+diffusers loads dense models as float32 unless told otherwise, transformers and our quantizer in the dtype that was
+saved. A pipeline saved in bfloat16 would come back with a bfloat16 denoiser and a float32 VAE, and stop at the first
+convolution.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.integrations.component import get_state
+
+__all__ = ["restore_stored_dtypes", "wrap_from_pretrained"]
+
+_MARK = "_diffuse_compress_wrapped"
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def wrap_from_pretrained(cls: type) -> None:
+    """Wrap a pipeline class's ``from_pretrained`` once; it acts only on compressed pipelines loaded without a dtype."""
+    stock = cls.__dict__["from_pretrained"].__func__
+    if getattr(stock, _MARK, False):
+        return
+
+    @functools.wraps(stock)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        no_dtype = kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None
+        pipe = stock(cls, *args, **kwargs)
+        parts = [part for part in getattr(pipe, "components", {}).values() if isinstance(part, nn.Module)]
+        if no_dtype and any(get_state(part) is not None for part in parts):
+            for part in parts:
+                if get_state(part) is None and part not in kwargs.values():
+                    restore_stored_dtypes(part)
+        return pipe
+
+    setattr(from_pretrained, _MARK, True)
+    cls.from_pretrained = classmethod(from_pretrained)  # type: ignore[attr-defined]
+
+
+def restore_stored_dtypes(model: nn.Module) -> None:
+    """Cast a dense diffusers model's float32 tensors to the half-precision dtype they were read from; exact.
+
+    The safetensors headers of the folder that the model was loaded from tell; without them nothing changes.
+    """
+    origin = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not origin or not Path(origin).is_dir():
+        return
+    from safetensors import safe_open
+
+    tensors = model.state_dict(keep_vars=True)
+    for file in sorted(Path(origin).glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 - not a dict
+                tensor = tensors.get(key)
+                dtype = _DTYPES.get(handle.get_slice(key).get_dtype())
+                if tensor is not None and dtype is not None and tensor.dtype == torch.float32 and not tensor.is_meta:
+                    tensor.data = tensor.data.to(dtype)
