@@ -22,7 +22,14 @@ from diffuse_compress.errors import ConfigError
 from diffuse_compress.evaluation.macs import count_macs
 from diffuse_compress.evaluation.metrics import as_pictures, psnr
 from diffuse_compress.integrations.component import get_state
-from diffuse_compress.pipeline_call import CannotCallError, cheap_arguments, picture_of, seeded, untouched
+from diffuse_compress.pipeline_call import (
+    CannotCallError,
+    cheap_arguments,
+    picture_of,
+    prompt_arguments,
+    seeded,
+    untouched,
+)
 from diffuse_compress.plan import CompressionPlan
 from diffuse_compress.progress import Callback, track
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
@@ -156,9 +163,9 @@ class PipelineProbe:
         self._target, self._callback = target, callback
         self._models = {name: part for name, part in model_components(target).items() if name in plan.components}
         self._planned = {name: list(part.layers) for name, part in plan.components.items()}
-        self._prompts = _as_calls(preview)
-        if self._prompts and not is_pipeline(target):
+        if preview and not is_pipeline(target):
             raise ConfigError(f"preview= needs a pipeline to generate with, got {type(target).__name__}.")
+        self._prompts = _as_calls(target, preview)
         self.reason: str | None = None
         if not enabled:
             self.reason = "not measured (measure=False)"
@@ -284,7 +291,7 @@ class PipelineProbe:
     def output_error(self, component: str) -> dict[str, Any]:
         """{"timesteps", "relative_error", "setting", "note"}; lists are empty and note says why if not measured."""
         if self.reason is not None or not self._errors.get(component):
-            note = self.reason or "not measured: the probe run did not call it"
+            note = self.reason or "; ".join(["not measured: the probe run did not call it", *self.notes])
             return {"timesteps": [], "relative_error": [], "setting": "", "note": note}
         return {
             "timesteps": self._labels[component],
@@ -464,15 +471,15 @@ def _entry(model: nn.Module) -> nn.Module:
     return decoder if callable(getattr(model, "decode", None)) and isinstance(decoder, nn.Module) else model
 
 
-def _as_calls(preview: Sequence[Any] | None) -> list[tuple[str, dict[str, Any]]]:
+def _as_calls(pipe: Any, preview: Sequence[Any] | None) -> list[tuple[str, dict[str, Any]]]:
     """(label, pipeline arguments) of each preview item."""
-    if preview is None:
+    if not preview:
         return []
     calls = []
     for seed, item in enumerate([preview] if isinstance(preview, str | dict) else preview):
         if not isinstance(item, str | dict):
             raise ConfigError(f"preview: a prompt or a dict of pipeline arguments, got {type(item).__name__}.")
-        arguments = {"prompt": item} if isinstance(item, str) else dict(item)
+        arguments = prompt_arguments(pipe, item) if isinstance(item, str) else dict(item)
         label = str(arguments.get("prompt", ", ".join(f"{key}={value}" for key, value in arguments.items())))
         calls.append((label, {"generator": seeded(seed), **arguments}))
     return calls

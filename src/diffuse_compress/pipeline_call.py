@@ -16,7 +16,15 @@ from torch import nn
 
 from diffuse_compress.components import GROUPS, model_components
 
-__all__ = ["CannotCallError", "cheap_arguments", "default_prompt", "picture_of", "seeded", "untouched"]
+__all__ = [
+    "CannotCallError",
+    "cheap_arguments",
+    "default_prompt",
+    "picture_of",
+    "prompt_arguments",
+    "seeded",
+    "untouched",
+]
 
 MAX_PIXELS = {"cpu": 256 * 256}
 """Area of the pictures of a probe run; other devices get ``MAX_PIXELS_ACCELERATOR``."""
@@ -73,6 +81,15 @@ def cheap_arguments(pipe: Any, steps: int, seed: int, *, decode: bool) -> dict[s
         choices["num_frames"] = MAX_FRAMES
     arguments = {name: value for name, value in choices.items() if name in known}
     return arguments | _reduced_size(pipe, known)
+
+
+def prompt_arguments(pipe: Any, prompt: str) -> dict[str, Any]:
+    """Arguments that generate a picture for ``prompt`` in the pipeline's default size and number of steps."""
+    arguments: dict[str, Any] = {"prompt": prompt}
+    if "use_resolution_binning" in _parameters(pipe):
+        # At the default size binning changes nothing, but pipelines of small models refuse to start with it.
+        arguments["use_resolution_binning"] = False
+    return arguments
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -26,11 +26,11 @@ from diffuse_compress.plan_text import group_rows, shrink_hint
 from diffuse_compress.report_html import render_fragment, render_page
 from diffuse_compress.report_text import render_markdown, render_text
 
-__all__ = ["CompressionReport", "component_report", "installed_versions", "report_of"]
+__all__ = ["CompressionReport", "component_report", "installed_versions", "report_kind", "report_of"]
 
 SCHEMA_VERSION = 1
 MOST_SENSITIVE = 10
-_PACKAGES = ("diffuse-compress", "torch", "diffusers", "transformers", "torchao", "accelerate", "triton")
+_PACKAGES = ("torch", "diffusers", "transformers", "torchao", "accelerate", "triton")
 _MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 
 
@@ -115,16 +115,14 @@ class CompressionReport:
         Raises:
             ConfigError: another suffix.
         """
-        path = Path(path)
-        suffix = path.suffix.lower()
-        if suffix in (".html", ".htm"):
+        kind = report_kind(path)
+        if kind == "html":
             text = render_page(self.to_dict(), self.preview)
-        elif suffix == ".json":
+        elif kind == "json":
             text = json.dumps(self.to_dict(), indent=2) + "\n"
-        elif suffix in (".md", ".markdown"):
-            text = self.to_markdown()
         else:
-            raise ConfigError(f"report.save needs a path ending in .html, .json or .md, got {path.name!r}.")
+            text = self.to_markdown()
+        path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
@@ -143,7 +141,9 @@ def report_of(target: Any) -> CompressionReport:
     Raises:
         ConfigError: nothing is compressed.
     """
-    components, untouched, preview = {}, {}, []
+    components: dict[str, dict[str, Any]] = {}
+    untouched: dict[str, int] = {}
+    preview: list[PreviewPair] = []
     for name, model in model_components(target).items():
         state = get_state(model)
         if state is None:
@@ -196,9 +196,22 @@ def component_report(
     }
 
 
+def report_kind(path: str | Path) -> str:
+    """ "html", "json" or "md", by the suffix of a file name. Raises ConfigError for another one."""
+    kinds = {".html": "html", ".htm": "html", ".json": "json", ".md": "md", ".markdown": "md"}
+    kind = kinds.get(Path(path).suffix.lower())
+    if kind is None:
+        raise ConfigError(f"A report needs a path ending in .html, .json or .md, got {Path(path).name!r}.")
+    return kind
+
+
 def installed_versions() -> dict[str, str]:
     """Versions of this package and of what it works with, as installed."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    # By the running package, which need not be installed; importing it here would be a cycle.
+    own = getattr(sys.modules.get("diffuse_compress"), "__version__", None)
+    if own is not None:
+        found["diffuse-compress"] = own
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)

@@ -1,0 +1,371 @@
+"""``diffuse-compress``: compress, info, demo."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffuse_compress import __version__
+from diffuse_compress.api import compress, compression_plan, compression_report
+from diffuse_compress.components import SELF, model_components
+from diffuse_compress.demo import PROMPTS, run_demo
+from diffuse_compress.errors import ConfigError
+from diffuse_compress.families.roles import layer_roles
+from diffuse_compress.integrations.component import get_state, quantized_layers
+from diffuse_compress.plan import stored_bytes
+from diffuse_compress.plan_text import align, format_bytes
+from diffuse_compress.quantization.algorithms.base import algorithm_from_dict, algorithm_to_dict
+from diffuse_compress.quantization.dispatch import compute_path
+from diffuse_compress.quantization.presets import PRESETS
+from diffuse_compress.quantization.scheme import Scheme
+from diffuse_compress.recipe import Recipe
+from diffuse_compress.report import installed_versions, report_kind, report_of
+from diffuse_compress.report_text import SPEED, format_count, headline
+from diffuse_compress.skeleton import load, local_folder, read_skeleton, stored_dtype
+
+__all__ = ["main"]
+
+_EXAMPLES = """examples:
+  diffuse-compress demo                                         # offline, about a minute on a CPU
+  diffuse-compress info                                         # presets, and how this machine computes them
+  diffuse-compress compress ./pixart --recipe w4a8 --dry-run    # the plan; reads no weights
+  diffuse-compress compress ./pixart --recipe w4a8 --out ./pixart-w4a8 --report report.html
+
+Every verb explains itself: diffuse-compress compress --help
+"""
+_COMPRESS_EXAMPLES = """examples:
+  # the denoiser in int4 with int8 activations, with pictures before and after in the report
+  diffuse-compress compress ./pixart --recipe w4a8 --out ./pixart-w4a8 --report report.html \\
+      --preview "a red bicycle" --preview "a lighthouse at dawn"
+
+  # the denoiser with --recipe's preset, the text encoder with its own
+  diffuse-compress compress ./pixart --recipe w4a8 --components transformer,text_encoder=w8a16 --out ./small
+
+  # only look: one line per kind of tensor, exact bytes, nothing loaded, nothing written
+  diffuse-compress compress black-forest-labs/FLUX.1-dev --recipe w4a8 --dry-run
+
+  # a recipe saved from Python: pipe.compression_recipe().save("recipe.json")
+  diffuse-compress compress ./fine-tune --recipe recipe.json --out ./fine-tune-w4a8
+
+what comes out loads with plain diffusers or transformers, after `import diffuse_compress`.
+presets: {presets}
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 1 failed, 130 interrupted (argparse exits with 2)."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # the boundary: a user gets the message, --debug the traceback
+        if args.debug:
+            traceback.print_exc()
+        # Messages of our own errors are written for users; another one needs its class to be understood.
+        ours = type(error).__module__.startswith("diffuse_compress")
+        text = str(error) if ours else f"{type(error).__name__}: {error}"
+        if getattr(args, "json", False):
+            print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}}))
+        print(f"error: {text}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="diffuse-compress",
+        description="Make diffusers and transformers models smaller and faster; they stay what they are.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_compress(verbs)
+    info = verbs.add_parser(
+        "info",
+        help="versions, device and presets; or what a folder holds",
+        description="Without PATH: versions, device, and every preset as resolved. With PATH: its models, the parts "
+        "their layers play, and the report of what is compressed. Reads no weights.",
+    )
+    info.add_argument("model", nargs="?", metavar="PATH", help="folder or Hub id of a pipeline or model")
+    info.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    info.set_defaults(run=_info)
+    demo = verbs.add_parser(
+        "demo",
+        help="compress a small trained pipeline that comes with the package, offline",
+        description="Loads the bundled text-to-emoji pipeline, prints the plan, compresses it, generates pictures "
+        "before and after, writes report.html and the compressed pipeline, reloads it and compares bit for bit.",
+    )
+    demo.add_argument("--preset", default="w4a8", help=f"one of {', '.join(PRESETS)} (default: w4a8)")
+    demo.add_argument("--out", default="diffuse_compress_demo", metavar="DIR", help="default: ./diffuse_compress_demo")
+    demo.add_argument("--prompt", action="append", metavar="NAME", help="name of an emoji; repeat for more pictures")
+    demo.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
+    demo.add_argument("--device", help="where to run, e.g. cuda (default: cpu)")
+    demo.set_defaults(run=_demo)
+    for verb in verbs.choices.values():
+        verb.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    return parser
+
+
+def _add_compress(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        "compress",
+        help="compress a pipeline or model folder, or a Hub repository",
+        description="Loads a pipeline or model, compresses it, and writes it with save_pretrained.",
+        epilog=_COMPRESS_EXAMPLES.format(presets=", ".join(PRESETS)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_argument("model", metavar="PATH_OR_REPO", help="folder, or Hub id (owner/name)")
+    verb.add_argument("--recipe", metavar="PRESET|FILE", help="a preset, or a recipe saved as JSON")
+    verb.add_argument(
+        "--components",
+        metavar="NAME[=PRESET],...",
+        help="components or groups (denoisers, text_encoders, vaes, all) to compress; without =PRESET by --recipe "
+        "(default: denoisers)",
+    )
+    verb.add_argument("--algorithm", metavar="KIND", help="instead of the preset's, e.g. hqq")
+    verb.add_argument(
+        "--modules-to-not-convert", nargs="+", metavar="PATTERN", help="modules that stay dense, e.g. attn2 '*.ff.*'"
+    )
+    verb.add_argument("--out", metavar="DIR", help="folder for the compressed pipeline or model")
+    verb.add_argument("--report", metavar="FILE", help="write the report: .html, .json or .md")
+    verb.add_argument("--preview", action="append", metavar="PROMPT", help="generate before and after; repeat for more")
+    verb.add_argument("--no-measure", action="store_true", help="do not run the pipeline to measure its output error")
+    verb.add_argument("--dry-run", action="store_true", help="print the plan and stop; reads no weights")
+    verb.add_argument("--device", help="where to run, e.g. cuda (default: cpu)")
+    verb.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        help="of what is not quantized (default: as stored; float16 becomes float32 on the CPU)",
+    )
+    verb.add_argument("--seed", type=int, help="of algorithms that draw random numbers")
+    verb.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    verb.set_defaults(run=_compress)
+
+
+# --- compress ---------------------------------------------------------------------------------------------------
+
+
+def _compress(args: argparse.Namespace) -> None:
+    if not (args.out or args.report or args.dry_run):
+        raise ConfigError("compress: say what to write: --out DIR, --report FILE, or --dry-run to see the plan.")
+    if args.report:
+        report_kind(args.report)
+    methods = _methods(args.recipe, args.components)
+    options = {
+        "modules_to_not_convert": args.modules_to_not_convert,
+        "algorithm": algorithm_from_dict({"kind": args.algorithm}) if args.algorithm else None,
+        "seed": args.seed,
+        "device": args.device,
+    }
+    folder = local_folder(args.model, weights=not args.dry_run)
+    dtype = _dtype(args.dtype, folder, args.device)
+    if args.dry_run:
+        plan = compression_plan(read_skeleton(folder, dtype), *methods, **options)
+        print(json.dumps(plan.to_dict(), indent=2) if args.json else plan)
+        return
+    target = load(folder, dtype, args.device)
+    compress(target, *methods, **options, preview=args.preview, measure=not args.no_measure)
+    report = compression_report(target)
+    if args.out:
+        target.save_pretrained(args.out)
+    if args.report:
+        report.save(args.report)
+    if args.json:
+        print(json.dumps({"out": args.out, "report_file": args.report, "report": report.to_dict()}, indent=2))
+        return
+    print(report)
+    for what, path in (("compressed", args.out), ("report", args.report)):
+        if path:
+            print(f"{what}: {path}")
+
+
+def _methods(recipe: str | None, components: str | None) -> tuple[Any, ...]:
+    """Arguments of ``compress`` for --recipe and --components."""
+    is_file = recipe is not None and (recipe.endswith(".json") or Path(recipe).is_file())
+    if is_file:
+        if components:
+            raise ConfigError("compress: a recipe file names its components; leave out --components.")
+        return (Recipe.load(str(recipe)),)
+    if not components:
+        return () if recipe is None else (recipe,)
+    chosen: dict[str, str | None] = {}
+    for item in components.split(","):
+        name, _, preset = item.strip().partition("=")
+        value = preset or recipe
+        if not name or value is None:
+            raise ConfigError(
+                f"--components: {item!r} needs a preset: {item.strip() or 'NAME'}=w8a8, or --recipe PRESET."
+            )
+        chosen[name] = None if value.lower() == "none" else value
+    return (chosen,)
+
+
+def _dtype(name: str, folder: Path, device: str | None) -> torch.dtype | None:
+    if name != "auto":
+        return getattr(torch, name)
+    stored = stored_dtype(folder)
+    on_cpu = device is None or torch.device(device).type == "cpu"
+    return torch.float32 if stored is torch.float16 and on_cpu else stored
+
+
+# --- info -------------------------------------------------------------------------------------------------------
+
+
+def _info(args: argparse.Namespace) -> None:
+    facts = _path_facts(args.model) if args.model else _machine_facts()
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    elif args.model:
+        print("\n".join(_path_lines(facts)))
+    else:
+        print("\n".join(_machine_lines(facts)))
+
+
+def _machine_facts() -> dict[str, Any]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described = {
+            "type": "cuda",
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+        }
+    else:
+        described = {"type": "cpu", "name": platform.machine(), "threads": torch.get_num_threads()}
+    presets = {}
+    for name, preset in PRESETS.items():
+        path = compute_path(preset.scheme, device)
+        presets[name] = {
+            "summary": preset.summary,
+            "aliases": list(preset.aliases),
+            "needs_calibration": preset.needs_calibration,
+            "scheme": preset.scheme.to_dict(),
+            "modulation_scheme": preset.modulation_scheme.to_dict(),
+            "algorithm": algorithm_to_dict(preset.algorithm),
+            "computed_by": path.description,
+            "faster_than_dense": path.faster_than_dense,
+        }
+    return {"versions": installed_versions(), "device": described, "presets": presets}
+
+
+def _machine_lines(facts: dict[str, Any]) -> list[str]:
+    device = dict(facts["device"])
+    if "memory_bytes" in device:
+        device["memory"] = format_bytes(device.pop("memory_bytes"))
+    lines = [
+        "versions: " + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+        "device: " + ", ".join(f"{key} {value}" for key, value in device.items()),
+    ]
+    for name, preset in facts["presets"].items():
+        lines += ["", f"{name}: {preset['summary']}"]
+        table = [("also written", ", ".join(preset["aliases"]))]
+        if preset["needs_calibration"]:
+            table.append(("needs", preset["needs_calibration"]))
+        for label in ("scheme", "modulation_scheme"):
+            scheme = preset[label]
+            table.append((f"{label}: weights", _fields(scheme["weights"])))
+            table.append((f"{label}: inputs", _fields(scheme["input_activations"])))
+        table.append(("algorithm", _fields(preset["algorithm"])))
+        table.append(("computed here by (bf16)", f"{preset['computed_by']}; {SPEED[preset['faster_than_dense']]}"))
+        lines += align(table)
+    return lines
+
+
+def _fields(values: dict[str, Any] | None) -> str:
+    return "as they come" if values is None else ", ".join(f"{key}={value}" for key, value in values.items())
+
+
+def _path_facts(name: str) -> dict[str, Any]:
+    target = read_skeleton(local_folder(name, weights=False))
+    models = model_components(target)
+    compressed = any(get_state(model) is not None for model in models.values())
+    return {
+        "path": name,
+        "class": type(target).__name__,
+        "components": {part: _model_facts(model) for part, model in models.items()},
+        "report": report_of(target).to_dict() if compressed else None,
+    }
+
+
+def _model_facts(model: Any) -> dict[str, Any]:
+    """Class, sizes, the parts that layers play, and the scheme and algorithm if compressed."""
+    roles: dict[str, dict[str, int]] = {}
+    quantized = quantized_layers(model)
+    for name, role in layer_roles(model).items():
+        layer = model.get_submodule(name)
+        count = (
+            layer.qweight.shape[0] * layer.quantized_weight().in_features if name in quantized else layer.weight.numel()
+        )
+        entry = roles.setdefault(role.value, {"layers": 0, "parameters": 0})
+        entry["layers"] += 1
+        entry["parameters"] += count
+    state = get_state(model)
+    schemes: dict[str, int] = {}
+    for layer in quantized.values():
+        schemes[layer.scheme.name] = schemes.get(layer.scheme.name, 0) + 1
+    compressed = None
+    if state is not None:
+        spec = state.config.spec
+        compressed = {
+            "preset": spec.preset,
+            "algorithm": algorithm_to_dict(spec.algorithm),
+            "layers": schemes,
+            "schemes": {scheme.name: scheme.to_dict() for scheme in _distinct(quantized)},
+        }
+    return {
+        "class": type(model).__name__,
+        "stored_bytes": stored_bytes(model),
+        "roles": roles,
+        "compressed": compressed,
+    }
+
+
+def _distinct(quantized: dict[str, Any]) -> list[Scheme]:
+    return list(dict.fromkeys(layer.scheme for layer in quantized.values()))
+
+
+def _path_lines(facts: dict[str, Any]) -> list[str]:
+    lines = [f"{facts['path']}: {facts['class']}"]
+    for name, part in facts["components"].items():
+        title = f"{name} ({part['class']})" if name != SELF else part["class"]
+        lines += ["", f"{title}: {format_bytes(part['stored_bytes'])}"]
+        table = [("role", "layers", "parameters")]
+        table += [(r, str(entry["layers"]), format_count(entry["parameters"])) for r, entry in part["roles"].items()]
+        lines += align(table) if part["roles"] else []
+        if part["compressed"] is None:
+            lines.append("  not compressed")
+        else:
+            found = part["compressed"]
+            counts = ", ".join(f"{count} x {scheme}" for scheme, count in found["layers"].items())
+            lines.append(f"  compressed: {counts}; algorithm {_fields(found['algorithm'])}")
+    if facts["report"] is not None:
+        lines += ["", headline(facts["report"]), *([facts["report"]["hint"]] if facts["report"]["hint"] else [])]
+    return lines
+
+
+# --- demo -------------------------------------------------------------------------------------------------------
+
+
+def _demo(args: argparse.Namespace) -> None:
+    run_demo(args.preset, args.out, args.prompt or PROMPTS, seed=args.seed, device=args.device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
