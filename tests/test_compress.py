@@ -6,11 +6,11 @@ import hashlib
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
 import diffuse_compress as dc
+import tiny
 from diffuse_compress.integrations.component import get_state, quantized_layers
 from diffuse_compress.quantization.layers import QuantizedLinear
 
@@ -285,7 +285,9 @@ def test_compress_under_group_offload_names_the_order() -> None:
 
 
 def test_compress_scheme_the_device_lacks() -> None:
-    with pytest.raises(dc.UnsupportedHardwareError, match=r"float8_e4m3fn, which the device 'mps' does not have.*w8a16"):
+    with pytest.raises(
+        dc.UnsupportedHardwareError, match=r"float8_e4m3fn, which the device 'mps' does not have.*w8a16"
+    ):
         tiny.build("pixart").compress("fp8", device="mps")
 
 
@@ -304,6 +306,8 @@ def test_compress_recipe_of_another_model_touches_nothing() -> None:
     recipe = tiny.build("pixart").compress("w4a8").compression_recipe()
     other = tiny.build("flux")
     clean = fingerprint(other)
-    with pytest.raises(dc.ConfigError, match=r"of the recipe's \d+ patterns match no layer.*another architecture.*'w4a8'"):
+    with pytest.raises(
+        dc.ConfigError, match=r"of the recipe's \d+ patterns match no layer.*another architecture.*'w4a8'"
+    ):
         other.compress(recipe)
     assert fingerprint(other) == clean

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
-from families import unknown_classes
 
 import diffuse_compress as dc
+import tiny
 from diffuse_compress.components import model_components
 from diffuse_compress.families.published import list_published, meta_components, published_config
 from diffuse_compress.integrations.component import quantized_layers
+from families import unknown_classes
 
 PRESETS = ["w8a8", "fp8", "w8a16", "w4a16", "w4a8"]
 # Bytes after / before in bf16 of the denoiser; w4 as the issue of record asks for FLUX.1-dev.

@@ -51,8 +51,13 @@ def compression_plan(
         raise ConfigError(_choices(target))
     # A plan is looked at again: the model may have changed since, or it was made on a meta-device twin.
     methods = tuple(method.recipe() if isinstance(method, CompressionPlan) else method for method in methods)
-    options = {"modules_to_not_convert": modules_to_not_convert, "overrides": overrides, "algorithm": algorithm}
-    recipe = as_recipe(*methods, seed=seed, **options)
+    recipe = as_recipe(
+        *methods,
+        modules_to_not_convert=modules_to_not_convert,
+        overrides=overrides,
+        algorithm=algorithm,
+        seed=seed,
+    )
     return make_plan(target, recipe, None if device is None else torch.device(device))
 
 
@@ -73,13 +78,15 @@ def compress(
     """Make a pipeline or model smaller and faster, in place. Its class stays; it saves and reloads as before.
 
     Args:
+        target: a diffusers pipeline or model, or a transformers model.
         methods: a preset name ("w8a8", "fp8", "w8a16", "w4a16", "w4a8", "w4a4"), a QuantizationConfig, a
             CompressionPlan, a Recipe, or a dict ``{component or group: preset | config | None}``. A bare preset means
             the denoisers (transformer, unet, prior, ...).
         modules_to_not_convert: patterns of modules that stay dense (see QuantizationConfig).
         overrides: {pattern: preset, Scheme or None} for single layers.
         algorithm: instead of the preset's.
-        seed, generator: of algorithms that draw random numbers; global random states are never touched.
+        seed: of algorithms that draw random numbers; global random states are never touched.
+        generator: source of that seed instead.
         device: compute here, layer by layer; every layer returns to where it was.
         work_dir: folder for the spill file that lets a failed call restore the model.
         preview: prompts (or dicts of pipeline arguments) to generate before and after, for the report.
@@ -110,9 +117,7 @@ def compress(
         device=device,
     )
     if plan.components:
-        apply_plan(
-            target, plan, device=device, callback=callback, work_dir=work_dir, preview=preview, measure=measure
-        )
+        apply_plan(target, plan, device=device, callback=callback, work_dir=work_dir, preview=preview, measure=measure)
     return target
 
 
@@ -122,7 +127,8 @@ def decompress(target: _Target) -> _Target:
     Same act as a component's stock ``dequantize()``. Nothing of this package stays in config or hooks. The rounding
     is not undone: reload the original checkpoint for that.
     """
-    for model in model_components(target).values():
+    models: dict[str, Any] = {**model_components(target)}
+    for model in models.values():
         if get_state(model) is not None:
             model.dequantize()
     return target

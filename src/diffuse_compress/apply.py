@@ -14,7 +14,7 @@ from diffuse_compress.assignment import module_aliases
 from diffuse_compress.components import model_components
 from diffuse_compress.errors import DiffuseCompressError, ModelStateError
 from diffuse_compress.integrations.attach import marks_of
-from diffuse_compress.integrations.component import ComponentState, layer_entries
+from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries
 from diffuse_compress.measurement import LayerMeasurement, PipelineProbe, measure_layer
 from diffuse_compress.plan import ComponentPlan, CompressionPlan
 from diffuse_compress.progress import Callback, track
@@ -57,7 +57,8 @@ def apply_plan(
             _mark(models[name], part, spill)
         probe.record_compressed()
         for name, part in plan.components.items():
-            state = models[name].hf_quantizer.state
+            state = get_state(models[name])
+            assert state is not None  # marked above
             state.report = component_report(models[name], part, layers[name], probe, seconds=started[name])
         probe.keep_preview(target)
 
@@ -122,7 +123,7 @@ def _check_ready(where: str, model: nn.Module) -> None:
         raise DiffuseCompressError(f"{where}: has no parameters.")
 
 
-class _keep_random_state:  # noqa: N801 - used as a statement
+class _keep_random_state:
     """Global generators (CPU and every CUDA device in use) read the same before and after."""
 
     def __enter__(self) -> None:

@@ -67,8 +67,8 @@ def resolve_names(keys: Iterable[str], obj: Any) -> dict[str, list[str]]:
             resolved[key] = [name for name in models if GROUPS[key].match(name)] or _empty_group(key, obj, models)
         elif key in listed:
             raise ConfigError(
-                f"{type(obj).__name__}: component {key!r} is not a loaded model (it is {type(obj.components[key]).__name__})."
-                " Load it, or leave it out."
+                f"{type(obj).__name__}: component {key!r} is not a loaded model, it is "
+                f"{type(obj.components[key]).__name__}. Load it, or leave it out."
             )
         else:
             choices = [*models, *GROUPS, _ALL]

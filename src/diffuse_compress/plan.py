@@ -277,7 +277,8 @@ def _is_present(name: str, model: nn.Module, config: QuantizationConfig) -> bool
     if state.config.spec == config.spec or state.config.spec.same_request(config.spec):
         return True
     raise CompressionConflictError(
-        f"{where}: already compressed by a method of kind 'weights' ({state.config!r}), asked for another ({config!r}). "
+        f"{where}: already compressed by a method of kind 'weights' ({state.config!r}), asked for another "
+        f"({config!r}). "
         "Packed weights are never quantized again: call decompress() first (its weights stay rounded), or load the "
         "dense checkpoint."
     )

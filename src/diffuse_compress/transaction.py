@@ -65,7 +65,7 @@ class Transaction:
         self._undo: list[Callable[[], Any]] = []
 
     def __enter__(self) -> Transaction:
-        self._file = tempfile.TemporaryFile(dir=self._folder, prefix="diffuse_compress-")  # noqa: SIM115
+        self._file = tempfile.TemporaryFile(dir=self._folder, prefix="diffuse_compress-")
         return self
 
     def __exit__(
@@ -133,7 +133,7 @@ class Transaction:
                 replace_module(record.model, name, record.module)
 
 
-class _interrupts_held:  # noqa: N801 - used as a statement
+class _interrupts_held:
     """Holds Ctrl-C back during the restore, which must not be interrupted half-way."""
 
     def __enter__(self) -> None:

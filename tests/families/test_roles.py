@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from families import unknown_classes
 from torch import nn
 
 from diffuse_compress.families.published import list_published, meta_components, published_config
 from diffuse_compress.families.roles import LayerRole, layer_roles
+from families import unknown_classes
 
 # Layers that are not BLOCK, by pattern with indices as "*"; what is not listed here must be a block's.
 MODULATION = {

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import diffusers
 import pytest
-import tiny
 import transformers
 
 import diffuse_compress as dc
+import tiny
 from diffuse_compress.api import METHODS
 from diffuse_compress.integrations.attach import attach, register_quantizers
 

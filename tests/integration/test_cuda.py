@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from diffuse_compress_kernels import int_matmul
-from tolerance import relative_rms
 
 import diffuse_compress as dc
+import tiny
 from diffuse_compress.integrations.component import quantized_layers
 from diffuse_compress.quantization.convert import quantize_module
+from diffuse_compress_kernels import int_matmul
+from tolerance import relative_rms
 
 pytestmark = pytest.mark.gpu
 PRESETS = ["w8a8", "fp8", "w8a16", "w4a16", "w4a8", "w4a4"]

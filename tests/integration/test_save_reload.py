@@ -12,12 +12,12 @@ from typing import Any
 
 import diffusers
 import pytest
-import tiny
 import torch
 import transformers
 from safetensors import safe_open
 
 import diffuse_compress as dc
+import tiny
 from diffuse_compress.integrations.component import get_state, quantized_layers
 
 PRESETS = ["w8a8", "fp8", "w8a16", "w4a16", "w4a8", "w4a4"]

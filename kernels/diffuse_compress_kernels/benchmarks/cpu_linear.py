@@ -102,7 +102,7 @@ def _check(case: Case, layers: dict[str, nn.Module], inputs: dict[str, torch.Ten
     for name in schemes:
         for dtype, x in some.items():
             error = (layers[name](x).float() - reference).norm() / reference.norm()
-            weight_bits = layers[name].scheme.weight.format.bits  # type: ignore[union-attr]
+            weight_bits: int = layers[name].scheme.weight.format.bits  # type: ignore[union-attr,assignment]
             if not float(error) < MAX_RELATIVE_RMS[weight_bits]:
                 raise SystemExit(f"{case.name}: {name} on {dtype} is off by {float(error):.3f} (relative RMS).")
 

@@ -27,6 +27,13 @@ class FakeQuantizedLayer(nn.Module):
         quantize_input: False leaves the input alone, as on devices where a path is weight-only.
     """
 
+    dense: Any
+    act_pre_scale: torch.Tensor | None
+    input_scale: torch.Tensor | None
+    input_zero_point: torch.Tensor | None
+    low_rank_down: torch.Tensor | None
+    low_rank_up: torch.Tensor | None
+
     def __init__(self, layer: QuantizedLinear | QuantizedConv2d, quantize_input: bool = True) -> None:
         super().__init__()
         dense = layer.to_dense().float()
@@ -52,12 +59,11 @@ class FakeQuantizedLayer(nn.Module):
             )
         y = self.dense(inputs)
         if self.low_rank_down is not None and self.low_rank_up is not None:
-            y = y + self._low_rank(values)
+            y = y + self._low_rank(values, self.low_rank_up.float() @ self.low_rank_down.float())
         return y.to(x.dtype)
 
-    def _low_rank(self, x: torch.Tensor) -> torch.Tensor:
-        product = self.low_rank_up.float() @ self.low_rank_down.float()
-        if self.feature_dims == 3:
+    def _low_rank(self, x: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.dense, nn.Conv2d):
             return self.dense._conv_forward(x, product.view_as(self.dense.weight), None)
         return nn.functional.linear(x, product)
 

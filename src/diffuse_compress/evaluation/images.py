@@ -79,6 +79,8 @@ def _starting_noise(pipe: Any, generators: Sequence[torch.Generator]) -> dict[st
     """``{"latents": noise}`` of the pipeline's default size, or nothing where that cannot be told."""
     denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     size, channels = (getattr(getattr(denoiser, "config", None), name, None) for name in ("sample_size", "in_channels"))
+    if denoiser is None:
+        return {}
     takes_latents = "latents" in inspect.signature(type(pipe).__call__).parameters
     if not takes_latents or not isinstance(size, int) or not isinstance(channels, int):
         return {}

@@ -43,10 +43,12 @@ _TIMESTEP_EMBEDDER = re.compile(r"(?:^|\.)(?:timestep_embedder|time_embed\w*|t_e
 _TOKEN_PROJECTION = re.compile(r"(?:^|\.)(?:caption_projection|condition_embedder\.text_embedder)\.linear_2$")
 # Outside blocks, these prepare inputs; a ModuleList of such a name is not a list of blocks.
 _EMBEDDER = re.compile(
-    r"(?:^|\.)(?:\w*embed(?:der|ding|dings|s)?\w*|caption_projection|patch_embed\w*|pos_embed\w*|conv_in|proj_in_first"
+    r"(?:^|\.)(?:\w*embed(?:der|ding|dings|s)?\w*|caption_projection|patch_embed\w*|pos_embed\w*|conv_in"
     r"|emb|image_projection|encoder_hid_proj|add_embedding|time_embedding)(?:\.|$)"
 )
-_OUTPUT = re.compile(r"(?:^|\.)(?:proj_out\w*|conv_out|\w*final_layer\w*|norm_out|lm_head|output_projection|score|classifier)(?:\.|$)")
+_OUTPUT = re.compile(
+    r"(?:^|\.)(?:proj_out\w*|conv_out|\w*final_layer\w*|norm_out|lm_head|output_projection|score|classifier)(?:\.|$)"
+)
 # A ModuleList of output layers, one per patch size (Z-Image).
 _OUTPUT_LIST = re.compile(r"(?:^|\.)\w*final_layer\w*\.")
 

@@ -40,7 +40,9 @@ def require(package: str, purpose: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         command = _PIP.get(package.partition(".")[0], f"pip install {package}")
-        raise MissingDependencyError(f"{purpose} needs {package}, which cannot be imported ({error}): {command}") from error
+        raise MissingDependencyError(
+            f"{purpose} needs {package}, which cannot be imported ({error}): {command}"
+        ) from error
 
 
 def mixin_bases() -> tuple[type, ...]:

@@ -111,7 +111,17 @@ def foreign_quantization(component: Any) -> str | None:
         return str(getattr(method, "value", method) or type(quantizer).__name__)
     for module in component.modules():
         origin = type(module).__module__.partition(".")[0]
-        if origin in {"bitsandbytes", "optimum", "sdnq", "nunchaku", "auto_gptq", "gptqmodel", "awq", "hqq", "modelopt"}:
+        if origin in {
+            "bitsandbytes",
+            "optimum",
+            "sdnq",
+            "nunchaku",
+            "auto_gptq",
+            "gptqmodel",
+            "awq",
+            "hqq",
+            "modelopt",
+        }:
             return origin
         weight = module._parameters.get("weight")
         if weight is not None and type(weight.data) is not torch.Tensor and "torchao" in type(weight.data).__module__:
@@ -169,7 +179,9 @@ def read_metadata(files: Iterable[str | Path] | None) -> dict[str, Any] | None:
             content = json.loads(text)
             version = int(content["schema_version"])
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{Path(file).name}: unreadable metadata ({error}). Save the checkpoint anew.") from error
+            raise CheckpointError(
+                f"{Path(file).name}: unreadable metadata ({error}). Save the checkpoint anew."
+            ) from error
         if version > SCHEMA_VERSION:
             raise CheckpointError(
                 f"{Path(file).name}: schema_version must be up to {SCHEMA_VERSION}, got {version}. The checkpoint was "

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
-from torch import nn
 
 from diffuse_compress.assignment import assign_layers, resolve_rules
 from diffuse_compress.errors import CheckpointError
@@ -42,7 +41,8 @@ class DiffuseCompressQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         # from_single_file never says so, but only a stored checkpoint has resolved rules.
-        self.pre_quantized = bool(self.pre_quantized) and quantization_config.spec.rules is not None
+        stored = bool(kwargs.get("pre_quantized", True))
+        self.pre_quantized: bool = stored and quantization_config.spec.rules is not None
         self._dtype: torch.dtype | None = None
         self._metadata: dict[str, Any] | None = None
         self._loaded_keys: list[str] | None = None
@@ -60,7 +60,7 @@ class DiffuseCompressQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return loaded_keys
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
+        self, model: Any, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
     ) -> None:
         spec = self.quantization_config.spec
         if keep_in_fp32_modules is not None:
@@ -76,14 +76,14 @@ class DiffuseCompressQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             require_keys(model, layers, self._loaded_keys, on_disk="qweight")
 
     def check_if_quantized_param(
-        self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+        self, model: Any, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         layer, _, leaf = param_name.rpartition(".")
         return leaf == "weight" and layer in self._pending
 
     def create_quantized_param(
         self,
-        model: nn.Module,
+        model: Any,
         param_value: torch.Tensor,
         param_name: str,
         target_device: torch.device,
@@ -95,7 +95,7 @@ class DiffuseCompressQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         scheme = self._pending.pop(name)
         quantize_loaded_weight(model, name, param_value, scheme, self.quantization_config.spec, target_device)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._pending:
             raise CheckpointError(
                 f"{type(model).__name__}: the checkpoint holds no weight for {len(self._pending)} layers that were to "
@@ -113,7 +113,7 @@ class DiffuseCompressQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         return state_dict, metadata_of(self.state) if self.state is not None else {}
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
+    def _dequantize(self, model: Any) -> Any:
         for name, layer in quantized_layers(model).items():
             replace_module(model, name, layer.to_dense())
         remove_from_diffusers_config(model, "quantization_config")
@@ -133,12 +133,12 @@ class DiffuseCompressQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return True
 
 
-def mark_compressed(model: nn.Module, state: ComponentState) -> None:
+def mark_compressed(model: Any, state: ComponentState) -> None:
     """Make a live ModelMixin whose layers were converted save and reload as a compressed one."""
     _mark(model, DiffuseCompressQuantizer(state.config, pre_quantized=True), state)
 
 
-def _mark(model: nn.Module, quantizer: DiffuseCompressQuantizer, state: ComponentState) -> None:
+def _mark(model: Any, quantizer: DiffuseCompressQuantizer, state: ComponentState) -> None:
     quantizer.state, quantizer.quantization_config, quantizer.pre_quantized = state, state.config, True
     model.hf_quantizer = quantizer
     model.quantization_method = state.config.quant_method
@@ -147,7 +147,7 @@ def _mark(model: nn.Module, quantizer: DiffuseCompressQuantizer, state: Componen
     model.register_to_config(quantization_config=state.config)
 
 
-def unmark(model: nn.Module) -> None:
+def unmark(model: Any) -> None:
     """Undo :func:`mark_compressed`; the layers are the caller's business."""
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(name, None)

@@ -56,7 +56,7 @@ def restore_stored_dtypes(model: nn.Module) -> None:
     tensors = model.state_dict(keep_vars=True)
     for file in sorted(Path(origin).glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 - not a dict
+            for key in handle.keys():
                 tensor = tensors.get(key)
                 dtype = _DTYPES.get(handle.get_slice(key).get_dtype())
                 if tensor is not None and dtype is not None and tensor.dtype == torch.float32 and not tensor.is_meta:

@@ -11,7 +11,6 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -110,7 +109,7 @@ class DiffuseCompressHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self._metadata: dict[str, Any] | None = None
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         spec = self.quantization_config.spec
         self._base_model_prefix = getattr(model, "base_model_prefix", "")
@@ -138,14 +137,14 @@ class DiffuseCompressHfQuantizer(HfQuantizer):  # type: ignore[misc]
             return None
         return super().get_new_dtype(converter, param, dtype)
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         layer, _, leaf = param_name.rpartition(".")
         return leaf == "weight" and layer in self.pending
 
     def get_quantize_ops(self) -> _QuantizeOnLoad:
         return _QuantizeOnLoad(self)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pending:
             raise CheckpointError(
                 f"{type(model).__name__}: the checkpoint holds no weight for {len(self.pending)} layers that were to "
@@ -160,13 +159,13 @@ class DiffuseCompressHfQuantizer(HfQuantizer):  # type: ignore[misc]
         _mark(model, self, ComponentState(config, layer_entries(model), (self._metadata or {}).get("report")))
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         state_dict = model.state_dict()
         for name in quantized_layers(model):
             state_dict[f"{name}.weight"] = state_dict.pop(f"{name}.qweight").unsqueeze(0)
         return state_dict, metadata_of(self.state) if self.state is not None else {}
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name, layer in quantized_layers(model).items():
             replace_module(model, name, layer.to_dense())
         return model
@@ -183,14 +182,14 @@ class DiffuseCompressHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def mark_compressed(model: nn.Module, state: ComponentState) -> None:
+def mark_compressed(model: Any, state: ComponentState) -> None:
     """Make a live PreTrainedModel whose layers were converted save and reload as a compressed one."""
     quantizer = DiffuseCompressHfQuantizer(state.config, pre_quantized=True)
     quantizer._base_model_prefix = getattr(model, "base_model_prefix", "")
     _mark(model, quantizer, state)
 
 
-def _mark(model: nn.Module, quantizer: DiffuseCompressHfQuantizer, state: ComponentState) -> None:
+def _mark(model: Any, quantizer: DiffuseCompressHfQuantizer, state: ComponentState) -> None:
     quantizer.state, quantizer.quantization_config, quantizer.pre_quantized = state, state.config, True
     quantizer._layers = state.layers
     model.hf_quantizer = quantizer
@@ -199,7 +198,7 @@ def _mark(model: nn.Module, quantizer: DiffuseCompressHfQuantizer, state: Compon
     model.config.quantization_config = state.config
 
 
-def unmark(model: nn.Module) -> None:
+def unmark(model: Any) -> None:
     """Undo :func:`mark_compressed`; the layers are the caller's business."""
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(name, None)
@@ -207,7 +206,7 @@ def unmark(model: nn.Module) -> None:
         del model.config.quantization_config
 
 
-def _matching_prefix(model: nn.Module, layers: dict[str, LayerEntry], prefix: str) -> dict[str, LayerEntry]:
+def _matching_prefix(model: Any, layers: dict[str, LayerEntry], prefix: str) -> dict[str, LayerEntry]:
     """Layer names as this class has them: a checkpoint of the headed class differs by the base model's prefix."""
     names = {name for name, _ in model.named_modules()}
     found = {}
