@@ -127,3 +127,11 @@ def test_plan_two_experts() -> None:
 
     plan = dc.compression_plan(Pipe(), "w4a8")
     assert list(plan.components) == ["transformer", "transformer_2"]
+
+
+def test_compress_with_an_edited_plan_keeps_its_reasons() -> None:
+    model = tiny.build("pixart")
+    plan = model.compression_plan("w4a8").keep("attn2.to_q")
+    model.compress(plan, measure=False)
+    assert "not part of the recipe" not in str(model.compression_report())
+    assert "embedder" in str(model.compression_report())

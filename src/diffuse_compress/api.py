@@ -50,7 +50,7 @@ def compression_plan(
     if not methods:
         raise ConfigError(_choices(target))
     # A plan is looked at again: the model may have changed since, or it was made on a meta-device twin.
-    methods = tuple(method.recipe() if isinstance(method, CompressionPlan) else method for method in methods)
+    methods = tuple(method.request() if isinstance(method, CompressionPlan) else method for method in methods)
     recipe = as_recipe(
         *methods,
         modules_to_not_convert=modules_to_not_convert,

@@ -88,8 +88,12 @@ class ComponentPlan:
     @property
     def resolved_config(self) -> QuantizationConfig:
         """The config with the layers it came to."""
-        dtype = _compute_dtype(self._model)
-        return QuantizationConfig.from_spec(self.spec.resolved(resolve_rules(self.assigned)), dtype)
+        return QuantizationConfig.from_spec(self.spec.resolved(resolve_rules(self.assigned)), self.compute_dtype)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """dtype of what stays dense, and of the layers' inputs."""
+        return _compute_dtype(self._model)
 
     @property
     def bytes_before(self) -> int:
@@ -167,6 +171,10 @@ class CompressionPlan:
     def bytes_after(self) -> int:
         """Bytes of the planned components afterwards."""
         return sum(part.bytes_after for part in self.components.values())
+
+    def request(self) -> Recipe:
+        """What was asked for, edits included, before it was resolved: plans anew on another or changed model."""
+        return Recipe({name: (QuantizationConfig.from_spec(part.spec),) for name, part in self.components.items()})
 
     def recipe(self) -> Recipe:
         """The resolved recipe of this plan."""

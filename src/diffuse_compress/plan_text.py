@@ -63,7 +63,7 @@ def _component_lines(part: ComponentPlan, plan: CompressionPlan) -> list[str]:
         table.append((pattern, str(len(rows)), *cells))
     lines += align(table)
     for scheme in dict.fromkeys(part.layers.values()):
-        path = compute_path(scheme, plan.device)
+        path = compute_path(scheme, plan.device, part.compute_dtype)
         speed = {None: "speed unmeasured here", True: "faster than dense", False: "slower than dense"}
         lines.append(f"  {scheme.name} on {plan.device}: {path.description}; {speed[path.faster_than_dense]}")
     return lines
