@@ -6,7 +6,8 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 MODEL = "examples/reference_models/emoji_pixart"
-PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae", "prompts.txt")
+CARD = "README.md"
 
 
 class DemoModelHook(BuildHookInterface):
@@ -15,7 +16,8 @@ class DemoModelHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable":
             return
-        for part in PARTS:
+        card = (CARD,) if (Path(self.root) / MODEL / CARD).exists() else ()
+        for part in PARTS + card:
             source = Path(self.root) / MODEL / part
             if not source.exists():
                 raise FileNotFoundError(f"{source}: the wheel needs the demo's model; build from a complete checkout")
