@@ -64,10 +64,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=list(PRESETS), metavar="PRESET")
+    parser.add_argument("--presets", nargs="*", default=list(PRESETS), choices=list(PRESETS), metavar="PRESET")
     parser.add_argument("--controls", nargs="*", default=list(CONTROLS), choices=list(CONTROLS), metavar="CONTROL")
-    parser.add_argument("--outliers", action="store_true", help="second column: outlier channels, same function")
-    parser.add_argument("--fake", action="store_true", help="each preset again, fake-quantized in float32")
+    every = {"type": int, "nargs": "?", "const": sys.maxsize, "default": 0, "metavar": "N"}
+    parser.add_argument("--outliers", **every, help="outlier channels, same function, on the first N prompts or all")
+    parser.add_argument("--fake", **every, help="each preset simulated in float32, on the first N prompts or all")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--out", type=Path, default=Path("results.json"), help="pictures go to OUT's .pictures folder")
@@ -186,24 +187,27 @@ class Study:
                 if preset == "fp8" and torch.device(options.device).type == "cpu":
                     names.append(f"{preset}:fake-as-written")
         if options.outliers:
-            names += [
-                f"{OUTLIERS}{name}"
-                for name in ("dense", "bf16", *options.presets)
-                if name != "bf16" or options.controls
-            ]
+            controls = [name for name in options.controls if name == "bf16"]
+            names += [f"{OUTLIERS}{name}" for name in ("dense", *controls, *options.presets)]
         return names
 
     def run(self) -> dict[str, Any]:
         """Make the arms that are missing."""
         names = self.arms()
-        todo = [name for name in names if name not in self.results["arms"] or not self._file(name).exists()]
-        with tqdm(total=len(todo) * len(self.prompts), unit="picture", smoothing=0.05) as bar:
+        todo = [name for name in names if not self._is_made(name)]
+        with tqdm(total=sum(len(self._prompts(name)) for name in todo), unit="picture", smoothing=0.05) as bar:
             for name in todo:
                 bar.set_description(name)
                 self._run_arm(name, bar)
                 self._save()
         self._save()
         return self.results
+
+    def _is_made(self, name: str) -> bool:
+        arm = self.results["arms"].get(name)
+        if arm is None or not self._file(name).exists():
+            return False
+        return "psnr" not in arm or arm["psnr"]["count"] == len(self._prompts(name))
 
     def _run_arm(self, name: str, bar: Any) -> None:
         done = 0
@@ -220,7 +224,7 @@ class Study:
         started = time.perf_counter()
         pictures = generate_pictures(
             pipe,
-            self.prompts,
+            self._prompts(name),
             seed=self.options.seed + (name == "other-seed"),
             batch_size=self.options.batch_size,
             options={**accepted_options(pipe, DEFAULTS), **own},
@@ -231,16 +235,22 @@ class Study:
         save_file({"pictures": pictures}, self._file(name))
         self.results["arms"][name] = {**record, **self._score(name, pictures)}
 
+    def _prompts(self, name: str) -> list[str]:
+        """What an arm draws: all prompts, or the first of them. Each has its own noise, so they compare pairwise."""
+        limit = self.options.outliers if name.startswith(OUTLIERS) else self.options.fake if ":" in name else None
+        return self.prompts[:limit]
+
     def _score(self, name: str, pictures: torch.Tensor) -> dict[str, Any]:
+        prompts, count = self._prompts(name), len(pictures)
         if name == "dense":
-            accuracy = Reference(pictures, self.prompts, self.classifier).accuracy
+            accuracy = Reference(pictures, prompts, self.classifier).accuracy
             return {} if accuracy is None else {"accuracy": vars(accuracy)}
-        reference = Reference(self._pictures("dense"), self.prompts, self.classifier)
+        reference = Reference(self._pictures("dense")[:count], prompts, self.classifier)
         scores = reference.compare(pictures).to_dict()
         if ":" in name:
-            real = self._pictures(name.partition(":")[0])
+            real = self._pictures(name.partition(":")[0])[:count]
             scores["real_minus_fake_db"] = vars(psnr_difference(reference, pictures, real))
-            scores["psnr_to_real"] = float(Reference(real, self.prompts).psnr(pictures).mean())
+            scores["psnr_to_real"] = float(Reference(real, prompts).psnr(pictures).mean())
         return scores
 
     def _pipeline(self, name: str) -> tuple[Any, dict[str, Any]]:
@@ -399,8 +409,18 @@ def markdown(results: dict[str, Any]) -> str:
         _table(header, quality_rows(results, "")),
     ]
     if any(name.startswith(OUTLIERS) for name in results["arms"]):
-        parts += ["With outlier channels (same function in float32):", _table(header, quality_rows(results, OUTLIERS))]
-    size_header = ["", "path", "MACs at that precision", "file over bf16", "real - simulated, dB", "as written", "s"]
+        count = next(arm["psnr"]["count"] for name, arm in results["arms"].items() if name.startswith(OUTLIERS))
+        intro = f"With outlier channels (same function in float32), the first {count} prompts:"
+        parts += [intro, _table(header, quality_rows(results, OUTLIERS))]
+    size_header = [
+        "",
+        "path",
+        "MACs at that precision",
+        "file over bf16",
+        "real - simulated, dB",
+        "as written, dB",
+        "s",
+    ]
     parts.append(_table(size_header, size_rows(results)))
     return "\n\n".join(parts)
 

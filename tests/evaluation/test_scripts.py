@@ -46,7 +46,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments_for(folder: Path, out: Path, *more: str) -> list[str]:
-    fixed = ["--prompts", "2", "--steps", "3", "--batch-size", "2", "--presets", "w8a8", "fp8", "w4a4"]
+    fixed = ["--prompts", "3", "--steps", "3", "--batch-size", "2", "--presets", "w8a8", "fp8", "w4a4"]
     return ["--model", str(folder), "--out", str(out), *fixed, *more]
 
 
@@ -54,7 +54,7 @@ def test_quantization_presets_runs_resumes_and_prints(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script, out = load_script("quantization_presets"), tmp_path / "results.json"
-    script.main(arguments_for(model_folder, out, "--outliers", "--fake", "--markdown"))
+    script.main(arguments_for(model_folder, out, "--outliers", "--fake", "2", "--markdown"))
     printed = capsys.readouterr().out
     assert "| `w8a8` |" in printed
     assert "With outlier channels" in printed
@@ -64,7 +64,12 @@ def test_quantization_presets_runs_resumes_and_prints(
     assert {"w8a8", "w8a8:fake", "fp8:fake-as-written", "w4a4:fake", "outliers/dense", "outliers/w4a4"} <= set(arms)
     assert arms["outliers/dense"]["psnr"]["value"] > 60
     assert arms["w8a8"]["psnr"]["value"] > arms["w4a4"]["psnr"]["value"] > arms["other-seed"]["psnr"]["value"]
-    assert arms["w8a8"]["psnr"]["count"] == 2
+    counts = {name: arm["psnr"]["count"] for name, arm in arms.items() if name != "dense"}
+    assert {name: counts[name] for name in ("w8a8", "w8a8:fake", "outliers/w8a8")} == {
+        "w8a8": 3,
+        "w8a8:fake": 2,
+        "outliers/w8a8": 3,
+    }
     assert 0 < arms["w8a8"]["file_ratio"] < 1
     assert 0.5 < arms["w8a8"]["macs_at_claimed_precision"] < 1
     assert arms["w8a8"]["accuracy_change"]["low"] <= 0 <= arms["w8a8"]["accuracy_change"]["high"]
@@ -77,7 +82,7 @@ def test_quantization_presets_runs_resumes_and_prints(
     made = []
     original = script.generate_pictures
     monkeypatch.setattr(script, "generate_pictures", lambda *args, **kw: made.append(1) or original(*args, **kw))
-    script.main(arguments_for(model_folder, out, "--outliers", "--fake", "--resume"))
+    script.main(arguments_for(model_folder, out, "--outliers", "--fake", "2", "--resume"))
     assert len(made) == 2  # the arm, and the one call that counts MACs
     again = json.loads(out.read_text())["arms"]
     assert again["w4a4"]["psnr"] == first["psnr"]
@@ -106,6 +111,7 @@ def test_quantization_presets_pictures_do_not_depend_on_the_batch(model_folder: 
         generate_pictures(pipe, PROMPTS, options={"generator": None})
 
 
+@pytest.mark.slow  # a process of its own
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_compress_memory_reports_and_holds_its_bound(capsys: pytest.CaptureFixture[str]) -> None:
     script = load_script("compress_memory")
@@ -115,6 +121,7 @@ def test_compress_memory_reports_and_holds_its_bound(capsys: pytest.CaptureFixtu
     assert result["bound_bytes"] == result["dense_bytes"] + result["largest_layer_bytes"] + 200 * 2**20
 
 
+@pytest.mark.slow  # imports both libraries, twice
 def test_import_cost_prints_medians(capsys: pytest.CaptureFixture[str]) -> None:
     assert load_script("import_cost").main(["--runs", "1", "--limit", "60"]) == 0
     assert "import diffuse_compress:" in capsys.readouterr().out
