@@ -174,7 +174,7 @@ def test_text_begins_with_algorithm_and_gain_and_ends_with_the_hint(saved: Any) 
 class _Checker(HTMLParser):
     """Collects tags, and that each is closed."""
 
-    void = ("meta", "img", "br", "line", "circle")
+    void = ("meta", "img")
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class _Checker(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.setdefault(tag, []).append(dict(attrs))
-        if tag not in self.void or (tag == "circle" and "r" in dict(attrs) and False):
+        if tag not in self.void:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
