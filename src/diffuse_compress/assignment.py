@@ -102,7 +102,8 @@ def _decide(
     if spec.rules is not None:
         scheme = first_match(spec.rules, name)
         if scheme is None:
-            return keep("not part of the recipe")
+            listed = any(matches(pattern, name) for pattern in spec.modules_to_not_convert)
+            return keep("modules_to_not_convert" if listed else _KEPT_ROLE.get(role, "not part of the recipe"))
         return LayerAssignment(name, role, shape, _checked(name, module, shape, scheme, "It is not the recipe's model"))
     overridden = [(pattern, scheme) for pattern, scheme in spec.overrides if matches(pattern, name)]
     if any(matches(pattern, name) for pattern in spec.modules_to_not_convert):
