@@ -65,8 +65,13 @@ format: $(STAMP)  ## rewrite files as ruff wants them
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## the measurements of docs/benchmarks.md
-	$(BIN)/diffuse-compress bench $(BENCH_ARGS)
+bench: $(STAMP)  ## the measurements of docs/benchmarks.md, into bench/
+	mkdir -p bench
+	$(BIN)/python eval/quantization_presets.py --model examples/reference_models/emoji_pixart --prompts 256 --steps 20 \
+		--fake 64 --outliers 64 --out bench/presets.json --resume --markdown $(BENCH_ARGS)
+	$(BIN)/python -m diffuse_compress_kernels.benchmarks.cpu_linear --rows 1 64 256 1024 4096 --out bench/cpu_linear.jsonl
+	$(BIN)/python eval/compress_memory.py --presets w8a8 w4a8 --measure
+	$(BIN)/python eval/import_cost.py
 
 wheel: $(STAMP)  ## build the sdist, and the wheel from it, into dist/
 	rm -rf dist

@@ -135,3 +135,18 @@ def test_compress_with_an_edited_plan_keeps_its_reasons() -> None:
     model.compress(plan, measure=False)
     assert "not part of the recipe" not in str(model.compression_report())
     assert "embedder" in str(model.compression_report())
+
+
+def test_plan_edits_by_component_name() -> None:
+    pipe = tiny.build_pipeline("pixart")
+    plan = pipe.compression_plan({"transformer": "w8a8", "text_encoder": "w8a8"})
+    with pytest.raises(dc.ConfigError, match=r"whole component.*None"):
+        plan.keep("transformer")
+    plan.set("text_encoder", "w8a16")
+    assert {scheme.name for scheme in plan.components["text_encoder"].layers.values()} == {"w8a16"}
+    assert {scheme.name for scheme in plan.components["transformer"].layers.values()} == {"w8a8", "w8a16"}
+
+
+def test_compress_nothing_given_in_a_dict() -> None:
+    with pytest.raises(dc.ConfigError, match="at least one component"):
+        tiny.build_pipeline("pixart").compress({})

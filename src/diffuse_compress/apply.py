@@ -13,8 +13,8 @@ from torch import nn
 from diffuse_compress.assignment import module_aliases
 from diffuse_compress.components import model_components
 from diffuse_compress.errors import DiffuseCompressError, ModelStateError
-from diffuse_compress.integrations.attach import marks_of
 from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries
+from diffuse_compress.integrations.doors import marks_of
 from diffuse_compress.measurement import LayerMeasurement, PipelineProbe, measure_layer
 from diffuse_compress.plan import ComponentPlan, CompressionPlan
 from diffuse_compress.progress import Callback, track

@@ -480,6 +480,8 @@ def _as_calls(pipe: Any, preview: Sequence[Any] | None) -> list[tuple[str, dict[
         if not isinstance(item, str | dict):
             raise ConfigError(f"preview: a prompt or a dict of pipeline arguments, got {type(item).__name__}.")
         arguments = prompt_arguments(pipe, item) if isinstance(item, str) else dict(item)
+        if isinstance(arguments.get("prompt"), str):
+            arguments = {**prompt_arguments(pipe, arguments["prompt"]), **arguments}
         label = str(arguments.get("prompt", ", ".join(f"{key}={value}" for key, value in arguments.items())))
         calls.append((label, {"generator": seeded(seed), **arguments}))
     return calls

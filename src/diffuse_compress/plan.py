@@ -150,12 +150,24 @@ class CompressionPlan:
         chosen = [self.components[component]] if component in self.components else list(self.components.values())
         if component is not None and component not in self.components:
             raise ConfigError(f"plan: no component {component!r}; it has {', '.join(self.components) or 'none'}.")
-        names = {f"{part.name}.{name}" if part.name else name for part in chosen for name in part.assigned}
-        require_match([pattern], names, "plan")
+        edits = []
         for part in chosen:
+            if part.name and pattern == part.name:
+                if scheme is None:
+                    raise ConfigError(
+                        f'plan.keep({pattern!r}): that is a whole component. Plan without it: {{"{pattern}": None}}.'
+                    )
+                edits.append((part, "re:.*"))
+                continue
             own = pattern.removeprefix(f"{part.name}.") if part.name else pattern
             if any(matches(own, name) for name in part.assigned):
-                part.edit(own, scheme)
+                edits.append((part, own))
+        if not edits:
+            names = {f"{part.name}.{name}" if part.name else name for part in chosen for name in part.assigned}
+            require_match([pattern], names, "plan")
+            raise ConfigError(f"plan: pattern {pattern!r} matches no layer; write it without the component's name.")
+        for part, own in edits:
+            part.edit(own, scheme)
 
     @property
     def rows(self) -> list[PlanRow]:

@@ -22,7 +22,7 @@ def track(
     ``pipe.set_progress_bar_config(disable=True)``.
     """
     config = {key: val for key, val in getattr(target, "_progress_bar_config", {}).items() if key != "desc"}
-    with _tqdm(total=len(items), desc=stage, **config) as bar:
+    with _tqdm(target, total=len(items), desc=stage, **config) as bar:
         for done, item in enumerate(items, start=1):
             yield item
             bar.update(1)
@@ -30,9 +30,10 @@ def track(
                 callback(stage, done, len(items), dict(metrics))
 
 
-def _tqdm(**kwargs: Any) -> Any:
-    # Whichever library is loaded owns the switch; neither is imported for a progress bar.
-    for library in ("diffusers", "transformers"):
+def _tqdm(target: Any, **kwargs: Any) -> Any:
+    # The library that the target comes from owns the switch; neither is imported for a progress bar.
+    own = [base.__module__.partition(".")[0] for base in type(target).__mro__]
+    for library in sorted(("diffusers", "transformers"), key=lambda name: name not in own):
         logging = sys.modules.get(f"{library}.utils.logging")
         if logging is not None:
             return logging.tqdm(**kwargs)

@@ -85,6 +85,8 @@ def as_recipe(*methods: Any, default_group: str = DEFAULT_GROUP, **options: Any)
             raise ConfigError(f"A Recipe is complete: put {', '.join(sorted(given))} into its configs.")
         return methods[0]
     if len(methods) == 1 and isinstance(methods[0], Mapping):
+        if not methods[0]:
+            raise ConfigError("compress needs at least one component, got an empty dict.")
         return Recipe({name: _configs(value, given) for name, value in methods[0].items()})
     configs = tuple(config for method in methods for config in _configs(method, given))
     if not configs:

@@ -16,7 +16,6 @@ from torch import nn
 
 from diffuse_compress.components import GROUPS
 from diffuse_compress.errors import CheckpointError, ConfigError
-from diffuse_compress.integrations.attach import marks_of
 from diffuse_compress.integrations.component import (
     ComponentState,
     install_placeholders,
@@ -24,6 +23,7 @@ from diffuse_compress.integrations.component import (
     layers_of_checkpoint,
     read_metadata,
 )
+from diffuse_compress.integrations.doors import marks_of
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
 
 __all__ = ["load", "local_folder", "model_class", "read_skeleton", "stored_dtype"]

@@ -329,3 +329,66 @@ def test_save_to_a_file_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(dc.CheckpointError, match="needs a folder"):
         model.save_pretrained(tmp_path / "file")
+
+
+# --- what changes between compress and save --------------------------------------------------------------------
+
+
+def test_clip_folder_with_published_key_names(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    dense = tiny.build("clip_text")
+    dense.save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense/model.safetensors"
+    names = {key if key.startswith("text_model.") else f"text_model.{key}": v for key, v in load_file(file).items()}
+    save_file(names, file, metadata={"format": "pt"})
+    model = transformers.CLIPTextModel.from_pretrained(tmp_path / "dense").compress("w4a8")
+    model.save_pretrained(tmp_path / "small")
+    assert torch.equal(output(transformers.CLIPTextModel.from_pretrained(tmp_path / "small")), output(model))
+    loaded = transformers.CLIPTextModel.from_pretrained(
+        tmp_path / "dense", quantization_config=dc.QuantizationConfig("w4a8")
+    )
+    loaded.save_pretrained(tmp_path / "door")
+    assert torch.equal(output(transformers.CLIPTextModel.from_pretrained(tmp_path / "door")), output(model))
+
+
+@pytest.mark.parametrize("name", ["pixart", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_cast_after_compress_then_save(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny.build(name, dtype=torch.bfloat16).compress("w8a8", measure=False).to(dtype)
+    model.save_pretrained(tmp_path)
+    reloaded = type(model).from_pretrained(tmp_path)
+    assert reloaded.dtype == dtype
+    # Outputs are not compared: .to(float16) also rounds buffers that no checkpoint holds (rotary frequencies).
+    for key, tensor in reloaded.state_dict().items():
+        assert tensor.dtype == model.state_dict()[key].dtype, key
+        assert torch.equal(tensor.view(torch.uint8), model.state_dict()[key].view(torch.uint8)), key
+    assert all(layer.compute_dtype == dtype for layer in quantized_layers(reloaded).values())
+
+
+def test_part_of_a_model_compressed_on_its_own(tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    model.model.compress("w8a8", measure=False)
+    expected = output(model)
+    model.save_pretrained(tmp_path / "whole")
+    assert torch.equal(output(type(model).from_pretrained(tmp_path / "whole")), expected)
+    whole = tiny.build("llama").compress("w8a8", measure=False)
+    with pytest.raises(dc.CheckpointError, match="quantized as part of a larger model"):
+        whole.model.save_pretrained(tmp_path / "part")
+
+
+def test_dense_model_sharing_a_config_object_stays_dense(tmp_path: Path) -> None:
+    first = tiny.build("llama").compress("w8a8", measure=False)
+    with torch.random.fork_rng(devices=[]):
+        second = transformers.LlamaForCausalLM(first.config).eval()
+    second.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert torch.equal(output(transformers.LlamaForCausalLM.from_pretrained(tmp_path)), output(second))
+    first.save_pretrained(tmp_path / "first")
+    assert torch.equal(output(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "first")), output(first))
+
+
+def test_pickled_files_are_refused(tmp_path: Path) -> None:
+    model = tiny.build("pixart").compress("w8a8", measure=False)
+    with pytest.raises(dc.CheckpointError, match="safetensors only"):
+        model.save_pretrained(tmp_path, safe_serialization=False)

@@ -7,15 +7,14 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from torch import nn
-
-from diffuse_compress.errors import ConfigError
 from diffuse_compress.integrations.compat import usable
 from diffuse_compress.integrations.component import get_state
+from diffuse_compress.integrations.doors import door
 from diffuse_compress.integrations.loading import wrap_from_pretrained
+from diffuse_compress.integrations.refresh import up_to_date
 from diffuse_compress.integrations.saving import wrap_save_pretrained
 
-__all__ = ["NO_PATCH_VARIABLE", "attach", "marks_of", "register_quantizers"]
+__all__ = ["NO_PATCH_VARIABLE", "attach", "register_quantizers"]
 
 NO_PATCH_VARIABLE = "DIFFUSE_COMPRESS_NO_PATCH"
 _MARK = "_diffuse_compress"
@@ -25,7 +24,7 @@ def register_quantizers() -> None:
     """Make both libraries' ``from_pretrained`` know our method. Idempotent."""
     for library in ("diffusers", "transformers"):
         if usable(library):
-            _door(library).register()
+            door(library).register()
 
 
 def attach(methods: dict[str, Callable[..., Any]]) -> None:
@@ -40,32 +39,11 @@ def attach(methods: dict[str, Callable[..., Any]]) -> None:
         for name, function in methods.items():
             if not hasattr(cls, name):
                 setattr(cls, name, function)
-        wrap_save_pretrained(cls)
+        wrap_save_pretrained(cls, up_to_date)
         if cls.__name__ == "DiffusionPipeline":
             wrap_from_pretrained(cls)
         if isinstance(cls.__dict__.get("dtype"), property):
             _wrap_dtype(cls)
-
-
-def marks_of(model: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
-    """(mark_compressed, unmark) of the library that ``model`` comes from.
-
-    Raises:
-        ConfigError: the model is neither a diffusers ModelMixin nor a transformers PreTrainedModel.
-    """
-    for library, base in (("diffusers", "ModelMixin"), ("transformers", "PreTrainedModel")):
-        if usable(library) and isinstance(model, getattr(import_module(library), base)):
-            door = _door(library)
-            return door.mark_compressed, door.unmark
-    raise ConfigError(
-        f"compress needs a diffusers ModelMixin or a transformers PreTrainedModel, got {type(model).__name__}. For a "
-        "plain torch module, convert its layers with diffuse_compress.quantization.convert.quantize_module."
-    )
-
-
-def _door(library: str) -> Any:
-    """Our module for ``library``; it imports that library, so it is imported only where that can be."""
-    return import_module(f"diffuse_compress.integrations.{library}")
 
 
 def _classes() -> list[type]:

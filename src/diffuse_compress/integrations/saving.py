@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,28 @@ _MARK = "_diffuse_compress_wrapped"
 _LAST = ("model_index.json", "modular_model_index.json")
 
 
-def wrap_save_pretrained(cls: type) -> None:
-    """Wrap ``cls.save_pretrained`` once; for objects that carry no compression it is the stock function."""
+def wrap_save_pretrained(cls: type, preparing: Callable[[Any], AbstractContextManager[None]]) -> None:
+    """Wrap ``cls.save_pretrained`` once; for objects that carry no compression it is the stock function.
+
+    ``preparing(obj)`` surrounds every save: it brings what is written about the object up to date.
+    """
     stock: Callable[..., Any] = cls.save_pretrained  # type: ignore[attr-defined]
     if getattr(stock, _MARK, False) or "save_pretrained" not in cls.__dict__:
         return
 
     @functools.wraps(stock)
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        if not _is_compressed(self) or _staging(save_directory):
-            return stock(self, save_directory, *args, **kwargs)
-        return _save(stock, self, Path(save_directory), args, kwargs)
+        with preparing(self):
+            if not _is_compressed(self):
+                return stock(self, save_directory, *args, **kwargs)
+            if kwargs.get("safe_serialization") is False:
+                raise CheckpointError(
+                    "save_pretrained: compressed models are written as safetensors only, got safe_serialization=False. "
+                    "Leave it out; pickled files would lack the layer map."
+                )
+            if _staging(save_directory):
+                return stock(self, save_directory, *args, **kwargs)
+            return _save(stock, self, Path(save_directory), args, kwargs)
 
     setattr(save_pretrained, _MARK, True)
     cls.save_pretrained = save_pretrained  # type: ignore[attr-defined]

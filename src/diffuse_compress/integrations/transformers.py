@@ -124,9 +124,7 @@ class DiffuseCompressHfQuantizer(HfQuantizer):  # type: ignore[misc]
         install_placeholders(model, self._layers)
         keys = _keys_of(checkpoint_files)
         if keys is not None:
-            prefix = f"{self._base_model_prefix}."
-            keys |= {prefix + key for key in keys} | {key.removeprefix(prefix) for key in keys}
-            require_keys(model, self._layers, keys, on_disk="weight")
+            require_keys(model, self._layers, keys, on_disk="weight", renamed=True)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         return [_PackedWeights(self._layers, self._base_model_prefix)] if self._layers else []
@@ -207,16 +205,23 @@ def unmark(model: Any) -> None:
 
 
 def _matching_prefix(model: Any, layers: dict[str, LayerEntry], prefix: str) -> dict[str, LayerEntry]:
-    """Layer names as this class has them: a checkpoint of the headed class differs by the base model's prefix."""
+    """Layer names as this class has them.
+
+    A checkpoint of the headed class, or of another version of transformers, differs by leading components
+    (``model.``, ``text_model.``). Layers of a part that this class lacks are left out.
+    """
     names = {name for name, _ in model.named_modules()}
+    tops = [prefix, *(name for name, _ in model.named_children())]
     found = {}
     for name, entry in layers.items():
-        candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        parts = name.split(".")
+        shorter = [".".join(parts[start:]) for start in range(1, min(3, len(parts)))]
+        candidates = [name, *(f"{top}.{name}" for top in tops), *shorter]
         match = next((candidate for candidate in candidates if candidate in names), None)
         if match is not None:
             found[match] = entry
-        elif not prefix or name.startswith(f"{prefix}."):
-            found[name] = entry  # reported by install_placeholders
+    if layers and not found:
+        return layers  # another model altogether: install_placeholders says so
     return found
 
 

@@ -189,8 +189,12 @@ def compute_path(
 
 
 def require_device(scheme: Scheme, device: torch.device | str) -> None:
-    """Raise UnsupportedHardwareError if ``device`` cannot even hold this scheme's tensors."""
+    """Raise UnsupportedHardwareError if ``device`` is not there or cannot hold this scheme's tensors."""
     kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedHardwareError(
+            'device="cuda": this torch sees no CUDA device. Leave device= out to compute where the weights are.'
+        )
     if kind == "mps" and not scheme.weight.format.is_integer:
         raise UnsupportedHardwareError(
             f"{scheme.name} needs the dtype float8_e4m3fn, which the device 'mps' does not have. Use \"w8a16\" or "

@@ -1,0 +1,35 @@
+"""Our module for the library that a model comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from diffuse_compress.errors import ConfigError
+from diffuse_compress.integrations.compat import usable
+
+__all__ = ["door", "marks_of"]
+
+
+def marks_of(model: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
+    """(mark_compressed, unmark) of the library that ``model`` comes from.
+
+    Raises:
+        ConfigError: the model is neither a diffusers ModelMixin nor a transformers PreTrainedModel.
+    """
+    for library, base in (("diffusers", "ModelMixin"), ("transformers", "PreTrainedModel")):
+        if usable(library) and isinstance(model, getattr(import_module(library), base)):
+            ours = door(library)
+            return ours.mark_compressed, ours.unmark
+    raise ConfigError(
+        f"compress needs a diffusers ModelMixin or a transformers PreTrainedModel, got {type(model).__name__}. For a "
+        "plain torch module, convert its layers with diffuse_compress.quantization.convert.quantize_module."
+    )
+
+
+def door(library: str) -> Any:
+    """Our module for ``library``; it imports that library, so it is imported only where that can be."""
+    return import_module(f"diffuse_compress.integrations.{library}")

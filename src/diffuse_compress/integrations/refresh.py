@@ -1,0 +1,70 @@
+"""What is written about a compressed model, brought up to date with the model as it is when it is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from diffuse_compress.errors import CheckpointError
+from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries, quantized_layers
+from diffuse_compress.integrations.doors import marks_of
+from diffuse_compress.integrations.quantization_config import QuantizationConfig
+from diffuse_compress.patterns import generalize
+
+__all__ = ["up_to_date"]
+
+
+@contextmanager
+def up_to_date(obj: Any) -> Iterator[None]:
+    """While a model is saved, its config and layer map say what it is.
+
+    * A cast since it was compressed: layer map and ``compute_dtype`` follow.
+    * A part of it was compressed on its own (a language model inside a vision-language one): the whole gets a state.
+    * A dense model whose config object is shared with a compressed one: its config is written without ours.
+
+    Raises:
+        CheckpointError: it holds quantized layers of which nothing is known here.
+    """
+    if not isinstance(obj, nn.Module):
+        yield
+        return
+    layers = quantized_layers(obj)
+    config = getattr(getattr(obj, "config", None), "quantization_config", None)
+    if not layers and get_state(obj) is None and isinstance(config, QuantizationConfig):
+        del obj.config.quantization_config
+        try:
+            yield
+        finally:
+            obj.config.quantization_config = config
+        return
+    if layers:
+        _refresh(obj, get_state(obj) or _state_of_parts(obj))
+    yield
+
+
+def _refresh(model: Any, state: ComponentState) -> None:
+    entries, dtype = layer_entries(model), model.dtype
+    if get_state(model) is state and entries == state.layers and dtype == state.config.compute_dtype:
+        return
+    config = QuantizationConfig.from_spec(state.config.spec, dtype)
+    marks_of(model)[0](model, ComponentState(config, entries, state.report, state.preview))
+
+
+def _state_of_parts(model: nn.Module) -> ComponentState:
+    layers = quantized_layers(model)
+    states = [state for state in map(get_state, model.modules()) if state is not None]
+    if not states:
+        raise CheckpointError(
+            f"{type(model).__name__}: {len(layers)} of its layers were quantized as part of a larger model, which knows "
+            "their configuration. Save that model, or call decompress() on it first."
+        )
+    schemes = {
+        name: layers[name].scheme if name in layers else None
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    spec = states[0].config.spec.resolved(tuple(generalize(schemes)))
+    return ComponentState(QuantizationConfig.from_spec(spec), layer_entries(model))
