@@ -32,13 +32,14 @@ def up_to_date(obj: Any) -> Iterator[None]:
         yield
         return
     layers = quantized_layers(obj)
-    config = getattr(getattr(obj, "config", None), "quantization_config", None)
+    holder: Any = getattr(obj, "config", None)
+    config = getattr(holder, "quantization_config", None)
     if not layers and get_state(obj) is None and isinstance(config, QuantizationConfig):
-        del obj.config.quantization_config
+        del holder.quantization_config
         try:
             yield
         finally:
-            obj.config.quantization_config = config
+            holder.quantization_config = config
         return
     if layers:
         _refresh(obj, get_state(obj) or _state_of_parts(obj))
@@ -58,8 +59,8 @@ def _state_of_parts(model: nn.Module) -> ComponentState:
     states = [state for state in map(get_state, model.modules()) if state is not None]
     if not states:
         raise CheckpointError(
-            f"{type(model).__name__}: {len(layers)} of its layers were quantized as part of a larger model, which knows "
-            "their configuration. Save that model, or call decompress() on it first."
+            f"{type(model).__name__}: {len(layers)} of its layers were quantized as part of a larger model, which "
+            "knows their configuration. Save that model, or call decompress() on it first."
         )
     schemes = {
         name: layers[name].scheme if name in layers else None
