@@ -1,11 +1,11 @@
 """Train the emoji model, in stages that each last a number of seconds and may run apart.
 
     python train.py glyphs     --data glyphs.npz                                # draw the font once
-    python train.py vae        --data glyphs.npz --out run --budget 140
-    python train.py classifier --data glyphs.npz --out run --budget 90
-    python train.py diffusion  --data glyphs.npz --out run --budget 200
-    python train.py diffusion  --data glyphs.npz --out run --resume run --budget 230 --decay --record
-    python train.py export     --data glyphs.npz --out run --resume run --folder .
+    python train.py vae        --data glyphs.npz --out run --batch 256 --budget 150
+    python train.py classifier --data glyphs.npz --out run --budget 100
+    python train.py diffusion  --data glyphs.npz --out run --budget 190
+    python train.py diffusion  --data glyphs.npz --out run --resume run --copies 64 --budget 250 --decay --record
+    python train.py export     --data glyphs.npz --out run --folder .
 
 ``diffusion`` with ``--resume`` goes on from the state in that folder; with ``--decay`` its
 learning rate falls to zero over the budget. ``export`` writes the pipeline folder.
