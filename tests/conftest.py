@@ -85,6 +85,19 @@ def restore_global_state() -> Iterator[None]:
         pytest.fail(f"global state left changed: {', '.join(f'{n}: {before[n]} -> {after[n]}' for n in changed)}")
 
 
+@pytest.fixture(autouse=True)
+def _restore_library_switches() -> Iterator[None]:
+    """Progress bars and verbosity of both libraries: a script run by one test may set them, the next test starts anew."""
+    libraries = [sys.modules.get(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
+    before = [(lib, lib.is_progress_bar_enabled(), lib.get_verbosity()) for lib in libraries if lib is not None]
+    yield
+    for library, bars, verbosity in before:
+        if library.is_progress_bar_enabled() != bars:
+            (library.enable_progress_bar if bars else library.disable_progress_bar)()
+        if library.get_verbosity() != verbosity:
+            library.set_verbosity(verbosity)
+
+
 @pytest.fixture
 def untouched_rng() -> Iterator[None]:
     """Fails when the test has advanced or reseeded a global random generator."""
