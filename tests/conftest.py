@@ -87,7 +87,7 @@ def restore_global_state() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _restore_library_switches() -> Iterator[None]:
-    """Progress bars and verbosity of both libraries: a script run by one test may set them, the next test starts anew."""
+    """Each test starts with the progress bars and verbosity of both libraries as they were, whatever a script set."""
     libraries = [sys.modules.get(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
     before = [(lib, lib.is_progress_bar_enabled(), lib.get_verbosity()) for lib in libraries if lib is not None]
     yield

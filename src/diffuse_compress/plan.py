@@ -294,7 +294,7 @@ def _is_present(name: str, model: nn.Module, config: QuantizationConfig) -> bool
     state = get_state(model)
     if state is None:
         return False
-    if state.config.spec == config.spec or state.config.spec.same_request(config.spec):
+    if state.config.spec.same_request(config.spec):
         return True
     raise CompressionConflictError(
         f"{where}: already compressed by a method of kind 'weights' ({state.config!r}), asked for another "

@@ -99,13 +99,6 @@ class Transaction:
         """Call ``undo`` first if the transaction fails (last registered, first called)."""
         self._undo.append(undo)
 
-    def original_weight(self, layer: str, model: nn.Module) -> torch.Tensor:
-        """A converted layer's dense weight, read back from the spill file (on the CPU)."""
-        for record in self._spilled:
-            if record.model is model and layer in record.names:
-                return self._read(record)
-        raise KeyError(layer)
-
     def _spill(self, model: nn.Module, names: list[str], module: nn.Module, parameter: nn.Parameter) -> _Spilled:
         data = parameter.detach()
         offset = self._file.seek(0, 2)

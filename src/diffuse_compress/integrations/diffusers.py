@@ -8,45 +8,37 @@ import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 
-from diffuse_compress.assignment import assign_layers, resolve_rules
-from diffuse_compress.errors import CheckpointError
 from diffuse_compress.integrations.compat import remove_from_diffusers_config
 from diffuse_compress.integrations.component import (
     FP32_PARAMETER_NAMES,
     ComponentState,
     install_placeholders,
-    layer_entries,
     layers_of_checkpoint,
     metadata_of,
-    quantized_layers,
     read_metadata,
     require_keys,
 )
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
-from diffuse_compress.integrations.streaming import quantize_loaded_weight
-from diffuse_compress.quantization.convert import replace_module
-from diffuse_compress.quantization.scheme import Scheme
+from diffuse_compress.integrations.quantizer import QuantizerMixin
 
 __all__ = ["DiffuseCompressQuantizer", "mark_compressed", "register", "unmark"]
 
 
-class DiffuseCompressQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ignore[misc]
     """Loads our checkpoints, and quantizes tensor by tensor when given a config with dense weights."""
 
     # False makes diffusers hand over a fresh keep_in_fp32 list instead of the model class's own object, so that
     # it can be extended without changing the class.
     use_keep_in_fp32_modules = False
-    state: ComponentState | None = None
 
     def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         # from_single_file never says so, but only a stored checkpoint has resolved rules.
         stored = bool(kwargs.get("pre_quantized", True))
-        self.pre_quantized: bool = stored and quantization_config.spec.rules is not None
+        self.pre_quantized = stored and quantization_config.spec.rules is not None
+        self._setup()
         self._dtype: torch.dtype | None = None
-        self._metadata: dict[str, Any] | None = None
         self._loaded_keys: list[str] | None = None
-        self._pending: dict[str, Scheme] = {}
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         # Without a dtype, diffusers would load the unquantized layers of a bf16 checkpoint as fp32.
@@ -66,9 +58,7 @@ class DiffuseCompressQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if keep_in_fp32_modules is not None:
             keep_in_fp32_modules.extend([*(model._keep_in_fp32_modules or ()), *FP32_PARAMETER_NAMES])
         if not self.pre_quantized:
-            assigned = assign_layers(model, spec)
-            self._pending = {name: item.scheme for name, item in assigned.items() if item.scheme is not None}
-            self._rules = resolve_rules(assigned)
+            self._await_dense_weights(model)
             return
         layers = layers_of_checkpoint(model, spec, self._metadata, self._dtype or torch.float32)
         install_placeholders(model, layers)
@@ -78,8 +68,7 @@ class DiffuseCompressQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def check_if_quantized_param(
         self, model: Any, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
-        layer, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and layer in self._pending
+        return self._is_awaited(param_name)
 
     def create_quantized_param(
         self,
@@ -91,21 +80,10 @@ class DiffuseCompressQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         unexpected_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        name = param_name.rpartition(".")[0]
-        scheme = self._pending.pop(name)
-        quantize_loaded_weight(model, name, param_value, scheme, self.quantization_config.spec, target_device)
+        self._quantize_arrived(model, param_name, param_value, target_device)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if self._pending:
-            raise CheckpointError(
-                f"{type(model).__name__}: the checkpoint holds no weight for {len(self._pending)} layers that were to "
-                f"be quantized, e.g. {next(iter(self._pending))}."
-            )
-        config = self.quantization_config
-        if not self.pre_quantized:
-            config = QuantizationConfig.from_spec(config.spec.resolved(self._rules), self._dtype or model.dtype)
-        report = (self._metadata or {}).get("report")
-        _mark(model, self, ComponentState(config, layer_entries(model), report))
+        _mark(model, self, self._loaded_state(model, self._dtype or model.dtype))
         return model
 
     def get_state_dict_and_metadata(
@@ -114,8 +92,7 @@ class DiffuseCompressQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return state_dict, metadata_of(self.state) if self.state is not None else {}
 
     def _dequantize(self, model: Any) -> Any:
-        for name, layer in quantized_layers(model).items():
-            replace_module(model, name, layer.to_dense())
+        self._restore_dense_layers(model)
         remove_from_diffusers_config(model, "quantization_config")
         model.__dict__.pop("quantization_method", None)
         return model

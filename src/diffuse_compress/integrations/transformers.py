@@ -15,13 +15,10 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from diffuse_compress.assignment import assign_layers, resolve_rules
-from diffuse_compress.errors import CheckpointError
 from diffuse_compress.integrations.component import (
     ComponentState,
     LayerEntry,
     install_placeholders,
-    layer_entries,
     layers_of_checkpoint,
     metadata_of,
     quantized_layers,
@@ -29,9 +26,7 @@ from diffuse_compress.integrations.component import (
     require_keys,
 )
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
-from diffuse_compress.integrations.streaming import quantize_loaded_weight
-from diffuse_compress.quantization.convert import replace_module
-from diffuse_compress.quantization.scheme import Scheme
+from diffuse_compress.integrations.quantizer import QuantizerMixin
 
 __all__ = ["DiffuseCompressHfQuantizer", "mark_compressed", "register", "unmark"]
 
@@ -87,26 +82,22 @@ class _QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
         key, model = kwargs["full_layer_name"], kwargs["model"]
-        name = key.rpartition(".")[0]
-        scheme = self.quantizer.pending.pop(name)
-        quantize_loaded_weight(model, name, weight, scheme, self.quantizer.quantization_config.spec, weight.device)
+        self.quantizer._quantize_arrived(model, key, weight, weight.device)
         missing = kwargs.get("missing_keys")
         if missing is not None:
             missing.discard(key)
         return {}
 
 
-class DiffuseCompressHfQuantizer(HfQuantizer):  # type: ignore[misc]
+class DiffuseCompressHfQuantizer(QuantizerMixin, HfQuantizer):  # type: ignore[misc]
     """Loads and saves our checkpoints; quantizes tensor by tensor when given a config with dense weights."""
 
     requires_calibration = False
-    state: ComponentState | None = None
 
     def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.pending: dict[str, Scheme] = {}
+        self._setup()
         self._layers: dict[str, LayerEntry] = {}
-        self._metadata: dict[str, Any] | None = None
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -114,9 +105,7 @@ class DiffuseCompressHfQuantizer(HfQuantizer):  # type: ignore[misc]
         spec = self.quantization_config.spec
         self._base_model_prefix = getattr(model, "base_model_prefix", "")
         if not self.pre_quantized:
-            assigned = assign_layers(model, spec)
-            self.pending = {name: item.scheme for name, item in assigned.items() if item.scheme is not None}
-            self._rules = resolve_rules(assigned)
+            self._await_dense_weights(model)
             return
         self._metadata = read_metadata(checkpoint_files)
         layers = layers_of_checkpoint(model, spec, self._metadata, model.dtype)
@@ -136,25 +125,17 @@ class DiffuseCompressHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return super().get_new_dtype(converter, param, dtype)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        layer, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and layer in self.pending
+        return self._is_awaited(param_name)
 
     def get_quantize_ops(self) -> _QuantizeOnLoad:
         return _QuantizeOnLoad(self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if self.pending:
-            raise CheckpointError(
-                f"{type(model).__name__}: the checkpoint holds no weight for {len(self.pending)} layers that were to "
-                f"be quantized, e.g. {next(iter(self.pending))}."
-            )
-        config = self.quantization_config
-        if not self.pre_quantized:
-            config = QuantizationConfig.from_spec(config.spec.resolved(self._rules), model.dtype)
+        state = self._loaded_state(model, model.dtype)
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
             model._weight_conversions = [item for item in conversions if not isinstance(item, _PackedWeights)]
-        _mark(model, self, ComponentState(config, layer_entries(model), (self._metadata or {}).get("report")))
+        _mark(model, self, state)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -164,8 +145,7 @@ class DiffuseCompressHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return state_dict, metadata_of(self.state) if self.state is not None else {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        for name, layer in quantized_layers(model).items():
-            replace_module(model, name, layer.to_dense())
+        self._restore_dense_layers(model)
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:

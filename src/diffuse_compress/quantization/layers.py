@@ -86,6 +86,38 @@ def supports(module: nn.Module, scheme: Scheme) -> str | None:
     return None
 
 
+def _tensors_from_dense(
+    cls: type[QuantizedLinear] | type[QuantizedConv2d],
+    dense: Any,
+    quantized: QuantizedWeight,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    act_pre_scale: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    input_zero_point: torch.Tensor | None,
+    low_rank: LowRank | None,
+) -> dict[str, torch.Tensor]:
+    """Parameters of the ``cls`` that replaces ``dense``, checked against its placeholder."""
+    check_given(scheme, input_scale, input_zero_point)
+    expected = cls.placeholder_like(
+        dense,
+        scheme,
+        compute_dtype=dtype,
+        act_pre_scale=act_pre_scale is not None,
+        low_rank=0 if low_rank is None else low_rank[0].shape[0],
+    )
+    down, up = low_rank or (None, None)
+    given = {
+        "bias": dense.bias,
+        "act_pre_scale": act_pre_scale,
+        "input_scale": input_scale,
+        "input_zero_point": input_zero_point,
+        "low_rank_down": down,
+        "low_rank_up": up,
+    }
+    return fill(dict(expected.named_parameters()), quantized, given)
+
+
 # --- linear -----------------------------------------------------------------------------------------------------
 
 
@@ -225,25 +257,9 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             ConfigError: static qparams are missing or not wanted.
             IncompatibleShapeError: a tensor's shape is not what the scheme asks for.
         """
-        check_given(scheme, input_scale, input_zero_point)
         dtype = compute_dtype or linear.weight.dtype
-        expected = cls.placeholder_like(
-            linear,
-            scheme,
-            compute_dtype=dtype,
-            act_pre_scale=act_pre_scale is not None,
-            low_rank=0 if low_rank is None else low_rank[0].shape[0],
-        )
-        down, up = low_rank or (None, None)
-        given = {
-            "bias": linear.bias,
-            "act_pre_scale": act_pre_scale,
-            "input_scale": input_scale,
-            "input_zero_point": input_zero_point,
-            "low_rank_down": down,
-            "low_rank_up": up,
-        }
-        tensors = fill(dict(expected.named_parameters()), quantized, given)
+        given = (act_pre_scale, input_scale, input_zero_point, low_rank)
+        tensors = _tensors_from_dense(cls, linear, quantized, scheme, dtype, *given)
         return cls(linear.in_features, linear.out_features, tensors, scheme, dtype).train(linear.training)
 
     @property
@@ -423,25 +439,9 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
         low_rank: LowRank | None = None,
     ) -> QuantizedConv2d:
         """The layer that replaces ``conv``; arguments as :meth:`QuantizedLinear.from_dense`, ``act_pre_scale`` [C]."""
-        check_given(scheme, input_scale, input_zero_point)
         dtype = compute_dtype or conv.weight.dtype
-        expected = cls.placeholder_like(
-            conv,
-            scheme,
-            compute_dtype=dtype,
-            act_pre_scale=act_pre_scale is not None,
-            low_rank=0 if low_rank is None else low_rank[0].shape[0],
-        )
-        down, up = low_rank or (None, None)
-        given = {
-            "bias": conv.bias,
-            "act_pre_scale": act_pre_scale,
-            "input_scale": input_scale,
-            "input_zero_point": input_zero_point,
-            "low_rank_down": down,
-            "low_rank_up": up,
-        }
-        tensors = fill(dict(expected.named_parameters()), quantized, given)
+        given = (act_pre_scale, input_scale, input_zero_point, low_rank)
+        tensors = _tensors_from_dense(cls, conv, quantized, scheme, dtype, *given)
         return cls(conv, tensors, scheme, dtype).train(conv.training)
 
     @property

@@ -1,0 +1,78 @@
+"""What our quantizers of both libraries do alike; each library's calls and names are in its own module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.assignment import assign_layers, resolve_rules
+from diffuse_compress.errors import CheckpointError
+from diffuse_compress.integrations.component import ComponentState, layer_entries, quantized_layers
+from diffuse_compress.integrations.quantization_config import QuantizationConfig
+from diffuse_compress.quantization.convert import quantize_module, replace_module
+from diffuse_compress.quantization.scheme import Scheme
+from diffuse_compress.quantization.spec import Rules
+
+__all__ = ["QuantizerMixin"]
+
+
+class QuantizerMixin:
+    """Quantizing while dense weights load, the state of a loaded model, and the way back to dense layers.
+
+    Attributes:
+        state: of the model this quantizer is attached to; None until it is loaded or marked.
+        pending: {layer: scheme} still waiting for its dense weight.
+    """
+
+    quantization_config: QuantizationConfig
+    pre_quantized: bool
+    state: ComponentState | None = None
+
+    def _setup(self) -> None:
+        self.pending: dict[str, Scheme] = {}
+        self._rules: Rules = ()
+        self._metadata: dict[str, Any] | None = None
+
+    def _await_dense_weights(self, model: Any) -> None:
+        """Decide, on the meta-device model, which layers are quantized as their weights arrive."""
+        assigned = assign_layers(model, self.quantization_config.spec)
+        self.pending = {name: item.scheme for name, item in assigned.items() if item.scheme is not None}
+        self._rules = resolve_rules(assigned)
+
+    def _is_awaited(self, key: str) -> bool:
+        layer, _, leaf = key.rpartition(".")
+        return leaf == "weight" and layer in self.pending
+
+    def _quantize_arrived(self, model: Any, key: str, weight: torch.Tensor, device: torch.device | str) -> None:
+        """Replace the (meta) layer of ``key`` by its quantized form, so that both never stand in memory.
+
+        ``weight`` is the checkpoint's tensor in the dtype the model is loaded in. A bias that was loaded before is
+        carried over; one that comes later finds its placeholder.
+        """
+        name = key.rpartition(".")[0]
+        scheme, spec = self.pending.pop(name), self.quantization_config.spec
+        dense = model.get_submodule(name)
+        dense.weight = nn.Parameter(weight.to(device), requires_grad=False)
+        layer = quantize_module(
+            dense, scheme, spec.algorithm, compute_dtype=weight.dtype, name=name, generator=spec.generator(name)
+        )
+        replace_module(model, name, layer)
+
+    def _loaded_state(self, model: Any, dtype: torch.dtype) -> ComponentState:
+        """State of a model whose weights are all there. Raises CheckpointError if an awaited one never came."""
+        if self.pending:
+            raise CheckpointError(
+                f"{type(model).__name__}: the checkpoint holds no weight for {len(self.pending)} layers that were to "
+                f"be quantized, e.g. {next(iter(self.pending))}."
+            )
+        config = self.quantization_config
+        if not self.pre_quantized:
+            config = QuantizationConfig.from_spec(config.spec.resolved(self._rules), dtype)
+        return ComponentState(config, layer_entries(model), (self._metadata or {}).get("report"))
+
+    @staticmethod
+    def _restore_dense_layers(model: Any) -> None:
+        for name, layer in quantized_layers(model).items():
+            replace_module(model, name, layer.to_dense())
