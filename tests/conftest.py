@@ -113,6 +113,8 @@ def untouched_rng() -> Iterator[None]:
 @pytest.fixture
 def nan_poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.empty*` called by our packages returns NaN (integers: a sentinel), so unwritten outputs show."""
+    # torch's device contexts list the constructors on first use: with ours in the list, they would miss the real ones.
+    torch.utils._device._device_constructors()
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),

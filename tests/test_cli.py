@@ -52,6 +52,11 @@ def test_compress_writes_what_python_would(dense: Path, compressed: Path) -> Non
     assert (compressed / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
+def test_compress_again_says_that_nothing_is_changed(compressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", str(compressed), "--recipe", "w4a8", "--report", str(compressed / "again.json")]) == 0
+    assert "already compressed this way; nothing is changed" in capsys.readouterr().err
+
+
 def test_compress_json_is_all_that_is_printed(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = DiffusionPipeline.from_pretrained(dense).compression_plan("w8a16").recipe()
     recipe.save(tmp_path / "recipe.json")
@@ -153,7 +158,7 @@ def test_skeleton_is_on_meta_and_in_the_stored_dtype(dense: Path, compressed: Pa
             assert {k: (t.shape, t.dtype) for k, t in found.items()} == {
                 k: (t.shape, t.dtype) for k, t in expected.items()
             }
-            assert {tensor.device.type for tensor in found.values()} == {"meta"}
+            assert [key for key, tensor in found.items() if tensor.device.type != "meta"] == []
 
 
 FAILURES = [
@@ -167,7 +172,8 @@ FAILURES = [
         r"no component or group 'transfomer'; did you mean",
     ),
     (["--recipe", "missing.json", "--dry-run"], r"missing\.json: not a readable recipe"),
-    (["--recipe", "w4a4", "--dry-run"], r"calibrat"),
+    (["--recipe", "w4a4", "--dry-run"], r"calibrat.*--algorithm rtn"),
+    (["--recipe", "w8a8", "--algorithm", "hqq", "--dry-run"], r"transformer_blocks\.0.*HQQ: needs asymmetric"),
     (["--recipe", "w8a8", "--algorithm", "rnt", "--dry-run"], r"unknown kind 'rnt'; did you mean 'rtn'"),
 ]
 

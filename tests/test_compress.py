@@ -311,3 +311,94 @@ def test_compress_recipe_of_another_model_touches_nothing() -> None:
     ):
         other.compress(recipe)
     assert fingerprint(other) == clean
+
+
+def test_compress_algorithm_that_cannot_reach_the_format_touches_nothing() -> None:
+    model = tiny.build("pixart")
+    clean = fingerprint(model)
+    with pytest.raises(dc.ConfigError, match=r"transformer_blocks\.0\.\S+: w8a8: HQQ: needs asymmetric .*w4a16"):
+        model.compression_plan("w8a8", algorithm=dc.HQQConfig())
+    with pytest.raises(dc.ConfigError, match="HQQ: needs asymmetric"):
+        model.compress("w4a8", algorithm=dc.HQQConfig())
+    assert fingerprint(model) == clean
+
+
+def test_compress_same_request_with_another_seed_is_a_no_op_without_random_numbers() -> None:
+    model = tiny.build("pixart").compress("w8a8", seed=1)
+    packed = fingerprint(model)
+    model.compress("w8a8", seed=2)
+    model.compress("w8a8", generator=torch.Generator().manual_seed(3))
+    assert fingerprint(model) == packed
+    with pytest.raises(dc.CompressionConflictError, match=r"asked for another \(algorithm: RTNConfig.* -> RTNConfig"):
+        model.compress("w8a8", algorithm=dc.RTNConfig(observer="minmax"))
+    with pytest.raises(dc.CompressionConflictError, match=r"asked for another \(scheme: w8a8.* -> w8a16"):
+        model.compress("w8a16")
+
+
+def test_compress_seed_or_generator_not_both() -> None:
+    with pytest.raises(dc.ConfigError, match="seed= or generator=, not both"):
+        tiny.build("pixart").compress("w8a8", seed=1, generator=torch.Generator())
+
+
+def test_compress_patterns_must_match_in_one_of_the_components() -> None:
+    pipe = tiny.build_pipeline("pixart")
+    pipe.compress({"transformer": "w8a8", "text_encoder": "w8a16"}, modules_to_not_convert=["attn2", "wo"])
+    assert not any("attn2" in name for name in quantized_layers(pipe.transformer))
+    assert not any(name.endswith(".wo") for name in quantized_layers(pipe.text_encoder))
+    other = tiny.build_pipeline("pixart")
+    with pytest.raises(
+        dc.ConfigError, match=r"transformer, text_encoder: modules_to_not_convert: pattern 'atn2' matches no layer"
+    ):
+        other.compress({"transformer": "w8a8", "text_encoder": "w8a16"}, modules_to_not_convert=["attn2", "atn2"])
+
+
+def test_compress_recipe_of_a_pipeline_on_a_single_model_says_how() -> None:
+    recipe = tiny.build_pipeline("pixart").compress("w8a8", measure=False).compression_recipe()
+    model = tiny.build("pixart", seed=1)
+    with pytest.raises(dc.ConfigError, match=r"single model and has no component 'transformer'.*recipe\.components"):
+        model.compress(recipe)
+    assert quantized_layers(model.compress(recipe.components["transformer"][0]))
+    both = dc.Recipe({**recipe.components, "vae": ()})
+    with pytest.raises(dc.ConfigError, match=r"Recipe is for transformer, vae.*recipe\.components\[name\]"):
+        tiny.build_pipeline("pixart").compress({"transformer": both})
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("bf16", r"dtype=torch\.bfloat16"), ("NF4", "bitsandbytes.*w4a16"), ("nvfp4", "fp8")]
+)
+def test_compress_words_from_elsewhere_get_advice(name: str, advice: str) -> None:
+    with pytest.raises(dc.ConfigError, match=rf"Unknown preset '{name}': .*{advice}.*Available: w8a8"):
+        tiny.build("pixart").compress(name)
+
+
+def test_compress_bare_model_is_not_called_denoiser() -> None:
+    with pytest.raises(dc.ConfigError, match=r"For this model:"):
+        tiny.vae().compress()
+
+
+def test_compress_bad_device_and_work_dir_touch_nothing(tmp_path: Any) -> None:
+    model = tiny.build("pixart")
+    clean = fingerprint(model)
+    with pytest.raises(dc.ConfigError, match="must hold data, got 'meta'"):
+        model.compress("w8a8", device="meta")
+    (tmp_path / "file").touch()
+    with pytest.raises(dc.ModelStateError, match="work_dir must be a folder"):
+        model.compress("w8a8", work_dir=tmp_path / "file")
+    assert fingerprint(model) == clean
+
+
+def test_compress_cancelled_after_the_last_layer_restores() -> None:
+    pipe = tiny.build_pipeline("pixart")
+    clean = fingerprint(pipe.transformer)
+    seen = []
+
+    def cancel(stage: str, done: int, total: int, metrics: dict[str, Any]) -> None:
+        seen.append(stage)
+        if stage == "Measuring the compressed pipeline":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe.compress("w8a8", callback=cancel)
+    assert seen[0] == "Measuring the dense pipeline"
+    assert fingerprint(pipe.transformer) == clean
+    assert not quantized_layers(pipe.transformer)

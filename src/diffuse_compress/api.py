@@ -165,7 +165,8 @@ METHODS = {
 
 def _choices(target: Any) -> str:
     """Message of a bare ``compress()``: the presets with their bytes for this model, and a recommendation."""
-    lines = [f"{type(target).__name__}.compress() needs a preset. For this model's denoisers:"]
+    whose = "this pipeline's denoisers" if is_pipeline(target) else "this model"
+    lines = [f"{type(target).__name__}.compress() needs a preset. For {whose}:"]
     first = next(iter(model_components(target).values()))
     device = next((p.device for p in first.parameters() if p.device.type != "meta"), torch.device("cpu"))
     for name, preset in PRESETS.items():

@@ -5,7 +5,7 @@ Needs only the module tree, so it gives the same answer for a loaded model and f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,7 +17,7 @@ from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinea
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import QuantizationSpec, Rules
 
-__all__ = ["LayerAssignment", "assign_layers", "module_aliases", "resolve_rules"]
+__all__ = ["LayerAssignment", "assign_layers", "module_aliases", "require_patterns_match", "resolve_rules"]
 
 _KEPT_ROLE = {
     LayerRole.EMBEDDER: "embedder: few parameters and sensitive",
@@ -44,17 +44,25 @@ class LayerAssignment:
     reason: str = ""
 
 
-def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAssignment]:
+def assign_layers(
+    model: nn.Module, spec: QuantizationSpec, *, patterns_must_match: bool = True
+) -> dict[str, LayerAssignment]:
     """Decision for every linear and convolution of ``model``, in registration order.
 
+    Args:
+        model: any, also on the meta device.
+        spec: what is asked for.
+        patterns_must_match: False where the caller has checked the user's patterns on several models together.
+
     Raises:
-        ConfigError: a pattern matches no layer, or resolved rules match none of them.
+        ConfigError: a pattern matches no layer, resolved rules match none of them, or the algorithm cannot reach a
+            layer's format.
         IncompatibleShapeError: a layer named explicitly cannot take its scheme.
     """
     layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
     if spec.rules is None:
-        require_match(spec.modules_to_not_convert, _module_names(model), "modules_to_not_convert")
-        require_match([pattern for pattern, _ in spec.overrides], layers, "overrides")
+        if patterns_must_match:
+            require_patterns_match({"": model}, spec)
     else:
         unmatched = [pattern for pattern, _ in spec.rules if not any(matches(pattern, name) for name in layers)]
         if unmatched:
@@ -72,7 +80,22 @@ def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAs
             f"{type(model).__name__}: no layer would be converted, of {len(layers)} ({', '.join(kinds)}). "
             f"Reasons: {'; '.join(reasons) or 'it has no linear or convolution'}. Name layers with overrides=."
         )
+    for item in decided.values():
+        if item.scheme is not None:
+            try:
+                spec.algorithm.check(item.scheme.weight)
+            except ConfigError as error:
+                raise ConfigError(f"{item.name}: {item.scheme.name}: {error}") from error
     return decided
+
+
+def require_patterns_match(models: Mapping[str, nn.Module], spec: QuantizationSpec) -> None:
+    """Raise ConfigError for a pattern of ``spec`` that matches nothing in any of ``models`` {component: model}."""
+    modules = [(name, module) for model in models.values() for name, module in model.named_modules() if name]
+    layers = [name for name, module in modules if _is_layer(module)]
+    where = ", ".join(name or type(model).__name__ for name, model in models.items())
+    require_match(spec.modules_to_not_convert, [name for name, _ in modules], f"{where}: modules_to_not_convert")
+    require_match([pattern for pattern, _ in spec.overrides], layers, f"{where}: overrides")
 
 
 def resolve_rules(assigned: dict[str, LayerAssignment]) -> Rules:
@@ -147,10 +170,6 @@ def _matrix_shape(module: nn.Module) -> tuple[int, int]:
     for size in module.kernel_size:
         per_output *= size
     return module.out_channels, per_output
-
-
-def _module_names(model: nn.Module) -> Iterator[str]:
-    return (name for name, _ in model.named_modules() if name)
 
 
 def _tied_layers(model: nn.Module) -> dict[str, str]:

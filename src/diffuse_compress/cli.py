@@ -180,6 +180,8 @@ def _compress(args: argparse.Namespace) -> None:
         print(json.dumps(plan.to_dict(), indent=2) if args.json else plan)
         return
     target = load(folder, dtype, args.device)
+    if not compression_plan(target, *methods, **options).components:
+        print(f"{args.model}: already compressed this way; nothing is changed.", file=sys.stderr)
     compress(target, *methods, **options, preview=args.preview, measure=not args.no_measure)
     report = compression_report(target)
     if args.out:

@@ -61,6 +61,11 @@ def resolve_names(keys: Iterable[str], obj: Any) -> dict[str, list[str]]:
     for key in keys:
         if key in models:
             resolved[key] = [key]
+        elif isinstance(obj, nn.Module) and key not in (*GROUPS, _ALL):
+            raise ConfigError(
+                f"{type(obj).__name__} is a single model and has no component {key!r}: pass the preset or "
+                "configuration itself (of a recipe, recipe.components[name][0])."
+            )
         elif key == _ALL:
             resolved[key] = list(models)
         elif key in GROUPS:

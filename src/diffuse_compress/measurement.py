@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 from diffuse_compress.components import GROUPS, is_pipeline, model_components
-from diffuse_compress.errors import ConfigError
+from diffuse_compress.errors import ConfigError, nearest
 from diffuse_compress.evaluation.macs import count_macs
 from diffuse_compress.evaluation.metrics import as_pictures, psnr
 from diffuse_compress.integrations.component import get_state
 from diffuse_compress.pipeline_call import (
     CannotCallError,
+    accepted_arguments,
     cheap_arguments,
     picture_of,
     prompt_arguments,
@@ -287,6 +288,8 @@ class PipelineProbe:
             self.reason = "not measured: out of memory while running the compressed model"
             self._errors = {}
         self._calls, self._rows = {}, {}
+        if self._callback is not None:
+            self._callback("Measuring the compressed pipeline", 1, 1, {})
 
     def output_error(self, component: str) -> dict[str, Any]:
         """{"timesteps", "relative_error", "setting", "note"}; lists are empty and note says why if not measured."""
@@ -482,6 +485,12 @@ def _as_calls(pipe: Any, preview: Sequence[Any] | None) -> list[tuple[str, dict[
         arguments = prompt_arguments(pipe, item) if isinstance(item, str) else dict(item)
         if isinstance(arguments.get("prompt"), str):
             arguments = {**prompt_arguments(pipe, arguments["prompt"]), **arguments}
+        known = accepted_arguments(pipe)
+        unknown = [key for key in arguments if known is not None and key not in known]
+        if unknown:
+            raise ConfigError(
+                f"preview: {type(pipe).__name__} takes no argument {unknown[0]!r}; {nearest(unknown[0], known or ())}"
+            )
         label = str(arguments.get("prompt", ", ".join(f"{key}={value}" for key, value in arguments.items())))
         calls.append((label, {"generator": seeded(seed), **arguments}))
     return calls

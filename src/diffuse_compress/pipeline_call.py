@@ -18,6 +18,7 @@ from diffuse_compress.components import GROUPS, model_components
 
 __all__ = [
     "CannotCallError",
+    "accepted_arguments",
     "cheap_arguments",
     "default_prompt",
     "picture_of",
@@ -81,6 +82,15 @@ def cheap_arguments(pipe: Any, steps: int, seed: int, *, decode: bool) -> dict[s
         choices["num_frames"] = MAX_FRAMES
     arguments = {name: value for name, value in choices.items() if name in known}
     return arguments | _reduced_size(pipe, known)
+
+
+def accepted_arguments(pipe: Any) -> set[str] | None:
+    """Names of the arguments that a call of ``pipe`` takes; None if it takes any."""
+    if getattr(getattr(pipe, "blocks", None), "inputs", None) is None:
+        parameters = inspect.signature(type(pipe).__call__).parameters.values()
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return None
+    return set(_parameters(pipe))
 
 
 def prompt_arguments(pipe: Any, prompt: str) -> dict[str, Any]:

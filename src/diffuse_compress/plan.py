@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.assignment import LayerAssignment, assign_layers, resolve_rules
+from diffuse_compress.assignment import LayerAssignment, assign_layers, require_patterns_match, resolve_rules
 from diffuse_compress.components import model_components, resolve_names
 from diffuse_compress.errors import CompressionConflictError, ConfigError, ModelStateError
 from diffuse_compress.integrations.component import foreign_quantization, get_state
@@ -61,13 +61,18 @@ class ComponentPlan:
         self._refresh()
 
     def _refresh(self) -> None:
-        self.assigned: dict[str, LayerAssignment] = assign_layers(self._model, self.spec)
+        # Patterns were checked on all components together: one may be meant for some of them.
+        self.assigned: dict[str, LayerAssignment] = assign_layers(self._model, self.spec, patterns_must_match=False)
         self.rows = list(tensor_rows(self._model, self.assigned))
 
     def edit(self, pattern: str, scheme: Scheme | None) -> None:
         """Give every layer matching ``pattern`` this scheme, or None to keep it."""
         if self.spec.rules is not None:
-            raise ConfigError(f"{self.name}: this recipe is resolved; edit a plan made from a preset instead.")
+            start = self.spec.preset or self.spec.scheme.name
+            raise ConfigError(
+                f"{self.name or self.class_name}: this plan follows a resolved recipe, which fixes every layer. To "
+                f'edit, plan from the preset: compression_plan("{start}").'
+            )
         before = self.spec
         self.spec = dataclasses.replace(before, overrides=(*before.overrides, (pattern, scheme)))
         try:
@@ -236,15 +241,16 @@ def make_plan(target: Any, recipe: Recipe, device: torch.device | None = None) -
             exact = key == name
             if exact or name not in wanted:
                 wanted[name] = configs[0] if configs else None
-    parts, unchanged = {}, []
-    for name, config in wanted.items():
-        if config is None:
-            continue
-        if _is_present(name, models[name], config):
-            unchanged.append(name)
-        else:
-            parts[name] = ComponentPlan(name, models[name], config)
+    given = {name: config for name, config in wanted.items() if config is not None}
+    unchanged = [name for name, config in given.items() if _is_present(name, models[name], config)]
+    todo = {name: config for name, config in given.items() if name not in unchanged}
+    _check_patterns(todo, models)
+    parts = {name: ComponentPlan(name, models[name], config) for name, config in todo.items()}
     device = device or _device_of(models)
+    if device.type == "meta":
+        raise ConfigError(
+            "compress: device= must hold data, got 'meta'. Name the device that is to compute, e.g. 'cuda'."
+        )
     for part in parts.values():
         for scheme in set(part.layers.values()):
             require_device(scheme, device)
@@ -283,6 +289,16 @@ def _kept_reason(key: str, leaf: str, module: nn.Module, item: LayerAssignment |
     return "normalization" if "norm" in kind.lower() else f"parameter of {kind}"
 
 
+def _check_patterns(configs: dict[str, QuantizationConfig], models: dict[str, nn.Module]) -> None:
+    """A pattern given for several components must match in one of them."""
+    alike: dict[Any, dict[str, nn.Module]] = {}
+    for name, config in configs.items():
+        if config.spec.rules is None:
+            alike.setdefault((config.spec.modules_to_not_convert, config.spec.overrides), {})[name] = models[name]
+    for group in alike.values():
+        require_patterns_match(group, configs[next(iter(group))].spec)
+
+
 def _is_present(name: str, model: nn.Module, config: QuantizationConfig) -> bool:
     where = name or type(model).__name__
     foreign = foreign_quantization(model)
@@ -294,13 +310,13 @@ def _is_present(name: str, model: nn.Module, config: QuantizationConfig) -> bool
     state = get_state(model)
     if state is None:
         return False
-    if state.config.spec.same_request(config.spec):
+    changes = state.config.spec.differences(config.spec)
+    if not changes:
         return True
     raise CompressionConflictError(
-        f"{where}: already compressed by a method of kind 'weights' ({state.config!r}), asked for another "
-        f"({config!r}). "
-        "Packed weights are never quantized again: call decompress() first (its weights stay rounded), or load the "
-        "dense checkpoint."
+        f"{where}: already compressed by a method of kind 'weights' ({state.config!r}); asked for another "
+        f"({'; '.join(changes)}). Packed weights are never quantized again: call decompress() first (its weights stay "
+        "rounded), or load the dense checkpoint."
     )
 
 

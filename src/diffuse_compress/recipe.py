@@ -106,8 +106,12 @@ def _configs(value: Any, options: Mapping[str, Any]) -> tuple[MethodConfig, ...]
             raise ConfigError(f"A QuantizationConfig is complete: give {', '.join(sorted(options))} to it instead.")
         return (value,)
     if isinstance(value, Recipe):
-        configs = [config for group in value.components.values() for config in group]
-        return tuple(configs)
+        if len(value.components) != 1:
+            raise ConfigError(
+                f"The Recipe is for {', '.join(value.components)}: it cannot stand for one component. Pass it alone, "
+                "compress(recipe), or pick one entry: recipe.components[name]."
+            )
+        return next(iter(value.components.values()))
     raise ConfigError(
         f"A method is a preset name, a Scheme, a configuration or a list of them, got {type(value).__name__}."
     )

@@ -48,12 +48,17 @@ class Transaction:
         work_dir: folder for the spill file; the system's temporary folder by default.
 
     Raises:
-        ModelStateError: the folder has less free space than needed.
+        ModelStateError: the folder cannot be made, or has less free space than needed.
     """
 
     def __init__(self, bytes_needed: int, work_dir: str | Path | None = None) -> None:
         folder = Path(work_dir) if work_dir is not None else Path(tempfile.gettempdir())
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ModelStateError(
+                f"compress: work_dir must be a folder that can be written, {folder}: {error}."
+            ) from error
         free = shutil.disk_usage(folder).free
         if free < bytes_needed + _MARGIN:
             raise ModelStateError(

@@ -28,6 +28,7 @@ __all__ = [
     "METADATA_KEY",
     "ComponentState",
     "LayerEntry",
+    "align_tensors",
     "foreign_quantization",
     "get_state",
     "install_placeholders",
@@ -40,6 +41,8 @@ __all__ = [
 ]
 
 METADATA_KEY = QUANT_METHOD
+# What torch's own CPU allocations are aligned to, and what vectorised products expect.
+_ALIGNMENT = 64
 # Kept in fp32 whatever the model's dtype: rounding them to bf16 would cost 0.4 % of every weight.
 FP32_PARAMETER_NAMES = ("scale", "input_scale", "zero_point", "act_pre_scale")
 
@@ -270,3 +273,14 @@ def _suffixes(key: str) -> list[str]:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def align_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Copy CPU tensors (of ``dtype`` only, if given) that a file's layout left unaligned.
+
+    They point into the mapped checkpoint at any multiple of their element size, and a float product over them may
+    differ in the last bit from that of the model that was saved.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu" and dtype in (None, tensor.dtype) and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()

@@ -1,4 +1,4 @@
-"""``DiffusionPipeline.from_pretrained`` of compressed pipelines without a dtype: every component as it was saved.
+"""``DiffusionPipeline.from_pretrained`` of compressed pipelines: every component as it was saved.
 
 diffusers loads dense models as float32 unless told otherwise, transformers and our quantizer in the dtype that was
 saved. A pipeline saved in bfloat16 would come back with a bfloat16 denoiser and a float32 VAE, and stop at the first
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.integrations.component import get_state
+from diffuse_compress.integrations.component import align_tensors, get_state
 
 __all__ = ["restore_stored_dtypes", "wrap_from_pretrained"]
 
@@ -23,7 +23,7 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def wrap_from_pretrained(cls: type) -> None:
-    """Wrap a pipeline class's ``from_pretrained`` once; it acts only on compressed pipelines loaded without a dtype."""
+    """Wrap a pipeline class's ``from_pretrained`` once; it acts only on compressed pipelines."""
     stock = cls.__dict__["from_pretrained"].__func__
     if getattr(stock, _MARK, False):
         return
@@ -33,10 +33,13 @@ def wrap_from_pretrained(cls: type) -> None:
         no_dtype = kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None
         pipe = stock(cls, *args, **kwargs)
         parts = [part for part in getattr(pipe, "components", {}).values() if isinstance(part, nn.Module)]
-        if no_dtype and any(get_state(part) is not None for part in parts):
+        if any(get_state(part) is not None for part in parts):
             for part in parts:
-                if get_state(part) is None and part not in kwargs.values():
-                    restore_stored_dtypes(part)
+                if get_state(part) is None and not any(part is value for value in kwargs.values()):
+                    if no_dtype:
+                        restore_stored_dtypes(part)
+                    # Half precision stays mapped: copying a large text encoder that only passes by costs memory.
+                    align_tensors(part, torch.float32)
         return pipe
 
     setattr(from_pretrained, _MARK, True)

@@ -9,7 +9,7 @@ from torch import nn
 
 from diffuse_compress.assignment import assign_layers, resolve_rules
 from diffuse_compress.errors import CheckpointError
-from diffuse_compress.integrations.component import ComponentState, layer_entries, quantized_layers
+from diffuse_compress.integrations.component import ComponentState, align_tensors, layer_entries, quantized_layers
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.quantization.convert import quantize_module, replace_module
 from diffuse_compress.quantization.scheme import Scheme
@@ -67,6 +67,7 @@ class QuantizerMixin:
                 f"{type(model).__name__}: the checkpoint holds no weight for {len(self.pending)} layers that were to "
                 f"be quantized, e.g. {next(iter(self.pending))}."
             )
+        align_tensors(model)
         config = self.quantization_config
         if not self.pre_quantized:
             config = QuantizationConfig.from_spec(config.spec.resolved(self._rules), dtype)

@@ -18,8 +18,9 @@ from diffuse_compress.integrations.component import get_state
 __all__ = ["publish", "wrap_save_pretrained"]
 
 _MARK = "_diffuse_compress_wrapped"
+_MODULAR_INDEX = "modular_model_index.json"
 # Written last: a reader that finds these finds everything they point to.
-_LAST = ("model_index.json", "modular_model_index.json")
+_LAST = ("model_index.json", _MODULAR_INDEX)
 
 
 def wrap_save_pretrained(cls: type, preparing: Callable[[Any], AbstractContextManager[None]]) -> None:
@@ -68,10 +69,16 @@ def _save(stock: Callable[..., Any], obj: Any, target: Path, args: tuple[Any, ..
     if target.is_file():
         raise CheckpointError(f"save_pretrained needs a folder, {target} is a file. Give another path.")
     target.mkdir(parents=True, exist_ok=True)
-    push = kwargs.pop("push_to_hub", False)
+    push, is_modular = kwargs.pop("push_to_hub", False), getattr(obj, "config_name", None) == _MODULAR_INDEX
+    if push and is_modular:
+        # Its index names the repository, which only its own save can write.
+        kwargs.update(push_to_hub=True, repo_id=kwargs.get("repo_id") or target.name)
+        push = False
     staging = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
     try:
         result = stock(obj, str(staging), *args, **kwargs)
+        if is_modular:
+            _point_index_at(target, obj, staging)
         publish(staging, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -85,6 +92,19 @@ def _save(stock: Callable[..., Any], obj: Any, target: Path, args: tuple[Any, ..
     if push:
         _push(obj, target, kwargs)
     return result
+
+
+def _point_index_at(target: Path, pipe: Any, staging: Path) -> None:
+    """A modular pipeline records the folder that each component was saved in: the final one is meant."""
+    moved = {}
+    for name, value in pipe.config.items():
+        if isinstance(value, list | tuple) and len(value) == 3 and isinstance(value[2], dict):
+            library, class_name, spec = value
+            if spec.get("pretrained_model_name_or_path") == str(staging):
+                moved[name] = (library, class_name, {**spec, "pretrained_model_name_or_path": str(target)})
+    if moved:
+        pipe.register_to_config(**moved)
+        pipe.save_config(save_directory=str(staging))
 
 
 def publish(staging: Path, target: Path) -> None:

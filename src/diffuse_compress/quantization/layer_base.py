@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from diffuse_compress.errors import ConfigError, IncompatibleShapeError
+from diffuse_compress.errors import ConfigError, IncompatibleShapeError, ModelStateError
 from diffuse_compress.quantization.dispatch import InputQuantization, dense_weight
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.packing import packed_columns
@@ -152,6 +152,15 @@ class QuantizedLayer(nn.Module):
     def num_bytes(self) -> int:
         """Bytes of all parameters."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters(recurse=False))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ``nn.Module``'s; also what ``layer.weight = nn.Parameter(...)`` comes to, which cannot be meant."""
+        if name == "weight":
+            raise ModelStateError(
+                f"{type(self).__name__}.weight is read-only: it is dequantized from qweight on each access. To change "
+                "weights, call dequantize() on the model, change them, and compress again."
+            )
+        super().register_parameter(name, param)
 
     def reset_parameters(self) -> None:
         """Do nothing: codes are not drawn at random."""

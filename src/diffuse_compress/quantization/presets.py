@@ -115,4 +115,19 @@ def resolve_preset(name: str) -> QuantizationPreset:
     for preset in PRESETS.values():
         if key == preset.name or key in preset.aliases or key.replace("_", "") == preset.name:
             return preset
+    if key in _ELSEWHERE:
+        raise ConfigError(f"Unknown preset {name!r}: {_ELSEWHERE[key]} Available: {', '.join(PRESETS)}")
     raise ConfigError(f"Unknown preset {name!r}; {nearest(key, PRESETS)}")
+
+
+_CAST = "that is a cast, not a compression: from_pretrained(..., dtype=torch.{})."
+_ELSEWHERE = {
+    **{word: _CAST.format("bfloat16") for word in ("bf16", "bfloat16")},
+    **{word: _CAST.format("float16") for word in ("fp16", "float16", "half")},
+    **{word: 'a format of bitsandbytes. The int4 preset is "w4a16".' for word in ("nf4", "fp4", "bnb_4bit")},
+    **{
+        word: 'a format that this release does not have. For speed on this GPU take "fp8".'
+        for word in ("nvfp4", "mxfp4")
+    },
+}
+"""Words users bring from elsewhere, and what to do instead."""

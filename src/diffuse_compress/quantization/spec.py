@@ -77,7 +77,8 @@ class QuantizationSpec:
             if preset.needs_calibration and algorithm is None:
                 raise ConfigError(
                     f"{preset.name}: {preset.needs_calibration}. No calibrated algorithm was given. To accept plain "
-                    f'rounding anyway, write it out: QuantizationConfig("{preset.name}", algorithm=RTNConfig()); '
+                    f'rounding anyway, write it out: QuantizationConfig("{preset.name}", algorithm=RTNConfig()), on '
+                    "the command line --algorithm rtn; "
                     'or take "w4a8".'
                 )
         else:
@@ -105,9 +106,24 @@ class QuantizationSpec:
         """This spec with the layers it came to on a model."""
         return replace(self, rules=rules)
 
-    def same_request(self, other: QuantizationSpec) -> bool:
-        """True if both ask for the same thing, whether or not either was resolved on a model yet."""
-        return replace(self, rules=None) == replace(other, rules=None)
+    def differences(self, other: QuantizationSpec) -> list[str]:
+        """What two requests differ in, as ``field: own value -> other's value``.
+
+        Whether either was resolved on a model, and the seed of an algorithm that draws no random numbers, make no
+        difference.
+        """
+        names = ["algorithm", "scheme", "modulation_scheme", "modules_to_not_convert", "overrides"]
+        names += ["seed"] if self.algorithm.is_random or other.algorithm.is_random else []
+
+        found = []
+        for name in names:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine == theirs:
+                continue
+            if isinstance(mine, Scheme) and isinstance(theirs, Scheme) and mine.name != theirs.name:
+                mine, theirs = mine.name, theirs.name
+            found.append(f"{name}: {mine} -> {theirs}")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; formats are written once under ``schemes`` and named elsewhere."""

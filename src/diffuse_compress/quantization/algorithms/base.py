@@ -34,15 +34,20 @@ __all__ = [
 class AlgorithmConfig:
     """Base of the configs. A subclass is a frozen dataclass of JSON values that sets ``kind``.
 
-    The class selects the algorithm; ``kind`` is its name in files and never changes.
+    The class selects the algorithm; ``kind`` is its name in files and never changes. ``is_random`` says whether the
+    result depends on the seed.
     """
 
     kind: ClassVar[str]
+    is_random: ClassVar[bool] = False
 
     @property
     def summary(self) -> str:
         """The algorithm in a few words, for the first line of plans and reports."""
         return self.kind
+
+    def check(self, scheme: WeightScheme) -> None:
+        """Raise ConfigError if this algorithm cannot reach ``scheme``; asked before any weight is touched."""
 
 
 WeightQuantizer = Callable[[torch.Tensor, WeightScheme, Any, torch.Generator | None], QuantizedWeight]

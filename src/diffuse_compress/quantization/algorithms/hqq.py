@@ -65,6 +65,14 @@ class HQQConfig(AlgorithmConfig):
     def summary(self) -> str:
         return f"HQQ ({self.iterations} iterations)"
 
+    def check(self, scheme: WeightScheme) -> None:
+        if scheme.symmetric:
+            raise ConfigError(
+                f"HQQ: needs asymmetric integer weights, got symmetric {scheme.format.value}. HQQ moves the zero "
+                'point, which a symmetric scheme does not have. Use symmetric=False (the preset "w4a16" is), or '
+                "RTNConfig()."
+            )
+
     def __post_init__(self) -> None:
         if self.iterations < 1 or not 0 < self.lp_norm <= 1 or self.beta <= 0 or self.kappa < 1:
             raise ConfigError(
@@ -97,11 +105,7 @@ def quantize(
         Ten passes over the weight per iteration, in chunks of rows: 64 MiB of extra memory at most, except for
         per-tensor schemes (four fp32 copies of the weight).
     """
-    if scheme.symmetric:
-        raise ConfigError(
-            f"HQQ: needs asymmetric integer weights, got symmetric {scheme.format.value}. HQQ moves the zero point, "
-            "which a symmetric scheme does not have. Use symmetric=False, or RTNConfig()."
-        )
+    config.check(scheme)
     qparams = choose_qparams(weight, scheme)
     zero_point = qparams.zero_point
     if zero_point is not None and weight.numel() and not weight.is_meta:
