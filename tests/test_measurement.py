@@ -245,8 +245,8 @@ def test_preview_refuses_a_bare_model_and_what_is_no_prompt() -> None:
         tiny.build("pixart").compress("w8a8", preview=["a cat"])
     with pytest.raises(dc.ConfigError, match="a prompt or a dict of pipeline arguments, got int"):
         tiny.build_pipeline("pixart").compress("w8a8", preview=[3])
-    with pytest.raises(dc.ConfigError, match="PixArtAlphaPipeline takes no argument 'promt'; did you mean 'prompt'"):
-        tiny.build_pipeline("pixart").compress("w8a8", preview=[{"promt": "a cat"}])
+    with pytest.raises(dc.ConfigError, match="FluxPipeline takes no argument 'promt'; did you mean 'prompt'"):
+        tiny.build_pipeline("flux").compress("w8a8", preview=[{"promt": "a cat"}])
 
 
 def test_text_encoder_alone_stops_before_the_denoiser_runs() -> None:
