@@ -165,6 +165,7 @@ FAILURES = [
     (["--recipe", "w4a9", "--dry-run"], r"Unknown preset 'w4a9'; did you mean 'w4a8'"),
     (["--dry-run"], r"compress\(\) needs a preset"),
     (["--recipe", "w8a8"], r"say what to write: --out DIR"),
+    (["--recipe", "w8a8", "--out", "/proc/diffuse_compress"], r"--out: cannot write in /proc"),
     (["--recipe", "w8a8", "--report", "r.pdf"], r"ending in \.html, \.json or \.md"),
     (["--components", "transformer", "--dry-run"], r"'transformer' needs a preset: transformer=w8a8"),
     (

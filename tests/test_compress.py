@@ -402,3 +402,62 @@ def test_compress_cancelled_after_the_last_layer_restores() -> None:
     assert seen[0] == "Measuring the dense pipeline"
     assert fingerprint(pipe.transformer) == clean
     assert not quantized_layers(pipe.transformer)
+
+
+BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    ({"seed": "x"}, "seed: an integer, got str 'x'"),
+    ({"overrides": ["attn1"]}, r"overrides: a dict .*got list.*modules_to_not_convert="),
+    ({"modules_to_not_convert": 5}, "modules_to_not_convert: a list of patterns, got int 5"),
+    ({"modules_to_not_convert": ["attn1", 1]}, "a list of patterns, got int 1"),
+    ({"algorithm": "hqqq"}, "unknown kind 'hqqq'; did you mean 'hqq'"),
+    ({"algorithm": 3}, r"algorithm: a config such as RTNConfig\(\), got int 3"),
+    ({"callback": 3}, "callback= is called as .* got 3"),
+    ({"device": "banana"}, "device='banana' is no device"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS, ids=[str(item[0]) for item in BAD_ARGUMENTS])
+def test_compress_arguments_of_the_wrong_type(arguments: dict[str, Any], message: str) -> None:
+    model = tiny.build("pixart")
+    clean = fingerprint(model)
+    with pytest.raises(dc.ConfigError, match=message):
+        model.compress("w8a8", **arguments)
+    assert fingerprint(model) == clean
+
+
+def test_compress_algorithm_by_its_kind() -> None:
+    model = tiny.build("pixart").compress("w4a16", algorithm="hqq")
+    assert get_state(model).config.spec.algorithm == dc.HQQConfig()
+
+
+def test_configuration_files_of_another_form(tmp_path: Any) -> None:
+    with pytest.raises(dc.ConfigError, match="quantization_config: unknown key 'sceme'; did you mean 'scheme'"):
+        dc.QuantizationConfig.from_dict({"quant_method": "diffuse_compress", "sceme": "w8a8"})
+    with pytest.raises(dc.ConfigError, match='the key "scheme" is missing'):
+        dc.QuantizationConfig.from_dict({"quant_method": "diffuse_compress"})
+    stored = dc.QuantizationConfig("w8a8").to_dict()
+    with pytest.raises(dc.CheckpointError, match="incomplete or corrupted"):
+        dc.QuantizationConfig.from_dict({**stored, "seed": "x"})
+    path = tmp_path / "recipe.json"
+    for components in ("3", '{"transformer": 3}', '{"transformer": [3]}'):
+        path.write_text(f'{{"schema_version": 1, "components": {components}}}')
+        with pytest.raises(dc.CheckpointError, match=r"recipe\.json: Recipe: components must be"):
+            dc.Recipe.load(path)
+
+
+def test_compress_every_component_none() -> None:
+    with pytest.raises(dc.ConfigError, match=r"every component given \(transformer, vae\) is None"):
+        tiny.build_pipeline("pixart").compress({"transformer": None, "vae": None})
+
+
+def test_compress_weights_in_other_modules_are_named() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=128, n_layer=1, n_head=4, n_positions=64))
+    with pytest.raises(dc.ConfigError, match="weights are in Conv1D, for which there is no quantized layer"):
+        gpt2.compress("w8a8")
+    sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4)
+    mixtral = MixtralForCausalLM(MixtralConfig(vocab_size=128, num_key_value_heads=2, num_local_experts=4, **sizes))
+    text = str(mixtral.compression_plan("w8a8"))
+    assert "of what is left is in MixtralExperts, for which there is no quantized layer" in text
+    assert "MixtralExperts: no quantized layer for it" in text

@@ -35,7 +35,7 @@ def compression_plan(
     *methods: Any,
     modules_to_not_convert: str | Sequence[str] | None = None,
     overrides: Mapping[str, str | Scheme | None] | None = None,
-    algorithm: AlgorithmConfig | None = None,
+    algorithm: AlgorithmConfig | str | None = None,
     seed: int | None = None,
     device: torch.device | str | None = None,
 ) -> CompressionPlan:
@@ -58,7 +58,7 @@ def compression_plan(
         algorithm=algorithm,
         seed=seed,
     )
-    return make_plan(target, recipe, None if device is None else torch.device(device))
+    return make_plan(target, recipe, _as_device(device))
 
 
 def compress(
@@ -66,7 +66,7 @@ def compress(
     *methods: Any,
     modules_to_not_convert: str | Sequence[str] | None = None,
     overrides: Mapping[str, str | Scheme | None] | None = None,
-    algorithm: AlgorithmConfig | None = None,
+    algorithm: AlgorithmConfig | str | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
@@ -84,7 +84,7 @@ def compress(
             the denoisers (transformer, unet, prior, ...).
         modules_to_not_convert: patterns of modules that stay dense (see QuantizationConfig).
         overrides: {pattern: preset, Scheme or None} for single layers.
-        algorithm: instead of the preset's.
+        algorithm: instead of the preset's: a config, or its kind ("hqq").
         seed: of algorithms that draw random numbers; global random states are never touched.
         generator: source of that seed instead.
         device: compute here, layer by layer; every layer returns to where it was.
@@ -107,6 +107,8 @@ def compress(
         if seed is not None:
             raise ConfigError("compress: give seed= or generator=, not both.")
         seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+    if callback is not None and not callable(callback):
+        raise ConfigError(f"compress: callback= is called as callback(stage, done, total, metrics), got {callback!r}.")
     plan = compression_plan(
         target,
         *methods,
@@ -161,6 +163,13 @@ METHODS = {
     for function in (compress, compression_plan, compression_recipe, compression_report, decompress)
 }
 """What is attached to pipeline and model classes."""
+
+
+def _as_device(device: torch.device | str | None) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device={device!r} is no device: use 'cpu', 'cuda' or 'cuda:1' ({error}).") from error
 
 
 def _choices(target: Any) -> str:

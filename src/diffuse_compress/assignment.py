@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from diffuse_compress.errors import ConfigError
@@ -17,8 +18,17 @@ from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinea
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import QuantizationSpec, Rules
 
-__all__ = ["LayerAssignment", "assign_layers", "module_aliases", "require_patterns_match", "resolve_rules"]
+__all__ = [
+    "LayerAssignment",
+    "assign_layers",
+    "is_matrix",
+    "module_aliases",
+    "require_patterns_match",
+    "resolve_rules",
+    "unsupported_kinds",
+]
 
+_MIN_MATRIX = 32
 _KEPT_ROLE = {
     LayerRole.EMBEDDER: "embedder: few parameters and sensitive",
     LayerRole.OUTPUT: "last layer: few parameters and sensitive",
@@ -76,9 +86,15 @@ def assign_layers(
     if not any(item.scheme is not None for item in decided.values()):
         kinds = sorted({type(module).__name__ for module in layers.values()}) or ["none"]
         reasons = sorted({item.reason for item in decided.values()})
+        others = unsupported_kinds(model)
+        advice = (
+            f"Its other weights are in {', '.join(others)}, for which there is no quantized layer."
+            if others
+            else "Name layers with overrides=."
+        )
         raise ConfigError(
             f"{type(model).__name__}: no layer would be converted, of {len(layers)} ({', '.join(kinds)}). "
-            f"Reasons: {'; '.join(reasons) or 'it has no linear or convolution'}. Name layers with overrides=."
+            f"Reasons: {'; '.join(reasons) or 'it has no linear or convolution'}. {advice}"
         )
     for item in decided.values():
         if item.scheme is not None:
@@ -87,6 +103,27 @@ def assign_layers(
             except ConfigError as error:
                 raise ConfigError(f"{item.name}: {item.scheme.name}: {error}") from error
     return decided
+
+
+def unsupported_kinds(model: nn.Module) -> dict[str, int]:
+    """{class name: parameters} of modules that hold weight matrices but are neither linear, convolution nor table.
+
+    transformers' ``Conv1D`` (GPT-2) and fused experts are such.
+    """
+    found: dict[str, int] = {}
+    for module in model.modules():
+        if _is_layer(module) or isinstance(module, QuantizedLinear | QuantizedConv2d | nn.Embedding):
+            continue
+        count = sum(tensor.numel() for tensor in module.parameters(recurse=False) if is_matrix(tensor))
+        if count:
+            kind = type(module).__name__
+            found[kind] = found.get(kind, 0) + count
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def is_matrix(tensor: torch.Tensor) -> bool:
+    """A weight that a product could use, not a norm's scale, a bias or a small table."""
+    return tensor.ndim >= 2 and min(tensor.shape[-2:]) >= _MIN_MATRIX
 
 
 def require_patterns_match(models: Mapping[str, nn.Module], spec: QuantizationSpec) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -166,6 +167,7 @@ def _compress(args: argparse.Namespace) -> None:
         raise ConfigError("compress: say what to write: --out DIR, --report FILE, or --dry-run to see the plan.")
     if args.report:
         report_kind(args.report)
+    _check_writable(args.out, args.report)
     methods = _methods(args.recipe, args.components)
     options = {
         "modules_to_not_convert": args.modules_to_not_convert,
@@ -195,6 +197,22 @@ def _compress(args: argparse.Namespace) -> None:
     for what, path in (("compressed", args.out), ("report", args.report)):
         if path:
             print(f"{what}: {path}")
+
+
+def _check_writable(out: str | None, report: str | None) -> None:
+    """Before minutes of work: can the results be written at all?"""
+    for option, folder in (("--out", out), ("--report", report and str(Path(report).parent))):
+        if not folder:
+            continue
+        path = Path(folder)
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{option}: needs a folder, {path} is a file.")
+        existing = next(part for part in (path, *path.absolute().parents) if part.exists())
+        try:
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            raise ConfigError(f"{option}: cannot write in {existing} ({error.strerror}).") from error
 
 
 def _methods(recipe: str | None, components: str | None) -> tuple[Any, ...]:

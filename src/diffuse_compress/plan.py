@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.assignment import LayerAssignment, assign_layers, require_patterns_match, resolve_rules
+from diffuse_compress.assignment import LayerAssignment, assign_layers, is_matrix, require_patterns_match, resolve_rules
 from diffuse_compress.components import model_components, resolve_names
 from diffuse_compress.errors import CompressionConflictError, ConfigError, ModelStateError
 from diffuse_compress.integrations.component import foreign_quantization, get_state
@@ -24,6 +24,9 @@ from diffuse_compress.quantization.spec import QuantizationSpec, resolve_scheme
 from diffuse_compress.recipe import Recipe
 
 __all__ = ["ComponentPlan", "CompressionPlan", "PlanRow", "make_plan", "stored_bytes", "tensor_rows"]
+
+
+_UNSUPPORTED = ": no quantized layer for it"
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,14 @@ class ComponentPlan:
     @property
     def bytes_after(self) -> int:
         return sum(row.bytes_after for row in self.rows)
+
+    @property
+    def unsupported(self) -> tuple[str, float] | None:
+        """(class names, share of ``bytes_after``) of weights for which there is no quantized layer; None below half."""
+        rows = [row for row in self.rows if row.reason.endswith(_UNSUPPORTED)]
+        share = sum(row.bytes_after for row in rows) / max(1, self.bytes_after)
+        kinds = sorted({row.reason.removesuffix(_UNSUPPORTED) for row in rows})
+        return (", ".join(kinds), share) if share > 0.5 else None
 
     @property
     def layers(self) -> dict[str, Scheme]:
@@ -272,11 +283,13 @@ def tensor_rows(model: nn.Module, assigned: dict[str, LayerAssignment]) -> Itera
             after = item.scheme.weight_bytes(item.shape)
             yield PlanRow(key, layer, tuple(tensor.shape), role, item.scheme.name, before, after, "")
             continue
-        reason = _kept_reason(key, leaf, modules[layer], item, key in buffers)
+        reason = _kept_reason(leaf, tensor, modules[layer], item, key in buffers)
         yield PlanRow(key, layer, tuple(tensor.shape), role, None, before, before, reason)
 
 
-def _kept_reason(key: str, leaf: str, module: nn.Module, item: LayerAssignment | None, is_buffer: bool) -> str:
+def _kept_reason(
+    leaf: str, tensor: torch.Tensor, module: nn.Module, item: LayerAssignment | None, is_buffer: bool
+) -> str:
     if is_buffer:
         return "buffer"
     if isinstance(module, QuantizedLinear | QuantizedConv2d):
@@ -286,7 +299,9 @@ def _kept_reason(key: str, leaf: str, module: nn.Module, item: LayerAssignment |
     if isinstance(module, nn.Embedding):
         return "embedding table"
     kind = type(module).__name__
-    return "normalization" if "norm" in kind.lower() else f"parameter of {kind}"
+    if "norm" in kind.lower():
+        return "normalization"
+    return f"{kind}{_UNSUPPORTED}" if is_matrix(tensor) else f"parameter of {kind}"
 
 
 def _check_patterns(configs: dict[str, QuantizationConfig], models: dict[str, nn.Module]) -> None:

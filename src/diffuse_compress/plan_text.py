@@ -56,6 +56,9 @@ def _component_lines(part: ComponentPlan, plan: CompressionPlan) -> list[str]:
     title = f"{part.name} ({part.class_name})" if part.name != SELF else part.class_name
     ratio = part.bytes_after / part.bytes_before if part.bytes_before else 1.0
     lines = [f"{title}: {format_bytes(part.bytes_before)} -> {format_bytes(part.bytes_after)} ({ratio:.3f})"]
+    if part.unsupported is not None:
+        kinds, share = part.unsupported
+        lines.append(f"  {share:.0%} of what is left is in {kinds}, for which there is no quantized layer")
     table = [("tensors", "count", "scheme", "before", "after", "kept because")]
     for pattern, rows in group_rows(part.rows):
         before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)

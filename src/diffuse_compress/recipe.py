@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from diffuse_compress.errors import CheckpointError, ConfigError
+from diffuse_compress.errors import CheckpointError, ConfigError, DiffuseCompressError
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.quantization.scheme import Scheme
 
@@ -42,14 +42,20 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
-        """Read :meth:`to_dict`'s output. Raises CheckpointError for a newer schema or an unknown kind."""
+        """Read :meth:`to_dict`'s output. Raises CheckpointError for another form, a newer schema or an unknown kind."""
         version = data.get("schema_version")
         if not isinstance(version, int) or version > _SCHEMA_VERSION:
             raise CheckpointError(
                 f"Recipe: schema_version must be an integer up to {_SCHEMA_VERSION}, got {version!r}. "
                 "pip install -U diffuse-compress."
             )
-        return cls({name: tuple(map(_config, configs)) for name, configs in data["components"].items()})
+        components = data.get("components")
+        if not isinstance(components, Mapping) or not all(
+            isinstance(configs, list) and all(isinstance(config, Mapping) for config in configs)
+            for configs in components.values()
+        ):
+            raise CheckpointError("Recipe: components must be {component: [configuration, ...]}.")
+        return cls({name: tuple(map(_config, configs)) for name, configs in components.items()})
 
     def save(self, path: str | Path) -> None:
         """Write as JSON."""
@@ -64,7 +70,10 @@ class Recipe:
             raise CheckpointError(f"{path}: not a readable recipe ({error}).") from error
         if not isinstance(data, dict) or "components" not in data:
             raise CheckpointError(f"{path}: not a recipe: it needs the keys schema_version and components.")
-        return cls.from_dict(data)
+        try:
+            return cls.from_dict(data)
+        except DiffuseCompressError as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
 
 def as_recipe(*methods: Any, default_group: str = DEFAULT_GROUP, **options: Any) -> Recipe:
@@ -87,7 +96,13 @@ def as_recipe(*methods: Any, default_group: str = DEFAULT_GROUP, **options: Any)
     if len(methods) == 1 and isinstance(methods[0], Mapping):
         if not methods[0]:
             raise ConfigError("compress needs at least one component, got an empty dict.")
-        return Recipe({name: _configs(value, given) for name, value in methods[0].items()})
+        components = {name: _configs(value, given) for name, value in methods[0].items()}
+        if not any(components.values()):
+            raise ConfigError(
+                f"compress: every component given ({', '.join(components)}) is None. Name at least one to compress: "
+                '{"transformer": "w8a8"}.'
+            )
+        return Recipe(components)
     configs = tuple(config for method in methods for config in _configs(method, given))
     if not configs:
         raise ConfigError("compress needs a preset, a configuration, a dict or a Recipe, got nothing.")

@@ -431,3 +431,43 @@ def test_modular_pipeline_compresses_and_reloads(tmp_path: Path) -> None:
 
     assert quantized_layers(reloaded.transformer).keys() == quantized_layers(pipe.transformer).keys()
     assert torch.equal(picture(reloaded), picture(pipe))
+
+
+def _vit() -> Any:
+    config = transformers.ViTConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    return transformers.ViTForImageClassification(config).eval(), {"pixel_values": torch.randn(2, 3, 32, 32)}
+
+
+def _qwen2_5_vl() -> Any:
+    text = dict(vocab_size=128, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+    rope = dict(rope_type="default", mrope_section=[4, 6, 6])
+    vision = dict(depth=1, hidden_size=128, intermediate_size=256, num_heads=4, out_hidden_size=128)
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=dict(**text, num_key_value_heads=2, rope_parameters=rope),
+        vision_config=dict(**vision, fullatt_block_indexes=[0]),
+    )
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+    return model, {"input_ids": torch.arange(16).reshape(2, 8) + 2}
+
+
+@pytest.mark.parametrize("build", [_vit, _qwen2_5_vl])
+def test_classes_whose_file_names_tensors_otherwise(build: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, inputs = build()
+    model.compress("w4a8").save_pretrained(tmp_path)
+    reloaded = type(model).from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(reloaded(**inputs).logits, model(**inputs).logits)
+    (file,) = tmp_path.glob("*.safetensors")
+    assert not set(load_file(file)) <= set(model.state_dict()), "the file must rename, or this shows nothing"
+    with safe_open(file, framework="pt") as handle:
+        metadata, tensors = handle.metadata(), {key: handle.get_tensor(key) for key in handle.keys()}
+    del tensors[next(key for key in tensors if key.endswith(".scale"))]
+    save_file(tensors, file, metadata=metadata)
+    with pytest.raises(dc.CheckpointError, match=r"lacks 1 tensors.*incomplete"):
+        type(model).from_pretrained(tmp_path)

@@ -242,33 +242,17 @@ def install_placeholders(model: nn.Module, layers: Mapping[str, LayerEntry]) -> 
         replace_module(model, name, layer)
 
 
-def require_keys(
-    model: nn.Module, layers: Mapping[str, LayerEntry], present: Iterable[str], on_disk: str, *, renamed: bool = False
-) -> None:
-    """Raise CheckpointError if a packed tensor of ``layers`` is not among the ``present`` keys.
-
-    ``on_disk`` is the name under which ``qweight`` is stored. With ``renamed``, leading components may differ:
-    transformers renames keys between file and model (a CLIP file's ``text_model.encoder...`` is ``encoder...`` there).
-    """
-    have = {suffix for key in present for suffix in (_suffixes(key) if renamed else [key])}
-    missing = []
-    for name in layers:
-        for leaf, _ in model.get_submodule(name).named_parameters(recurse=False):
-            key = f"{name}.{on_disk if leaf == 'qweight' else leaf}"
-            if not any(suffix in have for suffix in (_suffixes(key)[:2] if renamed else [key])):
-                missing.append(key)
+def require_keys(model: nn.Module, layers: Iterable[str], present: Iterable[str]) -> None:
+    """Raise CheckpointError if a tensor of ``layers`` is not among the ``present`` keys (the model's own names)."""
+    have = set(present)
+    needed = (f"{name}.{leaf}" for name in layers for leaf in model.get_submodule(name).state_dict())
+    missing = [key for key in needed if key not in have]
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise CheckpointError(
             f"{type(model).__name__}: the checkpoint lacks {len(missing)} tensors of its quantized layers ({shown}). "
             "It is incomplete: download or save it again."
         )
-
-
-def _suffixes(key: str) -> list[str]:
-    """The key, and what is left of it without its first, second, ... component."""
-    parts = key.split(".")
-    return [".".join(parts[start:]) for start in range(max(1, len(parts) - 2))]
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

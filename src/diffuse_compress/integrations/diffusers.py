@@ -63,7 +63,7 @@ class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ign
         layers = layers_of_checkpoint(model, spec, self._metadata, self._dtype or torch.float32)
         install_placeholders(model, layers)
         if self._loaded_keys is not None:
-            require_keys(model, layers, self._loaded_keys, on_disk="qweight")
+            require_keys(model, layers, self._loaded_keys)
 
     def check_if_quantized_param(
         self, model: Any, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
@@ -37,7 +38,7 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
 
     Args:
         scheme: preset name ("w4a8", see ``diffuse-compress info``), a Scheme, or its dict.
-        algorithm: RTNConfig, HQQConfig, ...; None takes the preset's.
+        algorithm: RTNConfig(), HQQConfig(), ..., its dict, or its kind ("hqq"); None takes the preset's.
         modulation_scheme: format of modulation and timestep projections; None takes the preset's.
         modules_to_not_convert: patterns of modules to leave alone: whole dotted components ("attn1.to_q"), globs
             ("*.ff.*") or "re:" regular expressions.
@@ -53,15 +54,15 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
     def __init__(
         self,
         scheme: str | Scheme | Mapping[str, Any],
-        algorithm: AlgorithmConfig | Mapping[str, Any] | None = None,
+        algorithm: AlgorithmConfig | Mapping[str, Any] | str | None = None,
         modulation_scheme: str | Scheme | Mapping[str, Any] | None = None,
         modules_to_not_convert: str | Iterable[str] | None = None,
         overrides: Mapping[str, str | Scheme | None] | None = None,
         seed: int = 0,
         compute_dtype: torch.dtype | str | None = None,
     ) -> None:
-        if isinstance(algorithm, Mapping):
-            algorithm = algorithm_from_dict(dict(algorithm))
+        if isinstance(algorithm, Mapping | str):
+            algorithm = algorithm_from_dict({"kind": algorithm} if isinstance(algorithm, str) else algorithm)
         self._set(
             QuantizationSpec.build(
                 scheme,
@@ -107,11 +108,18 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
 
         Raises:
             CheckpointError: written by a newer schema, or incomplete.
+            ConfigError: constructor arguments that do not exist or fit.
         """
         data = {key: val for key, val in config_dict.items() if key != "quant_method"}
         if "schema_version" in data:
             config = cls.from_spec(QuantizationSpec.from_dict(data), _as_dtype(data.get("compute_dtype")))
         else:
+            known = {name for name in inspect.signature(cls.__init__).parameters if name != "self"}
+            unknown = [name for name in data if name not in known]
+            if unknown:
+                raise ConfigError(f"quantization_config: unknown key {unknown[0]!r}; {nearest(unknown[0], known)}")
+            if "scheme" not in data:
+                raise ConfigError('quantization_config: the key "scheme" is missing: a preset such as "w4a8".')
             config = cls(**data)
         return (config, kwargs) if return_unused_kwargs else config
 

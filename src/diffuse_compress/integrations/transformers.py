@@ -111,9 +111,9 @@ class DiffuseCompressHfQuantizer(QuantizerMixin, HfQuantizer):  # type: ignore[m
         layers = layers_of_checkpoint(model, spec, self._metadata, model.dtype)
         self._layers = _matching_prefix(model, layers, self._base_model_prefix)
         install_placeholders(model, self._layers)
-        keys = _keys_of(checkpoint_files)
+        keys = _renamed(model, self, _keys_of(checkpoint_files))
         if keys is not None:
-            require_keys(model, self._layers, keys, on_disk="weight", renamed=True)
+            require_keys(model, self._layers, keys)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         return [_PackedWeights(self._layers, self._base_model_prefix)] if self._layers else []
@@ -203,6 +203,28 @@ def _matching_prefix(model: Any, layers: dict[str, LayerEntry], prefix: str) -> 
     if layers and not found:
         return layers  # another model altogether: install_placeholders says so
     return found
+
+
+def _renamed(model: Any, quantizer: DiffuseCompressHfQuantizer, keys: set[str] | None) -> set[str] | None:
+    """The model's names for a file's keys; None if this version of transformers does not let us ask.
+
+    They differ: Qwen2.5-VL's ``model.layers`` is ``model.language_model.layers`` in the model, and so on.
+    """
+    if keys is None:
+        return None
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        mapping = get_model_conversion_mapping(model, None, quantizer)
+        renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
+        converters = [item for item in mapping if isinstance(item, WeightConverter)]
+        prefix, expected = model.base_model_prefix, model.state_dict()
+        found = {rename_source_key(key, renamings, converters, prefix, expected)[0] for key in keys}
+    except (ImportError, TypeError, AttributeError):  # transformers itself still lists what is missing
+        return None
+    # As transformers does: a key that the model has, but not under its new name, keeps its old one.
+    return found | {key for key in keys if key in expected}
 
 
 def _keys_of(checkpoint_files: list[str] | None) -> set[str] | None:

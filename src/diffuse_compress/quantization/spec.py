@@ -70,6 +70,8 @@ class QuantizationSpec:
         seed: int = 0,
     ) -> QuantizationSpec:
         """Resolve a user's request. Raises ConfigError for unknown names and for presets that need calibration."""
+        keep = _patterns(modules_to_not_convert)
+        _check_types(algorithm, overrides, seed)
         name = None
         if isinstance(scheme, str):
             preset = resolve_preset(scheme)
@@ -86,13 +88,12 @@ class QuantizationSpec:
             if resolved is None:
                 raise ConfigError("QuantizationConfig: scheme must be a preset name, a Scheme or its dict, got None.")
             body, modulation, default = resolved, resolved, RTNConfig()
-        keep = (modules_to_not_convert,) if isinstance(modules_to_not_convert, str) else modules_to_not_convert or ()
         return cls(
             scheme=body,
             modulation_scheme=resolve_scheme(modulation_scheme) or modulation,
             algorithm=algorithm if algorithm is not None else default,
             preset=name,
-            modules_to_not_convert=tuple(keep),
+            modules_to_not_convert=keep,
             overrides=tuple((pattern, resolve_scheme(value)) for pattern, value in (overrides or {}).items()),
             seed=seed,
         )
@@ -176,8 +177,31 @@ class QuantizationSpec:
                 rules=None if data.get("rules") is None else read(data["rules"]),
                 seed=int(data.get("seed", 0)),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
                 f"quantization_config: incomplete or corrupted ({type(error).__name__}: {error}). "
                 "Download the checkpoint again or save it anew."
             ) from error
+
+
+def _patterns(value: Any) -> tuple[str, ...]:
+    given = (value,) if isinstance(value, str) else () if value is None else value
+    patterns = tuple(given) if isinstance(given, Iterable) and not isinstance(given, Mapping) else (given,)
+    wrong = next((item for item in patterns if not isinstance(item, str)), None)
+    if wrong is not None:
+        raise ConfigError(f"modules_to_not_convert: a list of patterns, got {type(wrong).__name__} {wrong!r}.")
+    return patterns
+
+
+def _check_types(algorithm: Any, overrides: Any, seed: Any) -> None:
+    if algorithm is not None and not isinstance(algorithm, AlgorithmConfig):
+        raise ConfigError(f"algorithm: a config such as RTNConfig(), got {type(algorithm).__name__} {algorithm!r}.")
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise ConfigError(
+            f"overrides: a dict {{pattern: preset, Scheme or None}}, got {type(overrides).__name__}. To keep layers "
+            "dense, use modules_to_not_convert=."
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigError(f"seed: an integer, got {type(seed).__name__} {seed!r}.")
