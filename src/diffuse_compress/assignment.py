@@ -21,11 +21,11 @@ from diffuse_compress.quantization.spec import QuantizationSpec, Rules
 __all__ = [
     "LayerAssignment",
     "assign_layers",
-    "is_matrix",
     "module_aliases",
     "require_patterns_match",
     "resolve_rules",
-    "unsupported_kinds",
+    "unsupported_bytes",
+    "unsupported_kind",
 ]
 
 _MIN_MATRIX = 32
@@ -54,26 +54,17 @@ class LayerAssignment:
     reason: str = ""
 
 
-def assign_layers(
-    model: nn.Module, spec: QuantizationSpec, *, patterns_must_match: bool = True
-) -> dict[str, LayerAssignment]:
+def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAssignment]:
     """Decision for every linear and convolution of ``model``, in registration order.
 
-    Args:
-        model: any, also on the meta device.
-        spec: what is asked for.
-        patterns_must_match: False where the caller has checked the user's patterns on several models together.
+    A user's pattern may match nothing here: see :func:`require_patterns_match`.
 
     Raises:
-        ConfigError: a pattern matches no layer, resolved rules match none of them, or the algorithm cannot reach a
-            layer's format.
+        ConfigError: resolved rules match no layer, or the algorithm cannot reach a layer's format.
         IncompatibleShapeError: a layer named explicitly cannot take its scheme.
     """
     layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
-    if spec.rules is None:
-        if patterns_must_match:
-            require_patterns_match({"": model}, spec)
-    else:
+    if spec.rules is not None:
         unmatched = [pattern for pattern, _ in spec.rules if not any(matches(pattern, name) for name in layers)]
         if unmatched:
             raise ConfigError(
@@ -86,7 +77,7 @@ def assign_layers(
     if not any(item.scheme is not None for item in decided.values()):
         kinds = sorted({type(module).__name__ for module in layers.values()}) or ["none"]
         reasons = sorted({item.reason for item in decided.values()})
-        others = unsupported_kinds(model)
+        others = unsupported_bytes(model)
         advice = (
             f"Its other weights are in {', '.join(others)}, for which there is no quantized layer."
             if others
@@ -105,25 +96,25 @@ def assign_layers(
     return decided
 
 
-def unsupported_kinds(model: nn.Module) -> dict[str, int]:
-    """{class name: parameters} of modules that hold weight matrices but are neither linear, convolution nor table.
+def unsupported_kind(module: nn.Module, parameter: torch.Tensor) -> str | None:
+    """Class name of ``module`` if ``parameter``, its own, is a weight matrix for which there is no quantized layer.
 
-    transformers' ``Conv1D`` (GPT-2) and fused experts are such.
+    transformers' ``Conv1D`` (GPT-2) and fused experts have such. Scales of norms, biases and small tables are none.
     """
+    kind = type(module).__name__
+    known = _is_layer(module) or isinstance(module, QuantizedLinear | QuantizedConv2d | nn.Embedding)
+    is_matrix = parameter.ndim >= 2 and min(parameter.shape[-2:]) >= _MIN_MATRIX
+    return kind if is_matrix and not known and "norm" not in kind.lower() else None
+
+
+def unsupported_bytes(model: nn.Module) -> dict[str, int]:
+    """{class name: bytes} of the weights that :func:`unsupported_kind` names, most bytes first."""
     found: dict[str, int] = {}
-    for module in model.modules():
-        if _is_layer(module) or isinstance(module, QuantizedLinear | QuantizedConv2d | nn.Embedding):
-            continue
-        count = sum(tensor.numel() for tensor in module.parameters(recurse=False) if is_matrix(tensor))
-        if count:
-            kind = type(module).__name__
-            found[kind] = found.get(kind, 0) + count
+    for key, parameter in model.named_parameters():
+        kind = unsupported_kind(model.get_submodule(key.rpartition(".")[0]), parameter)
+        if kind is not None:
+            found[kind] = found.get(kind, 0) + parameter.numel() * parameter.element_size()
     return dict(sorted(found.items(), key=lambda item: -item[1]))
-
-
-def is_matrix(tensor: torch.Tensor) -> bool:
-    """A weight that a product could use, not a norm's scale, a bias or a small table."""
-    return tensor.ndim >= 2 and min(tensor.shape[-2:]) >= _MIN_MATRIX
 
 
 def require_patterns_match(models: Mapping[str, nn.Module], spec: QuantizationSpec) -> None:

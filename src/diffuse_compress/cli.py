@@ -182,9 +182,10 @@ def _compress(args: argparse.Namespace) -> None:
         print(json.dumps(plan.to_dict(), indent=2) if args.json else plan)
         return
     target = load(folder, dtype, args.device)
-    if not compression_plan(target, *methods, **options).components:
-        print(f"{args.model}: already compressed this way; nothing is changed.", file=sys.stderr)
+    before = [get_state(model) for model in model_components(target).values()]
     compress(target, *methods, **options, preview=args.preview, measure=not args.no_measure)
+    if all(get_state(model) is state for model, state in zip(model_components(target).values(), before, strict=True)):
+        print(f"{args.model}: already compressed this way; nothing is changed.", file=sys.stderr)
     report = compression_report(target)
     if args.out:
         target.save_pretrained(args.out)

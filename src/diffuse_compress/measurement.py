@@ -478,14 +478,13 @@ def _as_calls(pipe: Any, preview: Sequence[Any] | None) -> list[tuple[str, dict[
     """(label, pipeline arguments) of each preview item."""
     if not preview:
         return []
-    calls = []
+    calls, known = [], accepted_arguments(pipe)
     for seed, item in enumerate([preview] if isinstance(preview, str | dict) else preview):
         if not isinstance(item, str | dict):
             raise ConfigError(f"preview: a prompt or a dict of pipeline arguments, got {type(item).__name__}.")
-        arguments = prompt_arguments(pipe, item) if isinstance(item, str) else dict(item)
+        arguments = {"prompt": item} if isinstance(item, str) else dict(item)
         if isinstance(arguments.get("prompt"), str):
             arguments = {**prompt_arguments(pipe, arguments["prompt"]), **arguments}
-        known = accepted_arguments(pipe)
         unknown = [key for key in arguments if known is not None and key not in known]
         if unknown:
             raise ConfigError(

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.assignment import LayerAssignment, assign_layers, is_matrix, require_patterns_match, resolve_rules
+from diffuse_compress.assignment import (
+    LayerAssignment,
+    assign_layers,
+    require_patterns_match,
+    resolve_rules,
+    unsupported_bytes,
+    unsupported_kind,
+)
 from diffuse_compress.components import model_components, resolve_names
 from diffuse_compress.errors import CompressionConflictError, ConfigError, ModelStateError
 from diffuse_compress.integrations.component import foreign_quantization, get_state
@@ -24,9 +31,6 @@ from diffuse_compress.quantization.spec import QuantizationSpec, resolve_scheme
 from diffuse_compress.recipe import Recipe
 
 __all__ = ["ComponentPlan", "CompressionPlan", "PlanRow", "make_plan", "stored_bytes", "tensor_rows"]
-
-
-_UNSUPPORTED = ": no quantized layer for it"
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,7 @@ class ComponentPlan:
         self._refresh()
 
     def _refresh(self) -> None:
-        # Patterns were checked on all components together: one may be meant for some of them.
-        self.assigned: dict[str, LayerAssignment] = assign_layers(self._model, self.spec, patterns_must_match=False)
+        self.assigned: dict[str, LayerAssignment] = assign_layers(self._model, self.spec)
         self.rows = list(tensor_rows(self._model, self.assigned))
 
     def edit(self, pattern: str, scheme: Scheme | None) -> None:
@@ -114,10 +117,9 @@ class ComponentPlan:
     @property
     def unsupported(self) -> tuple[str, float] | None:
         """(class names, share of ``bytes_after``) of weights for which there is no quantized layer; None below half."""
-        rows = [row for row in self.rows if row.reason.endswith(_UNSUPPORTED)]
-        share = sum(row.bytes_after for row in rows) / max(1, self.bytes_after)
-        kinds = sorted({row.reason.removesuffix(_UNSUPPORTED) for row in rows})
-        return (", ".join(kinds), share) if share > 0.5 else None
+        found = unsupported_bytes(self._model)
+        share = sum(found.values()) / max(1, self.bytes_after)
+        return (", ".join(sorted(found)), share) if share > 0.5 else None
 
     @property
     def layers(self) -> dict[str, Scheme]:
@@ -301,7 +303,7 @@ def _kept_reason(
     kind = type(module).__name__
     if "norm" in kind.lower():
         return "normalization"
-    return f"{kind}{_UNSUPPORTED}" if is_matrix(tensor) else f"parameter of {kind}"
+    return f"{kind}: no quantized layer for it" if unsupported_kind(module, tensor) else f"parameter of {kind}"
 
 
 def _check_patterns(configs: dict[str, QuantizationConfig], models: dict[str, nn.Module]) -> None:

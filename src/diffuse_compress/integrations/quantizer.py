@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.assignment import assign_layers, resolve_rules
+from diffuse_compress.assignment import assign_layers, require_patterns_match, resolve_rules
 from diffuse_compress.errors import CheckpointError
 from diffuse_compress.integrations.component import ComponentState, align_tensors, layer_entries, quantized_layers
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
@@ -37,7 +37,10 @@ class QuantizerMixin:
 
     def _await_dense_weights(self, model: Any) -> None:
         """Decide, on the meta-device model, which layers are quantized as their weights arrive."""
-        assigned = assign_layers(model, self.quantization_config.spec)
+        spec = self.quantization_config.spec
+        if spec.rules is None:
+            require_patterns_match({"": model}, spec)
+        assigned = assign_layers(model, spec)
         self.pending = {name: item.scheme for name, item in assigned.items() if item.scheme is not None}
         self._rules = resolve_rules(assigned)
 
