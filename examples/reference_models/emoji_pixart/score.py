@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))
 sys.path.insert(0, str(FOLDER))
 
 from classifier import load_classifier  # noqa: E402
@@ -86,7 +87,7 @@ def main() -> None:
         f"{args.dtype} on {args.device}: top-1 {top1:.4f} top-5 {top5:.4f} ({seconds:.0f} s)"
     )
     if args.grid:
-        from stages.common import save_grid
+        from training.common import save_grid
 
         save_grid(pictures * 2 - 1, args.grid)
 

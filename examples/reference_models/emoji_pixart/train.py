@@ -21,14 +21,15 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from data import centred, load_dataset
 from stages.classifier import train_classifier
-from stages.common import save_grid
-from stages.diffusion import DiffusionTrainer, latent_cache, train_diffusion
+from stages.diffusion import DiffusionTrainer, latent_cache
 from stages.export import export_pipeline, report_pipeline
 from stages.vae import train_vae
+from training.common import save_grid
+from training.glyphs import centred, load_dataset
 
 STAGES = ("glyphs", "vae", "classifier", "diffusion", "export")
 EVALUATION_PROMPTS = 256
@@ -53,11 +54,11 @@ def run_diffusion(args, glyphs: torch.Tensor, captions: list[str]) -> None:
     """Stage 3, then a score of the averaged weights."""
     source = args.resume or args.out
     vae = AutoencoderKL.from_pretrained(source / "vae").to(args.device).eval()
-    trainer = DiffusionTrainer(captions, torch.device(args.device), not args.eager)
+    cache = latent_cache(vae, glyphs, args.copies)
+    trainer = DiffusionTrainer(captions, torch.device(args.device), not args.eager, cache, args.batch)
     resumed = args.resume is not None and trainer.load(args.resume)
     print(f"diffusion {'resumed' if resumed else 'started'}: {trainer.progress}", flush=True)
-    cache = latent_cache(vae, glyphs, args.copies)
-    train_diffusion(trainer, cache, args.out, args.budget, args.batch, args.decay, args.record)
+    trainer.run(args.out, args.budget, decay=args.decay, record=args.record)
     report_pipeline(trainer, vae, source, args.out / "samples.png", captions, args.sweep)
 
 

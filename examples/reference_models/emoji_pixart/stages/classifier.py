@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from classifier import EmojiClassifier, save_classifier
-from data import augment
-from stages.common import WallClock, mixed_precision, set_learning_rate
+from training.common import WallClock, mixed_precision, set_learning_rate
+from training.glyphs import augment
 
 PEAK_LEARNING_RATE = 3e-3
 WARMUP_STEPS = 200

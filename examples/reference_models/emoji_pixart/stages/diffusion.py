@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import torch
 from architecture import (
@@ -16,22 +13,14 @@ from architecture import (
     build_transformer,
     initialise_transformer,
 )
-from data import ALIASES, augment
-from stages.common import (
-    MovingAverage,
-    WallClock,
-    load_state,
-    mixed_precision,
-    save_state,
-    set_learning_rate,
-)
 from stages.vae import encode_pictures
 from torch import nn
+from training.common import mixed_precision
+from training.glyphs import ALIASES, augment
+from training.trainer import Trainer
 
 STATE_NAME = "diffusion"
 PEAK_LEARNING_RATE = 1e-3
-WARMUP_STEPS = 400
-EMA_DECAY = 0.9995
 EMPTY_CAPTION_SHARE = 0.1
 UNKNOWN_WORD_SHARE = 0.03
 # Weight of a timestep: min(SNR, gamma) / SNR for epsilon prediction (Hang et al. 2023,
@@ -139,128 +128,25 @@ def draw_batch(cache: torch.Tensor, captions: CaptionTable, batch_size: int) -> 
     return latents, torch.randn_like(latents), timesteps, *captions.draw(labels)
 
 
-class DiffusionTrainer:
-    """Model, optimizer and moving average of stage 3, and their state on disk.
+class DiffusionTrainer(Trainer):
+    """Stage 3: the model with the tokenizer and the captions it is trained on.
 
-    The optimizer's moments are not kept: after a resumption they are built anew, under a short
-    warm-up of the learning rate.
+    Args: cache: [n, copies, 4, 16, 16] latents on the training device; None to load a state only.
     """
 
-    def __init__(self, captions: list[str], device: torch.device, compiled: bool):
+    def __init__(
+        self,
+        captions: list[str],
+        device: torch.device,
+        compiled: bool,
+        cache: torch.Tensor | None = None,
+        batch_size: int = 512,
+    ):
         self.tokenizer = build_tokenizer(captions + list(ALIASES.values()))
-        self.model = DiffusionModel(len(self.tokenizer)).to(device)
         self.captions = CaptionTable.build(self.tokenizer, captions, device)
-        self.named = dict(self.model.named_parameters())
-        decayed = [value for value in self.named.values() if value.ndim == 2]
-        others = [value for value in self.named.values() if value.ndim != 2]
-        groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others}]
-        on_gpu = device.type == "cuda"
-        # The rate is a tensor on the device, so that a recorded step reads the current one.
-        self.optimizer = torch.optim.AdamW(
-            groups,
-            lr=torch.tensor(0.0, device=device),
-            betas=(0.9, 0.99),
-            weight_decay=0.0,
-            fused=on_gpu,
-            capturable=on_gpu,
-        )
-        self.average = MovingAverage(list(self.named.values()), EMA_DECAY)
-        self.progress = {"step": 0, "seconds": 0.0}
-        self.loss = torch.compile(self.model) if compiled else self.model
+        model = DiffusionModel(len(self.tokenizer)).to(device)
 
-    def save(self, folder: Path) -> None:
-        """Weights in fp32, their averages in fp16."""
-        averages = zip(self.named, self.average.averages, strict=True)
-        tensors = {f"ema.{name}": average.half() for name, average in averages}
-        tensors |= {f"model.{name}": value.detach() for name, value in self.named.items()}
-        save_state(tensors, self.progress, folder, STATE_NAME)
+        def draw() -> tuple:
+            return draw_batch(cache, self.captions, batch_size)
 
-    @torch.no_grad()
-    def load(self, folder: Path) -> bool:
-        """Take up the state in a folder; False if it holds none."""
-        stored = load_state(folder, STATE_NAME)
-        if stored is None:
-            return False
-        tensors, self.progress = stored
-        for (name, value), average in zip(self.named.items(), self.average.averages, strict=True):
-            value.copy_(tensors[f"model.{name}"])
-            average.copy_(tensors[f"ema.{name}"])
-        return True
-
-    def step(self, cache: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """One update, of whatever learning rate is set; returns the loss, on the device."""
-        with mixed_precision(cache.device):
-            loss = self.loss(*draw_batch(cache, self.captions, batch_size))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.average.update(self.progress["step"])
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    def recorded_step(self, cache: torch.Tensor, batch_size: int) -> Callable[[], torch.Tensor]:
-        """`step` as one CUDA graph: this model's kernels are shorter than their launches.
-
-        Needs a moving average past its start, because the graph repeats one decay for ever.
-        """
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            # Compiles, tunes and allocates the optimizer's state, none of which may be recorded.
-            for _ in range(5):
-                self.step(cache, batch_size)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = self.step(cache, batch_size)
-
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return loss.clone()
-
-        return replay
-
-
-def train_diffusion(
-    trainer: DiffusionTrainer,
-    cache: torch.Tensor,
-    out: Path,
-    budget_s: float,
-    batch_size: int,
-    decay: bool,
-    record: bool,
-    save_every_s: float = 120.0,
-) -> None:
-    """Train within the budget; the state goes to ``out`` every ``save_every_s`` and at the end.
-
-    Args: cache: [n, copies, 4, 16, 16] latents on the training device. decay: let the learning
-          rate fall linearly to zero over this budget, for the last call of a training. record:
-          replay the step as a CUDA graph.
-    """
-    clock, before = WallClock(budget_s), trainer.progress["seconds"]
-    saved_s, first, losses = 0.0, trainer.progress["step"], []
-    advance = partial(trainer.step, cache, batch_size)
-    if record:
-        advance = trainer.recorded_step(cache, batch_size)
-        print(f"step recorded after {clock.seconds:.0f} s", flush=True)
-    while clock.share < 1:
-        warmup = min(1.0, (trainer.progress["step"] - first + 1) / WARMUP_STEPS)
-        rate = PEAK_LEARNING_RATE * warmup * (1 - clock.share if decay else 1.0)
-        set_learning_rate(trainer.optimizer, rate)
-        losses.append(advance())
-        trainer.progress["step"] += 1
-        trainer.progress["seconds"] = before + clock.seconds
-        # Reading a value waits for the device, which also keeps the clock honest.
-        if len(losses) % 50 == 0:
-            losses[-1].item()
-        if len(losses) == 1000:
-            mean = torch.stack(losses).mean().item()
-            step, seconds = trainer.progress["step"], trainer.progress["seconds"]
-            print(f"diffusion step {step} {seconds:.0f} s loss {mean:.5f}", flush=True)
-            losses.clear()
-        if clock.seconds - saved_s > save_every_s:
-            saved_s = clock.seconds
-            trainer.save(out)
-    trainer.save(out)
-    step, seconds = trainer.progress["step"], trainer.progress["seconds"]
-    print(f"diffusion stopped at step {step} after {seconds:.0f} s in all", flush=True)
+        super().__init__(model, draw, name=STATE_NAME, peak_learning_rate=PEAK_LEARNING_RATE, compiled=compiled)

@@ -11,8 +11,8 @@ from architecture import build_scheduler
 from classifier import FILE_NAME, load_classifier
 from diffusers import AutoencoderKL, PixArtAlphaPipeline
 from score import DEFAULTS, generate
-from stages.common import save_grid
 from stages.diffusion import DiffusionTrainer
+from training.common import save_grid
 
 
 def assemble(trainer: DiffusionTrainer, vae: AutoencoderKL) -> PixArtAlphaPipeline:

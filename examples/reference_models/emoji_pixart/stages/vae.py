@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from architecture import build_vae
-from data import augment
 from diffusers import AutoencoderKL
-from stages.common import WallClock, mixed_precision, save_grid, set_learning_rate
+from training.common import WallClock, mixed_precision, save_grid, set_learning_rate
+from training.glyphs import augment
 
 # Enough that the decoder forgives small latent errors, little enough to keep strokes sharp.
 KL_WEIGHT = 1e-4
