@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     DDIMScheduler,
     DiffusionPipeline,
     DiTTransformer2DModel,
@@ -28,6 +29,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    WanPipeline,
     WanTransformer3DModel,
 )
 from torch import nn
@@ -40,6 +42,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 TEXT_LENGTH = 16
@@ -174,6 +178,11 @@ def _t5_encoder(**config: Any) -> nn.Module:
     return T5EncoderModel(T5Config(**{**defaults, **config}))
 
 
+def _umt5_encoder(**config: Any) -> nn.Module:
+    defaults = dict(vocab_size=VOCABULARY, d_model=128, d_kv=32, d_ff=256, num_layers=1, num_heads=4, dropout_rate=0.0)
+    return UMT5EncoderModel(UMT5Config(**{**defaults, **config}))
+
+
 def _clip_text(**config: Any) -> nn.Module:
     defaults = dict(
         vocab_size=VOCABULARY * 8,
@@ -215,11 +224,12 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "sd3": _sd3,
     "wan": _wan,
     "t5_encoder": _t5_encoder,
+    "umt5_encoder": _umt5_encoder,
     "clip_text": _clip_text,
     "llama": _llama,
 }
 DENOISERS = ("pixart", "dit", "unet_sd1", "unet_sdxl", "flux", "sd3", "wan")
-TRANSFORMERS_MODELS = ("t5_encoder", "clip_text", "llama")
+TRANSFORMERS_MODELS = ("t5_encoder", "umt5_encoder", "clip_text", "llama")
 
 
 def build(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
@@ -357,6 +367,7 @@ _INPUTS: dict[str, Callable[[_Inputs], dict[str, Any]]] = {
     "SD3Transformer2DModel": _sd3_inputs,
     "WanTransformer3DModel": _wan_inputs,
     "T5EncoderModel": _text_inputs,
+    "UMT5EncoderModel": _text_inputs,
     "CLIPTextModel": _text_inputs,
     "LlamaForCausalLM": _text_inputs,
 }
@@ -427,10 +438,30 @@ def _flux_pipeline(seed: int, dtype: torch.dtype) -> DiffusionPipeline:
     )
 
 
+def _wan_pipeline(seed: int, dtype: torch.dtype) -> DiffusionPipeline:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        video_vae = AutoencoderKLWan(
+            base_dim=8,
+            z_dim=16,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+        ).eval()
+    return WanPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=build("umt5_encoder", seed=seed, dtype=dtype),
+        vae=_cast(video_vae, dtype),
+        transformer=build("wan", seed=seed, dtype=dtype, in_channels=16, out_channels=16),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
 PIPELINES: dict[str, Callable[[int, torch.dtype], DiffusionPipeline]] = {
     "pixart": _pixart_pipeline,
     "stable_diffusion": _stable_diffusion_pipeline,
     "flux": _flux_pipeline,
+    "wan": _wan_pipeline,
 }
 
 
@@ -455,4 +486,6 @@ def call_kwargs(pipe: DiffusionPipeline, *, seed: int = 0, steps: int = 2, outpu
         kwargs.update(use_resolution_binning=False, clean_caption=False, max_sequence_length=TEXT_LENGTH)
     elif isinstance(pipe, FluxPipeline):
         kwargs.update(max_sequence_length=TEXT_LENGTH)
+    elif isinstance(pipe, WanPipeline):
+        kwargs.update(max_sequence_length=TEXT_LENGTH, num_frames=5)
     return kwargs

@@ -1,7 +1,7 @@
 """diffuse_compress: make diffusers and transformers models smaller and faster, in place.
 
-``import diffuse_compress`` adds ``compress``, ``compression_plan``, ``compression_report``, ``compression_recipe`` and
-``decompress`` to pipelines and models, and lets plain ``from_pretrained`` load what they saved. The same verbs are
+``import diffuse_compress`` adds ``compress``, ``compression_plan``, ``compression_report``, ``compression_recipe``,
+``compression_stats`` and ``decompress`` to pipelines and models, and lets plain ``from_pretrained`` load what they saved. The same verbs are
 functions here. ``DIFFUSE_COMPRESS_NO_PATCH=1`` leaves the classes alone.
 """
 
@@ -13,6 +13,7 @@ from diffuse_compress.api import (
     compression_plan,
     compression_recipe,
     compression_report,
+    compression_stats,
     decompress,
 )
 from diffuse_compress.errors import (
@@ -45,6 +46,7 @@ from diffuse_compress.quantization.scheme import (
 )
 from diffuse_compress.recipe import Recipe
 from diffuse_compress.report import CompressionReport
+from diffuse_compress.runtime.stats import CompressionStats, PlanMissedError
 
 __version__ = "0.1.0.dev0"
 
@@ -54,6 +56,7 @@ __all__ = [
     "CompressionConflictError",
     "CompressionPlan",
     "CompressionReport",
+    "CompressionStats",
     "ConfigError",
     "DiffuseCompressError",
     "DiffuseCompressWarning",
@@ -66,6 +69,7 @@ __all__ = [
     "PerGroup",
     "PerTensor",
     "PerToken",
+    "PlanMissedError",
     "QuantizationConfig",
     "RTNConfig",
     "Recipe",
@@ -78,6 +82,7 @@ __all__ = [
     "compression_plan",
     "compression_recipe",
     "compression_report",
+    "compression_stats",
     "decompress",
 ]
 

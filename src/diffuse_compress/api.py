@@ -1,4 +1,4 @@
-"""The verbs: compression_plan, compress, decompress, compression_report, compression_recipe.
+"""The verbs: compression_plan, compress, decompress, compression_report, compression_recipe, compression_stats.
 
 Each takes a diffusers pipeline, a diffusers model or a transformers model, and is attached to their classes as a
 method of the same name.
@@ -24,8 +24,18 @@ from diffuse_compress.quantization.presets import PRESETS
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.recipe import Recipe, as_recipe
 from diffuse_compress.report import CompressionReport, report_of
+from diffuse_compress.runtime.stats import CompressionStats
+from diffuse_compress.runtime.steps import stats_of
 
-__all__ = ["METHODS", "compress", "compression_plan", "compression_recipe", "compression_report", "decompress"]
+__all__ = [
+    "METHODS",
+    "compress",
+    "compression_plan",
+    "compression_recipe",
+    "compression_report",
+    "compression_stats",
+    "decompress",
+]
 
 _Target = TypeVar("_Target")
 
@@ -158,9 +168,30 @@ def compression_recipe(target: Any) -> Recipe:
     return Recipe(found)
 
 
+def compression_stats(target: Any, *, strict: bool = False) -> CompressionStats:
+    """What the last call did of what was planned, by component, with a reason for everything computed after all.
+
+    Args:
+        target: a pipeline, or a model that is called without one.
+        strict: raise where less than 90 % of a plan was achieved.
+
+    Raises:
+        PlanMissedError: with ``strict``; the message gives the reason and the fix.
+    """
+    stats = stats_of(model_components(target), target if is_pipeline(target) else None)
+    return stats.require() if strict else stats
+
+
 METHODS = {
     function.__name__: function
-    for function in (compress, compression_plan, compression_recipe, compression_report, decompress)
+    for function in (
+        compress,
+        compression_plan,
+        compression_recipe,
+        compression_report,
+        compression_stats,
+        decompress,
+    )
 }
 """What is attached to pipeline and model classes."""
 

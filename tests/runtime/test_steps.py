@@ -1,0 +1,628 @@
+"""The step protocol gives the right place, or says that it does not know, whatever users do with loops and schedulers."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffuse_compress.errors import DiffuseCompressWarning
+from diffuse_compress.runtime import events, steps
+from diffuse_compress.runtime.stats import PlanMissedError, Reason
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+)
+from tiny import build_pipeline, call_kwargs
+from torch import nn
+
+SCHEDULERS = sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax"))
+# What these need beyond set_timesteps(n) and step(noise, t, sample); their loops differ from all others.
+OTHER_LOOPS = {
+    "AmusedScheduler": "token ids",
+    "BlockRefinementScheduler": "token ids",
+    "DiscreteDDIMScheduler": "token ids",
+    "EntropyBoundScheduler": "token ids",
+    "VQDiffusionScheduler": "token ids",
+    "ScoreSdeVeScheduler": "step_pred",
+    "ScoreSdeVpScheduler": "deprecated, no SchedulerMixin step",
+    "KarrasVeScheduler": "deprecated",
+    "RePaintScheduler": "needs an original image and a mask",
+    "ConsistencyDecoderScheduler": "one or two steps only",
+}
+
+
+class Denoiser(nn.Module):
+    """Records the place of each of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.seen: list[steps.StepContext | None] = []
+
+    def forward(self, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
+        self.seen.append(steps.current())
+        return sample * self.weight
+
+    def rows(self) -> list[int | None]:
+        return [context.row for context in self.seen]
+
+    def steps(self) -> list[int | None]:
+        return [context.step for context in self.seen]
+
+    def problems(self) -> list[str | None]:
+        return [None if context.problem is None else context.problem.what for context in self.seen]
+
+
+@pytest.fixture
+def denoiser():
+    model = Denoiser()
+    steps.track(model)
+    yield model
+    steps.untrack(model)
+
+
+@pytest.fixture(autouse=True)
+def fresh_thread():
+    """Hand-written loops of one test must not be the past of the next."""
+    steps._thread.scopes[0].runs.clear()
+    steps._thread.scopes[0].stats.clear()
+
+
+def loop(model: nn.Module, scheduler: Any, *, scaled: bool = False, calls: int = 1, timesteps: Any = None) -> None:
+    """A hand-written sampling loop. ``scaled`` hides the schedule's storage, as Flux's ``t / 1000`` does."""
+    sample = torch.zeros(1, 4, 8, 8)
+    for t in scheduler.timesteps if timesteps is None else timesteps:
+        for _ in range(calls):
+            noise = model(sample, t / 1000 if scaled else t)
+        sample = scheduler.step(noise, t, sample, return_dict=False)[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name not in OTHER_LOOPS])
+def test_every_scheduler_counts_its_rows(name, scaled, denoiser):
+    cls = getattr(diffusers, name)
+    try:
+        scheduler = cls()
+        kwargs = {"mu": 1.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}
+        scheduler.set_timesteps(6, **kwargs)
+        loop(Denoiser(), copy.deepcopy(scheduler))
+        scheduler.set_timesteps(6, **kwargs)
+    except Exception as error:
+        pytest.skip(f"cannot be used in a plain loop: {type(error).__name__}: {str(error)[:80]}")
+    unused = cls()  # some constructors set a schedule: that is no run
+    before = unused.to_json_string()
+    loop(denoiser, scheduler, scaled=scaled)
+    count = len(scheduler.timesteps)
+    assert denoiser.problems() == [None] * count
+    assert denoiser.steps() == list(range(count))
+    assert denoiser.rows() == list(range(count))
+    assert [int(context.index) for context in denoiser.seen] == list(range(count))
+    assert unused.to_json_string() == before
+
+
+def test_most_schedulers_are_covered(denoiser):
+    """The skip above must not swallow the list."""
+    usable = 0
+    for name in SCHEDULERS:
+        if name in OTHER_LOOPS:
+            continue
+        try:
+            scheduler = getattr(diffusers, name)()
+            scheduler.set_timesteps(4)
+            loop(Denoiser(), scheduler)
+            usable += 1
+        except Exception:
+            continue
+    assert usable >= 32
+
+
+@torch.no_grad()
+def test_score_sde_ends_an_iteration_with_step_pred(denoiser):
+    scheduler = diffusers.ScoreSdeVeScheduler()
+    scheduler.set_timesteps(4)
+    scheduler.set_sigmas(4)
+    sample = torch.zeros(1, 3, 8, 8)
+    for t in scheduler.timesteps:
+        for _ in range(scheduler.config.correct_steps):
+            sample = scheduler.step_correct(denoiser(sample, t), sample).prev_sample
+        sample = scheduler.step_pred(denoiser(sample, t), t, sample).prev_sample
+    assert denoiser.steps() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [context.call for context in denoiser.seen] == [0, 1] * 4
+
+
+def test_signatures_and_files_stay(denoiser, tmp_path):
+    assert "eta" in inspect.signature(DDIMScheduler.step).parameters
+    assert "mu" in inspect.signature(FlowMatchEulerDiscreteScheduler.set_timesteps).parameters
+    assert "guidance_scale" in inspect.signature(diffusers.StableDiffusionPipeline.__call__).parameters
+    scheduler = DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    scheduler.save_pretrained(tmp_path / "wrapped")
+    steps.untrack(denoiser)
+    events.uninstall()
+    try:
+        assert not hasattr(DDIMScheduler.step, "__wrapped__")
+        scheduler.save_pretrained(tmp_path / "plain")
+    finally:
+        events.install(steps._LISTENER)
+    name = "scheduler_config.json"
+    assert (tmp_path / "wrapped" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+@torch.no_grad()
+def test_nothing_is_stored_on_a_scheduler(denoiser):
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    untouched = EulerDiscreteScheduler()
+    untouched.set_timesteps(4)
+    loop(denoiser, scheduler)
+    loop(Denoiser(), untouched)
+    assert vars(scheduler).keys() == vars(untouched).keys()
+
+
+@torch.no_grad()
+def test_classes_defined_later_and_nested_steps_count_once(denoiser):
+    class Mine(EulerDiscreteScheduler):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            return super().step(*args, **kwargs)
+
+        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+            super().set_timesteps(*args, **kwargs)
+
+    scheduler = Mine()
+    scheduler.set_timesteps(5)
+    loop(denoiser, scheduler, scaled=True)
+    assert denoiser.steps() == [0, 1, 2, 3, 4]
+
+
+@torch.no_grad()
+def test_two_schedulers_in_one_iteration_count_once(denoiser):
+    """LTX2 steps a video and an audio scheduler."""
+    video, audio = FlowMatchEulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler()
+    audio.set_timesteps(4)
+    video.set_timesteps(4)
+    sample = torch.zeros(1, 4)
+    for t in video.timesteps:
+        noise = denoiser(sample, t / 1000)
+        video.step(noise, t, sample)
+        audio.step(noise, t, sample)
+    assert denoiser.steps() == [0, 1, 2, 3] and denoiser.problems() == [None] * 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scaled", [False, True])
+def test_two_loops_in_turn_are_told_apart_or_refused(denoiser, scaled):
+    first, second = EulerDiscreteScheduler(), EulerDiscreteScheduler()
+    first.set_timesteps(4)
+    second.set_timesteps(4)
+    sample = torch.zeros(1, 4)
+    for t, u in zip(first.timesteps, second.timesteps, strict=True):
+        first.step(denoiser(sample, t / 1000 if scaled else t), t, sample)
+        second.step(denoiser(sample, u / 1000 if scaled else u), u, sample)
+    if scaled:
+        # Never a wrong answer: the second loop's calls are not taken for steps of the first.
+        assert [context.step for context in denoiser.seen[1::2]] == [None] * 4
+        assert steps.SCHEDULERS_IN_TURN.what in denoiser.problems()
+    else:
+        assert denoiser.rows() == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert denoiser.problems() == [None] * 8
+        runs = {context.run.number for context in denoiser.seen}
+        assert len(runs) == 2
+
+
+@torch.no_grad()
+def test_an_interrupted_run_does_not_live_on(denoiser):
+    sample = torch.zeros(1, 4)
+    first = EulerDiscreteScheduler()
+    first.set_timesteps(10)
+    for t in first.timesteps[:5]:
+        first.step(denoiser(sample, t), t, sample)
+    first.set_timesteps(3)
+    denoiser.seen.clear()
+    loop(denoiser, first)
+    assert denoiser.steps() == [0, 1, 2]
+    # Another scheduler, timesteps hidden: refused until the first one's silence has lasted, then followed again.
+    second = FlowMatchEulerDiscreteScheduler()
+    first.set_timesteps(10)
+    for t in first.timesteps[:5]:
+        first.step(denoiser(sample, t), t, sample)
+    denoiser.seen.clear()
+    second.set_timesteps(8)
+    loop(denoiser, second, scaled=True)
+    assert denoiser.steps()[-4:] == [4, 5, 6, 7]
+    assert all(context.step is None or context.problem is None for context in denoiser.seen)
+    assert denoiser.steps()[0] is None
+
+
+@torch.no_grad()
+def test_past_the_end_is_unknown(denoiser):
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(3)
+    loop(denoiser, scheduler)
+    loop(denoiser, scheduler, scaled=True)
+    assert denoiser.steps() == [0, 1, 2, None, None, None]
+    assert denoiser.problems()[3:] == [steps.PAST_THE_END.what] * 3
+
+
+@torch.no_grad()
+def test_no_schedule_is_unknown(denoiser):
+    denoiser(torch.zeros(1, 4), 999)
+    assert denoiser.problems() == [steps.NO_SCHEDULE.what]
+    assert denoiser.seen[0].index is None
+    assert steps.stats_of({"unet": denoiser}).components["unet"].unknown[steps.NO_SCHEDULE] == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler])
+@pytest.mark.parametrize("begin_index", [False, True])
+def test_a_run_may_start_within_the_schedule(cls, begin_index, denoiser):
+    """img2img: with and without set_begin_index, which older schedulers lack."""
+    scheduler = cls()
+    scheduler.set_timesteps(10)
+    if begin_index:
+        if not hasattr(scheduler, "set_begin_index"):
+            pytest.skip("has no begin index")
+        scheduler.set_begin_index(6)
+    rest = scheduler.timesteps[6:]
+    loop(denoiser, scheduler, timesteps=rest, scaled=begin_index)
+    count = len(rest)
+    assert denoiser.steps() == list(range(count))
+    assert denoiser.rows() == list(range(6, 6 + count))
+    assert denoiser.seen[0].run.num_steps == count
+
+
+@torch.no_grad()
+def test_a_hidden_start_is_found_after_one_step(denoiser):
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(10)
+    loop(denoiser, scheduler, timesteps=scheduler.timesteps[6:], scaled=True)
+    assert denoiser.rows()[1:] == [7, 8, 9]
+    assert denoiser.steps() == [0, 1, 2, 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", [HeunDiscreteScheduler, PNDMScheduler])
+def test_repeated_timesteps_are_rows_of_their_own(cls, denoiser):
+    scheduler = cls(skip_prk_steps=True) if cls is PNDMScheduler else cls()
+    scheduler.set_timesteps(5)
+    timesteps = scheduler.timesteps.tolist()
+    assert len(set(timesteps)) < len(timesteps)
+    loop(denoiser, scheduler)
+    assert denoiser.rows() == list(range(len(timesteps)))
+
+
+@torch.no_grad()
+def test_calls_of_a_step(denoiser):
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(3)
+    loop(denoiser, scheduler, calls=2)
+    assert [(context.step, context.call) for context in denoiser.seen] == [(s, c) for s in range(3) for c in (0, 1)]
+
+
+@torch.no_grad()
+def test_a_copy_per_request_and_a_swapped_scheduler(denoiser):
+    original = EulerDiscreteScheduler()
+    for _ in range(2):
+        mine = copy.deepcopy(original)
+        mine.set_timesteps(4)
+        denoiser.seen.clear()
+        loop(denoiser, mine)
+        assert denoiser.steps() == [0, 1, 2, 3]
+    # Copied with its schedule: the original must not be the one that steps.
+    original.set_timesteps(4)
+    mine = copy.deepcopy(original)
+    denoiser.seen.clear()
+    loop(denoiser, mine, scaled=True)
+    assert denoiser.rows() == [0, 1, 2, 3]
+    assert original.step_index is None
+    swapped = DPMSolverMultistepScheduler.from_config(original.config)
+    swapped.set_timesteps(6)
+    denoiser.seen.clear()
+    loop(denoiser, swapped)
+    assert denoiser.steps() == list(range(6))
+
+
+@torch.no_grad()
+def test_threads_have_runs_of_their_own(denoiser):
+    barrier = threading.Barrier(2)
+    seen: dict[int, list[int | None]] = {}
+
+    class Meeting(EulerDiscreteScheduler):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            barrier.wait(timeout=20)
+            return super().step(*args, **kwargs)
+
+    def generate(count: int) -> None:
+        with torch.no_grad():
+            scheduler = Meeting()
+            scheduler.set_timesteps(count)
+            sample = torch.zeros(1, 4)
+            seen[count] = []
+            for t in scheduler.timesteps[:5]:
+                denoiser(sample, t / 1000)
+                seen[count].append(len([c for c in denoiser.seen if c.run and c.run.num_rows == count]) - 1)
+                scheduler.step(sample, t, sample)
+
+    threads = [threading.Thread(target=generate, args=(count,)) for count in (5, 6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    for count in (5, 6):
+        assert [c.step for c in denoiser.seen if c.run.num_rows == count] == [0, 1, 2, 3, 4]
+
+
+@torch.no_grad()
+def test_two_experts_share_the_count():
+    """Wan 2.2: the second model's first call is in the middle of the schedule."""
+    high, low = Denoiser(), Denoiser()
+    for only_low in (False, True):
+        steps.track(low)
+        if not only_low:
+            steps.track(high)
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(6)
+        sample = torch.zeros(1, 4)
+        for i, t in enumerate(scheduler.timesteps):
+            scheduler.step((high if i < 4 else low)(sample, t.expand(1)), t, sample)
+        if not only_low:
+            assert high.steps() == [0, 1, 2, 3]
+        assert low.steps() == [4, 5] and low.rows() == [4, 5]
+        low.seen.clear()
+        steps.untrack(high)
+        steps.untrack(low)
+
+
+@torch.no_grad()
+def test_per_token_timesteps(denoiser):
+    """Wan 2.2 TI2V hands every token its own timestep: 0 where the picture is given."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    sample = torch.zeros(1, 4)
+    for t in scheduler.timesteps:
+        scheduler.step(denoiser(sample, torch.cat([torch.zeros(3), t.expand(5)])[None]), t, sample)
+    assert denoiser.rows() == [0, 1, 2, 3]
+    assert all(context.per_token for context in denoiser.seen)
+
+
+@torch.no_grad()
+def test_an_exception_leaves_nothing_behind(denoiser):
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    with pytest.raises(RuntimeError):
+        denoiser(torch.zeros(1, 4), scheduler.timesteps[0].expand(2, 3) @ torch.zeros(2))
+    assert steps.current() is None
+    denoiser.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        denoiser(torch.zeros(1, 4), scheduler.timesteps[0])
+    assert steps.current() is None
+
+
+def test_gradients_block_reuse_and_no_place_is_lost(denoiser):
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    denoiser(torch.zeros(1, 4), scheduler.timesteps[0])
+    context = denoiser.seen[0]
+    assert context.problem is None and context.blocker is steps.GRADIENT
+    with torch.no_grad():
+        assert context.blocker is None
+
+
+def test_a_deep_copied_model_is_tracked_on_its_own(denoiser):
+    twin = copy.deepcopy(denoiser)
+    assert steps.tracker_of(twin) is not steps.tracker_of(denoiser)
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(3)
+    with torch.no_grad():
+        loop(twin, scheduler)
+    assert twin.steps() == [0, 1, 2] and denoiser.seen == []
+    assert steps.tracker_of(twin).last.steps == 3 and steps.tracker_of(denoiser).last is None
+
+
+def test_untrack_leaves_no_hook(denoiser):
+    steps.track(denoiser, steps.Consumer("a"))
+    steps.track(denoiser, steps.Consumer("b"))
+    steps.untrack(denoiser, "a")
+    assert steps.tracker_of(denoiser) is not None
+    steps.untrack(denoiser, "b")
+    assert not denoiser._forward_pre_hooks and not denoiser._forward_hooks
+    assert not denoiser._forward_pre_hooks_with_kwargs and not denoiser._forward_hooks_always_called
+
+
+# Whole pipelines ------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """A consumer that plans to save one unit in every step but the first, and does what ``act`` says."""
+
+    def __init__(self, model: nn.Module, strict: bool = False) -> None:
+        self.seen: list[steps.StepContext] = []
+        self.reason: Reason | None = None
+        self.model = model
+        steps.track(model, steps.Consumer("recorder", lambda run: (run.num_steps or 1) - 1, strict=strict))
+        self.handle = model.register_forward_pre_hook(self.act)
+
+    def act(self, module: nn.Module, args: Any) -> None:
+        context = steps.current()
+        self.seen.append(context)
+        if context.step and self.reason is None:
+            context.hit("recorder")
+        elif context.step:
+            context.miss("recorder", self.reason)
+
+    def remove(self) -> None:
+        steps.untrack(self.model)
+        self.handle.remove()
+
+
+@pytest.fixture
+def pixart():
+    pipe = build_pipeline("pixart")
+    recorder = Recorder(pipe.transformer)
+    yield pipe, recorder
+    recorder.remove()
+
+
+def test_a_pipeline_call(pixart):
+    pipe, recorder = pixart
+    arguments = call_kwargs(pipe) | {"num_inference_steps": 5}
+    for _ in range(2):
+        recorder.seen.clear()
+        pipe(**arguments)
+        assert [context.step for context in recorder.seen] == [0, 1, 2, 3, 4]
+        stats = pipe.compression_stats()
+        call = stats.components["transformer"]
+        assert (call.planned_steps, call.steps, call.calls) == (5, 5, 5)
+        method = call.methods["recorder"]
+        assert (method.planned, method.hits, method.achieved) == (4, 4, 1.0)
+        assert stats.to_dict()["transformer"]["methods"]["recorder"]["reasons"] == {}
+
+
+def test_a_missed_plan_warns_once_with_reason_and_fix(pixart):
+    pipe, recorder = pixart
+    recorder.reason = Reason("the moon is full", "wait")
+    arguments = call_kwargs(pipe) | {"num_inference_steps": 4}
+    with pytest.warns(DiffuseCompressWarning, match=r"recorder saved 0 of 3 .*the moon is full \(3 times\)\. Fix: wait"):
+        pipe(**arguments)
+    pipe(**arguments)  # a second warning would be an error here
+    assert "computed 3 times: the moon is full" in str(pipe.compression_stats())
+    with pytest.raises(PlanMissedError, match="the moon is full"):
+        pipe.compression_stats(strict=True)
+
+
+def test_strict_raises_in_the_call():
+    pipe = build_pipeline("pixart")
+    recorder = Recorder(pipe.transformer, strict=True)
+    recorder.reason = Reason("the moon is full", "wait")
+    with pytest.raises(PlanMissedError, match="wait"):
+        pipe(**call_kwargs(pipe) | {"num_inference_steps": 4})
+    recorder.remove()
+
+
+def test_an_interrupt_and_an_exception_end_the_run(pixart):
+    pipe, recorder = pixart
+    arguments = call_kwargs(pipe) | {"num_inference_steps": 4}
+
+    def explode(*_: Any) -> None:
+        if len(recorder.seen) == 3:
+            raise KeyboardInterrupt
+
+    handle = pipe.transformer.register_forward_pre_hook(explode)
+    recorder.seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        pipe(**arguments)
+    handle.remove()
+    run = recorder.seen[-1].run
+    run.storage["kept"] = torch.zeros(1)
+    assert steps.current() is None and len(steps._thread.scopes) == 1
+    recorder.seen.clear()
+    pipe(**arguments)
+    assert [context.step for context in recorder.seen] == [0, 1, 2, 3]
+    assert recorder.seen[0].run is not run
+
+
+def test_an_interrupted_pipeline_is_no_missed_plan():
+    pipe = build_pipeline("stable_diffusion")
+    recorder = Recorder(pipe.unet)
+
+    def stop(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step >= 2
+        return kwargs
+
+    pipe(**call_kwargs(pipe) | {"num_inference_steps": 6, "callback_on_step_end": stop})
+    method = pipe.compression_stats().components["unet"].methods["recorder"]
+    assert (method.planned, method.hits) == (5, 2) and not method.missed
+    pipe._interrupt = False
+    recorder.seen.clear()
+    pipe(**call_kwargs(pipe) | {"num_inference_steps": 3})
+    assert [context.step for context in recorder.seen] == [0, 1, 2]
+    recorder.remove()
+
+
+def test_a_batch_that_changes_and_a_swapped_scheduler():
+    pipe = build_pipeline("stable_diffusion")
+    recorder = Recorder(pipe.unet)
+
+    def drop_guidance(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            pipe._guidance_scale = 0.0
+            kwargs["prompt_embeds"] = kwargs["prompt_embeds"].chunk(2)[-1]
+        return kwargs
+
+    arguments = call_kwargs(pipe) | {"num_inference_steps": 4, "guidance_scale": 5.0}
+    pipe(**arguments, callback_on_step_end=drop_guidance, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert [context.step for context in recorder.seen] == [0, 1, 2, 3]
+    for cls in (DPMSolverMultistepScheduler, HeunDiscreteScheduler, PNDMScheduler):
+        pipe.scheduler = cls.from_config(pipe.scheduler.config)
+        recorder.seen.clear()
+        pipe(**arguments)
+        assert [context.row for context in recorder.seen] == list(range(len(pipe.scheduler.timesteps)))
+    recorder.remove()
+
+
+def test_two_pipelines_share_a_denoiser():
+    first = build_pipeline("stable_diffusion")
+    second = type(first)(**{**first.components, "scheduler": EulerDiscreteScheduler()}, requires_safety_checker=False)
+    second.set_progress_bar_config(disable=True)
+    recorder = Recorder(first.unet)
+    for pipe, count in ((first, 3), (second, 5), (first, 4)):
+        recorder.seen.clear()
+        pipe(**call_kwargs(pipe) | {"num_inference_steps": count})
+        assert [context.step for context in recorder.seen] == list(range(count))
+    assert first.compression_stats().components["unet"].planned_steps == 4
+    assert second.compression_stats().components["unet"].planned_steps == 5
+    recorder.remove()
+
+
+def test_sequential_guidance_is_told_by_branch():
+    pipe = build_pipeline("wan")
+    recorder = Recorder(pipe.transformer)
+    pipe(**call_kwargs(pipe) | {"num_inference_steps": 3, "guidance_scale": 4.0})
+    assert [(context.step, context.key) for context in recorder.seen] == [
+        (step, name) for step in range(3) for name in ("cond", "uncond")
+    ]
+    recorder.remove()
+
+
+def test_flux_scales_its_timesteps():
+    pipe = build_pipeline("flux")
+    recorder = Recorder(pipe.transformer)
+    pipe(**call_kwargs(pipe) | {"num_inference_steps": 4})
+    assert [context.row for context in recorder.seen] == [0, 1, 2, 3]
+    recorder.remove()
+
+
+def test_no_value_is_read_back(pixart, monkeypatch):
+    """No `.item()` in the loop: it would make the host wait for the device."""
+    pipe, recorder = pixart
+    model, scheduler = pipe.transformer, EulerDiscreteScheduler()
+    forbidden: list[str] = []
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "numpy"):
+        original = getattr(torch.Tensor, name)
+
+        def spy(self, *args: Any, _original: Any = original, _name: str = name, **kwargs: Any) -> Any:
+            frame = inspect.currentframe().f_back
+            if "runtime" in frame.f_code.co_filename:
+                forbidden.append(_name)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    pipe(**call_kwargs(pipe) | {"num_inference_steps": 3})
+    assert forbidden == [] and model is pipe.transformer and scheduler is not None
+
+
+def test_compiled_models_are_said_to_be_unseen():
+    pipe = build_pipeline("pixart")
+    steps.track(pipe.transformer, steps.Consumer("nobody"))
+    pipe.transformer.compile(backend="eager", fullgraph=True)
+    pipe(**call_kwargs(pipe) | {"num_inference_steps": 2})
+    assert pipe.compression_stats().components["transformer"].unknown[steps.NOT_SEEN] == 1
+    steps.untrack(pipe.transformer)
