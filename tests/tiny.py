@@ -16,6 +16,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
+    CogVideoXTransformer3DModel,
     DDIMScheduler,
     DiffusionPipeline,
     DiTTransformer2DModel,
@@ -23,12 +24,15 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
     ModelMixin,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -37,8 +41,20 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -164,6 +180,95 @@ def _wan(**config: Any) -> nn.Module:
     return WanTransformer3DModel(**{**defaults, **config})
 
 
+def _unet(**config: Any) -> nn.Module:
+    defaults = dict(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=16,
+        norm_num_groups=8,
+    )
+    return UNet2DModel(**{**defaults, **config})
+
+
+def _sd35(**config: Any) -> nn.Module:
+    return _sd3(**{"dual_attention_layers": (0,), **config})
+
+
+def _cogvideox(**config: Any) -> nn.Module:
+    defaults = dict(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=64,
+        text_embed_dim=128,
+        num_layers=2,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=5,
+        temporal_compression_ratio=4,
+        max_text_seq_length=TEXT_LENGTH,
+    )
+    return CogVideoXTransformer3DModel(**{**defaults, **config})
+
+
+def _hunyuan_video(**config: Any) -> nn.Module:
+    defaults = dict(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        num_layers=2,
+        num_single_layers=1,
+        num_refiner_layers=2,
+        patch_size=2,
+        patch_size_t=1,
+        text_embed_dim=128,
+        pooled_projection_dim=64,
+        rope_axes_dim=(8, 12, 12),
+    )
+    return HunyuanVideoTransformer3DModel(**{**defaults, **config})
+
+
+def _qwenimage(**config: Any) -> nn.Module:
+    defaults = dict(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=128,
+        axes_dims_rope=(8, 12, 12),
+    )
+    return QwenImageTransformer2DModel(**{**defaults, **config})
+
+
+def _decoder(config_class: Any, model_class: Any) -> Callable[..., nn.Module]:
+    def make(**config: Any) -> nn.Module:
+        defaults = dict(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=1,
+        )
+        return model_class(config_class(**{**defaults, **config}))
+
+    return make
+
+
 def _t5_encoder(**config: Any) -> nn.Module:
     defaults = dict(
         vocab_size=VOCABULARY,
@@ -216,6 +321,17 @@ def _llama(**config: Any) -> nn.Module:
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
+    "unet": _unet,
+    "sd35": _sd35,
+    "cogvideox": _cogvideox,
+    "hunyuan_video": _hunyuan_video,
+    "qwenimage": _qwenimage,
+    "qwen2": _decoder(Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": _decoder(Qwen3Config, Qwen3ForCausalLM),
+    "mistral": _decoder(MistralConfig, MistralForCausalLM),
+    "gemma": _decoder(GemmaConfig, GemmaForCausalLM),
+    "gemma2": _decoder(Gemma2Config, Gemma2ForCausalLM),
+    "gemma3": _decoder(Gemma3TextConfig, Gemma3ForCausalLM),
     "pixart": _pixart,
     "dit": _dit,
     "unet_sd1": _unet_sd1,
@@ -255,21 +371,22 @@ def _cast(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def inputs_for(model: nn.Module, batch: int = 2, seed: int = 0) -> dict[str, Any]:
-    """Keyword arguments for `model.forward`, in the model's dtype and on its device.
+def inputs_for(model: nn.Module, batch: int = 2, seed: int = 0, side: int | None = None) -> dict[str, Any]:
+    """Keyword arguments for `model.forward`, in the model's dtype and on its device; latents have `side` rows.
 
     Every sample of the batch differs, in its timestep too; the last text tokens of the second half of the batch are
     masked where the model takes a mask.
     """
-    make = _Inputs(model, batch, seed)
+    make = _Inputs(model, batch, seed, side)
     return _INPUTS[type(model).__name__](make)
 
 
 class _Inputs:
     """Seeded tensors in the dtype and on the device of `model`."""
 
-    def __init__(self, model: Any, batch: int, seed: int) -> None:
+    def __init__(self, model: Any, batch: int, seed: int, side: int | None = None) -> None:
         self.config, self.batch = model.config, batch
+        self.side: int = side or getattr(model.config, "sample_size", None) or 8
         self.dtype, self.device = model.dtype, model.device
         self.generator = torch.Generator("cpu").manual_seed(seed)
 
@@ -288,7 +405,7 @@ class _Inputs:
         return mask
 
     def latents(self) -> torch.Tensor:
-        return self.randn(self.config.in_channels, self.config.sample_size, self.config.sample_size)
+        return self.randn(self.config.in_channels, self.side, self.side)
 
 
 def _pixart_inputs(make: _Inputs) -> dict[str, Any]:
@@ -320,7 +437,7 @@ def _unet_inputs(make: _Inputs) -> dict[str, Any]:
 
 
 def _flux_inputs(make: _Inputs) -> dict[str, Any]:
-    side = 4
+    side = make.side // 2
     image_ids = torch.zeros(side, side, 3, device=make.device, dtype=make.dtype)
     image_ids[..., 1] += torch.arange(side, device=make.device)[:, None]
     image_ids[..., 2] += torch.arange(side, device=make.device)[None, :]
@@ -347,7 +464,7 @@ def _sd3_inputs(make: _Inputs) -> dict[str, Any]:
 
 def _wan_inputs(make: _Inputs) -> dict[str, Any]:
     return dict(
-        hidden_states=make.randn(make.config.in_channels, 2, 8, 8),
+        hidden_states=make.randn(make.config.in_channels, 2, make.side, make.side),
         timestep=make.timestep(),
         encoder_hidden_states=make.randn(TEXT_LENGTH, make.config.text_dim),
     )
@@ -359,7 +476,58 @@ def _text_inputs(make: _Inputs) -> dict[str, Any]:
     return dict(input_ids=input_ids, attention_mask=make.mask())
 
 
+def _unconditional_inputs(make: _Inputs) -> dict[str, Any]:
+    inputs = dict(sample=make.latents(), timestep=make.timestep())
+    if make.config.num_class_embeds:
+        inputs["class_labels"] = make.randint(make.config.num_class_embeds)
+    return inputs
+
+
+def _cogvideox_inputs(make: _Inputs) -> dict[str, Any]:
+    config = make.config
+    return dict(
+        hidden_states=make.randn(2, config.in_channels, make.side, make.side),
+        encoder_hidden_states=make.randn(TEXT_LENGTH, config.text_embed_dim),
+        timestep=make.timestep(),
+    )
+
+
+def _hunyuan_video_inputs(make: _Inputs) -> dict[str, Any]:
+    config = make.config
+    return dict(
+        hidden_states=make.randn(config.in_channels, 2, make.side, make.side),
+        timestep=make.timestep(),
+        encoder_hidden_states=make.randn(TEXT_LENGTH, config.text_embed_dim),
+        encoder_attention_mask=make.mask(),
+        pooled_projections=make.randn(config.pooled_projection_dim),
+        guidance=torch.full((make.batch,), 6000.0, device=make.device, dtype=make.dtype)
+        if config.guidance_embeds
+        else None,
+    )
+
+
+def _qwenimage_inputs(make: _Inputs) -> dict[str, Any]:
+    half = make.side // 2
+    return dict(
+        hidden_states=make.randn(half * half, make.config.in_channels),
+        encoder_hidden_states=make.randn(TEXT_LENGTH, make.config.joint_attention_dim),
+        encoder_hidden_states_mask=make.mask(),
+        timestep=(make.timestep() / 1000).to(make.dtype),
+        img_shapes=[[(1, half, half)]] * make.batch,
+    )
+
+
 _INPUTS: dict[str, Callable[[_Inputs], dict[str, Any]]] = {
+    "UNet2DModel": _unconditional_inputs,
+    "CogVideoXTransformer3DModel": _cogvideox_inputs,
+    "HunyuanVideoTransformer3DModel": _hunyuan_video_inputs,
+    "QwenImageTransformer2DModel": _qwenimage_inputs,
+    "Qwen2ForCausalLM": _text_inputs,
+    "Qwen3ForCausalLM": _text_inputs,
+    "MistralForCausalLM": _text_inputs,
+    "GemmaForCausalLM": _text_inputs,
+    "Gemma2ForCausalLM": _text_inputs,
+    "Gemma3ForCausalLM": _text_inputs,
     "PixArtTransformer2DModel": _pixart_inputs,
     "DiTTransformer2DModel": _dit_inputs,
     "UNet2DConditionModel": _unet_inputs,

@@ -490,7 +490,9 @@ def test_a_missed_plan_warns_once_with_reason_and_fix(pixart):
     pipe, recorder = pixart
     recorder.reason = Reason("the moon is full", "wait")
     arguments = call_kwargs(pipe) | {"num_inference_steps": 4}
-    with pytest.warns(DiffuseCompressWarning, match=r"recorder saved 0 of 3 .*the moon is full \(3 times\)\. Fix: wait"):
+    with pytest.warns(
+        DiffuseCompressWarning, match=r"recorder saved 0 of 3 .*the moon is full \(3 times\)\. Fix: wait"
+    ):
         pipe(**arguments)
     pipe(**arguments)  # a second warning would be an error here
     assert "computed 3 times: the moon is full" in str(pipe.compression_stats())

@@ -1,0 +1,224 @@
+"""The vocabulary in which a family file says what a model class is made of.
+
+A block is a residual network of *branches* over one or two *streams* (the hidden states, and in joint attention the
+text tokens beside them)::
+
+    streams, conditioning = kind.begin(block, *args, **kwargs)      # the block's own arguments
+    for branch in kind.branches(block):
+        streams = branch.add(block, streams, branch.compute(block, streams, conditioning))
+    return kind.end(block, streams, conditioning)                   # what the block returns
+
+Run like this, every supported class gives the bits of its stock forward. Fusion, caching and temporal tables replace
+or skip single branches; ``runtime/blocks.py`` is the only place that does so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.patterns import matches
+
+__all__ = [
+    "BlockKind",
+    "Branch",
+    "BranchRole",
+    "Conditioning",
+    "Dependence",
+    "Family",
+    "Smoothing",
+    "Streams",
+    "TemporalMap",
+    "add_deltas",
+    "single_stream",
+]
+
+Streams = dict[str, torch.Tensor]
+"""Residual streams by name: "hidden_states" [batch, tokens, width] and, in joint blocks, "encoder_hidden_states"."""
+
+
+class BranchRole(str, Enum):
+    """What a branch computes."""
+
+    ATTENTION = "attention"
+    CROSS_ATTENTION = "cross-attention"
+    FEED_FORWARD = "feed-forward"
+    RESNET = "resnet"
+    WHOLE = "attention and feed-forward together"
+
+
+class Dependence(str, Enum):
+    """What the output of a layer depends on within a sampling run (``TFMQ``'s view of a denoiser)."""
+
+    TIMESTEP = "timestep"
+    TIMESTEP_AND_CONDITION = "timestep and condition"
+    CONDITION = "condition"
+    SAMPLE = "sample"
+    NOTHING = "nothing"
+
+
+class Conditioning:
+    """What a block is given beside its streams, and values computed from it once per call.
+
+    Attributes are the stock forward's arguments under their own names. ``entry`` holds the streams as they came in.
+    """
+
+    def __init__(self, entry: Streams, **arguments: Any) -> None:
+        self.entry = dict(entry)
+        self.arguments = arguments
+        self._once: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        arguments = self.__dict__.get("arguments", {})
+        if name in arguments:
+            return arguments[name]
+        raise AttributeError(f"this block has no argument {name!r}; it has {', '.join(arguments)}")
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """``compute()`` at the first request of ``name`` in this call."""
+        if name not in self._once:
+            self._once[name] = compute()
+        return self._once[name]
+
+    def preset(self, name: str, value: Any) -> None:
+        """Make ``once(name, ...)`` return a value that was looked up instead (a temporal table's modulation)."""
+        self._once[name] = value
+
+
+def add_deltas(block: nn.Module, streams: Streams, deltas: Streams) -> Streams:
+    """The usual residual addition."""
+    return {**streams, **{name: streams[name] + delta for name, delta in deltas.items()}}
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One branch of a block.
+
+    Attributes:
+        name: as its main submodule is called ("attn1", "ff").
+        role: what it computes.
+        compute: (block, streams, conditioning) -> what is added to the residual, by stream.
+        modules: submodules of the block that this branch alone runs.
+        add: (block, streams, deltas) -> streams; differs where a class casts or rescales.
+    """
+
+    name: str
+    role: BranchRole
+    compute: Callable[[nn.Module, Streams, Conditioning], Streams]
+    modules: tuple[str, ...]
+    add: Callable[[nn.Module, Streams, Streams], Streams] = add_deltas
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """Layers that share an input, and what precedes them: where per-channel scales can move between the two.
+
+    Attributes:
+        consumers: names of layers, relative to the block.
+        producer: name of a norm with weights or of a linear whose output the consumers read, relative to the block;
+            None if nothing can take the inverse scale, which then stays with the consumers (``act_pre_scale``).
+        modulation: for adaptive norms (AdaLN), the linear that makes shift and scale: x * (1 + scale) + shift is
+            divided by s when rows of shift become shift / s, and those of scale (1 + scale) / s - 1.
+        shift, scale: chunks of the modulation's output that hold them.
+        chunks: into how many equal chunks it is cut.
+        unit_offset: the producing norm multiplies by 1 + weight (Gemma).
+    """
+
+    consumers: tuple[str, ...]
+    producer: str | None = None
+    modulation: str | None = None
+    shift: int = 0
+    scale: int = 1
+    chunks: int = 6
+    unit_offset: bool = False
+
+
+@dataclass(frozen=True)
+class TemporalMap:
+    """Patterns of the layers that do not see the sample, by what they depend on."""
+
+    timestep: tuple[str, ...] = ()
+    timestep_and_condition: tuple[str, ...] = ()
+    condition: tuple[str, ...] = ()
+
+    def of(self, name: str) -> Dependence:
+        """Dependence of a layer; the first list with a matching pattern decides, and SAMPLE is what is in none."""
+        lists = (
+            (Dependence.TIMESTEP, self.timestep),
+            (Dependence.TIMESTEP_AND_CONDITION, self.timestep_and_condition),
+            (Dependence.CONDITION, self.condition),
+        )
+        for dependence, patterns in lists:
+            if any(matches(pattern, name) for pattern in patterns):
+                return dependence
+        return Dependence.SAMPLE
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """How the blocks of one class are composed.
+
+    Attributes:
+        class_name: of the block.
+        fingerprints: of the stock forwards it was written against (``runtime/blocks.py``); any other version of the
+            class runs its own forward.
+        replaced: "module:Class" of further classes whose forward the composition takes apart (adaptive norms).
+        begin, branches, end: see the module docstring. ``branches`` may depend on the block.
+        processors: class names of the attention processors that the composition holds for.
+        unsupported: why this block cannot be composed (an option of the class that is not covered), or None.
+        smoothing: of a block.
+    """
+
+    class_name: str
+    fingerprints: frozenset[str]
+    begin: Callable[..., tuple[Streams, Conditioning]]
+    branches: Callable[[nn.Module], tuple[Branch, ...]]
+    end: Callable[[nn.Module, Streams, Conditioning], Any]
+    replaced: tuple[str, ...] = ()
+    processors: frozenset[str] = frozenset()
+    unsupported: Callable[[nn.Module], str | None] = lambda block: None
+    smoothing: Callable[[nn.Module], tuple[Smoothing, ...]] = lambda block: ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """What we know of a model class.
+
+    Attributes:
+        name: of the family ("flux").
+        classes: class names of its models.
+        blocks: qualified names of the blocks of a model, in the order they run in.
+        kinds: how they are composed, by class name of the block.
+        temporal: which layers depend on the timestep, the condition or neither.
+        sensitive: patterns of the layers that lose most when compressed.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    blocks: Callable[[nn.Module], list[str]]
+    kinds: Mapping[str, BlockKind] = field(default_factory=dict)
+    temporal: Callable[[nn.Module], TemporalMap] = lambda model: TemporalMap()
+    sensitive: tuple[str, ...] = ()
+
+    def kind_of(self, block: nn.Module) -> BlockKind | None:
+        """Composition of a block, by its exact class."""
+        return self.kinds.get(type(block).__name__)
+
+
+def single_stream(block: nn.Module, streams: Streams, conditioning: Conditioning) -> torch.Tensor:
+    """``end`` of a block that returns its hidden states."""
+    return streams["hidden_states"]
+
+
+def in_lists(*names: str) -> Callable[[nn.Module], list[str]]:
+    """``Family.blocks`` for models that run whole ModuleLists one after the other."""
+
+    def blocks(model: nn.Module) -> list[str]:
+        return [f"{name}.{index}" for name in names for index in range(len(getattr(model, name, ())))]
+
+    return blocks

@@ -1,0 +1,181 @@
+"""FLUX.1: joint blocks, then blocks that run attention and feed-forward side by side over both token kinds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.families.base import (
+    BlockKind,
+    Branch,
+    BranchRole,
+    Conditioning,
+    Family,
+    Smoothing,
+    Streams,
+    TemporalMap,
+    in_lists,
+)
+from diffuse_compress.families.modulation import adaln_zero, modulate
+
+__all__ = ["FLUX"]
+
+_FP16_LIMIT = 65504
+
+
+def _begin(
+    block: nn.Module,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    image_rotary_emb: Any = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Streams, Conditioning]:
+    streams = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
+    return streams, Conditioning(
+        streams, temb=temb, image_rotary_emb=image_rotary_emb, joint_attention_kwargs=joint_attention_kwargs or {}
+    )
+
+
+def _attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
+    shift, scale, gate = adaln_zero(block, conditioning, "norm1", 6)[:3]
+    text_shift, text_scale, text_gate = adaln_zero(block, conditioning, "norm1_context", 6)[:3]
+    output, text_output = block.attn(
+        hidden_states=modulate(block.norm1.norm(streams["hidden_states"]), shift, scale),
+        encoder_hidden_states=modulate(
+            block.norm1_context.norm(streams["encoder_hidden_states"]), text_shift, text_scale
+        ),
+        image_rotary_emb=conditioning.image_rotary_emb,
+        **conditioning.joint_attention_kwargs,
+    )
+    return {
+        "hidden_states": gate.unsqueeze(1) * output,
+        "encoder_hidden_states": text_gate.unsqueeze(1) * text_output,
+    }
+
+
+def _feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
+    shift, scale, gate = adaln_zero(block, conditioning, "norm1", 6)[3:]
+    output = block.ff(modulate(block.norm2(streams["hidden_states"]), shift, scale))
+    return {"hidden_states": gate.unsqueeze(1) * output}
+
+
+def _text_feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
+    shift, scale, gate = adaln_zero(block, conditioning, "norm1_context", 6)[3:]
+    output = block.ff_context(modulate(block.norm2_context(streams["encoder_hidden_states"]), shift, scale))
+    return {"encoder_hidden_states": gate.unsqueeze(1) * output}
+
+
+def _end(block: nn.Module, streams: Streams, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+    return clipped(streams["encoder_hidden_states"]), streams["hidden_states"]
+
+
+def clipped(x: torch.Tensor) -> torch.Tensor:
+    """Within float16's range, as the stock blocks keep it."""
+    return x.clip(-_FP16_LIMIT, _FP16_LIMIT) if x.dtype == torch.float16 else x
+
+
+def _double_smoothing(block: nn.Module) -> tuple[Smoothing, ...]:
+    text = "norm1_context.linear"
+    return (
+        Smoothing(("attn.to_q", "attn.to_k", "attn.to_v"), modulation="norm1.linear"),
+        Smoothing(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), modulation=text),
+        Smoothing(("ff.net.0.proj",), modulation="norm1.linear", shift=3, scale=4),
+        Smoothing(("ff_context.net.0.proj",), modulation=text, shift=3, scale=4),
+        Smoothing(("ff.net.2",)),
+        Smoothing(("ff_context.net.2",)),
+    )
+
+
+_DOUBLE = (
+    Branch("attn", BranchRole.ATTENTION, _attention, ("attn",)),
+    Branch("ff", BranchRole.FEED_FORWARD, _feed_forward, ("ff",)),
+    Branch("ff_context", BranchRole.FEED_FORWARD, _text_feed_forward, ("ff_context",)),
+)
+
+
+def _single_begin(
+    block: nn.Module,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    image_rotary_emb: Any = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Streams, Conditioning]:
+    streams = {"hidden_states": torch.cat([encoder_hidden_states, hidden_states], dim=1)}
+    return streams, Conditioning(
+        streams,
+        temb=temb,
+        text_tokens=encoder_hidden_states.shape[1],
+        image_rotary_emb=image_rotary_emb,
+        joint_attention_kwargs=joint_attention_kwargs or {},
+    )
+
+
+def _single(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
+    shift, scale, gate = adaln_zero(block, conditioning, "norm", 3)
+    normed = modulate(block.norm.norm(streams["hidden_states"]), shift, scale)
+    mlp = block.act_mlp(block.proj_mlp(normed))
+    attention = block.attn(
+        hidden_states=normed,
+        image_rotary_emb=conditioning.image_rotary_emb,
+        **conditioning.joint_attention_kwargs,
+    )
+    return {"hidden_states": gate.unsqueeze(1) * block.proj_out(torch.cat([attention, mlp], dim=2))}
+
+
+def _single_end(block: nn.Module, streams: Streams, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+    x, count = clipped(streams["hidden_states"]), conditioning.text_tokens
+    return x[:, :count], x[:, count:]
+
+
+_SINGLE = (Branch("whole", BranchRole.WHOLE, _single, ("attn", "proj_mlp", "proj_out")),)
+
+FLUX_TRANSFORMER_BLOCK = BlockKind(
+    class_name="FluxTransformerBlock",
+    fingerprints=frozenset({"286503977b8cd946"}),
+    replaced=("diffusers.models.normalization:AdaLayerNormZero",),
+    begin=_begin,
+    branches=lambda block: _DOUBLE,
+    end=_end,
+    processors=frozenset({"FluxAttnProcessor"}),
+    smoothing=_double_smoothing,
+)
+
+FLUX_SINGLE_TRANSFORMER_BLOCK = BlockKind(
+    class_name="FluxSingleTransformerBlock",
+    fingerprints=frozenset({"823b146d7b3e758d"}),
+    replaced=("diffusers.models.normalization:AdaLayerNormZeroSingle",),
+    begin=_single_begin,
+    branches=lambda block: _SINGLE,
+    end=_single_end,
+    processors=frozenset({"FluxAttnProcessor"}),
+    smoothing=lambda block: (
+        Smoothing(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), modulation="norm.linear", chunks=3),
+        Smoothing(("proj_out",)),
+    ),
+)
+
+FLUX = Family(
+    name="flux",
+    classes=("FluxTransformer2DModel",),
+    blocks=in_lists("transformer_blocks", "single_transformer_blocks"),
+    kinds={kind.class_name: kind for kind in (FLUX_TRANSFORMER_BLOCK, FLUX_SINGLE_TRANSFORMER_BLOCK)},
+    temporal=lambda model: TemporalMap(
+        # With embedded guidance, the sum of both embedders is what depends on the request.
+        timestep=("time_text_embed.timestep_embedder.*",),
+        timestep_and_condition=(
+            "transformer_blocks.*.norm1.linear",
+            "transformer_blocks.*.norm1_context.linear",
+            "single_transformer_blocks.*.norm.linear",
+            "norm_out.linear",
+            "transformer_blocks.0.attn.add_q_proj",
+            "transformer_blocks.0.attn.add_k_proj",
+            "transformer_blocks.0.attn.add_v_proj",
+        ),
+        condition=("time_text_embed.text_embedder.*", "time_text_embed.guidance_embedder.*", "context_embedder"),
+    ),
+    sensitive=("x_embedder", "context_embedder", "proj_out"),
+)

@@ -1,0 +1,140 @@
+"""QwenImage: joint blocks with a modulation for each token kind that depends on the timestep alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.families.base import (
+    BlockKind,
+    Branch,
+    BranchRole,
+    Conditioning,
+    Family,
+    Smoothing,
+    Streams,
+    TemporalMap,
+    in_lists,
+)
+from diffuse_compress.families.flux import clipped
+
+__all__ = ["QWENIMAGE"]
+
+
+def _begin(
+    block: nn.Module,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    encoder_hidden_states_mask: torch.Tensor | None,
+    temb: torch.Tensor,
+    image_rotary_emb: Any = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+    modulate_index: torch.Tensor | None = None,
+) -> tuple[Streams, Conditioning]:
+    streams = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
+    return streams, Conditioning(
+        streams,
+        encoder_hidden_states_mask=encoder_hidden_states_mask,
+        temb=temb,
+        image_rotary_emb=image_rotary_emb,
+        joint_attention_kwargs=joint_attention_kwargs or {},
+        modulate_index=modulate_index,
+    )
+
+
+def _image_modulation(block: Any, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+    """(shift, scale, gate) in one tensor [batch, 3 * width], for attention and for feed-forward."""
+    halves: tuple[torch.Tensor, torch.Tensor] = conditioning.once(
+        "img_mod", lambda: block.img_mod(conditioning.temb).chunk(2, dim=-1)
+    )
+    return halves
+
+
+def _text_modulation(block: Any, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+    def compute() -> Any:
+        temb = conditioning.temb
+        # With two timesteps in one batch (picture editing), text follows the first.
+        temb = torch.chunk(temb, 2, dim=0)[0] if block.zero_cond_t else temb
+        return block.txt_mod(temb).chunk(2, dim=-1)
+
+    halves: tuple[torch.Tensor, torch.Tensor] = conditioning.once("txt_mod", compute)
+    return halves
+
+
+def _attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
+    image = block.img_norm1(streams["hidden_states"])
+    image, gate = block._modulate(image, _image_modulation(block, conditioning)[0], conditioning.modulate_index)
+    text = block.txt_norm1(streams["encoder_hidden_states"])
+    text, text_gate = block._modulate(text, _text_modulation(block, conditioning)[0])
+    output, text_output = block.attn(
+        hidden_states=image,
+        encoder_hidden_states=text,
+        encoder_hidden_states_mask=conditioning.encoder_hidden_states_mask,
+        image_rotary_emb=conditioning.image_rotary_emb,
+        **conditioning.joint_attention_kwargs,
+    )
+    return {"hidden_states": gate * output, "encoder_hidden_states": text_gate * text_output}
+
+
+def _image_mlp(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
+    x = block.img_norm2(streams["hidden_states"])
+    x, gate = block._modulate(x, _image_modulation(block, conditioning)[1], conditioning.modulate_index)
+    return {"hidden_states": gate * block.img_mlp(x)}
+
+
+def _text_mlp(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
+    x = block.txt_norm2(streams["encoder_hidden_states"])
+    x, gate = block._modulate(x, _text_modulation(block, conditioning)[1])
+    return {"encoder_hidden_states": gate * block.txt_mlp(x)}
+
+
+def _end(block: nn.Module, streams: Streams, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+    return clipped(streams["encoder_hidden_states"]), clipped(streams["hidden_states"])
+
+
+_BRANCHES = (
+    Branch("attn", BranchRole.ATTENTION, _attention, ("attn",)),
+    Branch("img_mlp", BranchRole.FEED_FORWARD, _image_mlp, ("img_mlp",)),
+    Branch("txt_mlp", BranchRole.FEED_FORWARD, _text_mlp, ("txt_mlp",)),
+)
+
+QWENIMAGE_TRANSFORMER_BLOCK = BlockKind(
+    class_name="QwenImageTransformerBlock",
+    fingerprints=frozenset({"8b2cee775f210afa"}),
+    begin=_begin,
+    branches=lambda block: _BRANCHES,
+    end=_end,
+    processors=frozenset({"QwenDoubleStreamAttnProcessor2_0"}),
+    smoothing=lambda block: (
+        Smoothing(("attn.to_q", "attn.to_k", "attn.to_v"), modulation="img_mod.1"),
+        Smoothing(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), modulation="txt_mod.1"),
+        Smoothing(("img_mlp.net.0.proj",), modulation="img_mod.1", shift=3, scale=4),
+        Smoothing(("txt_mlp.net.0.proj",), modulation="txt_mod.1", shift=3, scale=4),
+        Smoothing(("img_mlp.net.2",)),
+        Smoothing(("txt_mlp.net.2",)),
+    ),
+)
+
+QWENIMAGE = Family(
+    name="qwenimage",
+    classes=("QwenImageTransformer2DModel",),
+    blocks=in_lists("transformer_blocks"),
+    kinds={"QwenImageTransformerBlock": QWENIMAGE_TRANSFORMER_BLOCK},
+    temporal=lambda model: TemporalMap(
+        timestep=(
+            "time_text_embed.timestep_embedder.*",
+            "transformer_blocks.*.img_mod.1",
+            "transformer_blocks.*.txt_mod.1",
+            "norm_out.linear",
+        ),
+        timestep_and_condition=(
+            "transformer_blocks.0.attn.add_q_proj",
+            "transformer_blocks.0.attn.add_k_proj",
+            "transformer_blocks.0.attn.add_v_proj",
+        ),
+        condition=("txt_in",),
+    ),
+    sensitive=("img_in", "txt_in", "proj_out"),
+)

@@ -1,0 +1,154 @@
+"""Stable Diffusion 3 and 3.5: joint attention over picture and text tokens (arXiv 2403.03206)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.families.base import (
+    BlockKind,
+    Branch,
+    BranchRole,
+    Conditioning,
+    Family,
+    Smoothing,
+    Streams,
+    TemporalMap,
+    in_lists,
+)
+from diffuse_compress.families.modulation import adaln_zero, modulate
+
+__all__ = ["SD3"]
+
+
+def _begin(
+    block: nn.Module,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Streams, Conditioning]:
+    streams = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
+    return streams, Conditioning(streams, temb=temb, joint_attention_kwargs=joint_attention_kwargs or {})
+
+
+def _normed(block: Any, conditioning: Conditioning) -> torch.Tensor:
+    """The block's input, normed once for both attentions of a dual block."""
+    normed: torch.Tensor = conditioning.once("normed", lambda: block.norm1.norm(conditioning.entry["hidden_states"]))
+    return normed
+
+
+def _attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
+    shift, scale, gate = adaln_zero(block, conditioning, "norm1", 9 if block.use_dual_attention else 6)[:3]
+    x = streams["hidden_states"]
+    normed = _normed(block, conditioning) if block.use_dual_attention else block.norm1.norm(x)
+    text = streams["encoder_hidden_states"]
+    if block.context_pre_only:
+        normed_text = block.norm1_context(text, conditioning.temb)
+    else:
+        text_shift, text_scale, text_gate = adaln_zero(block, conditioning, "norm1_context", 6)[:3]
+        normed_text = modulate(block.norm1_context.norm(text), text_shift, text_scale)
+    output, text_output = block.attn(
+        hidden_states=modulate(normed, shift, scale),
+        encoder_hidden_states=normed_text,
+        **conditioning.joint_attention_kwargs,
+    )
+    deltas = {"hidden_states": gate.unsqueeze(1) * output}
+    if not block.context_pre_only:
+        deltas["encoder_hidden_states"] = text_gate.unsqueeze(1) * text_output
+    return deltas
+
+
+def _second_attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
+    """Picture tokens alone, and of the block's input: SD3.5's dual attention."""
+    shift, scale, gate = adaln_zero(block, conditioning, "norm1", 9)[6:]
+    x = modulate(_normed(block, conditioning), shift, scale)
+    output = block.attn2(hidden_states=x, **conditioning.joint_attention_kwargs)
+    return {"hidden_states": gate.unsqueeze(1) * output}
+
+
+def _feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
+    values = adaln_zero(block, conditioning, "norm1", 9 if block.use_dual_attention else 6)
+    shift, scale, gate = values[3:6]
+    output = block.ff(modulate(block.norm2(streams["hidden_states"]), shift, scale))
+    return {"hidden_states": gate.unsqueeze(1) * output}
+
+
+def _text_feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
+    shift, scale, gate = adaln_zero(block, conditioning, "norm1_context", 6)[3:]
+    output = block.ff_context(modulate(block.norm2_context(streams["encoder_hidden_states"]), shift, scale))
+    return {"encoder_hidden_states": gate.unsqueeze(1) * output}
+
+
+_ATTN = Branch("attn", BranchRole.ATTENTION, _attention, ("attn",))
+_ATTN2 = Branch("attn2", BranchRole.ATTENTION, _second_attention, ("attn2",))
+_FF = Branch("ff", BranchRole.FEED_FORWARD, _feed_forward, ("ff",))
+_FF_CONTEXT = Branch("ff_context", BranchRole.FEED_FORWARD, _text_feed_forward, ("ff_context",))
+
+
+def _branches(block: Any) -> tuple[Branch, ...]:
+    first = (_ATTN, _ATTN2) if block.use_dual_attention else (_ATTN,)
+    return (*first, _FF) if block.context_pre_only else (*first, _FF, _FF_CONTEXT)
+
+
+def _end(block: Any, streams: Streams, conditioning: Conditioning) -> tuple[torch.Tensor | None, torch.Tensor]:
+    return None if block.context_pre_only else streams["encoder_hidden_states"], streams["hidden_states"]
+
+
+def _smoothing(block: Any) -> tuple[Smoothing, ...]:
+    chunks = 9 if block.use_dual_attention else 6
+    entries = [
+        Smoothing(("attn.to_q", "attn.to_k", "attn.to_v"), modulation="norm1.linear", chunks=chunks),
+        Smoothing(("ff.net.0.proj",), modulation="norm1.linear", shift=3, scale=4, chunks=chunks),
+        Smoothing(("ff.net.2",)),
+    ]
+    text = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+    if block.use_dual_attention:
+        second = ("attn2.to_q", "attn2.to_k", "attn2.to_v")
+        entries.append(Smoothing(second, modulation="norm1.linear", shift=6, scale=7, chunks=9))
+    if block.context_pre_only:
+        # AdaLayerNormContinuous: scale comes first.
+        entries.append(Smoothing(text, modulation="norm1_context.linear", shift=1, scale=0, chunks=2))
+    else:
+        entries.append(Smoothing(text, modulation="norm1_context.linear"))
+        entries.append(Smoothing(("ff_context.net.0.proj",), modulation="norm1_context.linear", shift=3, scale=4))
+        entries.append(Smoothing(("ff_context.net.2",)))
+    return tuple(entries)
+
+
+JOINT_TRANSFORMER_BLOCK = BlockKind(
+    class_name="JointTransformerBlock",
+    fingerprints=frozenset({"bdf7ec69e9a504c5"}),
+    replaced=(
+        "diffusers.models.normalization:AdaLayerNormZero",
+        "diffusers.models.normalization:SD35AdaLayerNormZeroX",
+    ),
+    begin=_begin,
+    branches=_branches,
+    end=_end,
+    processors=frozenset({"JointAttnProcessor2_0"}),
+    unsupported=lambda block: "feed-forward chunking" if block._chunk_size is not None else None,
+    smoothing=_smoothing,
+)
+
+SD3 = Family(
+    name="sd3",
+    classes=("SD3Transformer2DModel",),
+    blocks=in_lists("transformer_blocks"),
+    kinds={"JointTransformerBlock": JOINT_TRANSFORMER_BLOCK},
+    temporal=lambda model: TemporalMap(
+        timestep=("time_text_embed.timestep_embedder.*",),
+        timestep_and_condition=(
+            "transformer_blocks.*.norm1.linear",
+            "transformer_blocks.*.norm1_context.linear",
+            "norm_out.linear",
+            "transformer_blocks.0.attn.add_q_proj",
+            "transformer_blocks.0.attn.add_k_proj",
+            "transformer_blocks.0.attn.add_v_proj",
+        ),
+        condition=("time_text_embed.text_embedder.*", "context_embedder"),
+    ),
+    sensitive=("pos_embed", "context_embedder", "proj_out"),
+)

@@ -1,0 +1,225 @@
+"""UNets: ``UNet2DModel`` (DDPM) and ``UNet2DConditionModel`` (Stable Diffusion 1, 2 and XL)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diffuse_compress.families.base import (
+    BlockKind,
+    Branch,
+    BranchRole,
+    Conditioning,
+    Family,
+    Streams,
+    TemporalMap,
+    single_stream,
+)
+from diffuse_compress.families.basic_block import BASIC_TRANSFORMER_BLOCK
+
+__all__ = ["UNET_2D", "UNET_2D_CONDITION"]
+
+
+def _resnet_begin(
+    block: nn.Module, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args: Any, **kwargs: Any
+) -> tuple[Streams, Conditioning]:
+    streams = {"hidden_states": input_tensor}
+    return streams, Conditioning(streams, temb=temb)
+
+
+def _time_projection(block: Any, conditioning: Conditioning) -> torch.Tensor | None:
+    """[batch, channels, 1, 1]: what the timestep adds, or the scale and shift it makes."""
+
+    def compute() -> torch.Tensor | None:
+        temb = conditioning.temb
+        if block.time_emb_proj is None:
+            return None if temb is None else temb
+        temb = temb if block.skip_time_act else block.nonlinearity(temb)
+        projected: torch.Tensor = block.time_emb_proj(temb)[:, :, None, None]
+        return projected
+
+    value: torch.Tensor | None = conditioning.once("time_emb_proj", compute)
+    return value
+
+
+def _resized(block: Any, x: torch.Tensor) -> torch.Tensor:
+    if block.upsample is not None:
+        # diffusers: nearest upsampling of channels-last tensors fails for large batches.
+        resized: torch.Tensor = block.upsample(x.contiguous() if x.shape[0] >= 64 else x)
+        return resized
+    return x if block.downsample is None else block.downsample(x)
+
+
+def _resnet(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
+    x = block.nonlinearity(block.norm1(streams["hidden_states"]))
+    x = block.conv1(_resized(block, x))
+    temb = _time_projection(block, conditioning)
+    if block.time_embedding_norm == "scale_shift" and temb is not None:
+        scale, shift = torch.chunk(temb, 2, dim=1)
+        x = block.norm2(x) * (1 + scale) + shift
+    else:
+        x = block.norm2(x + temb if block.time_embedding_norm == "default" and temb is not None else x)
+    return {"hidden_states": block.conv2(block.dropout(block.nonlinearity(x)))}
+
+
+def _add_to_shortcut(block: Any, streams: Streams, deltas: Streams) -> Streams:
+    x = _resized(block, streams["hidden_states"])
+    if block.conv_shortcut is not None:
+        x = block.conv_shortcut(x.contiguous() if block.training else x)
+    return {"hidden_states": (x + deltas["hidden_states"]) / block.output_scale_factor}
+
+
+_RESNET = (Branch("resnet", BranchRole.RESNET, _resnet, ("norm1", "conv1", "norm2", "conv2"), _add_to_shortcut),)
+
+RESNET_BLOCK = BlockKind(
+    class_name="ResnetBlock2D",
+    fingerprints=frozenset({"007a9856a892847a"}),
+    begin=_resnet_begin,
+    branches=lambda block: _RESNET,
+    end=single_stream,
+    unsupported=lambda block: (
+        None
+        if block.time_embedding_norm in ("default", "scale_shift")
+        else f"time_embedding_norm={block.time_embedding_norm!r}"
+    ),
+)
+
+
+def _attention_begin(
+    block: nn.Module,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Streams, Conditioning]:
+    streams = {"hidden_states": hidden_states}
+    return streams, Conditioning(streams, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
+
+
+def _spatial_attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
+    """AttnProcessor2_0 on a picture [batch, channels, height, width], without its residual."""
+    x = streams["hidden_states"]
+    shape = x.shape
+    tokens = x.view(shape[0], shape[1], -1).transpose(1, 2)
+    if block.group_norm is not None:
+        tokens = block.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
+    query, key, value = (
+        layer(tokens).unflatten(2, (block.heads, -1)).transpose(1, 2) for layer in (block.to_q, block.to_k, block.to_v)
+    )
+    output = F.scaled_dot_product_attention(query, key, value, dropout_p=0.0, is_causal=False)
+    output = output.transpose(1, 2).reshape(shape[0], -1, block.to_q.out_features).to(query.dtype)
+    output = block.to_out[1](block.to_out[0](output))
+    return {"hidden_states": output.transpose(-1, -2).reshape(shape)}
+
+
+def _rescaled(block: Any, streams: Streams, deltas: Streams) -> Streams:
+    x = deltas["hidden_states"] + streams["hidden_states"]
+    return {"hidden_states": x / block.rescale_output_factor}
+
+
+_ATTENTION = (
+    Branch(
+        "attention",
+        BranchRole.ATTENTION,
+        _spatial_attention,
+        ("to_q", "to_k", "to_v", "to_out"),
+        _rescaled,
+    ),
+)
+
+
+def _attention_unsupported(block: Any) -> str | None:
+    if not block.residual_connection or block.spatial_norm is not None:
+        return "attention without a residual of its own, or with spatial norm"
+    plain = block.norm_q is None and block.norm_k is None and not block.only_cross_attention
+    return None if plain and block.norm_cross is None else "attention with further norms"
+
+
+SPATIAL_ATTENTION = BlockKind(
+    class_name="Attention",
+    fingerprints=frozenset({"561659c5ef44a963"}),
+    replaced=("diffusers.models.attention_processor:AttnProcessor2_0.__call__",),
+    begin=_attention_begin,
+    branches=lambda block: _ATTENTION,
+    end=single_stream,
+    processors=frozenset({"AttnProcessor2_0"}),
+    unsupported=_attention_unsupported,
+)
+
+_KINDS = {kind.class_name: kind for kind in (RESNET_BLOCK, BASIC_TRANSFORMER_BLOCK, SPATIAL_ATTENTION)}
+
+
+def _blocks(model: Any) -> list[str]:
+    """Residual units in the order of the forward pass: down, middle, up; each resnet before its attention."""
+    names: list[str] = []
+    for side in ("down_blocks", "mid_block", "up_blocks"):
+        stages = getattr(model, side, None)
+        if stages is None:
+            continue
+        listed = [(f"{side}.{index}", stage) for index, stage in enumerate(stages)] if side != "mid_block" else None
+        for name, stage in listed if listed is not None else [(side, stages)]:
+            names.extend(_stage(name, stage))
+    return names
+
+
+def _stage(prefix: str, stage: Any) -> list[str]:
+    resnets = [f"{prefix}.resnets.{index}" for index in range(len(getattr(stage, "resnets", None) or ()))]
+    attentions = [
+        _units(f"{prefix}.attentions.{index}", attention)
+        for index, attention in enumerate(getattr(stage, "attentions", None) or ())
+    ]
+    names: list[str] = []
+    # The middle begins and ends with a resnet.
+    lead = 1 if len(resnets) == len(attentions) + 1 else 0
+    names.extend(resnets[:lead])
+    for index in range(max(len(resnets) - lead, len(attentions))):
+        pair = [resnets[lead + index]] if lead + index < len(resnets) else []
+        units = attentions[index] if index < len(attentions) else []
+        names.extend([*units, *pair] if lead else [*pair, *units])
+    for sampler in ("downsamplers", "upsamplers"):
+        for index, module in enumerate(getattr(stage, sampler, None) or ()):
+            if type(module).__name__ == "ResnetBlock2D":
+                names.append(f"{prefix}.{sampler}.{index}")
+    return names
+
+
+def _units(name: str, attention: Any) -> list[str]:
+    inner = getattr(attention, "transformer_blocks", None)
+    if inner is not None:
+        return [f"{name}.transformer_blocks.{index}" for index in range(len(inner))]
+    return [] if attention is None else [name]
+
+
+def _temporal(model: Any) -> TemporalMap:
+    projections = ("*.time_emb_proj",)
+    condition = ("*.attn2.to_k", "*.attn2.to_v", "class_embedding", "add_embedding.*", "encoder_hid_proj")
+    config = model.config
+    if config.get("time_cond_proj_dim") is not None:
+        # LCM feeds the guidance scale into the time embedding.
+        return TemporalMap((), ("time_embedding.linear_*", *projections), (*condition, "time_embedding.cond_proj"))
+    added = any(config.get(key) is not None for key in ("class_embed_type", "num_class_embeds", "addition_embed_type"))
+    if added:
+        return TemporalMap(("time_embedding.*",), projections, condition)
+    return TemporalMap(("time_embedding.*", *projections), (), condition)
+
+
+UNET_2D = Family(
+    name="unet2d",
+    classes=("UNet2DModel",),
+    blocks=_blocks,
+    kinds=_KINDS,
+    temporal=_temporal,
+    sensitive=("conv_in", "conv_out", "*.conv_shortcut", "*.upsamplers.*.conv"),
+)
+
+UNET_2D_CONDITION = Family(
+    name="unet2d_condition",
+    classes=("UNet2DConditionModel",),
+    blocks=_blocks,
+    kinds=_KINDS,
+    temporal=_temporal,
+    sensitive=("conv_in", "conv_out", "*.conv_shortcut", "*.upsamplers.*.conv"),
+)

@@ -1,0 +1,120 @@
+"""Wan 2.1 and 2.2: video, one AdaLN table for all blocks, residuals added in float32 (arXiv 2503.20314)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.families.base import (
+    BlockKind,
+    Branch,
+    BranchRole,
+    Conditioning,
+    Family,
+    Smoothing,
+    Streams,
+    TemporalMap,
+    in_lists,
+    single_stream,
+)
+
+__all__ = ["WAN"]
+
+
+def _begin(
+    block: nn.Module,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    temb: torch.Tensor,
+    rotary_emb: Any,
+) -> tuple[Streams, Conditioning]:
+    streams = {"hidden_states": hidden_states}
+    return streams, Conditioning(streams, encoder_hidden_states=encoder_hidden_states, temb=temb, rotary_emb=rotary_emb)
+
+
+def _modulation(block: Any, conditioning: Conditioning) -> tuple[torch.Tensor, ...]:
+    """Six fp32 tensors, [batch, 1, width], or [batch, tokens, width] with per-token timesteps."""
+
+    def compute() -> tuple[torch.Tensor, ...]:
+        temb = conditioning.temb
+        if temb.ndim == 4:
+            parts = (block.scale_shift_table.unsqueeze(0) + temb.float()).chunk(6, dim=2)
+            return tuple(part.squeeze(2) for part in parts)
+        return tuple((block.scale_shift_table + temb.float()).chunk(6, dim=1))
+
+    values: tuple[torch.Tensor, ...] = conditioning.once("modulation", compute)
+    return values
+
+
+def _add_in_float32(block: nn.Module, streams: Streams, deltas: Streams) -> Streams:
+    x = streams["hidden_states"]
+    return {"hidden_states": (x.float() + deltas["hidden_states"]).type_as(x)}
+
+
+def _self_attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
+    shift, scale, gate = _modulation(block, conditioning)[:3]
+    x = streams["hidden_states"]
+    normed = (block.norm1(x.float()) * (1 + scale) + shift).type_as(x)
+    return {"hidden_states": block.attn1(normed, None, None, conditioning.rotary_emb) * gate}
+
+
+def _cross_attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
+    x = streams["hidden_states"]
+    normed = block.norm2(x.float()).type_as(x)
+    return {"hidden_states": block.attn2(normed, conditioning.encoder_hidden_states, None, None)}
+
+
+def _feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
+    shift, scale, gate = _modulation(block, conditioning)[3:]
+    x = streams["hidden_states"]
+    normed = (block.norm3(x.float()) * (1 + scale) + shift).type_as(x)
+    return {"hidden_states": block.ffn(normed).float() * gate}
+
+
+_BRANCHES = (
+    Branch("attn1", BranchRole.ATTENTION, _self_attention, ("attn1",), _add_in_float32),
+    Branch("attn2", BranchRole.CROSS_ATTENTION, _cross_attention, ("attn2",)),
+    Branch("ffn", BranchRole.FEED_FORWARD, _feed_forward, ("ffn",), _add_in_float32),
+)
+
+
+def _smoothing(block: Any) -> tuple[Smoothing, ...]:
+    # One table of timesteps serves every block, so it cannot take one block's scales.
+    return (
+        Smoothing(("attn1.to_q", "attn1.to_k", "attn1.to_v")),
+        Smoothing(("attn2.to_q",), producer=None if isinstance(block.norm2, nn.Identity) else "norm2"),
+        Smoothing(("ffn.net.0.proj",)),
+        Smoothing(("ffn.net.2",)),
+    )
+
+
+WAN_TRANSFORMER_BLOCK = BlockKind(
+    class_name="WanTransformerBlock",
+    fingerprints=frozenset({"1c5bb4dcb0c3699b"}),
+    begin=_begin,
+    branches=lambda block: _BRANCHES,
+    end=single_stream,
+    processors=frozenset({"WanAttnProcessor"}),
+    smoothing=_smoothing,
+)
+
+WAN = Family(
+    name="wan",
+    classes=("WanTransformer3DModel",),
+    blocks=in_lists("blocks"),
+    kinds={"WanTransformerBlock": WAN_TRANSFORMER_BLOCK},
+    temporal=lambda model: TemporalMap(
+        timestep=("condition_embedder.time_embedder.*", "condition_embedder.time_proj"),
+        condition=(
+            "condition_embedder.text_embedder.*",
+            "condition_embedder.image_embedder.*",
+            "blocks.*.attn2.to_k",
+            "blocks.*.attn2.to_v",
+            "blocks.*.attn2.add_k_proj",
+            "blocks.*.attn2.add_v_proj",
+        ),
+    ),
+    sensitive=("patch_embedding", "condition_embedder", "proj_out"),
+)

@@ -1,0 +1,380 @@
+"""Composed from its family's branches, every supported block gives the bits of its stock forward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+from diffuse_compress.errors import ModelStateError
+from diffuse_compress.families.base import BranchRole
+from diffuse_compress.families.registry import FAMILIES, family_of
+from diffuse_compress.runtime import blocks
+from diffuse_compress.runtime.blocks import BlockOption, composable_blocks, disown, own, owned_options
+
+# One model for each family; several where a class has options that change its blocks.
+CASES: list[tuple[str, dict]] = [
+    ("unet", {}),
+    ("unet", {"resnet_time_scale_shift": "scale_shift", "num_class_embeds": 5, "downsample_type": "resnet"}),
+    ("unet", {"down_block_types": ("ResnetDownsampleBlock2D",) * 2, "up_block_types": ("ResnetUpsampleBlock2D",) * 2}),
+    ("unet_sd1", {}),
+    ("unet_sd1", {"use_linear_projection": True, "layers_per_block": 2}),
+    ("unet_sdxl", {}),
+    ("dit", {}),
+    ("pixart", {}),
+    ("pixart", {"use_additional_conditions": True, "attention_head_dim": 48, "cross_attention_dim": 192}),
+    ("sd3", {}),
+    ("sd35", {}),
+    ("flux", {}),
+    ("wan", {}),
+    ("wan", {"cross_attn_norm": False, "added_kv_proj_dim": None}),
+    ("cogvideox", {}),
+    ("cogvideox", {"use_rotary_positional_embeddings": False, "ofs_embed_dim": None}),
+    ("hunyuan_video", {}),
+    ("qwenimage", {}),
+    ("llama", {}),
+    ("qwen2", {}),
+    ("qwen3", {}),
+    ("mistral", {}),
+    ("gemma", {}),
+    ("gemma2", {}),
+    ("gemma3", {}),
+]
+IDS = [f"{name}-{index}" for index, (name, _) in enumerate(CASES)]
+
+
+class Watch(BlockOption):
+    """Changes nothing, notes what it saw."""
+
+    name = "watch"
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def branch(self, block, branch, streams, conditioning, compute):
+        self.seen.append(branch.name)
+        return compute()
+
+
+def output_of(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+    with torch.no_grad():
+        output = model(**inputs)
+    return output.logits if hasattr(output, "logits") else output[0]
+
+
+def extra_inputs(model: torch.nn.Module, inputs: dict) -> dict:
+    if getattr(model, "use_additional_conditions", False):
+        count, dtype = len(inputs["timestep"]), inputs["hidden_states"].dtype
+        sizes = {"resolution": torch.full((count, 2), 32.0), "aspect_ratio": torch.full((count, 1), 1.0)}
+        inputs["added_cond_kwargs"] = {name: value.to(dtype) for name, value in sizes.items()}
+    return inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("batch", "side"), [(2, 8), (1, 12)])
+@pytest.mark.parametrize(("name", "config"), CASES, ids=IDS)
+def test_composed_equals_stock(name, config, batch, side, dtype):
+    model = tiny.build(name, dtype=dtype, **config)
+    inputs = extra_inputs(model, tiny.inputs_for(model, batch=batch, side=side))
+    expected = output_of(model, inputs)
+    family = family_of(model)
+    names = family.blocks(model)
+    watch = Watch()
+    for block in names:
+        own(model.get_submodule(block), watch)
+    assert torch.equal(output_of(model, inputs), expected)
+    wanted = [
+        branch.name
+        for block in names
+        for branch in family.kind_of(model.get_submodule(block)).branches(model.get_submodule(block))
+    ]
+    assert watch.seen == wanted and len(names) >= 2
+    for block in names:
+        disown(model.get_submodule(block), "watch")
+    assert torch.equal(output_of(model, inputs), expected)
+    assert not any("forward" in module.__dict__ or owned_options(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(("name", "config"), CASES, ids=IDS)
+def test_blocks_are_listed_in_the_order_they_run_in(name, config):
+    model = tiny.build(name, **config)
+    names = family_of(model).blocks(model)
+    order: list[str] = []
+    handles = [
+        model.get_submodule(block).register_forward_pre_hook(lambda *_, block=block: order.append(block))
+        for block in names
+    ]
+    output_of(model, extra_inputs(model, tiny.inputs_for(model)))
+    for handle in handles:
+        handle.remove()
+    assert order == names
+    assert composable_blocks(model) == dict.fromkeys(names)
+
+
+@pytest.mark.parametrize(("name", "config"), CASES, ids=IDS)
+def test_branches_hold_the_modules_they_name(name, config):
+    """A branch that is skipped must skip the layers it says it owns, and no layer may belong to two branches."""
+    model = tiny.build(name, **config)
+    family = family_of(model)
+    inputs = extra_inputs(model, tiny.inputs_for(model))
+    for block_name in family.blocks(model):
+        block = model.get_submodule(block_name)
+        branches = family.kind_of(block).branches(block)
+        for branch in branches:
+            ran: list[str] = []
+            handles = [
+                block.get_submodule(part).register_forward_hook(lambda *_, part=part: ran.append(part))
+                for other in branches
+                for part in other.modules
+            ]
+            option = Skip(branch.name)
+            own(block, option)
+            try:
+                output_of(model, inputs)
+            finally:
+                disown(block, option.name)
+                for handle in handles:
+                    handle.remove()
+            assert option.skipped and not set(ran) & set(branch.modules)
+            assert set(ran) == {part for other in branches for part in other.modules} - set(branch.modules)
+
+
+class Skip(BlockOption):
+    """Adds zeros instead of one branch's output."""
+
+    name = "skip"
+
+    def __init__(self, branch: str) -> None:
+        self.target, self.skipped = branch, False
+
+    def branch(self, block, branch, streams, conditioning, compute):
+        if branch.name != self.target:
+            return compute()
+        self.skipped = True
+        deltas = {name: x.new_zeros(()) for name, x in streams.items()}
+        if branch.role is BranchRole.RESNET:
+            deltas = {"hidden_states": x.new_zeros(()) for x in streams.values()}
+        return deltas
+
+
+@pytest.mark.parametrize(("name", "config"), CASES, ids=IDS)
+def test_smoothing_names_layers_that_share_an_input(name, config):
+    model = tiny.build(name, **config)
+    family = family_of(model)
+    seen: dict[str, torch.Tensor] = {}
+    handles = []
+    for block_name in family.blocks(model):
+        block = model.get_submodule(block_name)
+        for entry in family.kind_of(block).smoothing(block):
+            for layer in entry.consumers:
+                full = f"{block_name}.{layer}"
+                handles.append(
+                    model.get_submodule(full).register_forward_pre_hook(
+                        lambda _, args, full=full: seen.__setitem__(full, args[0].clone())
+                    )
+                )
+    output_of(model, extra_inputs(model, tiny.inputs_for(model)))
+    for handle in handles:
+        handle.remove()
+    for block_name in family.blocks(model):
+        block = model.get_submodule(block_name)
+        for entry in family.kind_of(block).smoothing(block):
+            first, *others = (seen[f"{block_name}.{layer}"] for layer in entry.consumers)
+            assert all(torch.equal(first, other) for other in others), entry
+            if entry.producer is not None:
+                assert block.get_submodule(entry.producer).weight.shape[0] in (first.shape[-1], 2 * first.shape[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        case
+        for case in CASES
+        if case[0]
+        in {"dit", "sd3", "sd35", "flux", "qwenimage", "hunyuan_video", "unet_sd1", "llama", "gemma", "gemma3"}
+    ],
+)
+def test_scales_move_into_what_precedes_without_changing_the_function(name, config):
+    """Smoothing as its entries say, in float64: consumers times s, and the producer or modulation over s."""
+    model = tiny.build(name, dtype=torch.float64, **config)
+    inputs = tiny.inputs_for(model)
+    expected = output_of(model, inputs)
+    moved = 0
+    with torch.no_grad():
+        for block_name in family_of(model).blocks(model):
+            block = model.get_submodule(block_name)
+            for entry in family_of(model).kind_of(block).smoothing(block):
+                moved += smooth(block, entry)
+    assert moved > 0
+    actual = output_of(model, inputs)
+    # Gemma's norms compute in float32 whatever the dtype.
+    rtol, atol = (1e-3, 1e-6) if name.startswith("gemma") else (1e-6, 1e-8)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+def smooth(block: torch.nn.Module, entry) -> int:
+    consumers = [block.get_submodule(layer) for layer in entry.consumers]
+    width = consumers[0].in_features
+    s = torch.rand(width, dtype=torch.float64) + 0.5
+    if entry.producer is not None:
+        producer = block.get_submodule(entry.producer)
+        if isinstance(producer, torch.nn.Linear):
+            producer.weight.div_(s[:, None])
+            if producer.bias is not None:
+                producer.bias.div_(s)
+        elif entry.unit_offset:
+            producer.weight.copy_((1 + producer.weight) / s - 1)
+        else:
+            producer.weight.div_(s)
+            if getattr(producer, "bias", None) is not None:
+                producer.bias.div_(s)
+    elif entry.modulation is not None:
+        linear = block.get_submodule(entry.modulation)
+        weight, bias = linear.weight.view(entry.chunks, width, -1), linear.bias.view(entry.chunks, width)
+        for chunk in (entry.shift, entry.scale):
+            weight[chunk].div_(s[:, None])
+        bias[entry.shift].div_(s)
+        bias[entry.scale].copy_((1 + bias[entry.scale]) / s - 1)
+    else:
+        return 0
+    for layer in consumers:
+        layer.weight.mul_(s)
+    return 1
+
+
+def test_a_deep_copy_owns_its_own_forward():
+    model = tiny.build("pixart")
+    block = model.transformer_blocks[0]
+    own(block, Watch())
+    twin = copy.deepcopy(model)
+    inputs = tiny.inputs_for(model)
+    output_of(twin, inputs)
+    assert owned_options(block)[0].seen == []
+    assert owned_options(twin.transformer_blocks[0])[0].seen == ["attn1", "attn2", "ff"]
+    assert twin.transformer_blocks[0].forward.__self__ is twin.transformer_blocks[0]
+    with torch.no_grad():
+        twin.transformer_blocks[0].ff.net[2].weight.zero_()
+    assert not torch.equal(output_of(twin, inputs), output_of(model, inputs))
+
+
+def test_options_are_asked_by_rank_and_presets_reach_the_branches():
+    model = tiny.build("dit")
+    block, inputs = model.transformer_blocks[0], tiny.inputs_for(model)
+    expected = output_of(model, inputs)
+    order: list[str] = []
+
+    class Ranked(BlockOption):
+        def __init__(self, name, rank):
+            self.name, self.rank = name, rank
+
+        def branch(self, block, branch, streams, conditioning, compute):
+            order.append(self.name)
+            return compute()
+
+    class Table(BlockOption):
+        name, rank = "table", 0
+
+        def prepare(self, block, conditioning):
+            emb = block.norm1.emb(conditioning.timestep, conditioning.class_labels, hidden_dtype=torch.float32)
+            conditioning.preset("modulation", block.norm1.linear(block.norm1.silu(emb)).chunk(6, dim=1))
+
+    own(block, Ranked("fused", 20))
+    own(block, Ranked("cache", 10))
+    own(block, Table())
+    calls: list[int] = []
+    block.norm1.linear.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(output_of(model, inputs), expected)
+    assert order == ["cache", "fused"] * 2
+    assert len(calls) == 1  # the table's own: no branch computed it again
+    with pytest.raises(ModelStateError, match="already has the option 'cache'"):
+        own(block, Ranked("cache", 10))
+
+
+def test_an_unknown_attention_processor_runs_the_stock_forward():
+    model = tiny.build("flux")
+    block, inputs, watch = model.transformer_blocks[0], tiny.inputs_for(model), Watch()
+    own(block, watch)
+
+    class Mine(type(block.attn.processor)):
+        pass
+
+    block.attn.set_processor(Mine())
+    assert "Mine" in (blocks.why_not_composed(block) or "")
+    output_of(model, inputs)
+    assert watch.seen == []
+    fresh = tiny.build("flux").transformer_blocks[0]
+    fresh.attn.set_processor(Mine())
+    with pytest.raises(ModelStateError, match="its attention runs Mine"):
+        own(fresh, Watch())
+
+
+def test_another_version_of_a_class_keeps_its_forward(monkeypatch):
+    block = tiny.build("wan").blocks[0]
+    monkeypatch.setattr(blocks, "fingerprint", lambda cls, replaced=(): "of another release")
+    with pytest.raises(ModelStateError, match="this version of WanTransformerBlock is not the one that we know"):
+        own(block, Watch())
+
+
+def test_an_adapter_switches_a_fused_option_off():
+    peft = pytest.importorskip("peft")
+    model, stock = tiny.build("flux"), tiny.build("flux")
+
+    class Fused(Watch):
+        name, fuses = "fused", ("attn.to_q",)
+
+    watch, fused = Watch(), Fused()
+    own(model.transformer_blocks[0], watch)
+    own(model.transformer_blocks[0], fused)
+    inputs = tiny.inputs_for(model)
+    output_of(model, inputs)
+    assert fused.seen == watch.seen == ["attn", "ff", "ff_context"]
+    for each in (model, stock):
+        each.add_adapter(peft.LoraConfig(target_modules=["to_q"], init_lora_weights=False))
+    stock.load_state_dict(model.state_dict())
+    assert torch.equal(output_of(model, inputs), output_of(stock, inputs))
+    assert len(fused.seen) == 3 and len(watch.seen) == 6
+
+
+def test_hooks_of_accelerate_and_diffusers_stay_outside():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    model = tiny.build("pixart")
+    inputs = tiny.inputs_for(model)
+    expected = output_of(model, inputs)
+    first, second = model.transformer_blocks
+    add_hook_to_module(first, AlignDevicesHook(execution_device="cpu"))
+    HookRegistry.check_if_exists_or_initialize(second).register_hook(ModelHook(), "theirs")
+    watch = Watch()
+    own(first, watch)
+    own(second, watch)
+    assert torch.equal(output_of(model, inputs), expected) and len(watch.seen) == 6
+    remove_hook_from_module(first)
+    second._diffusers_hook.remove_hook("theirs")
+    assert torch.equal(output_of(model, inputs), expected) and len(watch.seen) == 12
+    disown(first, "watch")
+    disown(second, "watch")
+    assert torch.equal(output_of(model, inputs), expected) and len(watch.seen) == 12
+
+
+def test_a_replaced_forward_is_left_alone():
+    block = tiny.build("pixart").transformer_blocks[0]
+    block.forward = lambda *args, **kwargs: None
+    with pytest.raises(ModelStateError, match="replaced by another library"):
+        own(block, Watch())
+
+
+def test_every_family_is_tested():
+    tested = {family_of(tiny.build(name, **config)).name for name, config in CASES}
+    assert tested == {family.name for family in FAMILIES}
+
+
+def test_blocks_compose_under_compile():
+    model = tiny.build("pixart")
+    inputs = tiny.inputs_for(model)
+    expected = output_of(model, inputs)
+    for block in model.transformer_blocks:
+        own(block, BlockOption())
+        block.compile(backend="eager", fullgraph=True)
+    assert torch.equal(output_of(model, inputs), expected)
