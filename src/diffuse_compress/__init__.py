@@ -1,8 +1,8 @@
 """diffuse_compress: make diffusers and transformers models smaller and faster, in place.
 
 ``import diffuse_compress`` adds ``compress``, ``compression_plan``, ``compression_report``, ``compression_recipe``,
-``compression_stats`` and ``decompress`` to pipelines and models, and lets plain ``from_pretrained`` load what they saved. The same verbs are
-functions here. ``DIFFUSE_COMPRESS_NO_PATCH=1`` leaves the classes alone.
+``compression_stats`` and ``decompress`` to pipelines and models, and lets plain ``from_pretrained`` load what they
+saved. The same verbs are functions here. ``DIFFUSE_COMPRESS_NO_PATCH=1`` leaves the classes alone.
 """
 
 from __future__ import annotations

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from diffuse_compress import __version__
+from diffuse_compress.anatomy import model_anatomy, step_behaviour
 from diffuse_compress.api import compress, compression_plan, compression_report
 from diffuse_compress.components import SELF, model_components
 from diffuse_compress.demo import PROMPTS, run_demo
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.families.roles import layer_roles
-from diffuse_compress.integrations.component import get_state, quantized_layers
+from diffuse_compress.integrations.component import get_state, quantized_layers, weight_elements
 from diffuse_compress.plan import stored_bytes
 from diffuse_compress.plan_text import align, format_bytes
 from diffuse_compress.quantization.algorithms.base import algorithm_from_dict, algorithm_to_dict
@@ -314,13 +315,15 @@ def _fields(values: dict[str, Any] | None) -> str:
 
 
 def _path_facts(name: str) -> dict[str, Any]:
-    target = read_skeleton(local_folder(name, weights=False))
+    folder = local_folder(name, weights=False)
+    target = read_skeleton(folder)
     models = model_components(target)
     compressed = any(get_state(model) is not None for model in models.values())
     return {
         "path": name,
         "class": type(target).__name__,
         "components": {part: _model_facts(model) for part, model in models.items()},
+        "steps": step_behaviour(folder),
         "report": report_of(target).to_dict() if compressed else None,
     }
 
@@ -331,12 +334,9 @@ def _model_facts(model: Any) -> dict[str, Any]:
     quantized = quantized_layers(model)
     for name, role in layer_roles(model).items():
         layer = model.get_submodule(name)
-        count = (
-            layer.qweight.shape[0] * layer.quantized_weight().in_features if name in quantized else layer.weight.numel()
-        )
         entry = roles.setdefault(role.value, {"layers": 0, "parameters": 0})
         entry["layers"] += 1
-        entry["parameters"] += count
+        entry["parameters"] += weight_elements(layer)
     state = get_state(model)
     schemes: dict[str, int] = {}
     for layer in quantized.values():
@@ -354,6 +354,7 @@ def _model_facts(model: Any) -> dict[str, Any]:
         "class": type(model).__name__,
         "stored_bytes": stored_bytes(model),
         "roles": roles,
+        "anatomy": model_anatomy(model),
         "compressed": compressed,
     }
 
@@ -370,14 +371,45 @@ def _path_lines(facts: dict[str, Any]) -> list[str]:
         table = [("role", "layers", "parameters")]
         table += [(r, str(entry["layers"]), format_count(entry["parameters"])) for r, entry in part["roles"].items()]
         lines += align(table) if part["roles"] else []
+        lines += _anatomy_lines(part["anatomy"])
         if part["compressed"] is None:
             lines.append("  not compressed")
         else:
             found = part["compressed"]
             counts = ", ".join(f"{count} x {scheme}" for scheme, count in found["layers"].items())
             lines.append(f"  compressed: {counts}; algorithm {_fields(found['algorithm'])}")
+    if facts["steps"] is not None:
+        lines += ["", *_step_lines(facts["steps"])]
     if facts["report"] is not None:
         lines += ["", headline(facts["report"]), *([facts["report"]["hint"]] if facts["report"]["hint"] else [])]
+    return lines
+
+
+def _anatomy_lines(anatomy: dict[str, Any]) -> list[str]:
+    lines = [f"  family: {anatomy['family'] or 'none; its blocks keep their stock forwards'}"]
+    for name, block in anatomy["blocks"].items():
+        branches = f": {', '.join(block['branches'])}" if block["branches"] else ""
+        unfused = f"; runs its stock forward: {block['unfused']}" if block["unfused"] and anatomy["family"] else ""
+        lines.append(f"  {block['count']} x {name}{branches}{unfused}")
+    share = 100 * anatomy["modulation_share"]
+    if share:
+        size = format_count(anatomy["parameters"])
+        lines.append(f"  modulation (one row per sample): {share:.1f} % of {size} parameters")
+    if anatomy["dependence"] is not None and anatomy["dependence"]["timestep"]:
+        parts = [f"{format_count(n)} on {what}" for what, n in anatomy["dependence"].items() if n and what != "sample"]
+        lines.append(f"  parameters that do not see the sample: {', '.join(parts)}")
+    return lines
+
+
+def _step_lines(steps: dict[str, Any]) -> list[str]:
+    lines = [f"steps: {steps['scheduler'] or 'no scheduler'}"]
+    if steps["row"] is not None:
+        lines[0] += f" (order {steps['order']}); the place in the schedule comes from {steps['row']}"
+    names = " and ".join(steps["denoisers"]) or "no denoiser"
+    lines.append(f"  in a step, {names}: {steps['calls']}")
+    if steps["boundary_ratio"] is not None:
+        first, second = steps["denoisers"][:2]
+        lines.append(f"  {first} runs above {steps['boundary_ratio']} of the timesteps, {second} below: one schedule")
     return lines
 
 

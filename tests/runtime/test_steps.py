@@ -1,4 +1,4 @@
-"""The step protocol gives the right place, or says that it does not know, whatever users do with loops and schedulers."""
+"""The step protocol gives the right place or says that it does not know, whatever users do with their loops."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffuse_compress.errors import DiffuseCompressWarning
-from diffuse_compress.runtime import events, steps
-from diffuse_compress.runtime.stats import PlanMissedError, Reason
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -21,8 +18,12 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
 )
-from tiny import build_pipeline, call_kwargs
 from torch import nn
+
+from diffuse_compress.errors import DiffuseCompressWarning
+from diffuse_compress.runtime import events, steps
+from diffuse_compress.runtime.stats import PlanMissedError, Reason
+from tiny import build_pipeline, call_kwargs
 
 SCHEDULERS = sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax"))
 # What these need beyond set_timesteps(n) and step(noise, t, sample); their loops differ from all others.
@@ -194,7 +195,8 @@ def test_two_schedulers_in_one_iteration_count_once(denoiser):
         noise = denoiser(sample, t / 1000)
         video.step(noise, t, sample)
         audio.step(noise, t, sample)
-    assert denoiser.steps() == [0, 1, 2, 3] and denoiser.problems() == [None] * 4
+    assert denoiser.steps() == [0, 1, 2, 3]
+    assert denoiser.problems() == [None] * 4
 
 
 @torch.no_grad()
@@ -375,7 +377,8 @@ def test_two_experts_share_the_count():
             scheduler.step((high if i < 4 else low)(sample, t.expand(1)), t, sample)
         if not only_low:
             assert high.steps() == [0, 1, 2, 3]
-        assert low.steps() == [4, 5] and low.rows() == [4, 5]
+        assert low.steps() == [4, 5]
+        assert low.rows() == [4, 5]
         low.seen.clear()
         steps.untrack(high)
         steps.untrack(low)
@@ -411,7 +414,8 @@ def test_gradients_block_reuse_and_no_place_is_lost(denoiser):
     scheduler.set_timesteps(4)
     denoiser(torch.zeros(1, 4), scheduler.timesteps[0])
     context = denoiser.seen[0]
-    assert context.problem is None and context.blocker is steps.GRADIENT
+    assert context.problem is None
+    assert context.blocker is steps.GRADIENT
     with torch.no_grad():
         assert context.blocker is None
 
@@ -423,8 +427,10 @@ def test_a_deep_copied_model_is_tracked_on_its_own(denoiser):
     scheduler.set_timesteps(3)
     with torch.no_grad():
         loop(twin, scheduler)
-    assert twin.steps() == [0, 1, 2] and denoiser.seen == []
-    assert steps.tracker_of(twin).last.steps == 3 and steps.tracker_of(denoiser).last is None
+    assert twin.steps() == [0, 1, 2]
+    assert denoiser.seen == []
+    assert steps.tracker_of(twin).last.steps == 3
+    assert steps.tracker_of(denoiser).last is None
 
 
 def test_untrack_leaves_no_hook(denoiser):
@@ -433,8 +439,10 @@ def test_untrack_leaves_no_hook(denoiser):
     steps.untrack(denoiser, "a")
     assert steps.tracker_of(denoiser) is not None
     steps.untrack(denoiser, "b")
-    assert not denoiser._forward_pre_hooks and not denoiser._forward_hooks
-    assert not denoiser._forward_pre_hooks_with_kwargs and not denoiser._forward_hooks_always_called
+    assert not denoiser._forward_pre_hooks
+    assert not denoiser._forward_hooks
+    assert not denoiser._forward_pre_hooks_with_kwargs
+    assert not denoiser._forward_hooks_always_called
 
 
 # Whole pipelines ------------------------------------------------------------------------------------------------------
@@ -524,7 +532,8 @@ def test_an_interrupt_and_an_exception_end_the_run(pixart):
     handle.remove()
     run = recorder.seen[-1].run
     run.storage["kept"] = torch.zeros(1)
-    assert steps.current() is None and len(steps._thread.scopes) == 1
+    assert steps.current() is None
+    assert len(steps._thread.scopes) == 1
     recorder.seen.clear()
     pipe(**arguments)
     assert [context.step for context in recorder.seen] == [0, 1, 2, 3]
@@ -541,7 +550,8 @@ def test_an_interrupted_pipeline_is_no_missed_plan():
 
     pipe(**call_kwargs(pipe) | {"num_inference_steps": 6, "callback_on_step_end": stop})
     method = pipe.compression_stats().components["unet"].methods["recorder"]
-    assert (method.planned, method.hits) == (5, 2) and not method.missed
+    assert (method.planned, method.hits) == (5, 2)
+    assert not method.missed
     pipe._interrupt = False
     recorder.seen.clear()
     pipe(**call_kwargs(pipe) | {"num_inference_steps": 3})
@@ -604,8 +614,7 @@ def test_flux_scales_its_timesteps():
 
 def test_no_value_is_read_back(pixart, monkeypatch):
     """No `.item()` in the loop: it would make the host wait for the device."""
-    pipe, recorder = pixart
-    model, scheduler = pipe.transformer, EulerDiscreteScheduler()
+    pipe, _ = pixart
     forbidden: list[str] = []
     for name in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "numpy"):
         original = getattr(torch.Tensor, name)
@@ -618,7 +627,7 @@ def test_no_value_is_read_back(pixart, monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, name, spy)
     pipe(**call_kwargs(pipe) | {"num_inference_steps": 3})
-    assert forbidden == [] and model is pipe.transformer and scheduler is not None
+    assert forbidden == []
 
 
 def test_compiled_models_are_said_to_be_unseen():

@@ -33,7 +33,7 @@ def _parameters(cls: type) -> tuple[tuple[str, ...], dict[str, Any]]:
 
 
 def _begin(block: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Streams, Conditioning]:
-    names, defaults = _parameters(type(block))
+    names, defaults = _parameters(type(block))  # type: ignore[arg-type]
     streams = {"hidden_states": hidden_states}
     return streams, Conditioning(streams, attention={**defaults, **dict(zip(names, args, strict=False)), **kwargs})
 

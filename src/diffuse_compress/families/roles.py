@@ -13,7 +13,7 @@ from enum import Enum
 
 from torch import nn
 
-__all__ = ["LayerRole", "layer_roles"]
+__all__ = ["LayerRole", "block_lists", "has_matrix", "layer_roles"]
 
 
 class LayerRole(str, Enum):
@@ -61,8 +61,8 @@ def layer_roles(model: nn.Module) -> dict[str, LayerRole]:
     order are EMBEDDER and those after it OUTPUT, unless their name says otherwise. A model without any list is all
     BLOCK except its first and last layer.
     """
-    layers = [name for name, module in model.named_modules() if _has_matrix(module)]
-    lists = _block_lists(model)
+    layers = [name for name, module in model.named_modules() if has_matrix(module)]
+    lists = block_lists(model)
     roles: dict[str, LayerRole] = {}
     seen_block = False
     for name in layers:
@@ -92,11 +92,12 @@ def _role(name: str, *, inside: bool, after_blocks: bool) -> LayerRole:
     return LayerRole.EMBEDDER
 
 
-def _has_matrix(module: nn.Module) -> bool:
+def has_matrix(module: nn.Module) -> bool:
+    """A linear or a convolution."""
     return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
-def _block_lists(model: nn.Module) -> list[str]:
+def block_lists(model: nn.Module) -> list[str]:
     """Prefixes (``transformer_blocks.``) of the outermost lists that hold layers and are not embedders."""
     prefixes: list[str] = []
     for name, module in model.named_modules():
@@ -104,7 +105,7 @@ def _block_lists(model: nn.Module) -> list[str]:
         nested = any(name.startswith(prefix) for prefix in prefixes)
         leaf = name.rpartition(".")[2]
         if name and repeated and not nested and not _EMBEDDER.search(leaf):
-            if any(_has_matrix(sub) for sub in module.modules()):
+            if any(has_matrix(sub) for sub in module.modules()):
                 prefixes.append(f"{name}.")
     return prefixes
 

@@ -86,6 +86,13 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedC
     return {name: mod for name, mod in model.named_modules() if isinstance(mod, QuantizedLinear | QuantizedConv2d)}
 
 
+def weight_elements(layer: Any) -> int:
+    """Elements of a linear's or convolution's dense weight, also where it is packed."""
+    if isinstance(layer, QuantizedLinear | QuantizedConv2d):
+        return int(layer.qweight.shape[0]) * layer.quantized_weight().in_features
+    return int(layer.weight.numel())
+
+
 def layer_entries(model: nn.Module) -> dict[str, LayerEntry]:
     """The layer map of a live model."""
     entries = {}

@@ -10,6 +10,7 @@ forward runs.
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import inspect
 import textwrap
@@ -23,7 +24,7 @@ from torch import nn
 
 from diffuse_compress.errors import ModelStateError
 from diffuse_compress.families.base import BlockKind, Branch, Conditioning, Streams
-from diffuse_compress.families.registry import family_of
+from diffuse_compress.families.registry import FAMILIES, family_of
 
 __all__ = ["BlockOption", "compose", "disown", "fingerprint", "own", "owned_options", "why_not_composed"]
 
@@ -68,8 +69,6 @@ class _Owner:
         self.options: list[BlockOption] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Owner:
-        import copy
-
         twin = _Owner(self.kind)
         memo[id(self)] = twin
         twin.options = [copy.deepcopy(option, memo) for option in self.options]
@@ -148,7 +147,8 @@ def why_not_composed(block: nn.Module, kind: BlockKind | None = None) -> str | N
     if kind is None:
         kind, reason = _kind_of(block)
         return reason if kind is None else None
-    if fingerprint(type(block), kind.replaced) not in kind.fingerprints:
+    known = fingerprint(type(block), kind.replaced)  # type: ignore[arg-type]
+    if known not in kind.fingerprints:
         return f"this version of {type(block).__name__} is not the one that we know"
     return kind.unsupported(block) or _foreign_processor(block, kind)
 
@@ -164,8 +164,6 @@ def _kind_of(block: nn.Module) -> tuple[BlockKind | None, str | None]:
 
 @cache
 def _kinds() -> dict[str, BlockKind]:
-    from diffuse_compress.families.registry import FAMILIES
-
     return {name: kind for family in FAMILIES for name, kind in family.kinds.items()}
 
 
@@ -223,19 +221,19 @@ def _innermost(block: nn.Module) -> Callable[[Any], None] | None:
 
 
 @cache
-def fingerprint(cls: type, replaced: tuple[str, ...] = ()) -> str:
+def fingerprint(cls: Any, replaced: tuple[str, ...] = ()) -> str:
     """16 hex digits of what a class's forward does, and the classes it is composed from.
 
     Comments, formatting, docstrings and annotations do not count. Empty if there is no source to look at.
     """
     try:
-        texts = [_body(cls.forward)]  # type: ignore[attr-defined]
+        texts = [_body(cls.forward)]
         for path in replaced:
             module, _, name = path.partition(":")
             target: Any = import_module(module)
             for part in name.split("."):
                 target = getattr(target, part)
-            texts.append(_body(target.forward if isinstance(target, type) else target))
+            texts.append(_body(getattr(target, "forward", target)))
     except (OSError, TypeError, AttributeError, ImportError, SyntaxError):
         return ""
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]

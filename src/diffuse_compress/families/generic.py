@@ -1,0 +1,200 @@
+"""What a model of an unknown class is made of, found by running it on perturbed inputs.
+
+Change the sample, the timestep or a condition, and see which layers' outputs change, bit for bit: a layer that the
+sample does not reach can be computed once for a run, or once for ever. The same probe tests the hand-written families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.errors import ModelStateError
+from diffuse_compress.families.base import Dependence, Family, TemporalMap
+from diffuse_compress.families.roles import block_lists, has_matrix
+from diffuse_compress.patterns import generalize
+
+__all__ = ["Probe", "generic_family", "probe"]
+
+_SAMPLES = ("hidden_states", "sample", "x", "latents", "latent_model_input", "input_ids")
+_TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "r", "timestep_ratio")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few forward passes showed.
+
+    Attributes:
+        dependence: of every linear and convolution that ran, by qualified name.
+        blocks: elements of the model's block lists in the order they first ran.
+    """
+
+    dependence: dict[str, Dependence]
+    blocks: list[str]
+
+
+@torch.no_grad()
+def probe(model: nn.Module, inputs: Mapping[str, Any], *, seed: int = 0) -> Probe:
+    """Run ``model(**inputs)`` as it is, then with one input changed at a time.
+
+    Args:
+        model: any model with weights, in eval mode; weights that are still zero hide what depends on what.
+        inputs: keyword arguments of its forward. The sample and the timestep are found by their usual names
+            (``hidden_states`` or ``sample``, ``timestep``); other floating tensors and integer labels are conditions,
+            in nested dictionaries and lists too. Masks and position ids stay.
+        seed: of the perturbations.
+
+    Raises:
+        ModelStateError: the model is in training mode or on the meta device.
+    """
+    if model.training or any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelStateError("probe runs the model: it needs loaded weights and eval mode (model.eval()).")
+    generator = torch.Generator("cpu").manual_seed(seed)
+    sample = next((name for name in _SAMPLES if name in inputs), "")
+    timestep = next((name for name in _TIMESTEPS if name in inputs), "")
+    base, order = _digests(model, inputs)
+    again, _ = _digests(model, inputs)
+    changed: dict[str, set[str]] = {name: {"sample"} if base[name] != again[name] else set() for name in base}
+    variants: list[tuple[str, dict[str, Any]]] = []
+    if sample:
+        variants.append(("sample", {**inputs, sample: _perturbed(inputs[sample], generator)}))
+    if timestep:
+        variants.append(("timestep", {**inputs, timestep: _later(inputs[timestep])}))
+    rest = {name: value for name, value in inputs.items() if name not in (sample, timestep)}
+    for path, tensor in _tensors(rest):
+        if _is_condition(path, tensor):
+            changed_inputs = {**inputs, **_with(rest, path, _perturbed(tensor, generator))}
+            variants.append(("condition", changed_inputs))
+    for what, variant in variants:
+        found, _ = _digests(model, variant)
+        for name, digest in found.items():
+            if digest != base.get(name):
+                changed.setdefault(name, set()).add(what)
+    return Probe({name: _dependence(reached) for name, reached in changed.items()}, order)
+
+
+def _dependence(reached: set[str]) -> Dependence:
+    if "sample" in reached:
+        return Dependence.SAMPLE
+    if reached == {"timestep"}:
+        return Dependence.TIMESTEP
+    if reached == {"condition"}:
+        return Dependence.CONDITION
+    return Dependence.TIMESTEP_AND_CONDITION if reached else Dependence.NOTHING
+
+
+def generic_family(model: nn.Module, found: Probe) -> Family:
+    """A family of this one class: blocks and temporal map as probed, no composition of blocks."""
+    listed = {
+        dependence: tuple(pattern for pattern, value in generalize(found.dependence) if value is dependence)
+        for dependence in Dependence
+    }
+    temporal = TemporalMap(
+        listed[Dependence.TIMESTEP], listed[Dependence.TIMESTEP_AND_CONDITION], listed[Dependence.CONDITION]
+    )
+    return Family(
+        name=f"generic ({type(model).__name__})",
+        classes=(type(model).__name__,),
+        blocks=lambda model: list(found.blocks),
+        temporal=lambda model: temporal,
+    )
+
+
+def _digests(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, list[int]], list[str]]:
+    """{layer: a number for each of its outputs}, and the blocks in the order they ran."""
+    digests: dict[str, list[int]] = {}
+    order: list[str] = []
+    prefixes = block_lists(model)
+    blocks = {
+        name
+        for name, _ in model.named_modules()
+        for prefix in prefixes
+        if name.startswith(prefix) and name.removeprefix(prefix).isdigit()
+    }
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args, output: digests.setdefault(name, []).append(_digest(output))
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda module, args: None if name in order else order.append(name)
+
+    with _hooks() as handles:
+        for name, module in model.named_modules():
+            if has_matrix(module):
+                handles.append(module.register_forward_hook(note(name)))
+            if name in blocks:
+                handles.append(module.register_forward_pre_hook(enter(name)))
+        model(**inputs)
+    return digests, order
+
+
+@contextmanager
+def _hooks() -> Iterator[list[Any]]:
+    handles: list[Any] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _digest(output: Any) -> int:
+    """Equal for equal bits; of different bits, different but for one case in 2**64."""
+    tensor = output if isinstance(output, torch.Tensor) else output[0]
+    view = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().contiguous().view(view).reshape(-1).to(torch.int64)
+    weights = torch.arange(1, bits.numel() + 1, device=bits.device, dtype=torch.int64)
+    return int((bits * (weights * 0x9E3779B97F4A7C1 | 1)).sum())
+
+
+def _tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, (*path, key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _tensors(item, (*path, index))
+
+
+def _is_condition(path: tuple[Any, ...], tensor: torch.Tensor) -> bool:
+    name = str(path[-1] if isinstance(path[-1], str) else path[0])
+    if "mask" in name or (name.endswith(("_ids", "rotary_emb")) and name != "time_ids"):
+        return False
+    return tensor.is_floating_point() or (tensor.ndim == 1 and tensor.dtype in (torch.int64, torch.int32))
+
+
+def _perturbed(value: Any, generator: torch.Generator) -> Any:
+    """Another value of the same kind; of a list of tensors, each."""
+    if isinstance(value, list | tuple):
+        return type(value)(_perturbed(item, generator) for item in value)
+    tensor: torch.Tensor = value
+    if tensor.is_floating_point():
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
+        return tensor + (noise + 0.5).to(tensor.device, tensor.dtype)
+    # Labels and token ids: valid ones, in another order. Equal ones become 0, or 1 if that is what they were.
+    flipped = tensor.flip(-1)
+    return torch.where(flipped == tensor, (tensor == 0).to(tensor.dtype), flipped)
+
+
+def _later(timestep: Any) -> Any:
+    if isinstance(timestep, torch.Tensor) and timestep.is_floating_point():
+        return timestep * 0.5 + (0.1 if float(timestep.max()) <= 1.0 else 17.0)
+    return timestep // 2 + 17
+
+
+def _with(value: Any, path: tuple[Any, ...], replacement: torch.Tensor) -> Any:
+    """A copy of nested ``value`` with one tensor replaced."""
+    if not path:
+        return replacement
+    if isinstance(value, Mapping):
+        return {**value, path[0]: _with(value[path[0]], path[1:], replacement)}
+    items = list(value)
+    items[path[0]] = _with(items[path[0]], path[1:], replacement)
+    return type(value)(items)

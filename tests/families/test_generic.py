@@ -1,0 +1,103 @@
+"""Probing finds what depends on the timestep and the condition, in known and in unknown classes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tiny
+from diffuse_compress.errors import ModelStateError
+from diffuse_compress.families.base import Dependence
+from diffuse_compress.families.generic import generic_family, probe
+from diffuse_compress.families.registry import family_of
+from families import unknown_classes
+
+DENOISERS: list[tuple[str, dict]] = [
+    ("unet", {}),
+    ("unet", {"num_class_embeds": 5}),
+    ("unet_sd1", {}),
+    ("unet_sdxl", {}),
+    ("dit", {}),
+    ("pixart", {}),
+    ("sd3", {}),
+    ("sd35", {}),
+    ("flux", {}),
+    ("wan", {}),
+    ("cogvideox", {}),
+    ("hunyuan_video", {}),
+    ("qwenimage", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), DENOISERS, ids=[f"{n}-{i}" for i, (n, _) in enumerate(DENOISERS)])
+def test_the_written_maps_are_what_probing_finds(name, config):
+    model = tiny.build(name, **config)
+    found = probe(model, tiny.inputs_for(model))
+    family = family_of(model)
+    temporal = family.temporal(model)
+    written = {layer: temporal.of(layer) for layer in found.dependence}
+    wrong = {
+        layer: (dependence, written[layer])
+        for layer, dependence in found.dependence.items()
+        if dependence != written[layer]
+    }
+    assert wrong == {}
+    assert Dependence.TIMESTEP in found.dependence.values()
+
+
+@pytest.mark.parametrize("name", unknown_classes.unknown_classes())
+def test_unknown_classes(name):
+    model = unknown_classes.build(name).eval()
+    assert family_of(model) is None
+    inputs = unknown_classes.forward_kwargs(name)
+    found = probe(model, inputs)
+    kinds = set(found.dependence.values())
+    assert Dependence.SAMPLE in kinds
+    assert Dependence.TIMESTEP in kinds
+    family = generic_family(model, found)
+    temporal = family.temporal(model)
+    expected = {layer: Dependence.SAMPLE if d is Dependence.NOTHING else d for layer, d in found.dependence.items()}
+    assert {layer: temporal.of(layer) for layer in found.dependence} == expected
+    assert family.blocks(model) == found.blocks
+    assert found.blocks
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Small(nn.Module):
+    """One layer of each dependence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_t, self.of_c, self.of_both, self.of_x, self.of_nothing = (nn.Linear(4, 4) for _ in range(5))
+        self.register_buffer("table", torch.ones(1, 4))
+
+    def forward(self, sample, timestep, labels, extra):
+        t = self.of_t(timestep[:, None].float().expand(-1, 4))
+        c = self.of_c(extra["text"] + labels[:, None])
+        return self.of_x(sample + self.of_both(t + c)) + self.of_nothing(self.table)
+
+
+def test_every_dependence_is_told():
+    inputs = {
+        "sample": torch.randn(2, 4),
+        "timestep": torch.tensor([3, 5]),
+        "labels": torch.tensor([1, 1]),
+        "extra": {"text": torch.randn(2, 4), "mask": torch.ones(2, 4)},
+    }
+    assert probe(Small().eval(), inputs).dependence == {
+        "of_t": Dependence.TIMESTEP,
+        "of_c": Dependence.CONDITION,
+        "of_both": Dependence.TIMESTEP_AND_CONDITION,
+        "of_x": Dependence.SAMPLE,
+        "of_nothing": Dependence.NOTHING,
+    }
+
+
+def test_what_cannot_be_probed():
+    with pytest.raises(ModelStateError, match="eval mode"):
+        probe(Small().train(), {})
+    with torch.device("meta"):
+        model = Small()
+    with pytest.raises(ModelStateError, match="loaded weights"):
+        probe(model.eval(), {})
