@@ -381,3 +381,31 @@ def test_blocks_compose_under_compile():
         own(block, BlockOption())
         block.compile(backend="eager", fullgraph=True)
     assert torch.equal(output_of(model, inputs), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_wan_with_pictures_and_with_a_timestep_for_every_token(dtype):
+    """Wan 2.1 image-to-video adds picture tokens to cross-attention; Wan 2.2 TI2V gives tokens their own timesteps."""
+    with_picture = tiny.build("wan", dtype=dtype, added_kv_proj_dim=128, image_dim=32)
+    inputs = tiny.inputs_for(with_picture)
+    inputs["encoder_hidden_states_image"] = torch.randn(2, 257, 32).to(dtype)
+    per_token = tiny.build("wan", dtype=dtype)
+    tokens = tiny.inputs_for(per_token)
+    count = tokens["hidden_states"][0, 0].numel() // 4
+    tokens["timestep"] = torch.where(torch.arange(count) < count // 2, 0, tokens["timestep"][:, None])
+    for model, arguments in ((with_picture, inputs), (per_token, tokens)):
+        expected, watch = output_of(model, arguments), Watch()
+        for block in model.blocks:
+            own(block, watch)
+        assert torch.equal(output_of(model, arguments), expected) and len(watch.seen) == 6
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
+def test_decoders_keep_their_cache(name):
+    """Generation reads and fills the key-value cache through the composed forward."""
+    model = tiny.build(name)
+    ids = tiny.inputs_for(model, batch=1)["input_ids"]
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)
+    for block in family_of(model).blocks(model):
+        own(model.get_submodule(block), Watch())
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
