@@ -182,6 +182,7 @@ def test_classes_defined_later_and_nested_steps_count_once(denoiser):
     scheduler.set_timesteps(5)
     loop(denoiser, scheduler, scaled=True)
     assert denoiser.steps() == [0, 1, 2, 3, 4]
+    assert denoiser.seen[0].run.taken == 5
 
 
 @torch.no_grad()
