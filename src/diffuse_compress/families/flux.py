@@ -13,12 +13,18 @@ from diffuse_compress.families.base import (
     BranchRole,
     Conditioning,
     Family,
-    Smoothing,
     Streams,
     TemporalMap,
     in_lists,
 )
-from diffuse_compress.families.modulation import adaln_zero, modulate
+from diffuse_compress.families.modulation import (
+    FF,
+    FF_CONTEXT,
+    adaln_zero,
+    joint_smoothing,
+    modulate,
+    single_smoothing,
+)
 
 __all__ = ["FLUX"]
 
@@ -56,18 +62,6 @@ def _attention(block: Any, streams: Streams, conditioning: Conditioning) -> Stre
     }
 
 
-def _feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
-    shift, scale, gate = adaln_zero(block, conditioning, "norm1", 6)[3:]
-    output = block.ff(modulate(block.norm2(streams["hidden_states"]), shift, scale))
-    return {"hidden_states": gate.unsqueeze(1) * output}
-
-
-def _text_feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
-    shift, scale, gate = adaln_zero(block, conditioning, "norm1_context", 6)[3:]
-    output = block.ff_context(modulate(block.norm2_context(streams["encoder_hidden_states"]), shift, scale))
-    return {"encoder_hidden_states": gate.unsqueeze(1) * output}
-
-
 def _end(block: nn.Module, streams: Streams, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
     return clipped(streams["encoder_hidden_states"]), streams["hidden_states"]
 
@@ -77,22 +71,10 @@ def clipped(x: torch.Tensor) -> torch.Tensor:
     return x.clip(-_FP16_LIMIT, _FP16_LIMIT) if x.dtype == torch.float16 else x
 
 
-def _double_smoothing(block: nn.Module) -> tuple[Smoothing, ...]:
-    text = "norm1_context.linear"
-    return (
-        Smoothing(("attn.to_q", "attn.to_k", "attn.to_v"), modulation="norm1.linear"),
-        Smoothing(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), modulation=text),
-        Smoothing(("ff.net.0.proj",), modulation="norm1.linear", shift=3, scale=4),
-        Smoothing(("ff_context.net.0.proj",), modulation=text, shift=3, scale=4),
-        Smoothing(("ff.net.2",)),
-        Smoothing(("ff_context.net.2",)),
-    )
-
-
 _DOUBLE = (
     Branch("attn", BranchRole.ATTENTION, _attention, ("attn",)),
-    Branch("ff", BranchRole.FEED_FORWARD, _feed_forward, ("ff",)),
-    Branch("ff_context", BranchRole.FEED_FORWARD, _text_feed_forward, ("ff_context",)),
+    FF,
+    FF_CONTEXT,
 )
 
 
@@ -141,7 +123,7 @@ FLUX_TRANSFORMER_BLOCK = BlockKind(
     branches=lambda block: _DOUBLE,
     end=_end,
     processors=frozenset({"FluxAttnProcessor"}),
-    smoothing=_double_smoothing,
+    smoothing=joint_smoothing,
 )
 
 FLUX_SINGLE_TRANSFORMER_BLOCK = BlockKind(
@@ -152,10 +134,7 @@ FLUX_SINGLE_TRANSFORMER_BLOCK = BlockKind(
     branches=lambda block: _SINGLE,
     end=_single_end,
     processors=frozenset({"FluxAttnProcessor"}),
-    smoothing=lambda block: (
-        Smoothing(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), modulation="norm.linear", chunks=3),
-        Smoothing(("proj_out",)),
-    ),
+    smoothing=single_smoothing,
 )
 
 FLUX = Family(

@@ -1,4 +1,4 @@
-"""Adaptive layer norm as its parts, so that a branch can be computed without the others."""
+"""Adaptive layer norm as its parts, so that one branch can be computed without another, and branches made of them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from diffuse_compress.families.base import Conditioning
+from diffuse_compress.families.base import Branch, BranchRole, Conditioning, Smoothing, Streams
 
-__all__ = ["adaln_zero", "modulate"]
+__all__ = ["FF", "FF_CONTEXT", "adaln_zero", "joint_smoothing", "modulate", "single_smoothing"]
 
 
 def adaln_zero(block: Any, conditioning: Conditioning, norm: str, chunks: int) -> tuple[torch.Tensor, ...]:
@@ -25,3 +25,42 @@ def adaln_zero(block: Any, conditioning: Conditioning, norm: str, chunks: int) -
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x [batch, tokens, width] * (1 + scale) + shift, both [batch, width]."""
     return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def _feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
+    shift, scale, gate = adaln_zero(block, conditioning, "norm1", 6)[3:]
+    output = block.ff(modulate(block.norm2(streams["hidden_states"]), shift, scale))
+    return {"hidden_states": gate.unsqueeze(1) * output}
+
+
+def _text_feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
+    shift, scale, gate = adaln_zero(block, conditioning, "norm1_context", 6)[3:]
+    output = block.ff_context(modulate(block.norm2_context(streams["encoder_hidden_states"]), shift, scale))
+    return {"encoder_hidden_states": gate.unsqueeze(1) * output}
+
+
+FF = Branch("ff", BranchRole.FEED_FORWARD, _feed_forward, ("ff",))
+"""Of the picture's tokens in a joint block with AdaLN-Zero ``norm1``."""
+FF_CONTEXT = Branch("ff_context", BranchRole.FEED_FORWARD, _text_feed_forward, ("ff_context",))
+"""Of its text tokens, modulated by ``norm1_context``."""
+
+
+def joint_smoothing(block: Any) -> tuple[Smoothing, ...]:
+    """Of a joint block with AdaLN-Zero on both token kinds."""
+    text = "norm1_context.linear"
+    return (
+        Smoothing(("attn.to_q", "attn.to_k", "attn.to_v"), modulation="norm1.linear"),
+        Smoothing(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), modulation=text),
+        Smoothing(("ff.net.0.proj",), modulation="norm1.linear", shift=3, scale=4),
+        Smoothing(("ff_context.net.0.proj",), modulation=text, shift=3, scale=4),
+        Smoothing(("ff.net.2",)),
+        Smoothing(("ff_context.net.2",)),
+    )
+
+
+def single_smoothing(block: Any) -> tuple[Smoothing, ...]:
+    """Of a block that runs attention and feed-forward side by side."""
+    return (
+        Smoothing(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), modulation="norm.linear", chunks=3),
+        Smoothing(("proj_out",)),
+    )

@@ -18,7 +18,7 @@ from diffuse_compress.families.base import (
     TemporalMap,
     in_lists,
 )
-from diffuse_compress.families.modulation import adaln_zero, modulate
+from diffuse_compress.families.modulation import FF_CONTEXT, adaln_zero, modulate
 
 __all__ = ["SD3"]
 
@@ -76,21 +76,14 @@ def _feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> S
     return {"hidden_states": gate.unsqueeze(1) * output}
 
 
-def _text_feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
-    shift, scale, gate = adaln_zero(block, conditioning, "norm1_context", 6)[3:]
-    output = block.ff_context(modulate(block.norm2_context(streams["encoder_hidden_states"]), shift, scale))
-    return {"encoder_hidden_states": gate.unsqueeze(1) * output}
-
-
 _ATTN = Branch("attn", BranchRole.ATTENTION, _attention, ("attn",))
 _ATTN2 = Branch("attn2", BranchRole.ATTENTION, _second_attention, ("attn2",))
 _FF = Branch("ff", BranchRole.FEED_FORWARD, _feed_forward, ("ff",))
-_FF_CONTEXT = Branch("ff_context", BranchRole.FEED_FORWARD, _text_feed_forward, ("ff_context",))
 
 
 def _branches(block: Any) -> tuple[Branch, ...]:
     first = (_ATTN, _ATTN2) if block.use_dual_attention else (_ATTN,)
-    return (*first, _FF) if block.context_pre_only else (*first, _FF, _FF_CONTEXT)
+    return (*first, _FF) if block.context_pre_only else (*first, _FF, FF_CONTEXT)
 
 
 def _end(block: Any, streams: Streams, conditioning: Conditioning) -> tuple[torch.Tensor | None, torch.Tensor]:

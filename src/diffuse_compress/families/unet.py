@@ -206,20 +206,16 @@ def _temporal(model: Any) -> TemporalMap:
     return TemporalMap(("time_embedding.*", *projections), (), condition)
 
 
-UNET_2D = Family(
-    name="unet2d",
-    classes=("UNet2DModel",),
-    blocks=_blocks,
-    kinds=_KINDS,
-    temporal=_temporal,
-    sensitive=("conv_in", "conv_out", "*.conv_shortcut", "*.upsamplers.*.conv"),
-)
+def _family(name: str, class_name: str) -> Family:
+    return Family(
+        name=name,
+        classes=(class_name,),
+        blocks=_blocks,
+        kinds=_KINDS,
+        temporal=_temporal,
+        sensitive=("conv_in", "conv_out", "*.conv_shortcut", "*.upsamplers.*.conv"),
+    )
 
-UNET_2D_CONDITION = Family(
-    name="unet2d_condition",
-    classes=("UNet2DConditionModel",),
-    blocks=_blocks,
-    kinds=_KINDS,
-    temporal=_temporal,
-    sensitive=("conv_in", "conv_out", "*.conv_shortcut", "*.upsamplers.*.conv"),
-)
+
+UNET_2D = _family("unet2d", "UNet2DModel")
+UNET_2D_CONDITION = _family("unet2d_condition", "UNet2DConditionModel")
