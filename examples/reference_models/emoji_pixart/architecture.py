@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransformer2DModel
+from training.diffusion import initialise_linears
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 # Longest caption: 11 words and the end token.
@@ -82,11 +83,7 @@ def initialise_transformer(transformer: PixArtTransformer2DModel) -> None:
 
     Xavier linears, small modulation, and zero where a branch meets the residual of the output.
     """
-    for module in transformer.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                torch.nn.init.zeros_(module.bias)
+    initialise_linears(transformer)
     patches = transformer.pos_embed.proj
     torch.nn.init.xavier_uniform_(patches.weight.view(patches.out_channels, -1))
     embedder = transformer.adaln_single.emb.timestep_embedder

@@ -72,8 +72,10 @@ class EmojiClassifier(nn.Module):
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """[n, 3, 64, 64] float in [-1, 1] to logits [n, classes]."""
-        pooled = self.features(pictures).mean((2, 3))
-        return self.head(nn.functional.gelu(self.embed(pooled)))
+        return self.head(nn.functional.gelu(self._embedding(pictures)))
+
+    def _embedding(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.embed(self.features(pictures).mean((2, 3)))
 
     @torch.no_grad()
     def classify(self, images, batch_size: int = 128) -> torch.Tensor:
@@ -82,9 +84,17 @@ class EmojiClassifier(nn.Module):
         Args: images: what a pipeline returns: a list of PIL pictures, an [n, 64, 64, 3] array in
               [0, 1] or uint8, or an [n, 3, 64, 64] tensor in [0, 1].
         """
+        return self._in_batches(self, images, batch_size)
+
+    @torch.no_grad()
+    def embeddings(self, images, batch_size: int = 128) -> torch.Tensor:
+        """What the last linear but one makes of the pictures, to compare distributions by: [n, 64] fp32, on the CPU."""
+        return self._in_batches(self._embedding, images, batch_size)
+
+    def _in_batches(self, function, images, batch_size: int) -> torch.Tensor:
         weight = self.head.weight
         pictures = to_pictures(images)
-        chunks = [self(chunk.to(weight.device, weight.dtype)).float().cpu() for chunk in pictures.split(batch_size)]
+        chunks = [function(chunk.to(weight.device, weight.dtype)).float().cpu() for chunk in pictures.split(batch_size)]
         return torch.cat(chunks)
 
     def names(self, images, k: int = 5) -> list[list[str]]:

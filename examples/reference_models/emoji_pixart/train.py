@@ -25,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from stages.classifier import train_classifier
-from stages.diffusion import DiffusionTrainer, latent_cache
+from stages.diffusion import DiffusionTrainer
 from stages.export import export_pipeline, report_pipeline
 from stages.vae import train_vae
 from training.common import save_grid
+from training.diffusion import latent_cache
 from training.glyphs import centred, load_dataset
 
 STAGES = ("glyphs", "vae", "classifier", "diffusion", "export")

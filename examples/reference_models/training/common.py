@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 # Largest file of a training state, in bytes.
-SHARD_BYTES = 12 * 2**20
+SHARD_BYTES = 15 * 2**20
 
 
 class WallClock:
@@ -54,10 +54,14 @@ class MovingAverage:
         self.averages = [parameter.detach().clone().float() for parameter in parameters]
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Early averages forget faster: the first steps' weights are noise."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - decay)
+    def update(self) -> None:
+        """Take a step's weights in. The decay is constant, so that the update can be recorded."""
+        torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - self.decay)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Forget what came before: the first steps' weights are noise."""
+        torch._foreach_copy_(self.averages, [p.detach() for p in self.parameters])
 
     @torch.no_grad()
     def swap(self) -> None:

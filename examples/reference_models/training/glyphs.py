@@ -125,11 +125,13 @@ def place(glyphs: torch.Tensor, angle: torch.Tensor, scale: torch.Tensor, shift:
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     row_x = torch.stack([cos, sin, -(cos * shift[0] + sin * shift[1])], dim=1)
     row_y = torch.stack([-sin, cos, sin * shift[0] - cos * shift[1]], dim=1)
-    grid = F.affine_grid(
-        torch.stack([row_x, row_y], dim=1),
-        [len(glyphs), 3, 2 * IMAGE_SIZE, 2 * IMAGE_SIZE],
-        align_corners=False,
-    )
+    # Autocast would round the coordinates to bf16, by up to a quarter of a pixel.
+    with torch.autocast(glyphs.device.type, enabled=False):
+        grid = F.affine_grid(
+            torch.stack([row_x, row_y], dim=1),
+            [len(glyphs), 3, 2 * IMAGE_SIZE, 2 * IMAGE_SIZE],
+            align_corners=False,
+        )
     # Sampled as ink (1 - picture): what lies outside of the glyph is zero ink, that is white.
     ink = 1 - glyphs.float() / 255
     return 1 - 2 * F.avg_pool2d(F.grid_sample(ink, grid, align_corners=False), 2)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-
 from training.common import MovingAverage, WallClock, load_state, mixed_precision, save_state, set_learning_rate
 
 
@@ -85,15 +84,12 @@ class Trainer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(self.named.values()), 1.0)
         self.optimizer.step()
-        self.average.update(self.progress["step"])
+        self.average.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     def recorded_step(self) -> Callable[[], torch.Tensor]:
-        """`step` as one CUDA graph: kernels of models this small are shorter than their launches.
-
-        Needs a moving average past its start, because the graph repeats one decay for ever.
-        """
+        """`step` as one CUDA graph: kernels of models this small are shorter than their launches."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -124,12 +120,13 @@ class Trainer:
         """
         clock, before = WallClock(budget_s), self.progress["seconds"]
         saved_s, first, losses, advance = 0.0, self.progress["step"], [], self.step
+        if record and self.device.type == "cuda":
+            advance = self.recorded_step()
+            print(f"{self.name} step recorded after {clock.seconds:.0f} s", flush=True)
         while clock.share < 1:
             taken = self.progress["step"] - first
-            # Past the warm-up only: the optimizer's state must exist and the average's decay be constant.
-            if record and advance == self.step and taken >= self.warmup_steps and self._average_is_settled():
-                advance = self.recorded_step()
-                print(f"{self.name} step recorded after {clock.seconds:.0f} s", flush=True)
+            if first == 0 and taken == self.warmup_steps:
+                self.average.restart()
             rate = self.peak_learning_rate * min(1.0, (taken + 1) / self.warmup_steps)
             set_learning_rate(self.optimizer, rate * (1 - clock.share if decay else 1.0))
             losses.append(advance())
@@ -149,8 +146,3 @@ class Trainer:
         self.save(out)
         step, seconds = self.progress["step"], self.progress["seconds"]
         print(f"{self.name} stopped at step {step} after {seconds:.0f} s in all", flush=True)
-
-    def _average_is_settled(self) -> bool:
-        """A graph would repeat the early, faster-forgetting decay for ever."""
-        step = self.progress["step"]
-        return (1 + step) / (10 + step) >= min(self.average.decay, 0.998)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from architecture import build_vae
 from diffusers import AutoencoderKL
 from training.common import WallClock, mixed_precision, save_grid, set_learning_rate
+from training.diffusion import encode_pictures
 from training.glyphs import augment
 
 # Enough that the decoder forgives small latent errors, little enough to keep strokes sharp.
@@ -40,12 +41,6 @@ def vae_loss(vae: AutoencoderKL, pictures: torch.Tensor) -> tuple[torch.Tensor, 
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     loss = reconstruction_loss(output, pictures) + KL_WEIGHT * kl
     return loss, F.mse_loss(output.detach(), pictures)
-
-
-@torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """Posterior means times the scaling factor: what the transformer learns to draw."""
-    return vae.encode(pictures).latent_dist.mean.float() * vae.config.scaling_factor
 
 
 @torch.no_grad()
