@@ -101,3 +101,18 @@ def test_what_cannot_be_probed():
         model = Small()
     with pytest.raises(ModelStateError, match="loaded weights"):
         probe(model.eval(), {})
+
+
+@pytest.mark.parametrize("timestep", [torch.tensor([0.2, 0.2]), torch.tensor([33, 34]), torch.tensor([999, 0])])
+def test_every_timestep_is_moved(timestep):
+    inputs = {"sample": torch.randn(2, 4), "timestep": timestep, "labels": torch.tensor([1, 1])}
+    inputs["extra"] = {"text": torch.randn(2, 4)}
+    assert probe(Small().eval(), inputs).dependence["of_t"] is Dependence.TIMESTEP
+
+
+def test_qwenimage_with_a_label_beside_the_timestep():
+    model = tiny.build("qwenimage", use_additional_t_cond=True)
+    inputs = tiny.inputs_for(model) | {"additional_t_cond": torch.tensor([0, 1])}
+    temporal = family_of(model).temporal(model)
+    found = probe(model, inputs).dependence
+    assert {layer: temporal.of(layer) for layer in found} == found

@@ -638,3 +638,13 @@ def test_compiled_models_are_said_to_be_unseen():
     pipe(**call_kwargs(pipe) | {"num_inference_steps": 2})
     assert pipe.compression_stats().components["transformer"].unknown[steps.NOT_SEEN] == 1
     steps.untrack(pipe.transformer)
+
+
+def test_a_tracked_model_can_be_pickled(denoiser, tmp_path):
+    steps.track(denoiser, steps.Consumer("with a default plan"))
+    torch.save(denoiser, tmp_path / "model.pt")
+    assert steps.tracker_of(torch.load(tmp_path / "model.pt", weights_only=False)) is not None
+
+
+def test_a_compiled_wrapper_is_seen_through(denoiser):
+    assert steps.tracker_of(torch.compile(denoiser, backend="eager")) is steps.tracker_of(denoiser)

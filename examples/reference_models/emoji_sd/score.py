@@ -19,7 +19,7 @@ sys.path.insert(0, str(FOLDER.parent))
 from training.scoring import accuracy_text, draw_prompts, load_for_score, report_score, score_parser  # noqa: E402
 
 # What the model card recommends.
-DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 3.0}
+DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 1.5}
 
 
 def generate(pipe, prompts: list[str], seed: int = 0, batch_size: int = 32, **options) -> torch.Tensor:

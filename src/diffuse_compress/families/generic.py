@@ -184,9 +184,14 @@ def _perturbed(value: Any, generator: torch.Generator) -> Any:
 
 
 def _later(timestep: Any) -> Any:
-    if isinstance(timestep, torch.Tensor) and timestep.is_floating_point():
-        return timestep * 0.5 + (0.1 if float(timestep.max()) <= 1.0 else 17.0)
-    return timestep // 2 + 17
+    """Another timestep of the same scale; no value is its own image."""
+    largest = float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
+    step, middle = (0.1, 0.5) if largest <= 1.0 and not isinstance(timestep, int) else (17, 500)
+    if isinstance(timestep, torch.Tensor):
+        if not timestep.is_floating_point():
+            step, middle = 17, 500
+        return torch.where(timestep < middle, timestep + step, timestep - step).to(timestep.dtype)
+    return timestep + step if timestep < middle else timestep - step
 
 
 def _with(value: Any, path: tuple[Any, ...], replacement: torch.Tensor) -> Any:

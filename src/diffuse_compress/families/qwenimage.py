@@ -117,24 +117,22 @@ QWENIMAGE_TRANSFORMER_BLOCK = BlockKind(
     ),
 )
 
+
+def _temporal(model: Any) -> TemporalMap:
+    embedder = "time_text_embed.timestep_embedder.*"
+    modulation = ("transformer_blocks.*.img_mod.1", "transformer_blocks.*.txt_mod.1", "norm_out.linear")
+    text = tuple(f"transformer_blocks.0.attn.add_{part}_proj" for part in "qkv")
+    # Layered generation adds a label to the timestep's embedding.
+    if model.config.get("use_additional_t_cond"):
+        return TemporalMap((embedder,), (*modulation, *text), ("txt_in",))
+    return TemporalMap((embedder, *modulation), text, ("txt_in",))
+
+
 QWENIMAGE = Family(
     name="qwenimage",
     classes=("QwenImageTransformer2DModel",),
     blocks=in_lists("transformer_blocks"),
     kinds={"QwenImageTransformerBlock": QWENIMAGE_TRANSFORMER_BLOCK},
-    temporal=lambda model: TemporalMap(
-        timestep=(
-            "time_text_embed.timestep_embedder.*",
-            "transformer_blocks.*.img_mod.1",
-            "transformer_blocks.*.txt_mod.1",
-            "norm_out.linear",
-        ),
-        timestep_and_condition=(
-            "transformer_blocks.0.attn.add_q_proj",
-            "transformer_blocks.0.attn.add_k_proj",
-            "transformer_blocks.0.attn.add_v_proj",
-        ),
-        condition=("txt_in",),
-    ),
+    temporal=_temporal,
     sensitive=("img_in", "txt_in", "proj_out"),
 )

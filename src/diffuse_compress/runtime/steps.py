@@ -81,6 +81,11 @@ _STEPS_OF_SILENCE = 2
 _run_numbers = itertools.count(1)
 
 
+def _no_plan(run: Run) -> int | None:
+    """The default plan; a module's function, so that a tracked model can be pickled."""
+    return None
+
+
 @dataclass(frozen=True)
 class Consumer:
     """A method that follows the steps of one model.
@@ -92,7 +97,7 @@ class Consumer:
     """
 
     name: str
-    plan: Callable[[Run], int | None] = lambda run: None
+    plan: Callable[[Run], int | None] = _no_plan
     strict: bool = False
 
 
@@ -473,7 +478,8 @@ class StepTracker:
 
     def _timestep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._position is None:
-            names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
+            # The first parameter is the module itself, whatever it is called.
+            names = list(inspect.signature(type(module).forward).parameters)[1:]
             name = next((name for name in _NAMES_OF_TIMESTEP if name in names), "")
             self._position = name, names.index(name) if name else -1
         name, position = self._position
@@ -502,7 +508,8 @@ def track(model: nn.Module, consumer: Consumer | None = None) -> StepTracker:
 
 def tracker_of(model: nn.Module) -> StepTracker | None:
     """The tracker whose hooks ``model`` carries, or None."""
-    for hook in model._forward_pre_hooks.values():
+    # torch.compile(model) wraps the model that carries the hooks.
+    for hook in getattr(model, "_orig_mod", model)._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, StepTracker):
             return owner

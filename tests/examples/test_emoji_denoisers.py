@@ -1,0 +1,63 @@
+"""The UNet, Stable Diffusion and DiT shaped reference models load as stock pipelines, fit their size and draw emoji."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+MODELS = Path(__file__).parents[2] / "examples" / "reference_models"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "limit"),
+    [("emoji_ddim", "DDIMPipeline", 3), ("emoji_sd", "StableDiffusionPipeline", 5), ("emoji_dit", "DiTPipeline", 5)],
+)
+def test_loads_as_a_stock_pipeline_within_its_size(name, kind, limit):
+    pipe = DiffusionPipeline.from_pretrained(MODELS / name)
+    assert type(pipe).__name__ == kind
+    files = [path for path in (MODELS / name).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    own = sum(path.stat().st_size for path in files if "vae" not in path.relative_to(MODELS / name).parts)
+    assert own < limit * 2**20
+
+
+def classifier():
+    sys.path.insert(0, str(MODELS / "emoji_pixart"))
+    try:
+        from classifier import load_classifier
+    finally:
+        sys.path.pop(0)
+    return load_classifier(MODELS / "emoji_pixart")
+
+
+def test_dit_draws_the_class_that_was_asked_for():
+    pipe = DiffusionPipeline.from_pretrained(MODELS / "emoji_dit")
+    pipe.set_progress_bar_config(disable=True)
+    names = ["rabbit", "police car", "teddy bear", "green book"]
+    generators = [torch.Generator().manual_seed(index) for index in range(len(names))]
+    labels = pipe.get_label_ids(names)
+    pictures = pipe(
+        class_labels=labels, num_inference_steps=20, guidance_scale=2.0, generator=generators, output_type="np"
+    ).images
+    assert classifier().accuracy(pictures, names) >= 0.75
+
+
+def test_stable_diffusion_draws_what_was_asked_for():
+    pipe = DiffusionPipeline.from_pretrained(MODELS / "emoji_sd")
+    pipe.set_progress_bar_config(disable=True)
+    names = ["rabbit", "police car", "christmas tree", "teddy bear"]
+    generators = [torch.Generator().manual_seed(index) for index in range(len(names))]
+    pictures = pipe(
+        names, num_inference_steps=20, guidance_scale=1.5, height=64, width=64, generator=generators, output_type="np"
+    ).images
+    assert classifier().accuracy(pictures, names) >= 0.75
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links")
+def test_the_autoencoder_is_shared():
+    for name in ("emoji_sd", "emoji_dit"):
+        assert (MODELS / name / "vae").resolve() == (MODELS / "emoji_pixart" / "vae").resolve()
