@@ -648,3 +648,17 @@ def test_a_tracked_model_can_be_pickled(denoiser, tmp_path):
 
 def test_a_compiled_wrapper_is_seen_through(denoiser):
     assert steps.tracker_of(torch.compile(denoiser, backend="eager")) is steps.tracker_of(denoiser)
+
+
+@torch.no_grad()
+def test_a_loop_that_is_restarted_or_steps_by_itself_is_unknown(denoiser):
+    scheduler, sample = DDIMScheduler(), torch.zeros(1, 4)
+    scheduler.set_timesteps(6)
+    loop(denoiser, scheduler, timesteps=scheduler.timesteps[:3])
+    loop(denoiser, scheduler)
+    assert denoiser.problems() == [None] * 3 + [steps.JUMPED.what] * 6
+    denoiser.seen.clear()
+    scheduler.set_timesteps(4)
+    for t in scheduler.timesteps:
+        denoiser(sample, t)
+    assert denoiser.problems() == [None] + [steps.JUMPED.what] * 3

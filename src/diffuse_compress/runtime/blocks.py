@@ -90,7 +90,7 @@ def compose(block: nn.Module, kind: BlockKind, options: list[BlockOption], args:
 
 def _owned_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     owner: _Owner = getattr(self, _OWNER)
-    if _foreign_processor(self, owner.kind) is not None:
+    if _foreign_processor(self, owner.kind) is not None or owner.kind.unsupported(self) is not None:
         return type(self).forward(self, *args, **kwargs)
     options = [option for option in owner.options if not any(_has_adapter(self, name) for name in option.fuses)]
     return compose(self, owner.kind, options, args, kwargs)

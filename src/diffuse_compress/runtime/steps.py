@@ -41,6 +41,7 @@ from diffuse_compress.runtime.stats import (
 
 __all__ = [
     "GRADIENT",
+    "JUMPED",
     "NOT_SEEN",
     "NO_SCHEDULE",
     "PAST_THE_END",
@@ -67,6 +68,10 @@ PAST_THE_END = Reason(
 SCHEDULERS_IN_TURN = Reason(
     "several schedulers are stepped in turn on one model, and the timestep does not tell which",
     "run the loops one after the other, or in threads of their own",
+)
+JUMPED = Reason(
+    "the loop is not where its scheduler's steps say: it was restarted, or steps without scheduler.step(...)",
+    "call scheduler.set_timesteps(...) before every pass, and scheduler.step(...) once in each iteration",
 )
 GRADIENT = Reason("gradients are enabled", "run inference under torch.no_grad() or torch.inference_mode()")
 NOT_SEEN = Reason(
@@ -305,6 +310,8 @@ class _Scope:
     def step(self, scheduler: Any) -> None:
         run = next((run for run in self.runs if run.scheduler() is scheduler), None) or self._adopt(scheduler)
         if run is None:
+            # Somebody else's loop: whatever runs are known here, this is none of them.
+            self.runs.clear()
             return
         run.take_step()
         for other in self.runs:
@@ -315,7 +322,7 @@ class _Scope:
     def _adopt(self, scheduler: Any) -> Run | None:
         """The run of a scheduler that was copied from the one which got the schedule, if there is just one."""
         alike = (type(scheduler), type(None))
-        idle = [run for run in self.runs if not run.pending and type(run.scheduler()) in alike]
+        idle = [run for run in self.runs if run.taken == 0 and type(run.scheduler()) in alike]
         timesteps = _timesteps(scheduler)
         if len(idle) != 1 or timesteps is None or idle[0].num_rows != timesteps.numel():
             return None
@@ -431,6 +438,8 @@ class StepTracker:
         row = None if run is None else run.place(timestep)
         if run is not None and row is None:
             problem = PAST_THE_END
+        elif run is not None and problem is None and row != (run.first_row or 0) + run.step:
+            problem = JUMPED
         known = run if problem is None else None
         call = 0 if known is None else known.count_call(self)
         stats = self.last = scope.stats_for(self, run)
