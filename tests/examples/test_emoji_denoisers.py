@@ -57,7 +57,36 @@ def test_stable_diffusion_draws_what_was_asked_for():
     assert classifier().accuracy(pictures, names) >= 0.75
 
 
+def test_ddim_draws_faces_that_the_classifier_names():
+    pipe = DiffusionPipeline.from_pretrained(MODELS / "emoji_ddim")
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(index) for index in range(16)]
+    pictures = pipe(batch_size=16, num_inference_steps=10, generator=generators, output_type="pt").images
+    judge = classifier()
+    enlarged = torch.nn.functional.interpolate(pictures, scale_factor=2, mode="bicubic").clamp(0, 1)
+    confidence, best = judge.classify(enlarged).softmax(1).max(1)
+    faces = set((MODELS / "emoji_ddim" / "faces.txt").read_text().splitlines())
+    named = [sure >= 0.5 and judge.captions[row] in faces for sure, row in zip(confidence, best, strict=True)]
+    # Noise scores 0 of 512.
+    assert sum(named) >= 8
+
+
+@pytest.mark.parametrize(
+    ("name", "denoiser", "marker", "in_features"),
+    [
+        ("emoji_ddim", "unet", ".attentions.", {64}),
+        ("emoji_sd", "unet", ".attentions.", {64, 96, 128, 256, 384}),
+        ("emoji_dit", "transformer", "transformer_blocks.", {128, 256, 512}),
+    ],
+)
+def test_block_linears_are_as_wide_as_the_card_says(name, denoiser, marker, in_features):
+    model = getattr(DiffusionPipeline.from_pretrained(MODELS / name), denoiser)
+    blocks = [m for path, m in model.named_modules() if isinstance(m, torch.nn.Linear) and marker in path]
+    assert {linear.in_features for linear in blocks} == in_features
+
+
 @pytest.mark.skipif(os.name == "nt", reason="symbolic links")
 def test_the_autoencoder_is_shared():
     for name in ("emoji_sd", "emoji_dit"):
+        assert (MODELS / name / "vae").is_symlink()
         assert (MODELS / name / "vae").resolve() == (MODELS / "emoji_pixart" / "vae").resolve()

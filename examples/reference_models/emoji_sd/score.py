@@ -1,7 +1,7 @@
 """How many generated pictures the classifier names as they were asked for.
 
 python score.py                                   # the 256 evaluation prompts of emoji_pixart
-python score.py --steps 20 --guidance 3 --seed 1 --grid /tmp/grid.png
+python score.py --steps 20 --guidance 1 --seed 1 --grid /tmp/grid.png
 """
 
 from __future__ import annotations
