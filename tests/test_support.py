@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import tiny
+from diffuse_compress.components import model_components
+from diffuse_compress.integrations.component import align_tensors
 from tolerance import KERNEL, assert_close, assert_snr, relative_rms, snr_db
 
 
@@ -42,12 +44,15 @@ def test_tiny_models_run_in_bfloat16(name: str) -> None:
 def test_tiny_pipelines_survive_save_and_reload(name: str, tmp_path: Path) -> None:
     pipe = tiny.build_pipeline(name)
     image = torch.from_numpy(pipe(**tiny.call_kwargs(pipe))[0])
-    assert image.shape == (1, 32, 32, 3)
+    assert image.shape == ((1, 5, 32, 32, 3) if name == "wan" else (1, 32, 32, 3))
     assert image.std() > 0.05
     pipe.save_pretrained(tmp_path)
     reloaded = type(pipe).from_pretrained(tmp_path)
+    # A mapped file's tensors lie where they lie, and float32 products over unaligned ones differ in the last bit.
+    for model in model_components(reloaded).values():
+        align_tensors(model)
     reloaded.set_progress_bar_config(disable=True)
-    assert torch.equal(torch.from_numpy(reloaded(**tiny.call_kwargs(reloaded)).images), image)
+    assert torch.equal(torch.from_numpy(reloaded(**tiny.call_kwargs(reloaded))[0]), image)
 
 
 def test_tiny_tokenizers_tell_prompts_apart() -> None:
