@@ -67,258 +67,257 @@ VOCABULARY = 128
 WORDS = "a the red blue green yellow cat dog house tree sun moon face with of and on in small large".split()
 
 
-def _pixart(**config: Any) -> nn.Module:
-    defaults = dict(
-        sample_size=8,
-        num_attention_heads=4,
-        attention_head_dim=32,
-        num_layers=2,
-        in_channels=4,
-        out_channels=8,
-        patch_size=2,
-        cross_attention_dim=128,
-        caption_channels=64,
-        use_additional_conditions=False,
-    )
-    return PixArtTransformer2DModel(**{**defaults, **config})
+def _builder(make: Callable[..., nn.Module], **defaults: Any) -> Callable[..., nn.Module]:
+    """`make` with a tiny configuration, of which every entry can be given otherwise."""
+    return lambda **config: make(**{**defaults, **config})
 
 
-def _dit(**config: Any) -> nn.Module:
-    defaults = dict(
-        sample_size=8,
-        num_attention_heads=4,
-        attention_head_dim=32,
-        num_layers=2,
-        in_channels=4,
-        out_channels=8,
-        num_embeds_ada_norm=10,
-    )
-    return DiTTransformer2DModel(**{**defaults, **config})
+def _from_config(config_class: Any, model_class: Any) -> Callable[..., nn.Module]:
+    """What transformers builds from a configuration object."""
+    return lambda **config: model_class(config_class(**config))
 
 
-def _unet_sd1(**config: Any) -> nn.Module:
-    defaults = dict(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=128,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
-    return UNet2DConditionModel(**{**defaults, **config})
+_pixart = _builder(
+    PixArtTransformer2DModel,
+    sample_size=8,
+    num_attention_heads=4,
+    attention_head_dim=32,
+    num_layers=2,
+    in_channels=4,
+    out_channels=8,
+    patch_size=2,
+    cross_attention_dim=128,
+    caption_channels=64,
+    use_additional_conditions=False,
+)
 
 
-def _unet_sdxl(**config: Any) -> nn.Module:
-    defaults = dict(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
-        reverse_transformer_layers_per_block=(1, 1),
-        cross_attention_dim=128,
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=8 * 6 + 32,
-        norm_num_groups=8,
-    )
-    return UNet2DConditionModel(**{**defaults, **config})
+_dit = _builder(
+    DiTTransformer2DModel,
+    sample_size=8,
+    num_attention_heads=4,
+    attention_head_dim=32,
+    num_layers=2,
+    in_channels=4,
+    out_channels=8,
+    num_embeds_ada_norm=10,
+)
 
 
-def _flux(**config: Any) -> nn.Module:
-    defaults = dict(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        joint_attention_dim=128,
-        pooled_projection_dim=128,
-        guidance_embeds=True,
-        axes_dims_rope=(8, 12, 12),
-    )
-    return FluxTransformer2DModel(**{**defaults, **config})
+_unet_sd1 = _builder(
+    UNet2DConditionModel,
+    sample_size=8,
+    block_out_channels=(32, 64),
+    layers_per_block=1,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    cross_attention_dim=128,
+    attention_head_dim=4,
+    norm_num_groups=8,
+)
 
 
-def _sd3(**config: Any) -> nn.Module:
-    defaults = dict(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        joint_attention_dim=128,
-        caption_projection_dim=128,
-        pooled_projection_dim=64,
-        pos_embed_max_size=8,
-        qk_norm="rms_norm",
-    )
-    return SD3Transformer2DModel(**{**defaults, **config})
+_unet_sdxl = _builder(
+    UNet2DConditionModel,
+    sample_size=8,
+    block_out_channels=(32, 64),
+    layers_per_block=1,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    transformer_layers_per_block=(1, 2),
+    reverse_transformer_layers_per_block=(1, 1),
+    cross_attention_dim=128,
+    attention_head_dim=(2, 4),
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=8 * 6 + 32,
+    norm_num_groups=8,
+)
 
 
-def _wan(**config: Any) -> nn.Module:
-    defaults = dict(
-        patch_size=(1, 2, 2),
-        num_attention_heads=4,
-        attention_head_dim=32,
-        in_channels=4,
-        out_channels=4,
-        text_dim=128,
-        freq_dim=64,
-        ffn_dim=256,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
-    return WanTransformer3DModel(**{**defaults, **config})
+_flux = _builder(
+    FluxTransformer2DModel,
+    patch_size=1,
+    in_channels=16,
+    num_layers=1,
+    num_single_layers=1,
+    attention_head_dim=32,
+    num_attention_heads=4,
+    joint_attention_dim=128,
+    pooled_projection_dim=128,
+    guidance_embeds=True,
+    axes_dims_rope=(8, 12, 12),
+)
 
 
-def _unet(**config: Any) -> nn.Module:
-    defaults = dict(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=16,
-        norm_num_groups=8,
-    )
-    return UNet2DModel(**{**defaults, **config})
+_sd3 = _builder(
+    SD3Transformer2DModel,
+    sample_size=8,
+    patch_size=2,
+    in_channels=4,
+    out_channels=4,
+    num_layers=2,
+    attention_head_dim=32,
+    num_attention_heads=4,
+    joint_attention_dim=128,
+    caption_projection_dim=128,
+    pooled_projection_dim=64,
+    pos_embed_max_size=8,
+    qk_norm="rms_norm",
+)
 
 
-def _sd35(**config: Any) -> nn.Module:
-    return _sd3(**{"dual_attention_layers": (0,), **config})
+_wan = _builder(
+    WanTransformer3DModel,
+    patch_size=(1, 2, 2),
+    num_attention_heads=4,
+    attention_head_dim=32,
+    in_channels=4,
+    out_channels=4,
+    text_dim=128,
+    freq_dim=64,
+    ffn_dim=256,
+    num_layers=2,
+    rope_max_seq_len=32,
+)
 
 
-def _cogvideox(**config: Any) -> nn.Module:
-    defaults = dict(
-        num_attention_heads=4,
-        attention_head_dim=32,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=64,
-        text_embed_dim=128,
-        num_layers=2,
-        sample_width=8,
-        sample_height=8,
-        sample_frames=5,
-        temporal_compression_ratio=4,
-        max_text_seq_length=TEXT_LENGTH,
-    )
-    return CogVideoXTransformer3DModel(**{**defaults, **config})
+_unet = _builder(
+    UNet2DModel,
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(32, 64),
+    layers_per_block=1,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=16,
+    norm_num_groups=8,
+)
 
 
-def _hunyuan_video(**config: Any) -> nn.Module:
-    defaults = dict(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=4,
-        attention_head_dim=32,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=2,
-        mlp_ratio=1.0,
-        patch_size=2,
-        patch_size_t=1,
-        text_embed_dim=128,
-        pooled_projection_dim=64,
-        rope_axes_dim=(8, 12, 12),
-    )
-    return HunyuanVideoTransformer3DModel(**{**defaults, **config})
+_sd35 = _builder(_sd3, dual_attention_layers=(0,))
 
 
-def _qwenimage(**config: Any) -> nn.Module:
-    defaults = dict(
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=32,
-        num_attention_heads=4,
-        joint_attention_dim=128,
-        axes_dims_rope=(8, 12, 12),
-    )
-    return QwenImageTransformer2DModel(**{**defaults, **config})
+_cogvideox = _builder(
+    CogVideoXTransformer3DModel,
+    num_attention_heads=4,
+    attention_head_dim=32,
+    in_channels=4,
+    out_channels=4,
+    time_embed_dim=64,
+    text_embed_dim=128,
+    num_layers=2,
+    sample_width=8,
+    sample_height=8,
+    sample_frames=5,
+    temporal_compression_ratio=4,
+    max_text_seq_length=TEXT_LENGTH,
+)
+
+
+_hunyuan_video = _builder(
+    HunyuanVideoTransformer3DModel,
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=4,
+    attention_head_dim=32,
+    num_layers=1,
+    num_single_layers=1,
+    num_refiner_layers=2,
+    mlp_ratio=1.0,
+    patch_size=2,
+    patch_size_t=1,
+    text_embed_dim=128,
+    pooled_projection_dim=64,
+    rope_axes_dim=(8, 12, 12),
+)
+
+
+_qwenimage = _builder(
+    QwenImageTransformer2DModel,
+    patch_size=2,
+    in_channels=16,
+    out_channels=4,
+    num_layers=2,
+    attention_head_dim=32,
+    num_attention_heads=4,
+    joint_attention_dim=128,
+    axes_dims_rope=(8, 12, 12),
+)
 
 
 def _decoder(config_class: Any, model_class: Any) -> Callable[..., nn.Module]:
-    def make(**config: Any) -> nn.Module:
-        defaults = dict(
-            vocab_size=VOCABULARY,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=64,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=1,
-        )
-        return model_class(config_class(**{**defaults, **config}))
-
-    return make
-
-
-def _t5_encoder(**config: Any) -> nn.Module:
-    defaults = dict(
-        vocab_size=VOCABULARY,
-        d_model=128,
-        d_kv=32,
-        d_ff=256,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-    )
-    return T5EncoderModel(T5Config(**{**defaults, **config}))
-
-
-def _umt5_encoder(**config: Any) -> nn.Module:
-    defaults = dict(vocab_size=VOCABULARY, d_model=128, d_kv=32, d_ff=256, num_layers=1, num_heads=4, dropout_rate=0.0)
-    return UMT5EncoderModel(UMT5Config(**{**defaults, **config}))
-
-
-def _clip_text(**config: Any) -> nn.Module:
-    defaults = dict(
-        vocab_size=VOCABULARY * 8,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=TEXT_LENGTH,
-        projection_dim=128,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    return CLIPTextModel(CLIPTextConfig(**{**defaults, **config}))
-
-
-def _llama(**config: Any) -> nn.Module:
-    defaults = dict(
+    return _builder(
+        _from_config(config_class, model_class),
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=0,
+        head_dim=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
         eos_token_id=1,
-        pad_token_id=1,
     )
-    return LlamaForCausalLM(LlamaConfig(**{**defaults, **config}))
+
+
+_t5_encoder = _builder(
+    _from_config(T5Config, T5EncoderModel),
+    vocab_size=VOCABULARY,
+    d_model=128,
+    d_kv=32,
+    d_ff=256,
+    num_layers=2,
+    num_heads=4,
+    feed_forward_proj="gated-gelu",
+    dropout_rate=0.0,
+)
+
+
+_umt5_encoder = _builder(
+    _from_config(UMT5Config, UMT5EncoderModel),
+    vocab_size=VOCABULARY,
+    d_model=128,
+    d_kv=32,
+    d_ff=256,
+    num_layers=1,
+    num_heads=4,
+    dropout_rate=0.0,
+)
+
+
+_clip_text = _builder(
+    _from_config(CLIPTextConfig, CLIPTextModel),
+    vocab_size=VOCABULARY * 8,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=TEXT_LENGTH,
+    projection_dim=128,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=1,
+)
+
+
+_llama = _builder(
+    _from_config(LlamaConfig, LlamaForCausalLM),
+    vocab_size=VOCABULARY,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=1,
+)
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -642,7 +641,7 @@ def build_pipeline(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float
 
 
 def call_kwargs(pipe: DiffusionPipeline, *, seed: int = 0, steps: int = 2, output_type: str = "np") -> dict[str, Any]:
-    """Keyword arguments for one cheap call of a pipeline made by `build_pipeline`: one 32x32 picture, or five frames."""
+    """Keyword arguments for one cheap call of a pipeline made by `build_pipeline`: one 32x32 picture or clip."""
     kwargs: dict[str, Any] = dict(
         prompt="a red cat",
         num_inference_steps=steps,

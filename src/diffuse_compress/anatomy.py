@@ -15,7 +15,7 @@ from torch import nn
 from diffuse_compress.components import GROUPS
 from diffuse_compress.families.base import Dependence
 from diffuse_compress.families.registry import family_of
-from diffuse_compress.families.roles import LayerRole, block_lists, has_matrix, layer_roles
+from diffuse_compress.families.roles import LayerRole, block_elements, has_matrix, layer_roles
 from diffuse_compress.integrations.component import weight_elements
 from diffuse_compress.runtime.blocks import why_not_composed
 
@@ -43,7 +43,7 @@ def model_anatomy(model: nn.Module) -> dict[str, Any]:
     total = sum(counts.values()) + sum(others)
     roles = layer_roles(model)
     modulation = sum(count for name, count in counts.items() if roles.get(name) is LayerRole.MODULATION)
-    names = family.blocks(model) if family is not None else _listed_blocks(model)
+    names = family.blocks(model) if family is not None else block_elements(model)
     blocks: dict[str, dict[str, Any]] = {}
     for name in names:
         block = model.get_submodule(name)
@@ -68,16 +68,6 @@ def model_anatomy(model: nn.Module) -> dict[str, Any]:
         "dependence": None if dependence is None else {d.value: dependence[d.value] for d in Dependence},
         "sensitive": [] if family is None else list(family.sensitive),
     }
-
-
-def _listed_blocks(model: nn.Module) -> list[str]:
-    prefixes = block_lists(model)
-    return [
-        name
-        for name, _ in model.named_modules()
-        for prefix in prefixes
-        if name.startswith(prefix) and name.removeprefix(prefix).isdigit()
-    ]
 
 
 def step_behaviour(folder: Path) -> dict[str, Any] | None:

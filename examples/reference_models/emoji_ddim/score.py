@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.scoring import load_for_score, picture_generators, report_score, score_parser  # noqa: E402
+from training.scoring import load_for_score, picture_generators, report_score, score_parser
+
+FOLDER = Path(__file__).resolve().parent
 
 STEPS, COUNT = 20, 512
 # Nine drawn faces of ten are named with more confidence, and few pictures of noise.

@@ -13,16 +13,17 @@ from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.scoring import (  # noqa: E402
+from training.scoring import (
     accuracy_text,
     load_for_score,
     picture_generators,
     report_score,
     score_parser,
 )
+
+FOLDER = Path(__file__).resolve().parent
 
 # What the model card recommends.
 DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 2.0}

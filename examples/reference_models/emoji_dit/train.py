@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -24,24 +23,15 @@ from emoji_pixart.classifier import load_classifier
 from model import DiffusionTrainer, choose_classes
 from score import DEFAULTS, evaluation_labels, generate
 from training.command import load_for_export, prepare, train, train_parser
-from training.diffusion import latent_cache
-from training.export import compact, save_in_half
+from training.diffusion import latent_cache, shared_vae
+from training.export import SHARED_VAE_LINK, compact, save_in_half
 from training.scoring import CLASSIFIER_FOLDER, accuracy_text
-
-FOLDER = Path(__file__).resolve().parent
-VAE_LINK = {"vae": "../emoji_pixart/vae"}
-
-
-def load_vae() -> AutoencoderKL:
-    """Of emoji_pixart, ready for use."""
-    vae = AutoencoderKL.from_pretrained(FOLDER.parent / "emoji_pixart" / "vae")
-    return vae.eval().requires_grad_(False)
 
 
 def run_training(args, glyphs: torch.Tensor, names: list[str]) -> None:
     """Train, then score the averaged weights."""
     device = torch.device(args.device)
-    vae = load_vae().to(device)
+    vae = shared_vae().to(device)
     cache = latent_cache(vae, glyphs[: args.limit].to(device), args.copies)
     trainer = DiffusionTrainer(device, not args.eager, cache, args.batch)
     train(args, trainer)
@@ -58,7 +48,7 @@ def run_export(args, names: list[str]) -> None:
     """Write the pipeline."""
     trainer = DiffusionTrainer(torch.device("cpu"), compiled=False)
     load_for_export(args, trainer)
-    save_in_half(trainer.assemble(load_vae(), names), args.folder, VAE_LINK)
+    save_in_half(trainer.assemble(shared_vae(), names), args.folder, SHARED_VAE_LINK)
     # `save_pretrained` leaves the names out; the published pipeline has them here too.
     index = args.folder / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": dict(enumerate(names))}))

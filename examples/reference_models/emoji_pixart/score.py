@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.scoring import accuracy_text, draw_prompts, load_for_score, report_score, score_parser  # noqa: E402
+from training.scoring import accuracy_text, draw_prompts, load_for_score, report_score, score_parser
+
+FOLDER = Path(__file__).resolve().parent
 
 # What the model card recommends. Binning is off because diffusers only bins to pictures of 256
 # pixels and more; 24 tokens hold every caption, and padding to the default 120 costs time only.

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training.scoring import accuracy_text, draw_prompts, load_for_score, report_score, score_parser
+
 FOLDER = Path(__file__).resolve().parent
 PROMPTS = FOLDER.parent / "emoji_pixart" / "eval_prompts.txt"
-sys.path.insert(0, str(FOLDER.parent))
-
-from training.scoring import accuracy_text, draw_prompts, load_for_score, report_score, score_parser  # noqa: E402
 
 # What the model card recommends.
 DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 1.5}

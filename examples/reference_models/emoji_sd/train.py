@@ -27,13 +27,12 @@ from emoji_pixart.classifier import load_classifier
 from model import DiffusionTrainer
 from score import DEFAULTS, PROMPTS, generate
 from training.command import load_for_export, prepare, train, train_parser
-from training.diffusion import latent_cache
-from training.export import compact, save_in_half
+from training.diffusion import latent_cache, shared_vae
+from training.export import SHARED_VAE_LINK, compact, save_in_half
 from training.glyphs import ALIASES
 from training.scoring import CLASSIFIER_FOLDER, accuracy_text
 
 FOLDER = Path(__file__).resolve().parent
-VAE_LINK = {"vae": "../emoji_pixart/vae"}
 
 
 def run_tokenizer(args, captions: list[str]) -> None:
@@ -44,9 +43,7 @@ def run_tokenizer(args, captions: list[str]) -> None:
 
 def load_parts() -> tuple[CLIPTokenizer, AutoencoderKL]:
     """What is there before the training."""
-    tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")
-    vae = AutoencoderKL.from_pretrained(FOLDER.parent / "emoji_pixart" / "vae")
-    return tokenizer, vae.eval().requires_grad_(False)
+    return CLIPTokenizer.from_pretrained(FOLDER / "tokenizer"), shared_vae()
 
 
 def run_training(args, glyphs: torch.Tensor, captions: list[str]) -> None:
@@ -70,7 +67,7 @@ def run_export(args, captions: list[str]) -> None:
     tokenizer, vae = load_parts()
     trainer = DiffusionTrainer(tokenizer, captions, torch.device("cpu"), compiled=False)
     load_for_export(args, trainer)
-    save_in_half(trainer.assemble(vae), args.folder, VAE_LINK)
+    save_in_half(trainer.assemble(vae), args.folder, SHARED_VAE_LINK)
 
 
 def main() -> None:

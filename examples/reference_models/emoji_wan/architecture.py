@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from training.diffusion import initialise_linears
 from transformers import UMT5Config, UMT5EncoderModel
 
 # Longest caption: 12 words and the end token. The cross-attention sees the padding too, as zeros.
@@ -75,10 +76,7 @@ def initialise_transformer(transformer: WanTransformer3DModel) -> None:
 
     Xavier linears, small embeddings, and a silent output.
     """
-    for module in transformer.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.xavier_uniform_(module.weight)
-            torch.nn.init.zeros_(module.bias)
+    initialise_linears(transformer)
     torch.nn.init.xavier_uniform_(transformer.patch_embedding.weight.flatten(1))
     embedders = (transformer.condition_embedder.text_embedder, transformer.condition_embedder.time_embedder)
     for embedder in embedders:

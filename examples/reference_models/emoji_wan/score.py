@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent))
-sys.path.insert(0, str(FOLDER))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from clips import find_motions, split_caption  # noqa: E402
-from training.common import save_grid  # noqa: E402
-from training.scoring import load_for_score, score_parser  # noqa: E402
+from clips import find_motions, split_caption
+from training.common import save_grid
+from training.scoring import load_for_score, score_parser
+
+FOLDER = Path(__file__).resolve().parent
 
 # What the model card recommends. The size and the number of tokens are those of the training: the
 # cross-attention also sees the padding, so that another length is another input.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
-
 from training.common import mixed_precision
 from training.glyphs import ALIASES, augment
 
@@ -54,6 +55,12 @@ def initialise_linears(model: nn.Module) -> None:
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def shared_vae() -> AutoencoderKL:
+    """Of emoji_pixart, ready for use by the models whose folders link to it."""
+    vae = AutoencoderKL.from_pretrained(Path(__file__).resolve().parents[1] / "emoji_pixart" / "vae")
+    return vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
-
 from training.trainer import Trainer
+
+SHARED_VAE_LINK = {"vae": "../emoji_pixart/vae"}
 
 
 def averaged(trainer: Trainer, *names: str) -> list[nn.Module]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from diffuse_compress.errors import ModelStateError
 from diffuse_compress.families.base import Dependence, Family, TemporalMap
-from diffuse_compress.families.roles import block_lists, has_matrix
+from diffuse_compress.families.roles import block_elements, has_matrix
 from diffuse_compress.patterns import generalize
 
 __all__ = ["Probe", "generic_family", "probe"]
@@ -109,13 +109,7 @@ def _digests(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, lis
     """{layer: a number for each of its outputs}, and the blocks in the order they ran."""
     digests: dict[str, list[int]] = {}
     order: list[str] = []
-    prefixes = block_lists(model)
-    blocks = {
-        name
-        for name, _ in model.named_modules()
-        for prefix in prefixes
-        if name.startswith(prefix) and name.removeprefix(prefix).isdigit()
-    }
+    blocks = set(block_elements(model))
 
     def note(name: str) -> Callable[..., None]:
         return lambda module, args, output: digests.setdefault(name, []).append(_digest(output))

@@ -13,7 +13,7 @@ from enum import Enum
 
 from torch import nn
 
-__all__ = ["LayerRole", "block_lists", "has_matrix", "layer_roles"]
+__all__ = ["LayerRole", "block_elements", "block_lists", "has_matrix", "layer_roles"]
 
 
 class LayerRole(str, Enum):
@@ -108,6 +108,17 @@ def block_lists(model: nn.Module) -> list[str]:
             if any(has_matrix(sub) for sub in module.modules()):
                 prefixes.append(f"{name}.")
     return prefixes
+
+
+def block_elements(model: nn.Module) -> list[str]:
+    """Names of the elements of ``block_lists``, in registration order."""
+    prefixes = block_lists(model)
+    return [
+        name
+        for name, _ in model.named_modules()
+        for prefix in prefixes
+        if name.startswith(prefix) and name.removeprefix(prefix).isdigit()
+    ]
 
 
 def _repeats_one_class(module: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from torch import nn
 
 from diffuse_compress.errors import ModelStateError
 from diffuse_compress.families.base import BlockKind, Branch, Conditioning, Streams
-from diffuse_compress.families.registry import FAMILIES, family_of
+from diffuse_compress.families.registry import FAMILIES
 
 __all__ = ["BlockOption", "compose", "disown", "fingerprint", "own", "owned_options", "why_not_composed"]
 
@@ -90,7 +90,7 @@ def compose(block: nn.Module, kind: BlockKind, options: list[BlockOption], args:
 
 def _owned_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     owner: _Owner = getattr(self, _OWNER)
-    if _foreign_processor(self, owner.kind) is not None or owner.kind.unsupported(self) is not None:
+    if _why_stock_now(self, owner.kind) is not None:
         return type(self).forward(self, *args, **kwargs)
     options = [option for option in owner.options if not any(_has_adapter(self, name) for name in option.fuses)]
     return compose(self, owner.kind, options, args, kwargs)
@@ -142,15 +142,9 @@ def owned_options(block: nn.Module) -> list[BlockOption]:
     return [] if owner is None else list(owner.options)
 
 
-def why_not_composed(block: nn.Module, kind: BlockKind | None = None) -> str | None:
+def why_not_composed(block: nn.Module) -> str | None:
     """Why a block runs its stock forward whatever is asked of it, or None if it can be composed."""
-    if kind is None:
-        kind, reason = _kind_of(block)
-        return reason if kind is None else None
-    known = fingerprint(type(block), kind.replaced)  # type: ignore[arg-type]
-    if known not in kind.fingerprints:
-        return f"this version of {type(block).__name__} is not the one that we know"
-    return kind.unsupported(block) or _foreign_processor(block, kind)
+    return _kind_of(block)[1]
 
 
 def _kind_of(block: nn.Module) -> tuple[BlockKind | None, str | None]:
@@ -158,21 +152,21 @@ def _kind_of(block: nn.Module) -> tuple[BlockKind | None, str | None]:
     kind = _kinds().get(type(block).__name__)
     if kind is None or not type(block).__module__.startswith(("diffusers.", "transformers.")):
         return None, f"no family describes the class {type(block).__name__}"
-    reason = why_not_composed(block, kind)
+    known = fingerprint(type(block), kind.replaced)  # type: ignore[arg-type]
+    if known not in kind.fingerprints:
+        return None, f"this version of {type(block).__name__} is not the one that we know"
+    reason = _why_stock_now(block, kind)
     return (None, reason) if reason is not None else (kind, None)
+
+
+def _why_stock_now(block: nn.Module, kind: BlockKind) -> str | None:
+    """What a user can change at any time: options of the class, and attention processors."""
+    return kind.unsupported(block) or _foreign_processor(block, kind)
 
 
 @cache
 def _kinds() -> dict[str, BlockKind]:
     return {name: kind for family in FAMILIES for name, kind in family.kinds.items()}
-
-
-def composable_blocks(model: nn.Module) -> dict[str, str | None]:
-    """{block: None, or why it is not composed} of a model whose class has a family."""
-    family = family_of(model)
-    if family is None:
-        return {}
-    return {name: why_not_composed(model.get_submodule(name)) for name in family.blocks(model)}
 
 
 def _foreign_processor(block: Any, kind: BlockKind) -> str | None:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffuse_compress.components import unwrap
 from diffuse_compress.errors import MissingDependencyError
 from diffuse_compress.runtime import events
 from diffuse_compress.runtime.stats import (
@@ -517,8 +518,7 @@ def track(model: nn.Module, consumer: Consumer | None = None) -> StepTracker:
 
 def tracker_of(model: nn.Module) -> StepTracker | None:
     """The tracker whose hooks ``model`` carries, or None."""
-    # torch.compile(model) wraps the model that carries the hooks.
-    for hook in getattr(model, "_orig_mod", model)._forward_pre_hooks.values():
+    for hook in unwrap(model)._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, StepTracker):
             return owner
