@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from emoji_pixart.classifier import EmojiClassifier, load_classifier
-
 from training.common import save_grid
 
 CLASSIFIER_FOLDER = Path(__file__).resolve().parents[1] / "emoji_pixart"
