@@ -12,6 +12,7 @@ Wrappers are installed when the first model is tracked; a user who only quantize
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -22,8 +23,9 @@ from typing import Any, Protocol
 __all__ = ["Listener", "install", "installed", "uninstall"]
 
 _MARK = "_diffuse_compress_event"
-# ScoreSdeVeScheduler, the one class without ``step``, ends an iteration with ``step_pred``.
-_STEPS = ("step", "step_pred")
+# ScoreSdeVeScheduler, the one class without ``step``, ends an iteration with ``step_pred``; ParaDiGMS takes several
+# rows of the schedule at once.
+_STEPS = ("step", "step_pred", "batch_step_no_noise")
 
 
 class Listener(Protocol):
@@ -32,8 +34,8 @@ class Listener(Protocol):
     def on_set_timesteps(self, scheduler: Any) -> None:
         """A scheduler got a schedule."""
 
-    def on_step(self, scheduler: Any) -> None:
-        """A scheduler has stepped; nested calls (``super().step``) count once."""
+    def on_step(self, scheduler: Any, timestep: Any) -> None:
+        """A scheduler has stepped from ``timestep``, if it is told; nested calls (``super().step``) count once."""
 
     def on_enter(self, pipeline: Any) -> None:
         """A pipeline is called."""
@@ -130,17 +132,35 @@ def _replace(cls: type, name: str, make: Callable[[Any], Any]) -> None:
 
 
 def _wrap_scheduler(cls: type, listener: Listener) -> None:
-    def set_timesteps(scheduler: Any) -> None:
-        # Some constructors set a schedule that nobody asked for. Frames: this, the wrapper, its caller.
-        if sys._getframe(2).f_code.co_name != "__init__":
+    def set_timesteps(scheduler: Any, args: Any, kwargs: Any) -> None:
+        if not _in_its_constructor(scheduler):
             listener.on_set_timesteps(scheduler)
 
     _replace(cls, "set_timesteps", lambda original: _outermost(original, "set", set_timesteps))
     for name in _STEPS:
-        _replace(cls, name, lambda original: _outermost(original, "step", listener.on_step))
+        _replace(cls, name, lambda original: _outermost(original, "step", _teller(original, listener)))
 
 
-def _outermost(original: Callable[..., Any], kind: str, tell: Callable[[Any], None]) -> Callable[..., Any]:
+def _in_its_constructor(scheduler: Any) -> bool:
+    """Some constructors set a schedule that nobody asked for. Frames: this, set_timesteps, the wrapper, its caller."""
+    caller = sys._getframe(3)
+    code = caller.f_code
+    return code.co_name == "__init__" and bool(code.co_varnames) and caller.f_locals[code.co_varnames[0]] is scheduler
+
+
+def _teller(original: Callable[..., Any], listener: Listener) -> Callable[[Any, Any, Any], None]:
+    """Tells of a step and of the timestep it was given, wherever the signature has it."""
+    names = list(inspect.signature(original).parameters)[1:]
+    name = next((name for name in ("timestep", "timesteps") if name in names), "")
+    position = names.index(name) if name else -1
+
+    def step(scheduler: Any, args: Any, kwargs: Any) -> None:
+        listener.on_step(scheduler, kwargs.get(name, args[position] if 0 <= position < len(args) else None))
+
+    return step
+
+
+def _outermost(original: Callable[..., Any], kind: str, tell: Callable[[Any, Any, Any], None]) -> Callable[..., Any]:
     """The method, telling of its outermost call in a thread once it has succeeded."""
 
     @functools.wraps(original)
@@ -152,7 +172,7 @@ def _outermost(original: Callable[..., Any], kind: str, tell: Callable[[Any], No
         finally:
             setattr(_depth, kind, depth)
         if depth == 0 and installed():
-            tell(self)
+            tell(self, args, kwargs)
         return result
 
     return wrapper

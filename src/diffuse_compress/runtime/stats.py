@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from diffuse_compress.errors import DiffuseCompressError, DiffuseCompressWarning
@@ -16,10 +19,15 @@ __all__ = [
     "MethodStats",
     "PlanMissedError",
     "Reason",
+    "RunShare",
+    "missed_message",
+    "warn_missed",
 ]
 
 ACHIEVED_SHARE = 0.9
 """A call that achieves less than this share of its plan is worth a word to the user."""
+
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 class PlanMissedError(DiffuseCompressError, RuntimeError):
@@ -42,12 +50,19 @@ class Reason:
         return self.what
 
 
+_NOT_REACHED = Reason(
+    "the model ran, and the method was not reached in it",
+    "remove what replaced the forward of its blocks (another library's cache or hooks), then compress again",
+)
+
+
 @dataclass
 class MethodStats:
     """One method (a feature cache, a temporal table) over one call of a pipeline.
 
     Attributes:
-        planned: units of work (branches, table rows) that it meant to save, or None if that is unknown.
+        planned: units of work (branches, table rows) that it meant to save in the steps that came to pass, or None if
+            that is unknown.
         hits: units that were saved.
         misses: units that were computed although the plan had them saved, by reason.
     """
@@ -61,22 +76,6 @@ class MethodStats:
         """Share of the plan that was achieved, in [0, 1]; None without a plan."""
         return min(1.0, self.hits / self.planned) if self.planned else None
 
-    @property
-    def missed(self) -> bool:
-        """Less than 90 % was achieved of the plan, and of its part that came to pass: an interrupt is no miss."""
-        share, tried = self.achieved, self.hits + sum(self.misses.values())
-        return share is not None and share < ACHIEVED_SHARE and self.hits < ACHIEVED_SHARE * tried
-
-    def add_plan(self, units: int | None) -> None:
-        """Another run begins; without a plan of its own, nothing is known of the whole."""
-        self.planned = None if units is None else (self.planned or 0) + units
-
-    def explain(self) -> str:
-        """Why the plan was missed, most frequent reason first, and what to do about that one."""
-        ranked = self.misses.most_common()
-        causes = "; ".join(f"{reason.what} ({count} times)" for reason, count in ranked)
-        return f"{causes}. Fix: {ranked[0][0].fix}"
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
         return {
@@ -89,28 +88,96 @@ class MethodStats:
 
 
 @dataclass
+class RunShare:
+    """One denoiser's part in one run.
+
+    Attributes:
+        seen: steps in which it ran.
+        plans: of each method, units to save in every step of the run; None until the run's start is known.
+    """
+
+    seen: set[int] = field(default_factory=set)
+    plans: dict[str, Sequence[int]] | None = None
+
+
+@dataclass
 class CallStats:
     """One denoiser over one run of the sampling loop.
 
     Attributes:
-        planned_steps: length of the scheduler's schedule, or None if no schedule was seen.
+        planned_steps: iterations that the schedule asked for, or None if no schedule was seen.
         steps: iterations in which this denoiser ran.
         calls: its forward calls.
         unknown: calls whose place in the loop could not be told, by reason.
+        lost: those of them whose step was not known either.
         methods: by name of the method.
-        runs: numbers of the runs that contributed.
+        shares: its part in each run, by the run's number.
     """
 
     planned_steps: int | None = None
     steps: int = 0
     calls: int = 0
     unknown: Counter[Reason] = field(default_factory=Counter)
+    lost: int = 0
     methods: dict[str, MethodStats] = field(default_factory=dict)
-    runs: set[int] = field(default_factory=set)
+    shares: dict[int, RunShare] = field(default_factory=dict)
 
     def method(self, name: str) -> MethodStats:
         """Statistics of a method, made on first use."""
         return self.methods.setdefault(name, MethodStats())
+
+    def see(self, run: int, step: int) -> None:
+        """The denoiser runs in this step of a run; what the methods plan there counts from now on."""
+        share = self.shares.setdefault(run, RunShare())
+        if step not in share.seen:
+            share.seen.add(step)
+            self.steps += 1
+            self._plan(share, {step})
+
+    def knows_plan(self, run: int) -> bool:
+        """``plan`` was called for this run."""
+        return self.shares.get(run, RunShare()).plans is not None
+
+    def plan(self, run: int, num_steps: int, plans: Mapping[str, Sequence[int] | None]) -> None:
+        """Plans of a run whose start is known now: units by method and step."""
+        share = self.shares.setdefault(run, RunShare())
+        share.plans = {name: units for name, units in plans.items() if units is not None}
+        self.planned_steps = (self.planned_steps or 0) + num_steps
+        self._plan(share, share.seen)
+
+    def close(self, seen_by_others: Mapping[int, set[int]]) -> None:
+        """The call is over. Plans of steps that no denoiser was seen in count too if calls were lost: an interrupted
+        loop is no miss, and the other expert's steps are not this one's."""
+        if not self.lost:
+            return
+        for run, share in self.shares.items():
+            steps = range(max((len(units) for units in (share.plans or {}).values()), default=0))
+            unseen = set(steps) - share.seen - seen_by_others.get(run, set())
+            self._plan(share, unseen)
+            share.seen |= unseen
+
+    def _plan(self, share: RunShare, steps: set[int]) -> None:
+        for name, units in (share.plans or {}).items():
+            method = self.method(name)
+            method.planned = (method.planned or 0) + sum(units[step] for step in steps if step < len(units))
+
+    def missed(self, name: str) -> bool:
+        """A method saved less than 90 % of its plan, or could not begin since no step was known."""
+        method = self.method(name)
+        if method.planned:
+            return method.hits < ACHIEVED_SHARE * method.planned
+        return not self.steps and bool(self.unknown)
+
+    def explain(self, name: str) -> str:
+        """What a method saved; why not more, most frequent reason first; and what to do about that one."""
+        method = self.method(name)
+        reasons = method.misses + self.unknown or Counter({_NOT_REACHED: max(1, self.calls)})
+        ranked = reasons.most_common()
+        causes = "; ".join(f"{reason.what} ({_times(count)})" for reason, count in ranked)
+        share = "nothing"
+        if method.planned:
+            share = f"{method.hits} of {method.planned} planned units ({100 * (method.achieved or 0):.0f} %)"
+        return f"saved {share}: {causes}. Fix: {ranked[0][0].fix}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""
@@ -129,14 +196,9 @@ class CompressionStats:
 
     components: dict[str, CallStats]
 
-    def missed(self) -> list[tuple[str, str, MethodStats]]:
-        """(component, method, statistics) of every plan achieved by less than 90 %."""
-        return [
-            (component, name, method)
-            for component, call in self.components.items()
-            for name, method in call.methods.items()
-            if method.missed
-        ]
+    def missed(self) -> list[tuple[str, str]]:
+        """(component, method) of every plan achieved by less than 90 %."""
+        return [(where, name) for where, call in self.components.items() for name in call.methods if call.missed(name)]
 
     def require(self) -> CompressionStats:
         """Itself.
@@ -144,8 +206,8 @@ class CompressionStats:
         Raises:
             PlanMissedError: a plan was achieved by less than 90 %.
         """
-        for component, name, method in self.missed():
-            raise PlanMissedError(missed_message(component, name, method))
+        for where, name in self.missed():
+            raise PlanMissedError(missed_message(where, name, self.components[where]))
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,15 +229,18 @@ class CompressionStats:
         return "\n".join(lines)
 
 
-def missed_message(component: str, name: str, method: MethodStats) -> str:
+def missed_message(where: str, name: str, call: CallStats) -> str:
     """One sentence for warning and error."""
-    where = f"{component}: " if component else ""
-    return (
-        f"{where}{name} saved {method.hits} of {method.planned} planned units "
-        f"({100 * (method.achieved or 0):.0f} %): {method.explain()}"
-    )
+    return f"{where}: {name} {call.explain(name)}" if where else f"{name} {call.explain(name)}"
 
 
-def warn_missed(component: str, name: str, method: MethodStats) -> None:
-    """One warning; the caller sees to it that it comes once."""
-    warnings.warn(missed_message(component, name, method), DiffuseCompressWarning, stacklevel=4)
+def warn_missed(where: str, name: str, call: CallStats) -> None:
+    """One warning at the user's line; the caller sees to it that it comes once."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(missed_message(where, name, call), DiffuseCompressWarning, stacklevel=level)
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"

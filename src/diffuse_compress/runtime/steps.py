@@ -5,11 +5,10 @@ one that answers it. A model that wants to know is tracked (:func:`track`): a fo
 :class:`StepContext` for every call, which anything inside of the model reads with :func:`current`.
 
 How a call finds its place. Schedulers tell of ``set_timesteps`` and ``step`` (``events.py``), thread by thread and
-pipeline call by pipeline call. A :class:`Run` starts with ``set_timesteps``; its step advances at the first call of a
-tracked model after a ``step()``, so several schedulers stepped in one iteration, or a ``step`` that calls another,
-count once. The row of the schedule comes, in this order, from the timestep itself (a view of ``scheduler.timesteps``
-says by its storage offset which element it is), from the scheduler's ``step_index``, and from counting. Nothing is
-read back from the device.
+pipeline call by pipeline call. A :class:`Run` (``run.py``) starts with ``set_timesteps``; its step advances at the
+first call of a tracked model after a ``step()``, so several schedulers stepped in one iteration, or a ``step`` that
+calls another, count once. Which row of the schedule that is, ``run.py`` finds out; nothing is read back from the
+device.
 
 Whenever the place is unknown the context has a ``problem``, and whoever reads it computes and counts the reason.
 """
@@ -17,20 +16,21 @@ Whenever the place is unknown the context has a ``problem``, and whoever reads i
 from __future__ import annotations
 
 import inspect
-import itertools
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from diffuse_compress.components import unwrap
 from diffuse_compress.errors import MissingDependencyError
 from diffuse_compress.runtime import events
+from diffuse_compress.runtime.run import START_UNKNOWN, Run
 from diffuse_compress.runtime.stats import (
     CallStats,
     CompressionStats,
@@ -42,13 +42,10 @@ from diffuse_compress.runtime.stats import (
 
 __all__ = [
     "GRADIENT",
-    "JUMPED",
     "NOT_SEEN",
     "NO_SCHEDULE",
-    "PAST_THE_END",
     "SCHEDULERS_IN_TURN",
     "Consumer",
-    "Run",
     "StepContext",
     "StepTracker",
     "current",
@@ -62,17 +59,9 @@ NO_SCHEDULE = Reason(
     "no scheduler of diffusers was given a schedule in this thread",
     "call scheduler.set_timesteps(...) before the loop, in the thread that runs it, and scheduler.step(...) in it",
 )
-PAST_THE_END = Reason(
-    "the loop went on after the schedule's last step",
-    "call scheduler.set_timesteps(...) again before a second pass",
-)
 SCHEDULERS_IN_TURN = Reason(
-    "several schedulers are stepped in turn on one model, and the timestep does not tell which",
-    "run the loops one after the other, or in threads of their own",
-)
-JUMPED = Reason(
-    "the loop is not where its scheduler's steps say: it was restarted, or steps without scheduler.step(...)",
-    "call scheduler.set_timesteps(...) before every pass, and scheduler.step(...) once in each iteration",
+    "several schedulers have a schedule and steps to take, and the timestep does not tell whose call this is",
+    "run one loop after the other or in threads of their own, and delete schedulers whose loop was given up",
 )
 GRADIENT = Reason("gradients are enabled", "run inference under torch.no_grad() or torch.inference_mode()")
 NOT_SEEN = Reason(
@@ -81,13 +70,11 @@ NOT_SEEN = Reason(
 )
 
 _NAMES_OF_TIMESTEP = ("timestep", "timesteps", "t", "sigma")
-# A run is over when another one has taken this many steps while it sat still: its loop was interrupted.
-_STEPS_OF_SILENCE = 2
-
-_run_numbers = itertools.count(1)
+# So many calls without any schedule are no trial of a single forward pass: the user's loop is not one we can follow.
+_CALLS_WITHOUT_SCHEDULE = 3
 
 
-def _no_plan(run: Run) -> int | None:
+def _no_plan(run: Run) -> Sequence[int] | None:
     """The default plan; a module's function, so that a tracked model can be pickled."""
     return None
 
@@ -98,143 +85,13 @@ class Consumer:
 
     Attributes:
         name: as shown in statistics ("feature cache").
-        plan: units of work it means to save in a run, given the run; None if it has no plan.
+        plan: units of work it means to save in each step of a run, given the run; None if it has no plan.
         strict: raise instead of warning when a call achieves less than 90 % of the plan.
     """
 
     name: str
-    plan: Callable[[Run], int | None] = _no_plan
+    plan: Callable[[Run], Sequence[int] | None] = _no_plan
     strict: bool = False
-
-
-class Run:
-    """One pass over a schedule, from ``set_timesteps`` to the last step.
-
-    Attributes:
-        number: unique in this process.
-        timesteps: the scheduler's own tensor of timesteps, [rows] (or None if it has none).
-        step: iterations so far, from 0.
-        taken: steps of the scheduler so far.
-        first_row: row of the first iteration, above 0 in img2img; None before the first call.
-        storage: values of consumers that live as long as the run, by any key; an interrupted run takes them along.
-    """
-
-    def __init__(self, scheduler: Any) -> None:
-        self.number = next(_run_numbers)
-        self.scheduler = weakref.ref(scheduler)
-        self.timesteps = _timesteps(scheduler)
-        self.step = 0
-        self.first_row: int | None = None
-        self.storage: dict[Any, Any] = {}
-        self._first_row_is_guess = False
-        self._called = False
-        self.taken = 0
-        self.pending = False
-        self.silence = 0
-        self._calls: dict[int, tuple[int, int]] = {}
-        self._rows: dict[torch.device, torch.Tensor] = {}
-        self._schedules: dict[torch.device, torch.Tensor] = {}
-
-    @property
-    def num_rows(self) -> int | None:
-        """Length of the schedule."""
-        return None if self.timesteps is None else self.timesteps.numel()
-
-    @property
-    def num_steps(self) -> int | None:
-        """Iterations that this run will have: img2img starts within the schedule."""
-        return None if self.num_rows is None else self.num_rows - (self.first_row or 0)
-
-    @property
-    def over(self) -> bool:
-        """The scheduler has taken every step of the schedule."""
-        return self.num_steps is not None and self.taken >= self.num_steps
-
-    def follow(self, scheduler: Any) -> None:
-        """Go on with a copy of the scheduler."""
-        self.scheduler, self.timesteps = weakref.ref(scheduler), _timesteps(scheduler)
-
-    def take_step(self) -> None:
-        """The scheduler has stepped."""
-        self.pending, self.silence = True, 0
-        self.taken += 1
-        if self.over:
-            self.storage.clear()
-
-    def advance(self) -> None:
-        """At a model's call: the step goes on if the scheduler stepped since the last one."""
-        if self.pending:
-            self.pending = False
-            # Before the first call another model, that nobody tracks, may have taken part in several steps.
-            self.step = self.step + 1 if self._called else self.taken
-        self._called = True
-
-    def row_of(self, timestep: Any) -> int | None:
-        """Row of a timestep that is a view of the schedule (an element, expanded or not), without reading it."""
-        schedule = self.timesteps
-        if schedule is None or not isinstance(timestep, torch.Tensor) or not _same_storage(schedule, timestep):
-            return None
-        if any(size != 1 and stride != 0 for size, stride in zip(timestep.shape, timestep.stride(), strict=True)):
-            return None  # several rows at once
-        row, rest = divmod(int(timestep.storage_offset() - schedule.storage_offset()), max(1, schedule.stride(0)))
-        return row if rest == 0 and 0 <= row < schedule.numel() else None
-
-    def place(self, timestep: Any) -> int | None:
-        """Row of the schedule at this call; None past its end."""
-        scheduler = self.scheduler()
-        row = self.row_of(timestep)
-        if row is None:
-            row = _integer(scheduler, "step_index")
-        if row is not None:
-            if self.first_row is None or self._first_row_is_guess:
-                self.first_row, self._first_row_is_guess = max(0, row - self.step), False
-        else:
-            if self.first_row is None:
-                begin = _integer(scheduler, "begin_index")
-                self.first_row, self._first_row_is_guess = begin or 0, begin is None
-            row = self.first_row + self.step
-        return row if self.num_rows is None or row < self.num_rows else None
-
-    def count_call(self, tracker: StepTracker) -> int:
-        """Calls of a model in this step before this one."""
-        step, calls = self._calls.get(id(tracker), (-1, -1))
-        calls = calls + 1 if step == self.step else 0
-        self._calls[id(tracker)] = self.step, calls
-        return calls
-
-    def index(self, row: int | None, timestep: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-        """The row as an int64 scalar on ``device``; of an unknown row, the nearest to the timestep, found there."""
-        if self.timesteps is None:
-            return None
-        if row is not None:
-            if device not in self._rows:
-                self._rows[device] = torch.arange(self.timesteps.numel(), device=device)
-            return self._rows[device][row]
-        if timestep is None:
-            return None
-        if device not in self._schedules:
-            self._schedules[device] = self.timesteps.to(device, torch.float32)
-        first = timestep.detach().reshape(-1)[0].to(device, torch.float32)
-        return (self._schedules[device] - first).abs().argmin()
-
-
-def _timesteps(scheduler: Any) -> torch.Tensor | None:
-    timesteps = getattr(scheduler, "timesteps", None)
-    return timesteps if isinstance(timesteps, torch.Tensor) and timesteps.ndim == 1 else None
-
-
-def _integer(scheduler: Any, name: str) -> int | None:
-    value = getattr(scheduler, name, None)
-    return value if type(value) is int else None
-
-
-def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.device != b.device or a.dtype != b.dtype or a.device.type == "meta":
-        return False
-    try:
-        return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0
-    except (RuntimeError, NotImplementedError):  # fake and wrapped tensors have no storage
-        return False
 
 
 @dataclass(frozen=True)
@@ -248,9 +105,11 @@ class StepContext:
         row: position in ``scheduler.timesteps``, or None; differs from step in img2img.
         call: calls of this model in this step before this one (0 and 1 with sequential guidance).
         branch: name of the pipeline's cache context ("cond", "uncond"), if it opened one.
-        timestep: as the model got it: scalar, [batch], or [batch, tokens] (per-token timesteps), or None.
-        index: ``row`` as an int64 scalar tensor on the timestep's device, or None.
-        problem: why the place is unknown, or None.
+        timestep: as the model got it: scalar, [batch], or [batch, tokens] (per-token timesteps); None if it got
+            a Python number or nothing.
+        index: ``row`` as an int64 scalar tensor on the device of the model's sample, or None.
+        problem: why the row is unknown, or None. Run and step may be known all the same (a loop whose start nothing
+            tells): what this call computes can be kept for the next steps then.
     """
 
     tracker: StepTracker
@@ -271,7 +130,7 @@ class StepContext:
 
     @property
     def per_token(self) -> bool:
-        """Every token has a timestep of its own (Wan 2.2 TI2V): ``index`` is that of the first one at best."""
+        """Every token has a timestep of its own (Wan 2.2 TI2V): ``index`` is that of the noisiest ones."""
         return self.timestep is not None and self.timestep.ndim >= 2 and self.timestep.shape[-1] > 1
 
     @property
@@ -295,8 +154,7 @@ class _Scope:
         self.owner = None if owner is None else weakref.ref(owner)
         self.depth = depth
         self.runs: list[Run] = []
-        self.trackers: dict[int, StepTracker] = {}
-        self.stats: dict[int, CallStats] = {}
+        self.stats: dict[StepTracker, CallStats] = {}
 
     def owned_by(self, obj: Any) -> bool:
         return self.owner is not None and self.owner() is obj
@@ -305,57 +163,59 @@ class _Scope:
         """A new run for this scheduler; its earlier one, and those that are over, end."""
         self.runs = [run for run in self.runs if run.scheduler() not in (None, scheduler) and not run.over]
         self.runs.append(Run(scheduler))
+        if len(self.runs) > 1:
+            for run in self.runs:
+                run.values  # noqa: B018  read here, outside of the loop: they may be on a device
         if self.owner is None:
             self.stats.clear()
 
-    def step(self, scheduler: Any) -> None:
+    def step(self, scheduler: Any, timestep: Any) -> None:
         run = next((run for run in self.runs if run.scheduler() is scheduler), None) or self._adopt(scheduler)
         if run is None:
             # Somebody else's loop: whatever runs are known here, this is none of them.
             self.runs.clear()
             return
-        run.take_step()
-        for other in self.runs:
-            if not other.pending:
-                other.silence += 1
-        self.runs = [other for other in self.runs if other.silence <= _STEPS_OF_SILENCE]
+        run.take_step(timestep)
+        if self.owner is None and run.over:
+            self.close(run, {})
 
     def _adopt(self, scheduler: Any) -> Run | None:
         """The run of a scheduler that was copied from the one which got the schedule, if there is just one."""
         alike = (type(scheduler), type(None))
         idle = [run for run in self.runs if run.taken == 0 and type(run.scheduler()) in alike]
-        timesteps = _timesteps(scheduler)
-        if len(idle) != 1 or timesteps is None or idle[0].num_rows != timesteps.numel():
+        timesteps = getattr(scheduler, "timesteps", None)
+        if len(idle) != 1 or timesteps is None or idle[0].num_rows != len(timesteps):
             return None
         idle[0].follow(scheduler)
         return idle[0]
 
     def locate(self, timestep: Any) -> tuple[Run | None, Reason | None]:
         """The run that a model's call belongs to, or why that is unknown."""
-        if not self.runs:
-            return None, NO_SCHEDULE
-        if len(self.runs) > 1:
-            self.runs = [run for run in self.runs if run.scheduler() is not None] or self.runs[-1:]
+        self.runs = [run for run in self.runs if run.scheduler() is not None] or self.runs[-1:]
         for run in self.runs:
             run.advance()
-        if len(self.runs) > 1:
-            matching = [run for run in self.runs if run.row_of(timestep) is not None]
-            if len(matching) == 1:
-                return matching[0], None
-            if len({run.step for run in self.runs}) > 1:
-                return None, SCHEDULERS_IN_TURN
-        return self.runs[0], None
+        viewed = [run for run in self.runs if run.row_of(timestep) is not None]
+        live = viewed or [run for run in self.runs if not run.over] or self.runs[-1:]
+        if len(live) < 2:
+            return (live[0], None) if live else (None, NO_SCHEDULE)
+        if len({(run.step, tuple(run.values)) for run in live}) > 1:
+            for run in live:
+                run.apart = True
+        if not any(run.apart for run in live):
+            return live[0], None  # stepped together in each iteration, like LTX2's
+        sure = [run for run in live if run.recognises(timestep)]
+        return (sure[0], None) if len(sure) == 1 else (None, SCHEDULERS_IN_TURN)
 
-    def stats_for(self, tracker: StepTracker, run: Run | None) -> CallStats:
-        """Statistics of a model in this call; a new run adds its plan."""
-        self.trackers[id(tracker)] = tracker
-        stats = self.stats.setdefault(id(tracker), CallStats())
-        if run is not None and run.number not in stats.runs:
-            stats.runs.add(run.number)
-            stats.planned_steps = (stats.planned_steps or 0) + run.num_steps if run.num_steps is not None else None
-            for name, consumer in tracker.consumers.items():
-                stats.method(name).add_plan(consumer.plan(run))
-        return stats
+    def close(self, run: Run | None, names: dict[StepTracker, str]) -> None:
+        """A run is over, or (None) all of them: what was planned and not achieved is said now."""
+        seen: dict[int, set[int]] = {}
+        for stats in self.stats.values():
+            for number, share in stats.shares.items():
+                seen.setdefault(number, set()).update(share.seen)
+        for tracker, stats in list(self.stats.items()):
+            if run is None or run.number in stats.shares:
+                stats.close(seen)
+                tracker.check(stats, names.get(tracker, tracker.model))
 
 
 class _Thread(threading.local):
@@ -366,7 +226,8 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_last_call: weakref.WeakKeyDictionary[Any, dict[int, CallStats]] = weakref.WeakKeyDictionary()
+# Of each pipeline, the statistics of its last call.
+_last_call: weakref.WeakKeyDictionary[Any, dict[StepTracker, CallStats]] = weakref.WeakKeyDictionary()
 
 
 class _Listener:
@@ -375,8 +236,8 @@ class _Listener:
     def on_set_timesteps(self, scheduler: Any) -> None:
         _thread.scopes[-1].begin(scheduler)
 
-    def on_step(self, scheduler: Any) -> None:
-        _thread.scopes[-1].step(scheduler)
+    def on_step(self, scheduler: Any, timestep: Any) -> None:
+        _thread.scopes[-1].step(scheduler, timestep)
 
     def on_enter(self, pipeline: Any) -> None:
         # super().__call__ is the same call.
@@ -391,15 +252,17 @@ class _Listener:
         del _thread.active[scope.depth :]
         for run in scope.runs:
             run.storage.clear()
-        if any(run.taken for run in scope.runs):
-            for model in getattr(pipeline, "components", {}).values():
-                tracker = tracker_of(model) if isinstance(model, nn.Module) else None
-                if tracker is not None and id(tracker) not in scope.stats:
-                    scope.stats[id(tracker)] = tracker.last = CallStats(unknown=Counter([NOT_SEEN]))
+        names = {}
+        for name, model in getattr(pipeline, "components", {}).items():
+            tracker = tracker_of(model) if isinstance(model, nn.Module) else None
+            if tracker is None:
+                continue
+            names[tracker] = name
+            if tracker not in scope.stats and any(run.taken for run in scope.runs):
+                tracker.record(scope, CallStats(unknown=Counter([NOT_SEEN]), lost=1))
         _last_call[pipeline] = scope.stats
         if error is None:
-            for tracker in scope.trackers.values():
-                tracker.check(scope.stats[id(tracker)])
+            scope.close(None, names)
 
     def on_branch(self, model: Any, name: str | None) -> str | None:
         before = _thread.branches.pop(id(model), None)
@@ -415,19 +278,32 @@ class StepTracker:
     """Follows the calls of one model; made by :func:`track`.
 
     A deep copy of the model gets a tracker of its own with the same consumers.
+
+    Attributes:
+        model: name of the model's class.
+        consumers: by name.
+        last: statistics of the last pipeline call or hand-written loop, ``last_owner`` the pipeline (a weak reference)
+            or None.
     """
 
-    def __init__(self, consumers: dict[str, Consumer] | None = None) -> None:
+    def __init__(self, model: str, consumers: dict[str, Consumer] | None = None) -> None:
+        self.model = model
         self.consumers: dict[str, Consumer] = dict(consumers or {})
         self.last: CallStats | None = None
+        self.last_owner: weakref.ref[Any] | None = None
         self._warned: set[str] = set()
         self._position: tuple[str, int] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepTracker:
-        return StepTracker(self.consumers)
+        return StepTracker(self.model, self.consumers)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"consumers": self.consumers, "last": None, "_warned": set(), "_position": None}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self.model, self.consumers, RemovableHandle.next_id)
+
+    def record(self, scope: _Scope, stats: CallStats) -> None:
+        """Statistics of this model in a pipeline's call, or in a hand-written loop."""
+        scope.stats[self] = self.last = stats
+        self.last_owner = scope.owner
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: find the place of this call and make it the current one."""
@@ -436,66 +312,84 @@ class StepTracker:
         timestep = self._timestep(module, args, kwargs)
         scope = _thread.scopes[-1]
         run, problem = scope.locate(timestep)
-        row = None if run is None else run.place(timestep)
-        if run is not None and row is None:
-            problem = PAST_THE_END
-        elif run is not None and problem is None and row != (run.first_row or 0) + run.step:
-            problem = JUMPED
-        known = run if problem is None else None
-        call = 0 if known is None else known.count_call(self)
-        stats = self.last = scope.stats_for(self, run)
-        stats.calls += 1
-        if problem is not None:
-            stats.unknown[problem] += 1
-        elif call == 0:
-            stats.steps += 1
-        tensor = timestep if isinstance(timestep, torch.Tensor) else None
+        row, call = None, 0
+        if run is not None:
+            row, call, problem = run.place(timestep, self)
+        known = run if problem is None or problem is START_UNKNOWN else None
+        self.record(scope, scope.stats.get(self) or CallStats())
+        self._count(scope, run, known, problem)
         _thread.active.append(
             StepContext(
                 tracker=self,
                 run=known,
                 step=None if known is None else known.step,
                 row=row,
-                call=call,
+                call=0 if known is None else call,
                 branch=_thread.branches.get(id(module)),
-                timestep=tensor,
-                index=None if run is None else run.index(row, tensor, _device_of(tensor, args, kwargs)),
+                timestep=timestep if isinstance(timestep, torch.Tensor) else None,
+                index=None if known is None else known.index(row, _device_of(timestep, args, kwargs)),
                 problem=problem,
-                stats=stats,
+                stats=scope.stats[self],
             )
         )
+
+    def _count(self, scope: _Scope, run: Run | None, known: Run | None, problem: Reason | None) -> None:
+        stats = scope.stats[self]
+        stats.calls += 1
+        if problem is not None:
+            stats.unknown[problem] += 1
+        if known is None:
+            stats.lost += 1
+        else:
+            stats.see(known.number, known.step)
+        num_steps = None if run is None else run.num_steps
+        if run is not None and num_steps is not None and not stats.knows_plan(run.number):
+            plans = {name: consumer.plan(run) for name, consumer in self.consumers.items()}
+            stats.plan(run.number, num_steps, plans)
+        if scope.owner is None and stats.unknown[NO_SCHEDULE] == _CALLS_WITHOUT_SCHEDULE:
+            self.check(stats, self.model)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook, called after an exception too."""
         if not torch.compiler.is_compiling() and _thread.active and _thread.active[-1].tracker is self:
             _thread.active.pop()
 
-    def check(self, stats: CallStats) -> None:
-        """At the end of a pipeline's call: warn, once for each method, where its plan was missed.
+    def check(self, stats: CallStats, where: str) -> None:
+        """At the end of a pipeline's call or of a loop: warn, once for each method, where its plan was missed.
 
         Raises:
             PlanMissedError: of a strict consumer.
         """
         for name, consumer in self.consumers.items():
-            method = stats.method(name)
-            if not method.missed:
+            if not stats.missed(name):
                 continue
             if consumer.strict:
-                raise PlanMissedError(missed_message("", name, method))
+                raise PlanMissedError(missed_message(where, name, stats))
             if name not in self._warned:
                 self._warned.add(name)
-                warn_missed("", name, method)
+                warn_missed(where, name, stats)
 
     def _timestep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._position is None:
             # The first parameter is the module itself, whatever it is called.
-            names = list(inspect.signature(type(module).forward).parameters)[1:]
+            parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+            names = [parameter.name for parameter in parameters]
             name = next((name for name in _NAMES_OF_TIMESTEP if name in names), "")
-            self._position = name, names.index(name) if name else -1
+            hidden = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
+            self._position = name, names.index(name) if name else 1 if hidden else -1
         name, position = self._position
-        if name in kwargs:
-            return kwargs[name]
+        for key in (name,) if name else _NAMES_OF_TIMESTEP:
+            if key in kwargs:
+                return kwargs[key]
         return args[position] if 0 <= position < len(args) else None
+
+
+def _unpickled(model: str, consumers: dict[str, Consumer], next_hook: int) -> StepTracker:
+    """A tracker of a loaded model. In this process nobody may listen to schedulers yet, and torch counts hooks from 0
+    again: without a word, the next one that is registered would take the place of ours."""
+    events.install(_LISTENER)
+    RemovableHandle.next_id = max(RemovableHandle.next_id, next_hook)
+    return StepTracker(model, consumers)
 
 
 def track(model: nn.Module, consumer: Consumer | None = None) -> StepTracker:
@@ -508,7 +402,7 @@ def track(model: nn.Module, consumer: Consumer | None = None) -> StepTracker:
     if tracker is None:
         if not events.install(_LISTENER):
             raise MissingDependencyError("Following the steps of a scheduler needs diffusers: pip install diffusers")
-        tracker = StepTracker()
+        tracker = StepTracker(type(unwrap(model)).__name__)
         model.register_forward_pre_hook(tracker.before, with_kwargs=True)
         model.register_forward_hook(tracker.after, always_call=True)
     if consumer is not None:
@@ -547,19 +441,21 @@ def current() -> StepContext | None:
 
 
 def stats_of(models: dict[str, nn.Module], pipeline: Any = None) -> CompressionStats:
-    """Statistics of the last call of ``pipeline``; of a model that is used without one, of its last run."""
-    last = {} if pipeline is None else _last_call.get(pipeline, {})
+    """Statistics of the last call of ``pipeline``, or of a later hand-written loop over its models."""
+    called = {} if pipeline is None else _last_call.get(pipeline, {})
     found = {}
     for name, model in models.items():
         tracker = tracker_of(model)
-        if tracker is not None:
-            found[name] = last.get(id(tracker)) or tracker.last or CallStats()
+        if tracker is None:
+            continue
+        mine = pipeline is None or tracker.last_owner is None or tracker.last_owner() is pipeline
+        found[name] = (tracker.last if mine else called.get(tracker)) or CallStats()
     return CompressionStats(found)
 
 
-def _device_of(timestep: torch.Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+def _device_of(timestep: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     """Where the model computes: that of its sample, since schedules often stay on the CPU."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor) and value.ndim > 1:
             return value.device
-    return torch.device("cpu") if timestep is None else timestep.device
+    return timestep.device if isinstance(timestep, torch.Tensor) else torch.device("cpu")
