@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 
 import tiny
-from diffuse_compress.errors import ModelStateError
+from diffuse_compress.errors import DiffuseCompressWarning, ModelStateError
 from diffuse_compress.families.registry import FAMILIES, family_of
 from diffuse_compress.runtime import blocks
 from diffuse_compress.runtime.blocks import BlockOption, disown, own, owned_options, why_not_composed
@@ -251,10 +256,121 @@ def test_a_deep_copy_owns_its_own_forward():
     output_of(twin, inputs)
     assert owned_options(block)[0].seen == []
     assert owned_options(twin.transformer_blocks[0])[0].seen == ["attn1", "attn2", "ff"]
-    assert twin.transformer_blocks[0].forward.__self__ is twin.transformer_blocks[0]
     with torch.no_grad():
         twin.transformer_blocks[0].ff.net[2].weight.zero_()
     assert not torch.equal(output_of(twin, inputs), output_of(model, inputs))
+
+
+class Doubled(BlockOption):
+    """Doubles what the feed-forward adds, so that its absence shows."""
+
+    name = "doubled"
+
+    def branch(self, block, branch, streams, conditioning, compute):
+        factor = 2 if branch.name == "ff" else 1
+        return {name: factor * delta for name, delta in compute().items()}
+
+
+def test_a_pickled_block_owns_its_own_forward():
+    model = tiny.build("pixart")
+    block, inputs = model.transformer_blocks[0], tiny.inputs_for(model)
+    stock = output_of(model, inputs)
+    own(block, Doubled())
+    expected = output_of(model, inputs)
+    twin = pickle.loads(pickle.dumps(model))
+    assert not torch.equal(expected, stock)
+    assert torch.equal(output_of(twin, inputs), expected)
+    with torch.no_grad():
+        twin.transformer_blocks[0].attn1.to_q.weight.zero_()
+    assert torch.equal(output_of(model, inputs), expected)
+    disown(twin.transformer_blocks[0], "doubled")
+    assert "forward" not in twin.transformer_blocks[0].__dict__
+
+
+_IN_A_FRESH_PROCESS = """
+import sys, torch
+model, inputs, expected = torch.load(sys.argv[1], weights_only=False)
+from diffuse_compress.runtime import blocks
+block, composed, compose = model.transformer_blocks[0], [], blocks.compose
+blocks.compose = lambda *args: composed.append(args[0]) or compose(*args)
+assert [option.name for option in blocks.owned_options(block)] == ["option"]
+with torch.no_grad():
+    assert torch.equal(model(**inputs)[0], expected)
+assert composed == [block]
+"""
+
+
+def test_a_saved_model_loads_in_a_fresh_process(tmp_path):
+    model = tiny.build("pixart")
+    inputs = tiny.inputs_for(model)
+    expected = output_of(model, inputs)
+    own(model.transformer_blocks[0], BlockOption())
+    torch.save((model, inputs, expected), tmp_path / "model.pt")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", _IN_A_FRESH_PROCESS, tmp_path / "model.pt"], check=True)
+
+
+def test_loaded_under_another_version_of_its_class_a_block_runs_its_stock_forward(monkeypatch):
+    model = tiny.build("pixart")
+    inputs = tiny.inputs_for(model)
+    expected = output_of(model, inputs)
+    own(model.transformer_blocks[0], Doubled())
+    data = pickle.dumps(model)
+    monkeypatch.setattr(blocks, "fingerprint", lambda cls, replaced=(): "of another release")
+    with pytest.warns(DiffuseCompressWarning, match="this version of BasicTransformerBlock is not the one"):
+        twin = pickle.loads(data)
+    assert torch.equal(output_of(twin, inputs), expected)
+    with pytest.raises(ModelStateError, match="this version"):
+        own(twin.transformer_blocks[0], Watch())
+    disown(twin.transformer_blocks[0], "doubled")
+    assert "forward" not in twin.transformer_blocks[0].__dict__
+
+
+def _spatial_attention() -> Attention:
+    return Attention(32, heads=2, dim_head=16, norm_num_groups=8, residual_connection=True, bias=True).eval()
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments"),
+    [
+        ((2, 32, 4, 4), {"encoder_hidden_states": (2, 5, 32)}),
+        ((2, 32, 4, 4), {"attention_mask": (2, 1, 16)}),
+        ((2, 16, 32), {}),
+    ],
+    ids=["text", "mask", "tokens"],
+)
+def test_arguments_that_spatial_attention_is_not_composed_for(shape, arguments):
+    block, watch = _spatial_attention(), Watch()
+    x = torch.randn(shape)
+    extra = {name: torch.randn(size) for name, size in arguments.items()}
+    with torch.no_grad():
+        expected = block(x, **extra)
+        own(block, watch)
+        assert torch.equal(block(x, **extra), expected)
+        assert watch.seen == []
+        block(torch.randn(2, 32, 4, 4), temb=None)
+    assert watch.seen == ["attention"]
+
+
+def test_deprecated_and_missing_arguments_meet_the_stock_forward():
+    """What the class warns of or refuses, it warns of and refuses composed, too."""
+    resnet = ResnetBlock2D(in_channels=32, temb_channels=16, groups=8, time_embedding_norm="scale_shift").eval()
+    own(resnet, Watch())
+    x, temb = torch.randn(1, 32, 4, 4), torch.randn(1, 16)
+    with pytest.warns(FutureWarning, match="`scale` argument is deprecated"):
+        resnet(x, temb, scale=0.5)
+    unconditional = ResnetBlock2D(in_channels=32, temb_channels=None, groups=8, time_embedding_norm="scale_shift")
+    own(unconditional, Watch())
+    with pytest.raises(ValueError, match="`temb` should not be None"):
+        unconditional(x, None)
+    block = tiny.build("unet_sd1").mid_block.attentions[0].transformer_blocks[0]
+    own(block, Watch())
+    with pytest.raises(AttributeError, match="fuser"):
+        block(torch.randn(1, 4, 64), cross_attention_kwargs={"gligen": {"objs": None}})
+    decoder = tiny.build("llama")
+    layer = decoder.model.layers[0]
+    own(layer, Watch())
+    with pytest.raises(TypeError, match="positional arguments"):
+        layer(torch.randn(1, 4, 128), *[None] * 6)
 
 
 def test_options_are_asked_by_rank_and_presets_reach_the_branches():
@@ -334,6 +450,54 @@ def test_an_adapter_switches_a_fused_option_off():
     assert torch.equal(output_of(model, inputs), output_of(stock, inputs))
     assert len(fused.seen) == 3
     assert len(watch.seen) == 6
+
+
+def test_a_hook_on_a_layer_switches_a_fused_option_off():
+    """Offloading brings a layer's weights, and an observer sees its input, only when the layer itself runs."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    model = tiny.build("pixart")
+    block, inputs = model.transformer_blocks[0], tiny.inputs_for(model)
+    fused = Watch()
+    fused.fuses = ("attn1.to_q",)
+    own(block, fused)
+    observer = block.attn1.to_q.register_forward_pre_hook(lambda *_: None)
+    output_of(model, inputs)
+    assert fused.seen == []
+    observer.remove()
+    add_hook_to_module(block.attn1.to_q, AlignDevicesHook(execution_device="cpu"))
+    output_of(model, inputs)
+    assert fused.seen == []
+    remove_hook_from_module(block.attn1.to_q)
+    output_of(model, inputs)
+    assert fused.seen == ["attn1", "attn2", "ff"]
+
+
+@pytest.mark.parametrize(("name", "config"), CASES, ids=IDS)
+def test_composed_equals_stock_with_adapters_in_inference_mode_and_under_autocast(name, config):
+    peft = pytest.importorskip("peft")
+    model = tiny.build(name, **config)
+    inputs = extra_inputs(model, tiny.inputs_for(model))
+    queries = [layer for layer, _ in model.named_modules() if layer.endswith((".to_q", ".q_proj", ".to_out.0"))]
+    if queries:
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=queries, init_lora_weights=False), model)
+        with torch.no_grad():
+            for layer, parameter in model.named_parameters():
+                if ".lora_" in layer:
+                    parameter.copy_(torch.randn_like(parameter) * 0.1)
+    expected = [torch.inference_mode()(model)(**inputs), _autocast(model, inputs)]
+    watch = Watch()
+    for block in family_of(model).blocks(model):
+        own(model.get_submodule(block), watch)
+    actual = [torch.inference_mode()(model)(**inputs), _autocast(model, inputs)]
+    for after, before in zip(actual, expected, strict=True):
+        assert torch.equal(after[0], before[0])
+    assert watch.seen
+
+
+def _autocast(model: torch.nn.Module, inputs: dict):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(**inputs)
 
 
 def test_hooks_of_accelerate_and_diffusers_stay_outside():

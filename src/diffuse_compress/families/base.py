@@ -168,7 +168,8 @@ class BlockKind:
         fingerprints: of the stock forwards it was written against (``runtime/blocks.py``); any other version of the
             class runs its own forward.
         replaced: "module:Class" of further classes whose forward the composition takes apart (adaptive norms).
-        begin, branches, end: see the module docstring. ``branches`` may depend on the block.
+        begin, branches, end: see the module docstring. ``branches`` may depend on the block; ``begin`` returns None for
+            arguments that the composition does not cover.
         processors: class names of the attention processors that the composition holds for.
         unsupported: why this block cannot be composed (an option of the class that is not covered), or None.
         smoothing: of a block.
@@ -176,7 +177,7 @@ class BlockKind:
 
     class_name: str
     fingerprints: frozenset[str]
-    begin: Callable[..., tuple[Streams, Conditioning]]
+    begin: Callable[..., tuple[Streams, Conditioning] | None]
     branches: Callable[[nn.Module], tuple[Branch, ...]]
     end: Callable[[nn.Module, Streams, Conditioning], Any]
     replaced: tuple[str, ...] = ()
