@@ -26,6 +26,7 @@ DENOISERS: list[tuple[str, dict]] = [
     ("wan", {}),
     ("cogvideox", {}),
     ("hunyuan_video", {}),
+    ("hunyuan_video", {"image_condition_type": "token_replace"}),
     ("qwenimage", {}),
 ]
 
@@ -44,6 +45,10 @@ def test_the_written_maps_are_what_probing_finds(name, config):
     }
     assert wrong == {}
     assert Dependence.TIMESTEP in found.dependence.values()
+    # Blocks may be finer than the elements of the model's lists, but come in their order.
+    blocks = family.blocks(model)
+    coarse = [next(block for block in found.blocks if f"{name}.".startswith(f"{block}.")) for name in blocks]
+    assert list(dict.fromkeys(coarse)) == [block for block in found.blocks if block in coarse]
 
 
 @pytest.mark.parametrize("name", unknown_classes.unknown_classes())

@@ -161,35 +161,28 @@ _KINDS = {kind.class_name: kind for kind in (RESNET_BLOCK, BASIC_TRANSFORMER_BLO
 
 def _blocks(model: Any) -> list[str]:
     """Residual units in the order of the forward pass: down, middle, up; each resnet before its attention."""
-    names: list[str] = []
-    for side in ("down_blocks", "mid_block", "up_blocks"):
-        stages = getattr(model, side, None)
-        if stages is None:
-            continue
-        listed = [(f"{side}.{index}", stage) for index, stage in enumerate(stages)] if side != "mid_block" else None
-        for name, stage in listed if listed is not None else [(side, stages)]:
-            names.extend(_stage(name, stage))
-    return names
+    down, up = (
+        [f"{side}.{index}" for index in range(len(getattr(model, side)))] for side in ("down_blocks", "up_blocks")
+    )
+    middle = [] if model.mid_block is None else ["mid_block"]
+    return [unit for name in (*down, *middle, *up) for unit in _stage(name, model.get_submodule(name))]
 
 
 def _stage(prefix: str, stage: Any) -> list[str]:
-    resnets = [f"{prefix}.resnets.{index}" for index in range(len(getattr(stage, "resnets", None) or ()))]
-    attentions = [
-        _units(f"{prefix}.attentions.{index}", attention)
-        for index, attention in enumerate(getattr(stage, "attentions", None) or ())
-    ]
+    resnets = getattr(stage, "resnets", None) or ()
+    attentions = getattr(stage, "attentions", None) or ()
+    # Attention follows the resnet of its index, and the middle ends with a further resnet; NCSN++ has one attention in
+    # a stage on the way up, after the last resnet.
+    first = 0 if prefix == "mid_block" else len(resnets) - len(attentions)
     names: list[str] = []
-    # The middle begins and ends with a resnet.
-    lead = 1 if len(resnets) == len(attentions) + 1 else 0
-    names.extend(resnets[:lead])
-    for index in range(max(len(resnets) - lead, len(attentions))):
-        pair = [resnets[lead + index]] if lead + index < len(resnets) else []
-        units = attentions[index] if index < len(attentions) else []
-        names.extend([*units, *pair] if lead else [*pair, *units])
-    for sampler in ("downsamplers", "upsamplers"):
-        for index, module in enumerate(getattr(stage, sampler, None) or ()):
-            if type(module).__name__ == "ResnetBlock2D":
-                names.append(f"{prefix}.{sampler}.{index}")
+    for index in range(len(resnets)):
+        names.append(f"{prefix}.resnets.{index}")
+        if 0 <= index - first < len(attentions):
+            names.extend(_units(f"{prefix}.attentions.{index - first}", attentions[index - first]))
+    for name, module in stage.named_modules():
+        resizes = name.startswith(("downsamplers.", "upsamplers.")) or name in ("resnet_down", "resnet_up")
+        if resizes and type(module).__name__ == "ResnetBlock2D":
+            names.append(f"{prefix}.{name}")
     return names
 
 
