@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
@@ -578,6 +579,44 @@ def test_wan_with_pictures_and_with_a_timestep_for_every_token(dtype):
             own(block, watch)
         assert torch.equal(output_of(model, arguments), expected)
         assert len(watch.seen) == 6
+
+
+def further_arguments(name: str) -> tuple[torch.nn.Module, dict]:
+    """A model called with what its pipelines pass only sometimes."""
+    if name == "cogvideox":
+        model = tiny.build(name, use_rotary_positional_embeddings=True)
+        angles = torch.randn(2 * 4 * 4, 32)
+        return model, tiny.inputs_for(model) | {"image_rotary_emb": (angles.cos(), angles.sin())}
+    if name == "qwenimage":
+        model = tiny.build(name, zero_cond_t=True)
+        inputs = tiny.inputs_for(model, batch=1)
+        reference = {"img_shapes": [[(1, 4, 4)] * 2], "hidden_states": inputs["hidden_states"].repeat(1, 2, 1)}
+        return model, inputs | reference
+    model = tiny.build(name)
+    mask = torch.arange(16) < torch.tensor([[16], [8]])
+    return model, tiny.inputs_for(model) | {"encoder_attention_mask": mask}
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "qwenimage", "unet_sd1"])
+def test_arguments_that_are_rarely_given(name):
+    model, inputs = further_arguments(name)
+    expected, watch = output_of(model, inputs), Watch()
+    for block in family_of(model).blocks(model):
+        own(model.get_submodule(block), watch)
+    assert torch.equal(output_of(model, inputs), expected)
+    assert watch.seen
+
+
+@pytest.mark.parametrize(("name", "config"), CASES, ids=IDS)
+def test_begin_knows_every_argument_of_the_stock_forward(name, config):
+    model = tiny.build(name, **config)
+    family = family_of(model)
+    for block in map(model.get_submodule, family.blocks(model)):
+        known = set(inspect.signature(family.kind_of(block).begin).parameters)
+        stock = list(inspect.signature(type(block).forward).parameters.values())[1:]
+        named = {parameter.name for parameter in stock if parameter.kind is parameter.POSITIONAL_OR_KEYWORD}
+        # Decoder layers pass all they are given to their attention.
+        assert named <= known or type(block).__module__.startswith("transformers.")
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
