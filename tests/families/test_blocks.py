@@ -3,89 +3,19 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
 
 import tiny
 from diffuse_compress.errors import DiffuseCompressWarning, ModelStateError
 from diffuse_compress.families.registry import FAMILIES, family_of
 from diffuse_compress.runtime import blocks
 from diffuse_compress.runtime.blocks import BlockOption, disown, own, owned_options, why_not_composed
-
-# NCSN++: a small picture runs beside the features, and each stage adds it by a residual unit of its own.
-SKIPS: dict = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": (32, 128),
-    "layers_per_block": 2,
-    "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
-    "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
-}
-# One model for each family; several where a class has options that change its blocks.
-CASES: list[tuple[str, dict]] = [
-    ("unet", {}),
-    ("unet", {"resnet_time_scale_shift": "scale_shift", "num_class_embeds": 5, "downsample_type": "resnet"}),
-    ("unet", {"down_block_types": ("ResnetDownsampleBlock2D",) * 2, "up_block_types": ("ResnetUpsampleBlock2D",) * 2}),
-    ("unet", SKIPS),
-    ("unet_sd1", {}),
-    ("unet_sd1", {"use_linear_projection": True, "layers_per_block": 2}),
-    ("unet_sdxl", {}),
-    ("dit", {}),
-    ("pixart", {}),
-    ("pixart", {"use_additional_conditions": True, "attention_head_dim": 48, "cross_attention_dim": 192}),
-    ("sd3", {}),
-    ("sd35", {}),
-    ("flux", {}),
-    ("wan", {}),
-    ("wan", {"cross_attn_norm": False, "added_kv_proj_dim": None}),
-    ("cogvideox", {}),
-    ("cogvideox", {"use_rotary_positional_embeddings": False, "ofs_embed_dim": None}),
-    ("hunyuan_video", {}),
-    ("hunyuan_video", {"image_condition_type": "token_replace", "guidance_embeds": False}),
-    ("qwenimage", {}),
-    ("llama", {}),
-    ("qwen2", {}),
-    ("qwen3", {}),
-    ("mistral", {}),
-    ("gemma", {}),
-    ("gemma2", {}),
-    ("gemma3", {}),
-]
-IDS = [f"{name}-{index}" for index, (name, _) in enumerate(CASES)]
-
-
-class Watch(BlockOption):
-    """Changes nothing, notes what it saw."""
-
-    name = "watch"
-
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-
-    def branch(self, block, branch, streams, conditioning, compute):
-        self.seen.append(branch.name)
-        return compute()
-
-
-def output_of(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
-    with torch.no_grad():
-        output = model(**inputs)
-    return output.logits if hasattr(output, "logits") else output[0]
-
-
-def extra_inputs(model: torch.nn.Module, inputs: dict) -> dict:
-    if getattr(model, "use_additional_conditions", False):
-        count, dtype = len(inputs["timestep"]), inputs["hidden_states"].dtype
-        sizes = {"resolution": torch.full((count, 2), 32.0), "aspect_ratio": torch.full((count, 1), 1.0)}
-        inputs["added_cond_kwargs"] = {name: value.to(dtype) for name, value in sizes.items()}
-    return inputs
+from families.composition import CASES, IDS, Watch, extra_inputs, output_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -341,54 +271,6 @@ def test_loaded_under_another_version_of_its_class_a_block_runs_its_stock_forwar
     assert "forward" not in twin.transformer_blocks[0].__dict__
 
 
-def _spatial_attention() -> Attention:
-    return Attention(32, heads=2, dim_head=16, norm_num_groups=8, residual_connection=True, bias=True).eval()
-
-
-@pytest.mark.parametrize(
-    ("shape", "arguments"),
-    [
-        ((2, 32, 4, 4), {"encoder_hidden_states": (2, 5, 32)}),
-        ((2, 32, 4, 4), {"attention_mask": (2, 1, 16)}),
-        ((2, 16, 32), {}),
-    ],
-    ids=["text", "mask", "tokens"],
-)
-def test_arguments_that_spatial_attention_is_not_composed_for(shape, arguments):
-    block, watch = _spatial_attention(), Watch()
-    x = torch.randn(shape)
-    extra = {name: torch.randn(size) for name, size in arguments.items()}
-    with torch.no_grad():
-        expected = block(x, **extra)
-        own(block, watch)
-        assert torch.equal(block(x, **extra), expected)
-        assert watch.seen == []
-        block(torch.randn(2, 32, 4, 4), temb=None)
-    assert watch.seen == ["attention"]
-
-
-def test_deprecated_and_missing_arguments_meet_the_stock_forward():
-    """What the class warns of or refuses, it warns of and refuses composed, too."""
-    resnet = ResnetBlock2D(in_channels=32, temb_channels=16, groups=8, time_embedding_norm="scale_shift").eval()
-    own(resnet, Watch())
-    x, temb = torch.randn(1, 32, 4, 4), torch.randn(1, 16)
-    with pytest.warns(FutureWarning, match="`scale` argument is deprecated"):
-        resnet(x, temb, scale=0.5)
-    unconditional = ResnetBlock2D(in_channels=32, temb_channels=None, groups=8, time_embedding_norm="scale_shift")
-    own(unconditional, Watch())
-    with pytest.raises(ValueError, match="`temb` should not be None"):
-        unconditional(x, None)
-    block = tiny.build("unet_sd1").mid_block.attentions[0].transformer_blocks[0]
-    own(block, Watch())
-    with pytest.raises(AttributeError, match="fuser"):
-        block(torch.randn(1, 4, 64), cross_attention_kwargs={"gligen": {"objs": None}})
-    decoder = tiny.build("llama")
-    layer = decoder.model.layers[0]
-    own(layer, Watch())
-    with pytest.raises(TypeError, match="positional arguments"):
-        layer(torch.randn(1, 4, 128), *[None] * 6)
-
-
 def test_options_are_asked_by_rank_and_presets_reach_the_branches():
     model = tiny.build("dit")
     block, inputs = model.transformer_blocks[0], tiny.inputs_for(model)
@@ -579,44 +461,6 @@ def test_wan_with_pictures_and_with_a_timestep_for_every_token(dtype):
             own(block, watch)
         assert torch.equal(output_of(model, arguments), expected)
         assert len(watch.seen) == 6
-
-
-def further_arguments(name: str) -> tuple[torch.nn.Module, dict]:
-    """A model called with what its pipelines pass only sometimes."""
-    if name == "cogvideox":
-        model = tiny.build(name, use_rotary_positional_embeddings=True)
-        angles = torch.randn(2 * 4 * 4, 32)
-        return model, tiny.inputs_for(model) | {"image_rotary_emb": (angles.cos(), angles.sin())}
-    if name == "qwenimage":
-        model = tiny.build(name, zero_cond_t=True)
-        inputs = tiny.inputs_for(model, batch=1)
-        reference = {"img_shapes": [[(1, 4, 4)] * 2], "hidden_states": inputs["hidden_states"].repeat(1, 2, 1)}
-        return model, inputs | reference
-    model = tiny.build(name)
-    mask = torch.arange(16) < torch.tensor([[16], [8]])
-    return model, tiny.inputs_for(model) | {"encoder_attention_mask": mask}
-
-
-@pytest.mark.parametrize("name", ["cogvideox", "qwenimage", "unet_sd1"])
-def test_arguments_that_are_rarely_given(name):
-    model, inputs = further_arguments(name)
-    expected, watch = output_of(model, inputs), Watch()
-    for block in family_of(model).blocks(model):
-        own(model.get_submodule(block), watch)
-    assert torch.equal(output_of(model, inputs), expected)
-    assert watch.seen
-
-
-@pytest.mark.parametrize(("name", "config"), CASES, ids=IDS)
-def test_begin_knows_every_argument_of_the_stock_forward(name, config):
-    model = tiny.build(name, **config)
-    family = family_of(model)
-    for block in map(model.get_submodule, family.blocks(model)):
-        known = set(inspect.signature(family.kind_of(block).begin).parameters)
-        stock = list(inspect.signature(type(block).forward).parameters.values())[1:]
-        named = {parameter.name for parameter in stock if parameter.kind is parameter.POSITIONAL_OR_KEYWORD}
-        # Decoder layers pass all they are given to their attention.
-        assert named <= known or type(block).__module__.startswith("transformers.")
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])
