@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from diffusers import HeunDiscreteScheduler
@@ -10,7 +11,9 @@ from diffusers import HeunDiscreteScheduler
 import tiny
 from diffuse_compress.anatomy import model_anatomy, step_behaviour
 from diffuse_compress.cli import main
+from diffuse_compress.families import roles
 from diffuse_compress.families.published import meta_components
+from families import unknown_classes
 
 
 def test_a_models_blocks_branches_and_shares():
@@ -52,14 +55,67 @@ def test_published_modulation_shares(name, share):
 @pytest.mark.parametrize(
     ("name", "calls", "row"),
     [
-        ("wan", "one call each for cond and uncond with guidance", "its step_index"),
-        ("stable_diffusion", "one call, both halves of guidance in one batch", "counting its steps"),
+        ("wan", "one call each for cond and uncond with guidance", "else the scheduler's step_index"),
+        ("stable_diffusion", "one call, both halves of guidance in one batch", "else counting the scheduler's steps"),
     ],
 )
 def test_step_behaviour(name, calls, row, tmp_path):
     tiny.build_pipeline(name).save_pretrained(tmp_path)
     facts = step_behaviour(tmp_path)
-    assert (facts["calls"], facts["row"]) == (calls, row)
+    assert (facts["calls"], facts["row"]) == (calls, f"the timestep where it is an element of the schedule, {row}")
+
+
+def test_info_computes_roles_once(tmp_path, capsys, monkeypatch):
+    tiny.build("llama").save_pretrained(tmp_path)
+    calls: list[object] = []
+    found = roles.block_lists
+    monkeypatch.setattr(roles, "block_lists", lambda model: calls.append(model) or found(model))
+    assert main(["info", str(tmp_path)]) == 0
+    assert len(calls) == 1
+    assert "modulation" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", [None, "w4a16"])
+def test_tied_weights_count_once(preset):
+    model = tiny.build("llama", tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    expected = sum(parameter.numel() for parameter in model.parameters())
+    if preset:
+        model.compress(preset, measure=False)
+    facts = model_anatomy(model)
+    assert facts["parameters"] == expected
+    assert facts["dependence"]["sample"] <= expected
+    assert sum(entry["parameters"] for entry in facts["roles"].values()) == facts["dependence"]["sample"]
+
+
+def test_a_class_that_no_file_describes_is_generic():
+    facts = model_anatomy(unknown_classes.build("sana"))
+    assert facts["family"] == "generic"
+    assert facts["blocks"] == {
+        "SanaTransformerBlock": {
+            "count": 2,
+            "branches": [],
+            "unfused": "no family describes the class SanaTransformerBlock",
+        }
+    }
+    assert facts["dependence"] is None
+    assert facts["sensitive"] == []
+    assert facts["modulation_share"] > 0
+
+
+def test_info_of_a_class_that_no_file_describes(tmp_path, capsys):
+    unknown_classes.build("sana").save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "family: generic (no file describes this class); its blocks keep their stock forwards" in text
+    assert "  2 x SanaTransformerBlock\n" in text
+    assert "on timestep" not in text
+
+
+def test_what_step_behaviour_says_it_returns(tmp_path):
+    tiny.build_pipeline("wan").save_pretrained(tmp_path)
+    documented = re.findall(r"(\w+): ", (step_behaviour.__doc__ or "").partition("Returns:")[2])
+    assert list(step_behaviour(tmp_path)) == documented
 
 
 def test_order_and_experts(tmp_path):

@@ -13,39 +13,78 @@ from typing import Any
 from torch import nn
 
 from diffuse_compress.components import GROUPS
-from diffuse_compress.families.base import Dependence
+from diffuse_compress.families.base import Dependence, Family
 from diffuse_compress.families.registry import family_of
 from diffuse_compress.families.roles import LayerRole, block_elements, has_matrix, layer_roles
 from diffuse_compress.integrations.component import weight_elements
 from diffuse_compress.runtime.blocks import why_not_composed
 
-__all__ = ["model_anatomy", "step_behaviour"]
+__all__ = ["GENERIC", "model_anatomy", "step_behaviour"]
+
+GENERIC = "generic"
+"""Family of a class that no family file describes."""
 
 
 def model_anatomy(model: nn.Module) -> dict[str, Any]:
-    """Facts about a model, loaded or on the meta device.
+    """Facts about a model, loaded or on the meta device. It is never run.
 
     Returns:
-        family: its name, or None for a class without a family file. blocks: for each class of block its count, its
-        branches in order, and why it is not composed (None if it is). modulation_share: of all parameters, those that
-        see one row per sample. dependence: {what a layer depends on: parameters}, None without a family. sensitive:
-        patterns.
+        family: its name; "generic" for a class without a family file, of which only the block lists are known.
+        blocks: for each class of block its count, its branches in order, and why it is not composed (None if it is).
+        roles: {part that layers play: their count and parameters}. parameters: of the whole model, tied ones once.
+        modulation_share: of all parameters, those that see one row per sample. dependence: {what a layer depends on:
+        parameters}, None without a family. sensitive: patterns.
     """
     family = family_of(model)
-    counts = {name: weight_elements(module) for name, module in model.named_modules() if has_matrix(module)}
-    # Embeddings, norms and biases count in the whole only.
-    others = (
-        parameter.numel()
-        for name, module in model.named_modules()
-        for key, parameter in module.named_parameters(recurse=False)
-        if name not in counts or key == "bias"
-    )
-    total = sum(counts.values()) + sum(others)
-    roles = layer_roles(model)
-    modulation = sum(count for name, count in counts.items() if roles.get(name) is LayerRole.MODULATION)
-    names = family.blocks(model) if family is not None else block_elements(model)
+    counts, total = _parameter_counts(model)
+    roles: dict[str, dict[str, int]] = {}
+    for name, role in layer_roles(model).items():
+        entry = roles.setdefault(role.value, {"layers": 0, "parameters": 0})
+        entry["layers"] += 1
+        entry["parameters"] += counts[name]
+    modulation = roles.get(LayerRole.MODULATION.value, {"parameters": 0})["parameters"]
+    dependence: Counter[str] = Counter()
+    if family is not None:
+        temporal = family.temporal(model)
+        for name, count in counts.items():
+            dependence[temporal.of(name).value] += count
+    return {
+        "family": GENERIC if family is None else family.name,
+        "blocks": _block_facts(model, family),
+        "roles": roles,
+        "parameters": total,
+        "modulation_share": modulation / total if total else 0.0,
+        "dependence": None if family is None else {d.value: dependence[d.value] for d in Dependence},
+        "sensitive": [] if family is None else list(family.sensitive),
+    }
+
+
+def _parameter_counts(model: nn.Module) -> tuple[dict[str, int], int]:
+    """{linear or convolution: elements of its dense weight}, and all parameters of the model.
+
+    A tied parameter counts once, and with a layer rather than with an embedding: the other layers have 0.
+    """
+    counts: dict[str, int] = {}
+    seen: set[int] = set()
+    layers = {name: module for name, module in model.named_modules() if has_matrix(module)}
+    for name, layer in layers.items():
+        weight = layer._parameters.get("qweight", layer._parameters.get("weight"))
+        counts[name] = 0 if id(weight) in seen else weight_elements(layer)
+        if weight is not None:
+            seen.add(id(weight))
+    # Embeddings, norms and biases count in the whole only; scales of a packed weight do not count.
+    total = sum(counts.values())
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen and (name not in layers or key == "bias"):
+                seen.add(id(parameter))
+                total += parameter.numel()
+    return counts, total
+
+
+def _block_facts(model: nn.Module, family: Family | None) -> dict[str, dict[str, Any]]:
     blocks: dict[str, dict[str, Any]] = {}
-    for name in names:
+    for name in family.blocks(model) if family is not None else block_elements(model):
         block = model.get_submodule(name)
         entry = blocks.setdefault(type(block).__name__, {"count": 0, "branches": [], "unfused": None})
         entry["count"] += 1
@@ -54,28 +93,17 @@ def model_anatomy(model: nn.Module) -> dict[str, Any]:
         if kind is not None:
             found = [f"{branch.name} ({branch.role.value})" for branch in kind.branches(block)]
             entry["branches"] += [branch for branch in found if branch not in entry["branches"]]
-    dependence: Counter[str] | None = None
-    if family is not None:
-        temporal = family.temporal(model)
-        dependence = Counter()
-        for name, count in counts.items():
-            dependence[temporal.of(name).value] += count
-    return {
-        "family": None if family is None else family.name,
-        "blocks": blocks,
-        "parameters": total,
-        "modulation_share": modulation / total if total else 0.0,
-        "dependence": None if dependence is None else {d.value: dependence[d.value] for d in Dependence},
-        "sensitive": [] if family is None else list(family.sensitive),
-    }
+    return blocks
 
 
 def step_behaviour(folder: Path) -> dict[str, Any] | None:
     """How the sampling loop of a pipeline folder goes, from its files and its class; None for a bare model.
 
     Returns:
-        scheduler: class name. calls: what the source of the pipeline shows of calls in a step. row: where the position
-        in the schedule comes from (``runtime/steps.py``). experts: (denoisers, boundary) if two share the schedule.
+        scheduler: class name. row: where the position in the schedule comes from, in the order that ``Run.place`` of
+        ``runtime/steps.py`` asks; a pipeline that scales or casts the timestep (Flux) passes no element of the
+        schedule. order: evaluations in a step of the solver. calls: what the source of the pipeline shows of calls in
+        a step. denoisers: their names. boundary_ratio: where the first of two that share the schedule hands over.
     """
     index = folder / "model_index.json"
     if not index.is_file():
@@ -85,11 +113,13 @@ def step_behaviour(folder: Path) -> dict[str, Any] | None:
     denoisers = [
         n for n, v in entries.items() if isinstance(v, list) and v[0] is not None and GROUPS["denoisers"].match(n)
     ]
-    cls = getattr(import_module("diffusers"), str(scheduler), None) if scheduler else None
+    cls: Any = getattr(import_module("diffusers"), str(scheduler), None) if scheduler else None
+    row = "the timestep where it is an element of the schedule, else "
+    row += "the scheduler's step_index" if hasattr(cls, "step_index") else "counting the scheduler's steps"
     experts = len(denoisers) > 1 and entries.get("boundary_ratio") is not None
     return {
         "scheduler": scheduler,
-        "row": None if cls is None else "its step_index" if hasattr(cls, "step_index") else "counting its steps",
+        "row": None if cls is None else row,
         "order": None if cls is None else getattr(cls, "order", 1),
         "calls": _calls_in_a_step(str(entries.get("_class_name"))),
         "denoisers": denoisers,

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 
 from diffuse_compress import __version__
-from diffuse_compress.anatomy import model_anatomy, step_behaviour
+from diffuse_compress.anatomy import GENERIC, model_anatomy, step_behaviour
 from diffuse_compress.api import compress, compression_plan, compression_report
 from diffuse_compress.components import SELF, model_components
 from diffuse_compress.demo import PROMPTS, run_demo
 from diffuse_compress.errors import ConfigError
-from diffuse_compress.families.roles import layer_roles
-from diffuse_compress.integrations.component import get_state, quantized_layers, weight_elements
+from diffuse_compress.integrations.component import get_state, quantized_layers
 from diffuse_compress.plan import stored_bytes
 from diffuse_compress.plan_text import align, format_bytes
 from diffuse_compress.quantization.algorithms.base import algorithm_from_dict, algorithm_to_dict
@@ -329,14 +328,8 @@ def _path_facts(name: str) -> dict[str, Any]:
 
 
 def _model_facts(model: Any) -> dict[str, Any]:
-    """Class, sizes, the parts that layers play, and the scheme and algorithm if compressed."""
-    roles: dict[str, dict[str, int]] = {}
+    """Class, size, anatomy, and the scheme and algorithm if compressed."""
     quantized = quantized_layers(model)
-    for name, role in layer_roles(model).items():
-        layer = model.get_submodule(name)
-        entry = roles.setdefault(role.value, {"layers": 0, "parameters": 0})
-        entry["layers"] += 1
-        entry["parameters"] += weight_elements(layer)
     state = get_state(model)
     schemes: dict[str, int] = {}
     for layer in quantized.values():
@@ -353,7 +346,6 @@ def _model_facts(model: Any) -> dict[str, Any]:
     return {
         "class": type(model).__name__,
         "stored_bytes": stored_bytes(model),
-        "roles": roles,
         "anatomy": model_anatomy(model),
         "compressed": compressed,
     }
@@ -369,8 +361,9 @@ def _path_lines(facts: dict[str, Any]) -> list[str]:
         title = f"{name} ({part['class']})" if name != SELF else part["class"]
         lines += ["", f"{title}: {format_bytes(part['stored_bytes'])}"]
         table = [("role", "layers", "parameters")]
-        table += [(r, str(entry["layers"]), format_count(entry["parameters"])) for r, entry in part["roles"].items()]
-        lines += align(table) if part["roles"] else []
+        roles = part["anatomy"]["roles"]
+        table += [(r, str(entry["layers"]), format_count(entry["parameters"])) for r, entry in roles.items()]
+        lines += align(table) if roles else []
         lines += _anatomy_lines(part["anatomy"])
         if part["compressed"] is None:
             lines.append("  not compressed")
@@ -386,10 +379,12 @@ def _path_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _anatomy_lines(anatomy: dict[str, Any]) -> list[str]:
-    lines = [f"  family: {anatomy['family'] or 'none; its blocks keep their stock forwards'}"]
+    generic = anatomy["family"] == GENERIC
+    stock = " (no file describes this class); its blocks keep their stock forwards"
+    lines = [f"  family: {anatomy['family']}{stock if generic else ''}"]
     for name, block in anatomy["blocks"].items():
         branches = f": {', '.join(block['branches'])}" if block["branches"] else ""
-        unfused = f"; runs its stock forward: {block['unfused']}" if block["unfused"] and anatomy["family"] else ""
+        unfused = f"; runs its stock forward: {block['unfused']}" if block["unfused"] and not generic else ""
         lines.append(f"  {block['count']} x {name}{branches}{unfused}")
     share = 100 * anatomy["modulation_share"]
     if share:

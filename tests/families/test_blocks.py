@@ -3,72 +3,19 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import tiny
-from diffuse_compress.errors import ModelStateError
+from diffuse_compress.errors import DiffuseCompressWarning, ModelStateError
 from diffuse_compress.families.registry import FAMILIES, family_of
 from diffuse_compress.runtime import blocks
 from diffuse_compress.runtime.blocks import BlockOption, disown, own, owned_options, why_not_composed
-
-# One model for each family; several where a class has options that change its blocks.
-CASES: list[tuple[str, dict]] = [
-    ("unet", {}),
-    ("unet", {"resnet_time_scale_shift": "scale_shift", "num_class_embeds": 5, "downsample_type": "resnet"}),
-    ("unet", {"down_block_types": ("ResnetDownsampleBlock2D",) * 2, "up_block_types": ("ResnetUpsampleBlock2D",) * 2}),
-    ("unet_sd1", {}),
-    ("unet_sd1", {"use_linear_projection": True, "layers_per_block": 2}),
-    ("unet_sdxl", {}),
-    ("dit", {}),
-    ("pixart", {}),
-    ("pixart", {"use_additional_conditions": True, "attention_head_dim": 48, "cross_attention_dim": 192}),
-    ("sd3", {}),
-    ("sd35", {}),
-    ("flux", {}),
-    ("wan", {}),
-    ("wan", {"cross_attn_norm": False, "added_kv_proj_dim": None}),
-    ("cogvideox", {}),
-    ("cogvideox", {"use_rotary_positional_embeddings": False, "ofs_embed_dim": None}),
-    ("hunyuan_video", {}),
-    ("qwenimage", {}),
-    ("llama", {}),
-    ("qwen2", {}),
-    ("qwen3", {}),
-    ("mistral", {}),
-    ("gemma", {}),
-    ("gemma2", {}),
-    ("gemma3", {}),
-]
-IDS = [f"{name}-{index}" for index, (name, _) in enumerate(CASES)]
-
-
-class Watch(BlockOption):
-    """Changes nothing, notes what it saw."""
-
-    name = "watch"
-
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-
-    def branch(self, block, branch, streams, conditioning, compute):
-        self.seen.append(branch.name)
-        return compute()
-
-
-def output_of(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
-    with torch.no_grad():
-        output = model(**inputs)
-    return output.logits if hasattr(output, "logits") else output[0]
-
-
-def extra_inputs(model: torch.nn.Module, inputs: dict) -> dict:
-    if getattr(model, "use_additional_conditions", False):
-        count, dtype = len(inputs["timestep"]), inputs["hidden_states"].dtype
-        sizes = {"resolution": torch.full((count, 2), 32.0), "aspect_ratio": torch.full((count, 1), 1.0)}
-        inputs["added_cond_kwargs"] = {name: value.to(dtype) for name, value in sizes.items()}
-    return inputs
+from families.composition import CASES, IDS, Watch, extra_inputs, output_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -101,15 +48,19 @@ def test_composed_equals_stock(name, config, batch, side, dtype):
 def test_blocks_are_listed_in_the_order_they_run_in(name, config):
     model = tiny.build(name, **config)
     names = family_of(model).blocks(model)
+    classes = {type(model.get_submodule(block)) for block in names}
     order: list[str] = []
     handles = [
-        model.get_submodule(block).register_forward_pre_hook(lambda *_, block=block: order.append(block))
-        for block in names
+        module.register_forward_pre_hook(lambda *_, block=block: order.append(block))
+        for block, module in model.named_modules()
+        if type(module) in classes
     ]
     output_of(model, extra_inputs(model, tiny.inputs_for(model)))
     for handle in handles:
         handle.remove()
-    assert order == names
+    # Attention inside of a listed block is its own.
+    inner = [block for block in order if any(block.startswith(f"{name}.") for name in names)]
+    assert [block for block in order if block not in inner] == names
     assert {block: why_not_composed(model.get_submodule(block)) for block in names} == dict.fromkeys(names)
 
 
@@ -251,10 +202,73 @@ def test_a_deep_copy_owns_its_own_forward():
     output_of(twin, inputs)
     assert owned_options(block)[0].seen == []
     assert owned_options(twin.transformer_blocks[0])[0].seen == ["attn1", "attn2", "ff"]
-    assert twin.transformer_blocks[0].forward.__self__ is twin.transformer_blocks[0]
     with torch.no_grad():
         twin.transformer_blocks[0].ff.net[2].weight.zero_()
     assert not torch.equal(output_of(twin, inputs), output_of(model, inputs))
+
+
+class Doubled(BlockOption):
+    """Doubles what the feed-forward adds, so that its absence shows."""
+
+    name = "doubled"
+
+    def branch(self, block, branch, streams, conditioning, compute):
+        factor = 2 if branch.name == "ff" else 1
+        return {name: factor * delta for name, delta in compute().items()}
+
+
+def test_a_pickled_block_owns_its_own_forward():
+    model = tiny.build("pixart")
+    block, inputs = model.transformer_blocks[0], tiny.inputs_for(model)
+    stock = output_of(model, inputs)
+    own(block, Doubled())
+    expected = output_of(model, inputs)
+    twin = pickle.loads(pickle.dumps(model))
+    assert not torch.equal(expected, stock)
+    assert torch.equal(output_of(twin, inputs), expected)
+    with torch.no_grad():
+        twin.transformer_blocks[0].attn1.to_q.weight.zero_()
+    assert torch.equal(output_of(model, inputs), expected)
+    disown(twin.transformer_blocks[0], "doubled")
+    assert "forward" not in twin.transformer_blocks[0].__dict__
+
+
+_IN_A_FRESH_PROCESS = """
+import sys, torch
+model, inputs, expected = torch.load(sys.argv[1], weights_only=False)
+from diffuse_compress.runtime import blocks
+block, composed, compose = model.transformer_blocks[0], [], blocks.compose
+blocks.compose = lambda *args: composed.append(args[0]) or compose(*args)
+assert [option.name for option in blocks.owned_options(block)] == ["option"]
+with torch.no_grad():
+    assert torch.equal(model(**inputs)[0], expected)
+assert composed == [block]
+"""
+
+
+def test_a_saved_model_loads_in_a_fresh_process(tmp_path):
+    model = tiny.build("pixart")
+    inputs = tiny.inputs_for(model)
+    expected = output_of(model, inputs)
+    own(model.transformer_blocks[0], BlockOption())
+    torch.save((model, inputs, expected), tmp_path / "model.pt")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", _IN_A_FRESH_PROCESS, tmp_path / "model.pt"], check=True)
+
+
+def test_loaded_under_another_version_of_its_class_a_block_runs_its_stock_forward(monkeypatch):
+    model = tiny.build("pixart")
+    inputs = tiny.inputs_for(model)
+    expected = output_of(model, inputs)
+    own(model.transformer_blocks[0], Doubled())
+    data = pickle.dumps(model)
+    monkeypatch.setattr(blocks, "fingerprint", lambda cls, replaced=(): "of another release")
+    with pytest.warns(DiffuseCompressWarning, match="this version of BasicTransformerBlock is not the one"):
+        twin = pickle.loads(data)
+    assert torch.equal(output_of(twin, inputs), expected)
+    with pytest.raises(ModelStateError, match="this version"):
+        own(twin.transformer_blocks[0], Watch())
+    disown(twin.transformer_blocks[0], "doubled")
+    assert "forward" not in twin.transformer_blocks[0].__dict__
 
 
 def test_options_are_asked_by_rank_and_presets_reach_the_branches():
@@ -334,6 +348,54 @@ def test_an_adapter_switches_a_fused_option_off():
     assert torch.equal(output_of(model, inputs), output_of(stock, inputs))
     assert len(fused.seen) == 3
     assert len(watch.seen) == 6
+
+
+def test_a_hook_on_a_layer_switches_a_fused_option_off():
+    """Offloading brings a layer's weights, and an observer sees its input, only when the layer itself runs."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    model = tiny.build("pixart")
+    block, inputs = model.transformer_blocks[0], tiny.inputs_for(model)
+    fused = Watch()
+    fused.fuses = ("attn1.to_q",)
+    own(block, fused)
+    observer = block.attn1.to_q.register_forward_pre_hook(lambda *_: None)
+    output_of(model, inputs)
+    assert fused.seen == []
+    observer.remove()
+    add_hook_to_module(block.attn1.to_q, AlignDevicesHook(execution_device="cpu"))
+    output_of(model, inputs)
+    assert fused.seen == []
+    remove_hook_from_module(block.attn1.to_q)
+    output_of(model, inputs)
+    assert fused.seen == ["attn1", "attn2", "ff"]
+
+
+@pytest.mark.parametrize(("name", "config"), CASES, ids=IDS)
+def test_composed_equals_stock_with_adapters_in_inference_mode_and_under_autocast(name, config):
+    peft = pytest.importorskip("peft")
+    model = tiny.build(name, **config)
+    inputs = extra_inputs(model, tiny.inputs_for(model))
+    queries = [layer for layer, _ in model.named_modules() if layer.endswith((".to_q", ".q_proj", ".to_out.0"))]
+    if queries:
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=queries, init_lora_weights=False), model)
+        with torch.no_grad():
+            for layer, parameter in model.named_parameters():
+                if ".lora_" in layer:
+                    parameter.copy_(torch.randn_like(parameter) * 0.1)
+    expected = [torch.inference_mode()(model)(**inputs), _autocast(model, inputs)]
+    watch = Watch()
+    for block in family_of(model).blocks(model):
+        own(model.get_submodule(block), watch)
+    actual = [torch.inference_mode()(model)(**inputs), _autocast(model, inputs)]
+    for after, before in zip(actual, expected, strict=True):
+        assert torch.equal(after[0], before[0])
+    assert watch.seen
+
+
+def _autocast(model: torch.nn.Module, inputs: dict):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(**inputs)
 
 
 def test_hooks_of_accelerate_and_diffusers_stay_outside():

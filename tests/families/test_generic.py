@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tiny
-from diffuse_compress.errors import ModelStateError
+from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.families.base import Dependence
 from diffuse_compress.families.generic import generic_family, probe
 from diffuse_compress.families.registry import family_of
@@ -26,6 +26,7 @@ DENOISERS: list[tuple[str, dict]] = [
     ("wan", {}),
     ("cogvideox", {}),
     ("hunyuan_video", {}),
+    ("hunyuan_video", {"image_condition_type": "token_replace"}),
     ("qwenimage", {}),
 ]
 
@@ -44,6 +45,22 @@ def test_the_written_maps_are_what_probing_finds(name, config):
     }
     assert wrong == {}
     assert Dependence.TIMESTEP in found.dependence.values()
+    # Blocks may be finer than the elements of the model's lists, but come in their order.
+    blocks = family.blocks(model)
+    coarse = [next(block for block in found.blocks if f"{name}.".startswith(f"{block}.")) for name in blocks]
+    assert list(dict.fromkeys(coarse)) == [block for block in found.blocks if block in coarse]
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_a_generic_map_says_what_probing_found(name):
+    model = tiny.build(name)
+    found = probe(model, tiny.inputs_for(model))
+    assert Dependence.SAMPLE in found.dependence.values()
+    temporal = generic_family(model, found).temporal(model)
+    assert {layer: temporal.of(layer) for layer in found.dependence} == found.dependence
+    family = family_of(model)
+    if family is not None:
+        assert {layer: family.temporal(model).of(layer) for layer in found.dependence} == found.dependence
 
 
 @pytest.mark.parametrize("name", unknown_classes.unknown_classes())
@@ -57,8 +74,7 @@ def test_unknown_classes(name):
     assert Dependence.TIMESTEP in kinds
     family = generic_family(model, found)
     temporal = family.temporal(model)
-    expected = {layer: Dependence.SAMPLE if d is Dependence.NOTHING else d for layer, d in found.dependence.items()}
-    assert {layer: temporal.of(layer) for layer in found.dependence} == expected
+    assert {layer: temporal.of(layer) for layer in found.dependence} == found.dependence
     assert family.blocks(model) == found.blocks
     assert found.blocks
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -85,12 +101,47 @@ def test_every_dependence_is_told():
         "labels": torch.tensor([1, 1]),
         "extra": {"text": torch.randn(2, 4), "mask": torch.ones(2, 4)},
     }
-    assert probe(Small().eval(), inputs).dependence == {
+    expected = {
         "of_t": Dependence.TIMESTEP,
         "of_c": Dependence.CONDITION,
         "of_both": Dependence.TIMESTEP_AND_CONDITION,
         "of_x": Dependence.SAMPLE,
         "of_nothing": Dependence.NOTHING,
+    }
+    model = Small().eval()
+    found = probe(model, inputs)
+    assert found.dependence == expected
+    temporal = generic_family(model, found).temporal(model)
+    assert {layer: temporal.of(layer) for layer in expected} == expected
+
+
+class Renamed(Small):
+    """Its inputs have no usual names."""
+
+    def forward(self, noisy, noise_level, labels, extra):
+        return super().forward(noisy, noise_level, labels, extra)
+
+
+def test_inputs_can_be_named():
+    given = [torch.randn(2, 4), torch.tensor([3, 5]), torch.tensor([1, 1]), {"text": torch.randn(2, 4)}]
+    usual = dict(zip(("sample", "timestep", "labels", "extra"), given, strict=True))
+    own = dict(zip(("noisy", "noise_level", "labels", "extra"), given, strict=True))
+    model = Renamed().eval()
+    assert probe(model, own, sample="noisy", timestep="noise_level") == probe(Small().eval(), usual)
+    with pytest.raises(ConfigError, match="sample='nois' is not among the inputs"):
+        probe(model, own, sample="nois", timestep="noise_level")
+    with pytest.raises(ConfigError, match="timestep='t' is not among the inputs"):
+        probe(model, own, sample="noisy", timestep="t")
+    with pytest.raises(ConfigError, match=r"no sample among the inputs.*looked for hidden_states, sample"):
+        probe(model, own, timestep="noise_level")
+    with pytest.raises(ConfigError, match=r"no timestep among the inputs.*looked for timestep, timesteps"):
+        probe(model, own, sample="noisy")
+
+
+def test_a_model_without_a_timestep():
+    model = nn.Sequential(nn.Linear(4, 4)).eval()
+    assert probe(model, {"input": torch.randn(2, 4)}, sample="input", timestep="").dependence == {
+        "0": Dependence.SAMPLE
     }
 
 

@@ -25,6 +25,7 @@ from torch import nn
 from diffuse_compress.patterns import matches
 
 __all__ = [
+    "TIMESTEP_NAMES",
     "BlockKind",
     "Branch",
     "BranchRole",
@@ -42,6 +43,10 @@ Streams = dict[str, torch.Tensor]
 """Residual streams by name: "hidden_states" [batch, tokens, width] and, in joint blocks, "encoder_hidden_states"."""
 
 
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "r", "timestep_ratio")
+"""What denoisers call their timestep, the usual names first: of several in one signature, the first is meant."""
+
+
 class BranchRole(str, Enum):
     """What a branch computes."""
 
@@ -53,7 +58,12 @@ class BranchRole(str, Enum):
 
 
 class Dependence(str, Enum):
-    """What the output of a layer depends on within a sampling run (``TFMQ``'s view of a denoiser)."""
+    """What the output of a layer depends on within a sampling run.
+
+    A layer that does not see the sample has one output for each step, or for the whole run, so it can be looked up in a
+    table and quantized by itself. TFMQ-DM (Huang et al. 2023, arXiv 2311.16503) treats the layers of the timestep
+    alone like that; the conditions are told apart here because models mix them in.
+    """
 
     TIMESTEP = "timestep"
     TIMESTEP_AND_CONDITION = "timestep and condition"
@@ -145,6 +155,7 @@ class TemporalMap:
     timestep: tuple[str, ...] = ()
     timestep_and_condition: tuple[str, ...] = ()
     condition: tuple[str, ...] = ()
+    nothing: tuple[str, ...] = ()
 
     def of(self, name: str) -> Dependence:
         """Dependence of a layer; the first list with a matching pattern decides, and SAMPLE is what is in none."""
@@ -152,6 +163,7 @@ class TemporalMap:
             (Dependence.TIMESTEP, self.timestep),
             (Dependence.TIMESTEP_AND_CONDITION, self.timestep_and_condition),
             (Dependence.CONDITION, self.condition),
+            (Dependence.NOTHING, self.nothing),
         )
         for dependence, patterns in lists:
             if any(matches(pattern, name) for pattern in patterns):
@@ -168,7 +180,8 @@ class BlockKind:
         fingerprints: of the stock forwards it was written against (``runtime/blocks.py``); any other version of the
             class runs its own forward.
         replaced: "module:Class" of further classes whose forward the composition takes apart (adaptive norms).
-        begin, branches, end: see the module docstring. ``branches`` may depend on the block.
+        begin, branches, end: see the module docstring. ``branches`` may depend on the block; ``begin`` returns None for
+            arguments that the composition does not cover.
         processors: class names of the attention processors that the composition holds for.
         unsupported: why this block cannot be composed (an option of the class that is not covered), or None.
         smoothing: of a block.
@@ -176,7 +189,7 @@ class BlockKind:
 
     class_name: str
     fingerprints: frozenset[str]
-    begin: Callable[..., tuple[Streams, Conditioning]]
+    begin: Callable[..., tuple[Streams, Conditioning] | None]
     branches: Callable[[nn.Module], tuple[Branch, ...]]
     end: Callable[[nn.Module, Streams, Conditioning], Any]
     replaced: tuple[str, ...] = ()

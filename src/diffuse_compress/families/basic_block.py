@@ -33,7 +33,9 @@ def _begin(
     cross_attention_kwargs: dict[str, Any] | None = None,
     class_labels: torch.Tensor | None = None,
     added_cond_kwargs: dict[str, torch.Tensor] | None = None,
-) -> tuple[Streams, Conditioning]:
+) -> tuple[Streams, Conditioning] | None:
+    if cross_attention_kwargs is not None and "gligen" in cross_attention_kwargs:
+        return None
     streams = {"hidden_states": hidden_states}
     return streams, Conditioning(
         streams,

@@ -32,8 +32,12 @@ def _parameters(cls: type) -> tuple[tuple[str, ...], dict[str, Any]]:
     return tuple(parameter.name for parameter in named), defaults
 
 
-def _begin(block: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Streams, Conditioning]:
+def _begin(
+    block: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[Streams, Conditioning] | None:
     names, defaults = _parameters(type(block))  # type: ignore[arg-type]
+    if len(args) > len(names):
+        return None
     streams = {"hidden_states": hidden_states}
     return streams, Conditioning(streams, attention={**defaults, **dict(zip(names, args, strict=False)), **kwargs})
 

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.errors import ModelStateError
-from diffuse_compress.families.base import Dependence, Family, TemporalMap
+from diffuse_compress.errors import ConfigError, ModelStateError
+from diffuse_compress.families.base import TIMESTEP_NAMES, Dependence, Family, TemporalMap
 from diffuse_compress.families.roles import block_elements, has_matrix
 from diffuse_compress.patterns import generalize
 
 __all__ = ["Probe", "generic_family", "probe"]
 
 _SAMPLES = ("hidden_states", "sample", "x", "latents", "latent_model_input", "input_ids")
-_TIMESTEPS = ("timestep", "timesteps", "t", "sigma", "r", "timestep_ratio")
 
 
 @dataclass(frozen=True)
@@ -39,30 +38,40 @@ class Probe:
 
 
 @torch.no_grad()
-def probe(model: nn.Module, inputs: Mapping[str, Any], *, seed: int = 0) -> Probe:
+def probe(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    sample: str | None = None,
+    timestep: str | None = None,
+    seed: int = 0,
+) -> Probe:
     """Run ``model(**inputs)`` as it is, then with one input changed at a time.
 
     Args:
         model: any model with weights, in eval mode; weights that are still zero hide what depends on what.
-        inputs: keyword arguments of its forward. The sample and the timestep are found by their usual names
-            (``hidden_states`` or ``sample``, ``timestep``); other floating tensors and integer labels are conditions,
-            in nested dictionaries and lists too. Masks and position ids stay.
+        inputs: keyword arguments of its forward. Floating tensors and integer labels that are neither sample nor
+            timestep are conditions, in nested dictionaries and lists too. Masks and position ids stay.
+        sample: which of the inputs is; by default found by its usual names (``hidden_states``, ``sample``).
+        timestep: likewise. "" says that the model has none, which goes without saying where the sample is token ids.
         seed: of the perturbations.
 
     Raises:
         ModelStateError: the model is in training mode or on the meta device.
+        ConfigError: the sample or the timestep is not among the inputs.
     """
     if model.training or any(parameter.is_meta for parameter in model.parameters()):
         raise ModelStateError("probe runs the model: it needs loaded weights and eval mode (model.eval()).")
     generator = torch.Generator("cpu").manual_seed(seed)
-    sample = next((name for name in _SAMPLES if name in inputs), "")
-    timestep = next((name for name in _TIMESTEPS if name in inputs), "")
+    sample = _input("sample", sample, _SAMPLES, inputs)
+    if timestep is None and _is_token_ids(inputs[sample]):
+        timestep = next((name for name in TIMESTEP_NAMES if name in inputs), "")
+    if timestep != "":
+        timestep = _input("timestep", timestep, TIMESTEP_NAMES, inputs)
     base, order = _digests(model, inputs)
     again, _ = _digests(model, inputs)
     changed: dict[str, set[str]] = {name: {"sample"} if base[name] != again[name] else set() for name in base}
-    variants: list[tuple[str, dict[str, Any]]] = []
-    if sample:
-        variants.append(("sample", {**inputs, sample: _perturbed(inputs[sample], generator)}))
+    variants = [("sample", {**inputs, sample: _perturbed(inputs[sample], generator)})]
     if timestep:
         variants.append(("timestep", {**inputs, timestep: _later(inputs[timestep])}))
     rest = {name: value for name, value in inputs.items() if name not in (sample, timestep)}
@@ -76,6 +85,23 @@ def probe(model: nn.Module, inputs: Mapping[str, Any], *, seed: int = 0) -> Prob
             if digest != base.get(name):
                 changed.setdefault(name, set()).add(what)
     return Probe({name: _dependence(reached) for name, reached in changed.items()}, order)
+
+
+def _input(what: str, named: str | None, usual: tuple[str, ...], inputs: Mapping[str, Any]) -> str:
+    """Name of the sample or the timestep among the inputs."""
+    if named is not None and named not in inputs:
+        raise ConfigError(f"probe: {what}={named!r} is not among the inputs ({', '.join(inputs)}).")
+    found = named or next((name for name in usual if name in inputs), None)
+    if found is None:
+        raise ConfigError(
+            f"probe: no {what} among the inputs ({', '.join(inputs)}); looked for {', '.join(usual)}. "
+            f'Name it with {what}="...".'
+        )
+    return found
+
+
+def _is_token_ids(sample: Any) -> bool:
+    return isinstance(sample, torch.Tensor) and not sample.is_floating_point()
 
 
 def _dependence(reached: set[str]) -> Dependence:
@@ -95,7 +121,10 @@ def generic_family(model: nn.Module, found: Probe) -> Family:
         for dependence in Dependence
     }
     temporal = TemporalMap(
-        listed[Dependence.TIMESTEP], listed[Dependence.TIMESTEP_AND_CONDITION], listed[Dependence.CONDITION]
+        timestep=listed[Dependence.TIMESTEP],
+        timestep_and_condition=listed[Dependence.TIMESTEP_AND_CONDITION],
+        condition=listed[Dependence.CONDITION],
+        nothing=listed[Dependence.NOTHING],
     )
     return Family(
         name=f"generic ({type(model).__name__})",
@@ -138,7 +167,10 @@ def _hooks() -> Iterator[list[Any]]:
 
 
 def _digest(output: Any) -> int:
-    """Equal for equal bits; of different bits, different but for one case in 2**64."""
+    """A weighted sum of the bits modulo 2**64: equal for equal bits, and different in all but contrived cases.
+
+    Differences that cancel in the sum would be missed. A perturbation changes many elements by unrelated amounts.
+    """
     tensor = output if isinstance(output, torch.Tensor) else output[0]
     view = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.detach().contiguous().view(view).reshape(-1).to(torch.int64)

@@ -8,17 +8,23 @@ import torch
 
 from diffuse_compress.families.base import Branch, BranchRole, Conditioning, Smoothing, Streams
 
-__all__ = ["FF", "FF_CONTEXT", "adaln_zero", "joint_smoothing", "modulate", "single_smoothing"]
+__all__ = ["FF", "FF_CONTEXT", "adaln_zero", "gated", "joint_smoothing", "modulate", "single_smoothing"]
 
 
-def adaln_zero(block: Any, conditioning: Conditioning, norm: str, chunks: int) -> tuple[torch.Tensor, ...]:
-    """Chunks [batch, width] of ``norm.linear(silu(temb))``: shift, scale, gate of attention, then of feed-forward."""
+def adaln_zero(
+    block: Any, conditioning: Conditioning, norm: str, chunks: int, embedding: str = "temb"
+) -> tuple[torch.Tensor, ...]:
+    """Chunks [batch, width] of ``norm.linear(silu(temb))``: shift, scale, gate of attention, then of feed-forward.
+
+    ``embedding`` names another argument of the block to be read instead of ``temb``.
+    """
 
     def compute() -> tuple[torch.Tensor, ...]:
         module = getattr(block, norm)
-        return tuple(module.linear(module.silu(conditioning.temb)).chunk(chunks, dim=1))
+        return tuple(module.linear(module.silu(getattr(conditioning, embedding))).chunk(chunks, dim=1))
 
-    values: tuple[torch.Tensor, ...] = conditioning.once(norm, compute)
+    name = norm if embedding == "temb" else f"{norm} of {embedding}"
+    values: tuple[torch.Tensor, ...] = conditioning.once(name, compute)
     return values
 
 
@@ -27,16 +33,21 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """x [batch, tokens, width] * gate [batch, width]."""
+    return gate.unsqueeze(1) * x
+
+
 def _feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
     shift, scale, gate = adaln_zero(block, conditioning, "norm1", 6)[3:]
     output = block.ff(modulate(block.norm2(streams["hidden_states"]), shift, scale))
-    return {"hidden_states": gate.unsqueeze(1) * output}
+    return {"hidden_states": gated(output, gate)}
 
 
 def _text_feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
     shift, scale, gate = adaln_zero(block, conditioning, "norm1_context", 6)[3:]
     output = block.ff_context(modulate(block.norm2_context(streams["encoder_hidden_states"]), shift, scale))
-    return {"encoder_hidden_states": gate.unsqueeze(1) * output}
+    return {"encoder_hidden_states": gated(output, gate)}
 
 
 FF = Branch("ff", BranchRole.FEED_FORWARD, _feed_forward, ("ff",))

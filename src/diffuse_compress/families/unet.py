@@ -24,8 +24,11 @@ __all__ = ["UNET_2D", "UNET_2D_CONDITION"]
 
 
 def _resnet_begin(
-    block: nn.Module, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args: Any, **kwargs: Any
-) -> tuple[Streams, Conditioning]:
+    block: Any, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args: Any, **kwargs: Any
+) -> tuple[Streams, Conditioning] | None:
+    # Deprecated arguments, and the missing embedding of which the class complains.
+    if args or kwargs or (temb is None and block.time_embedding_norm == "scale_shift"):
+        return None
     streams = {"hidden_states": input_tensor}
     return streams, Conditioning(streams, temb=temb)
 
@@ -34,9 +37,9 @@ def _time_projection(block: Any, conditioning: Conditioning) -> torch.Tensor | N
     """[batch, channels, 1, 1]: what the timestep adds, or the scale and shift it makes."""
 
     def compute() -> torch.Tensor | None:
-        temb = conditioning.temb
+        temb: torch.Tensor | None = conditioning.temb
         if block.time_emb_proj is None:
-            return None if temb is None else temb
+            return temb
         temb = temb if block.skip_time_act else block.nonlinearity(temb)
         projected: torch.Tensor = block.time_emb_proj(temb)[:, :, None, None]
         return projected
@@ -57,11 +60,11 @@ def _resnet(block: Any, streams: Streams, conditioning: Conditioning) -> Streams
     x = block.nonlinearity(block.norm1(streams["hidden_states"]))
     x = block.conv1(_resized(block, x))
     temb = _time_projection(block, conditioning)
-    if block.time_embedding_norm == "scale_shift" and temb is not None:
+    if temb is not None and block.time_embedding_norm == "scale_shift":
         scale, shift = torch.chunk(temb, 2, dim=1)
         x = block.norm2(x) * (1 + scale) + shift
     else:
-        x = block.norm2(x + temb if block.time_embedding_norm == "default" and temb is not None else x)
+        x = block.norm2(x if temb is None else x + temb)
     return {"hidden_states": block.conv2(block.dropout(block.nonlinearity(x)))}
 
 
@@ -93,10 +96,14 @@ def _attention_begin(
     hidden_states: torch.Tensor,
     encoder_hidden_states: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
+    temb: torch.Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Streams, Conditioning]:
+) -> tuple[Streams, Conditioning] | None:
+    # Composed is self-attention over a picture; ``temb`` is for spatial norm only.
+    if encoder_hidden_states is not None or attention_mask is not None or kwargs or hidden_states.ndim != 4:
+        return None
     streams = {"hidden_states": hidden_states}
-    return streams, Conditioning(streams, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
+    return streams, Conditioning(streams)
 
 
 def _spatial_attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
@@ -154,35 +161,28 @@ _KINDS = {kind.class_name: kind for kind in (RESNET_BLOCK, BASIC_TRANSFORMER_BLO
 
 def _blocks(model: Any) -> list[str]:
     """Residual units in the order of the forward pass: down, middle, up; each resnet before its attention."""
-    names: list[str] = []
-    for side in ("down_blocks", "mid_block", "up_blocks"):
-        stages = getattr(model, side, None)
-        if stages is None:
-            continue
-        listed = [(f"{side}.{index}", stage) for index, stage in enumerate(stages)] if side != "mid_block" else None
-        for name, stage in listed if listed is not None else [(side, stages)]:
-            names.extend(_stage(name, stage))
-    return names
+    down, up = (
+        [f"{side}.{index}" for index in range(len(getattr(model, side)))] for side in ("down_blocks", "up_blocks")
+    )
+    middle = [] if model.mid_block is None else ["mid_block"]
+    return [unit for name in (*down, *middle, *up) for unit in _stage(name, model.get_submodule(name))]
 
 
 def _stage(prefix: str, stage: Any) -> list[str]:
-    resnets = [f"{prefix}.resnets.{index}" for index in range(len(getattr(stage, "resnets", None) or ()))]
-    attentions = [
-        _units(f"{prefix}.attentions.{index}", attention)
-        for index, attention in enumerate(getattr(stage, "attentions", None) or ())
-    ]
+    resnets = getattr(stage, "resnets", None) or ()
+    attentions = getattr(stage, "attentions", None) or ()
+    # Attention follows the resnet of its index, and the middle ends with a further resnet; NCSN++ has one attention in
+    # a stage on the way up, after the last resnet.
+    first = 0 if prefix == "mid_block" else len(resnets) - len(attentions)
     names: list[str] = []
-    # The middle begins and ends with a resnet.
-    lead = 1 if len(resnets) == len(attentions) + 1 else 0
-    names.extend(resnets[:lead])
-    for index in range(max(len(resnets) - lead, len(attentions))):
-        pair = [resnets[lead + index]] if lead + index < len(resnets) else []
-        units = attentions[index] if index < len(attentions) else []
-        names.extend([*units, *pair] if lead else [*pair, *units])
-    for sampler in ("downsamplers", "upsamplers"):
-        for index, module in enumerate(getattr(stage, sampler, None) or ()):
-            if type(module).__name__ == "ResnetBlock2D":
-                names.append(f"{prefix}.{sampler}.{index}")
+    for index in range(len(resnets)):
+        names.append(f"{prefix}.resnets.{index}")
+        if 0 <= index - first < len(attentions):
+            names.extend(_units(f"{prefix}.attentions.{index - first}", attentions[index - first]))
+    for name, module in stage.named_modules():
+        resizes = name.startswith(("downsamplers.", "upsamplers.")) or name in ("resnet_down", "resnet_up")
+        if resizes and type(module).__name__ == "ResnetBlock2D":
+            names.append(f"{prefix}.{name}")
     return names
 
 

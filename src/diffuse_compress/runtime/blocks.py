@@ -2,19 +2,19 @@
 
 Fused kernels, feature caches and temporal tables all change what happens inside of a block. Each is a
 :class:`BlockOption` of one instance forward, composed from the family's branches, instead of a patch over a patch. The
-forward is a bound method, so a deep copy of the block has its own. Without options the composition gives the bits of
-the stock forward, and whenever it might not (another version of the class, an unknown attention processor), the stock
-forward runs.
+forward is a bound method, so a copied, pickled or loaded block has its own. Without options the composition gives the
+bits of the stock forward, and whenever it might not (another version of the class, an unknown attention processor, an
+argument that the composition does not cover), the stock forward runs.
 """
 
 from __future__ import annotations
 
 import ast
-import copy
 import hashlib
 import inspect
 import textwrap
 import types
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from diffuse_compress.errors import ModelStateError
+from diffuse_compress.errors import DiffuseCompressWarning, ModelStateError
 from diffuse_compress.families.base import BlockKind, Branch, Conditioning, Streams
 from diffuse_compress.families.registry import FAMILIES
 
@@ -39,7 +39,7 @@ class BlockOption:
         rank: options are asked in ascending order: tables (0) set values before caches (10) skip branches, and fused
             kernels (20) compute what is left.
         fuses: layers, relative to the block, whose weights the option reads itself. It is left out of a call in which
-            one of them carries an adapter (LoRA): a fused kernel would not see it.
+            one of them carries an adapter (LoRA) or a hook (offloading, an observer): a fused kernel would not see it.
     """
 
     name = "option"
@@ -62,22 +62,47 @@ class BlockOption:
 
 
 class _Owner:
-    """Kind and options of one block."""
+    """Options of one block, and the forward that asks them.
 
-    def __init__(self, kind: BlockKind) -> None:
-        self.kind = kind
+    Pickles and copies without the kind, which is looked up again: it holds functions, and says of which versions of
+    the class it is true.
+    """
+
+    def __init__(self, block: nn.Module, kind: BlockKind) -> None:
+        self.block = block
+        self.kind: BlockKind | None = kind
         self.options: list[BlockOption] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Owner:
-        twin = _Owner(self.kind)
-        memo[id(self)] = twin
-        twin.options = [copy.deepcopy(option, memo) for option in self.options]
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        return {"block": self.block, "options": self.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.kind, reason = _kind_of(type(self.block))
+        if reason is not None:
+            warnings.warn(
+                f"{type(self.block).__name__} runs its stock forward, without "
+                f"{', '.join(option.name for option in self.options)}: {reason}.",
+                DiffuseCompressWarning,
+                stacklevel=2,
+            )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward; stock whenever the composition does not hold for this call."""
+        block, kind = self.block, self.kind
+        begun = None
+        if kind is not None and _why_stock_now(block, kind) is None:
+            begun = kind.begin(block, *args, **kwargs)
+        if kind is None or begun is None:
+            return type(block).forward(block, *args, **kwargs)
+        options = [option for option in self.options if all(_is_bare(block, name) for name in option.fuses)]
+        return compose(block, kind, options, *begun)
 
 
-def compose(block: nn.Module, kind: BlockKind, options: list[BlockOption], args: Any, kwargs: Any) -> Any:
-    """Run a block branch by branch."""
-    streams, conditioning = kind.begin(block, *args, **kwargs)
+def compose(
+    block: nn.Module, kind: BlockKind, options: list[BlockOption], streams: Streams, conditioning: Conditioning
+) -> Any:
+    """Run a block branch by branch, from what its kind's ``begin`` made of its arguments."""
     for option in options:
         option.prepare(block, conditioning)
     for branch in kind.branches(block):
@@ -88,14 +113,6 @@ def compose(block: nn.Module, kind: BlockKind, options: list[BlockOption], args:
     return kind.end(block, streams, conditioning)
 
 
-def _owned_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    owner: _Owner = getattr(self, _OWNER)
-    if _why_stock_now(self, owner.kind) is not None:
-        return type(self).forward(self, *args, **kwargs)
-    options = [option for option in owner.options if not any(_has_adapter(self, name) for name in option.fuses)]
-    return compose(self, owner.kind, options, args, kwargs)
-
-
 def own(block: nn.Module, option: BlockOption) -> None:
     """Add an option to a block, and take over its forward if nobody has yet.
 
@@ -103,20 +120,20 @@ def own(block: nn.Module, option: BlockOption) -> None:
         ModelStateError: the block cannot be composed (:func:`why_not_composed`), has an option of that name, or its
             forward was replaced by somebody else.
     """
+    kind, reason = _kind_now(block)
+    if kind is None:
+        raise ModelStateError(f"{type(block).__name__} keeps its own forward: {reason}.")
     owner: _Owner | None = block.__dict__.get(_OWNER)
     if owner is None:
-        kind, reason = _kind_of(block)
-        if kind is None:
-            raise ModelStateError(f"{type(block).__name__} keeps its own forward: {reason}.")
         slot = _innermost(block)
         if slot is None:
             raise ModelStateError(
                 f"{type(block).__name__}.forward was replaced by another library; remove that first "
                 "(disable its cache or hooks), then compress."
             )
-        owner = _Owner(kind)
+        owner = _Owner(block, kind)
         setattr(block, _OWNER, owner)
-        slot(types.MethodType(_owned_forward, block))
+        slot(owner.forward)
     if any(present.name == option.name for present in owner.options):
         raise ModelStateError(f"{type(block).__name__} already has the option {option.name!r}; remove it first.")
     owner.options = sorted([*owner.options, option], key=lambda item: item.rank)
@@ -144,19 +161,24 @@ def owned_options(block: nn.Module) -> list[BlockOption]:
 
 def why_not_composed(block: nn.Module) -> str | None:
     """Why a block runs its stock forward whatever is asked of it, or None if it can be composed."""
-    return _kind_of(block)[1]
+    return _kind_now(block)[1]
 
 
-def _kind_of(block: nn.Module) -> tuple[BlockKind | None, str | None]:
-    """The composition of a block, or why there is none."""
-    kind = _kinds().get(type(block).__name__)
-    if kind is None or not type(block).__module__.startswith(("diffusers.", "transformers.")):
-        return None, f"no family describes the class {type(block).__name__}"
-    known = fingerprint(type(block), kind.replaced)  # type: ignore[arg-type]
-    if known not in kind.fingerprints:
-        return None, f"this version of {type(block).__name__} is not the one that we know"
-    reason = _why_stock_now(block, kind)
+def _kind_now(block: nn.Module) -> tuple[BlockKind | None, str | None]:
+    """The composition of a block as it is, or why there is none."""
+    kind, reason = _kind_of(type(block))
+    reason = _why_stock_now(block, kind) if kind is not None else reason
     return (None, reason) if reason is not None else (kind, None)
+
+
+def _kind_of(cls: type[nn.Module]) -> tuple[BlockKind | None, str | None]:
+    """The composition of a class of blocks, or why there is none."""
+    kind = _kinds().get(cls.__name__)
+    if kind is None or not cls.__module__.startswith(("diffusers.", "transformers.")):
+        return None, f"no family describes the class {cls.__name__}"
+    if fingerprint(cls, kind.replaced) not in kind.fingerprints:  # type: ignore[arg-type]
+        return None, f"this version of {cls.__name__} is not the one that we know"
+    return kind, None
 
 
 def _why_stock_now(block: nn.Module, kind: BlockKind) -> str | None:
@@ -179,9 +201,12 @@ def _foreign_processor(block: Any, kind: BlockKind) -> str | None:
     return None
 
 
-def _has_adapter(block: nn.Module, name: str) -> bool:
+def _is_bare(block: nn.Module, name: str) -> bool:
+    """Does a layer compute what its class and weights say, and nobody wants to know when?"""
     layer = block.get_submodule(name)
-    return hasattr(layer, "lora_A") or hasattr(layer, "base_layer")
+    replaced = getattr(layer.forward, "__func__", None) is not type(layer).forward
+    adapted = hasattr(layer, "lora_A") or hasattr(layer, "base_layer")
+    return not (replaced or adapted or layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _innermost(block: nn.Module) -> Callable[[Any], None] | None:
@@ -191,8 +216,10 @@ def _innermost(block: nn.Module) -> Callable[[Any], None] | None:
     """
 
     def plain(value: Any) -> bool:
-        ours = (type(block).forward, _owned_forward)
-        return isinstance(value, types.MethodType) and value.__self__ is block and value.__func__ in ours
+        if not isinstance(value, types.MethodType):
+            return False
+        stock = value.__self__ is block and value.__func__ is type(block).forward
+        return stock or value.__self__ is block.__dict__.get(_OWNER)
 
     def setter(owner: Any, name: str) -> Callable[[Any], None]:
         def put(value: Any) -> None:
