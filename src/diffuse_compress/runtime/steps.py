@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from diffuse_compress.components import unwrap
 from diffuse_compress.errors import MissingDependencyError
+from diffuse_compress.families.base import TIMESTEP_NAMES
 from diffuse_compress.runtime import events
 from diffuse_compress.runtime.run import START_UNKNOWN, Run
 from diffuse_compress.runtime.stats import (
@@ -69,7 +70,6 @@ NOT_SEEN = Reason(
     "if it is compiled, compile its blocks instead (compile_repeated_blocks)",
 )
 
-_NAMES_OF_TIMESTEP = ("timestep", "timesteps", "t", "sigma")
 # So many calls without any schedule are no trial of a single forward pass: the user's loop is not one we can follow.
 _CALLS_WITHOUT_SCHEDULE = 3
 
@@ -374,11 +374,11 @@ class StepTracker:
             # The first parameter is the module itself, whatever it is called.
             parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
             names = [parameter.name for parameter in parameters]
-            name = next((name for name in _NAMES_OF_TIMESTEP if name in names), "")
+            name = next((name for name in TIMESTEP_NAMES if name in names), "")
             hidden = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
             self._position = name, names.index(name) if name else 1 if hidden else -1
         name, position = self._position
-        for key in (name,) if name else _NAMES_OF_TIMESTEP:
+        for key in (name,) if name else TIMESTEP_NAMES:
             if key in kwargs:
                 return kwargs[key]
         return args[position] if 0 <= position < len(args) else None
