@@ -20,7 +20,7 @@ FOLDER = Path(__file__).resolve().parent
 PROMPTS = FOLDER.parent / "emoji_pixart" / "eval_prompts.txt"
 
 # What the model card recommends.
-DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 1.5}
+DEFAULTS = {"num_inference_steps": 20, "guidance_scale": 3.0}
 
 
 def generate(pipe, prompts: list[str], seed: int = 0, batch_size: int = 32, **options) -> torch.Tensor:

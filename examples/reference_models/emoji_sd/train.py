@@ -57,7 +57,7 @@ def run_training(args, glyphs: torch.Tensor, captions: list[str]) -> None:
     pipe.set_progress_bar_config(disable=True)
     classifier = load_classifier(CLASSIFIER_FOLDER)
     prompts = PROMPTS.read_text().splitlines()[: args.score]
-    for guidance in (DEFAULTS["guidance_scale"], 3.0):
+    for guidance in (DEFAULTS["guidance_scale"], 7.5):
         pictures = generate(pipe, prompts, batch_size=256, guidance_scale=guidance)
         print(f"{trainer.name} guidance {guidance}: {accuracy_text(classifier, pictures, prompts)}", flush=True)
 

@@ -1,15 +1,17 @@
 """One pass over a schedule, and the row of it at which a model is called.
 
 What is known of a call's row, strongest first: the timestep may be a view of ``scheduler.timesteps``, whose storage
-offset says which element it is; an element of a copy of the schedule says the same; a number, or a tensor on the CPU,
-can be compared with the schedule's values; the scheduler has a ``step_index``; the last ``step()`` was told its
-timestep; and iterations can be counted. Tensors on a device are never read. A start that nothing tells stays unknown
-until the scheduler's first step, and a clue that contradicts the others makes the place unknown.
+offset says which element it is; the scheduler has a ``step_index``; the last ``step()`` was told its timestep;
+iterations can be counted. A number, or a tensor on the CPU, must also be the schedule's value at that row, in one of
+the forms that pipelines use, and it may tell where the loop starts. Tensors on a device are never read. A start that
+nothing tells stays unknown until the scheduler's first step, and a call that contradicts the run makes the rest of it
+unknown: a loop that was restarted goes over other latents.
 """
 
 from __future__ import annotations
 
 import itertools
+import numbers
 import weakref
 from typing import Any
 
@@ -40,17 +42,18 @@ SEVERAL_ROWS = Reason(
 )
 START_UNKNOWN = Reason(
     "nothing tells where in the schedule the loop starts, before the scheduler's first step",
-    "call scheduler.set_begin_index(0), or pass the model the elements of scheduler.timesteps themselves",
+    "pass the model the elements of scheduler.timesteps themselves, or call scheduler.set_begin_index(0) before it",
 )
 COPIED = Reason(
     "the scheduler is a copy of the one that got the schedule, and the timestep does not tell which of its copies",
     "call set_timesteps(...) on the copy",
 )
 
-# A model that is called more often in a step, with nothing to prove the step, is in a loop that takes none.
-_CALLS_IN_A_STEP = 8
+# Calls in a step that need no proof even if there was just one in the steps before: guidance may set in later.
+_CALLS_IN_A_STEP = 2
 # Forms in which pipelines hand a timestep t of a schedule over num_train_timesteps = n to their models.
 _FORMS = (lambda t, n: t, lambda t, n: t / n, lambda t, n: 1 - t / n, lambda t, n: n - t)
+_REVERSED = (2, 3)
 
 _run_numbers = itertools.count(1)
 
@@ -64,30 +67,32 @@ class Run:
         timesteps: the scheduler's own tensor of timesteps, [rows], or None if it has none.
         step: iterations so far, from 0.
         taken: steps of the scheduler so far.
-        first_row: row of the first iteration, above 0 in img2img; None while it is unknown.
+        first_row: row of the first iteration, above 0 in img2img; None while it is unknown. Until the first step it may
+            be corrected.
         copied: the scheduler is a copy of the one that got the schedule.
         apart: another scheduler of the same schedule was seen at another step.
-        storage: values of consumers that live as long as the run, by any key; an interrupted run takes them along.
     """
 
     def __init__(self, scheduler: Any) -> None:
         self.number = next(_run_numbers)
-        self.scheduler = weakref.ref(scheduler)
+        self._storages: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+        self._bind(scheduler)
         self.timesteps = _timesteps(scheduler)
         self.step = 0
         self.taken = 0
         self.first_row: int | None = None
         self.copied = False
         self.apart = False
-        self.storage: dict[Any, Any] = {}
         train = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
         self._train = train if isinstance(train, int) and train > 0 else 1000
         self._forms: frozenset[int] = frozenset()
+        self._last_row: int | None = None
         self._stepped_row: int | None = None
         self._next_row: int | None = None
         self._pending = False
         self._called = False
-        self._calls: dict[int, tuple[int, int]] = {}
+        self._broken = False
+        self._calls = _Calls()
         self._rows: dict[torch.device, torch.Tensor] = {}
         self._values: list[float] | None = None
 
@@ -106,32 +111,62 @@ class Run:
     @property
     def over(self) -> bool:
         """The scheduler has taken every step of the schedule."""
-        return self.num_steps is not None and self.taken >= self.num_steps
+        # Panorama pipelines step several times in each row.
+        early = self._last_row is not None and self._last_row + 1 != self.num_rows
+        return self.num_steps is not None and self.taken >= self.num_steps and not early
 
     @property
     def values(self) -> list[float]:
-        """The schedule's timesteps; of a schedule on a device, the first call waits for it."""
+        """The schedule's timesteps; of a schedule on a device, the first use waits for it."""
         if self._values is None:
             self._values = [] if self.timesteps is None else self.timesteps.double().tolist()
         return self._values
 
+    def storage(self, owner: Any) -> dict[Any, Any]:
+        """Values of an owner that live as long as it, the scheduler and the run do."""
+        return self._storages.setdefault(owner, {})
+
+    def end(self) -> None:
+        """Free what was stored."""
+        self._storages.clear()
+
     def follow(self, scheduler: Any) -> None:
         """Go on with a copy of the scheduler."""
-        self.scheduler, self.timesteps, self.copied = weakref.ref(scheduler), _timesteps(scheduler), True
+        self._bind(scheduler)
+        self.timesteps, self.copied = _timesteps(scheduler), True
+
+    def refresh(self) -> None:
+        """Notice that the scheduler's timesteps were replaced by others after ``set_timesteps``."""
+        current = _timesteps(self.scheduler())
+        if current is None or current is self.timesteps:
+            return
+        if self.taken == 0:
+            self.first_row, self._last_row, self._forms = None, None, frozenset()
+        elif current.numel() != self.num_rows:
+            self._broken = True
+        self.timesteps, self._values = current, None
+        self._rows.clear()
 
     def take_step(self, timestep: Any) -> None:
         """The scheduler has stepped from ``timestep``."""
+        self.refresh()
         row = self.row_of(timestep)
+        if row is None and isinstance(value := _readable(timestep), float):
+            counted = None if self.first_row is None else self.first_row + self.step
+            known = counted is not None and counted < len(self.values)
+            fits = known and self._distance(0, counted or 0, value, timestep) is not None
+            row = counted if fits else self._nearest(0, value, timestep)
         self._stepped_row = row if isinstance(row, int) else None
-        if self.first_row is None and self._stepped_row is not None:
+        if self._stepped_row is not None and (self.first_row is None or self.taken == 0):
             self.first_row = max(0, self._stepped_row - self.taken)
         self._pending = True
         self.taken += 1
         if self.over:
-            self.storage.clear()
+            self.end()
 
     def advance(self) -> None:
         """At a model's call: the step goes on if the scheduler stepped since the last one."""
+        self.refresh()
         if self._pending:
             self._pending = False
             # Before the first call another model, that nobody tracks, may have taken part in several steps.
@@ -154,33 +189,27 @@ class Run:
 
     def recognises(self, timestep: Any) -> bool:
         """The timestep proves that this call belongs here, as far as this run alone can tell."""
-        row, _ = self._clue(timestep, self._expected())
+        if self.row_of(timestep) is not None:
+            return True
+        row, _ = self._told(timestep, self._expected())
         return isinstance(row, int) and (self.first_row is None or row == self.first_row + self.step)
 
-    def place(self, timestep: Any, caller: object) -> tuple[int | None, int, Reason | None]:
-        """(row of the schedule, calls of this caller in the step before this one, why the row is unknown)."""
-        call = self._count(caller)
-        if self.num_rows is not None and self.first_row is not None and self.first_row + self.step >= self.num_rows:
-            return None, call, PAST_THE_END
-        expected = self._expected()
-        told, forms = self._clue(timestep, expected)
-        if isinstance(told, Reason):
-            return None, call, told
-        if told is None and call >= _CALLS_IN_A_STEP:
-            return None, call, JUMPED
-        if told is None and self.copied:
-            return None, call, COPIED
-        row = expected if told is None else told
-        if row is None:
-            return None, call, START_UNKNOWN
-        if self.num_rows is not None and row >= self.num_rows:
-            return None, call, PAST_THE_END
-        if self.first_row is None and row >= self.step:
-            self.first_row = row - self.step
-        if self.first_row is None or row != self.first_row + self.step:
-            return None, call, JUMPED
-        self._forms = forms
-        return row, call, None
+    def place(self, timestep: Any, caller: object, branch: str | None = None) -> tuple[int | None, int, Reason | None]:
+        """(row of the schedule, calls of this caller in the step before this one, why the row is unknown).
+
+        ``branch``: name of the cache context in which the caller runs; each opens once in a step.
+        """
+        row, problem = self._row(timestep)
+        call, often = self._calls.count(caller, branch, self.step)
+        if row is None and problem is None:  # neither proven nor refused
+            row = self._expected()
+            if row is None or (self.taken == 0 and call > 0):
+                row, problem = None, START_UNKNOWN
+            elif often:
+                row, problem, self._broken = None, JUMPED, True
+        if row is not None:
+            problem = self._follow_up(row)
+        return (row if problem is None else None), call, problem
 
     def index(self, row: int | None, device: torch.device) -> torch.Tensor | None:
         """The row as an int64 scalar on ``device``."""
@@ -190,11 +219,56 @@ class Run:
             self._rows[device] = torch.arange(self.num_rows, device=device)
         return self._rows[device][row]
 
-    def _count(self, caller: object) -> int:
-        step, calls = self._calls.get(id(caller), (-1, -1))
-        calls = calls + 1 if step == self.step else 0
-        self._calls[id(caller)] = self.step, calls
-        return calls
+    def _bind(self, scheduler: Any) -> None:
+        # With the scheduler goes what was stored: nobody can go on with an interrupted loop.
+        storages = self._storages
+        self.scheduler = weakref.ref(scheduler, lambda _: storages.clear())
+
+    def _row(self, timestep: Any) -> tuple[int | None, Reason | None]:
+        """A row that the timestep proves, or why there is none; (None, None) leaves it to counting."""
+        viewed = self.row_of(timestep)
+        if isinstance(viewed, Reason):
+            return None, viewed
+        if viewed is not None:
+            self._reach(viewed)
+            return viewed, None
+        if self.num_rows is not None and self.first_row is not None and self.first_row + self.step >= self.num_rows:
+            return None, PAST_THE_END
+        told, forms = self._told(timestep, self._expected())
+        if isinstance(told, Reason):
+            self._broken = self._broken or told is JUMPED
+            return None, told
+        if told is None:
+            return None, COPIED if self.copied else None
+        self._forms = forms
+        if self.taken == 0:
+            self._reach(told)
+        return told, None
+
+    def _reach(self, row: int) -> None:
+        """A row is proven: it counts, in whatever number of scheduler steps the last one was taken."""
+        if self._broken:
+            return
+        if self.first_row is not None and self._last_row is not None and row - self._last_row in (0, 1):
+            self.step = row - self.first_row
+        elif self.taken == 0:
+            # Whatever was called before, this is where the loop starts.
+            self.first_row, self.step = row, 0
+
+    def _follow_up(self, row: int) -> Reason | None:
+        """Whether a row continues the run."""
+        if self.num_rows is not None and row >= self.num_rows:
+            return PAST_THE_END
+        if self.first_row is None and row >= self.step:
+            self.first_row = row - self.step
+        if self.first_row is None or row != self.first_row + self.step:
+            past = self.first_row is not None and self.num_steps is not None and self.step >= self.num_steps
+            self._broken = True
+            return PAST_THE_END if past else JUMPED
+        if self._broken:
+            return JUMPED
+        self._last_row = row
+        return None
 
     def _expected(self) -> int | None:
         """Row according to the scheduler and to counting."""
@@ -202,53 +276,76 @@ class Run:
         index = _integer(scheduler, "step_index")
         if index is None:
             index = self._next_row
-        if index is None and self.first_row is not None:
+        if index is None and self.first_row is not None and self.taken > 0:
             index = self.first_row + self.step
         if index is None:
             begin = _integer(scheduler, "begin_index")
             index = None if begin is None else begin + self.step
         return index
 
-    def _clue(self, timestep: Any, expected: int | None) -> tuple[int | Reason | None, frozenset[int]]:
-        """(what the timestep itself tells: the row, a contradiction or nothing; forms it may be given in)."""
-        row = self.row_of(timestep)
-        if row is None and isinstance(timestep, torch.Tensor):
-            row = _element_of_a_copy(self.timesteps, timestep)
-        if row is not None:
-            return row, self._forms
+    def _told(self, timestep: Any, expected: int | None) -> tuple[int | Reason | None, frozenset[int]]:
+        """(what the timestep's value tells: the row, a contradiction or nothing; forms it may be given in)."""
         value = _readable(timestep)
         if value is None or isinstance(value, Reason) or not self.values:
             return value if isinstance(value, Reason) else None, self._forms
-        forms = self._forms or frozenset(range(len(_FORMS)))
-        matches = {form: rows for form in forms if (rows := self._matching(form, value, timestep))}
+        forms = self._forms if self._forms and self.taken else frozenset(range(len(_FORMS)))
         if expected is None:
-            return _start(matches) if self.step == 0 else (None, self._forms)
-        fitting = frozenset(form for form, rows in matches.items() if expected in rows)
+            nearest = {form: row for form in forms if (row := self._nearest(form, value, timestep)) is not None}
+            # Reversed forms say so little elsewhere that only the schedule's first row is believed.
+            nearest = {form: row for form, row in nearest.items() if row == 0 or form not in _REVERSED}
+            rows = set(nearest.values())
+            return (rows.pop(), frozenset(nearest)) if len(rows) == 1 else (None, frozenset())
+        if expected >= len(self.values):
+            return None, self._forms
+        fitting = frozenset(form for form in forms if self._distance(form, expected, value, timestep) is not None)
         if fitting:
             return expected, fitting
         # It was given in one of these forms until now; a form that is none of them may be right all the same.
-        return (JUMPED if self._forms else None), self._forms
+        return (JUMPED if self._forms and self.taken else None), self._forms
 
-    def _matching(self, form: int, value: float, timestep: Any) -> list[int]:
-        """Rows whose timestep, in this form, is ``value`` up to rounding."""
+    def _nearest(self, form: int, value: float, timestep: Any) -> int | None:
+        """The one row whose timestep, in this form, is nearest to ``value`` and equal up to rounding."""
+        found = [
+            (d, row) for row in range(len(self.values)) if (d := self._distance(form, row, value, timestep)) is not None
+        ]
+        found.sort()
+        unique = len(found) == 1 or (len(found) > 1 and found[0][0] < found[1][0])
+        return found[0][1] if unique else None
+
+    def _distance(self, form: int, row: int, value: float, timestep: Any) -> float | None:
+        """Difference of ``value`` from a row's timestep in this form, if rounding may be all there is between them."""
+        given = _FORMS[form](self.values[row], self._train)
         tensor = isinstance(timestep, torch.Tensor)
-        relative = 4 * torch.finfo(timestep.dtype).eps if tensor and timestep.is_floating_point() else 1e-6
+        relative = torch.finfo(timestep.dtype).eps if tensor and timestep.is_floating_point() else 1e-6
         # A schedule of fractions may reach the model as whole numbers.
         absolute = 1.0 if tensor and not timestep.is_floating_point() and form == 0 else 1e-6
-        return [
-            row
-            for row, t in enumerate(self.values)
-            if abs((given := _FORMS[form](t, self._train)) - value) < max(absolute, relative * abs(given))
-        ]
+        distance = abs(given - value)
+        return distance if distance < max(absolute, relative * abs(given), 1e-6 * abs(given)) else None
 
 
-def _start(matches: dict[int, list[int]]) -> tuple[int | None, frozenset[int]]:
-    """Row of the first call, by the rows that match in each form: the schedule's first, or the only one there is."""
-    first = frozenset(form for form, rows in matches.items() if 0 in rows)
-    if first:
-        return 0, first
-    rows = [row for found in matches.values() for row in found]
-    return (rows[0], frozenset(matches)) if len(rows) == 1 else (None, frozenset())
+class _Calls:
+    """How often a step calls each caller, and opens each of its branches."""
+
+    def __init__(self) -> None:
+        self.step = -1
+        self.calls: dict[int, int] = {}
+        self.branches: set[tuple[int, str]] = set()
+        self.most: dict[int, int] = {}
+
+    def count(self, caller: object, branch: str | None, step: int) -> tuple[int, bool]:
+        """(calls in this step before this one, more of them than one step can have)."""
+        if step != self.step:
+            self.step, self.calls, self.branches = step, {}, set()
+        key = id(caller)
+        call = self.calls.get(key, 0)
+        self.calls[key] = call + 1
+        often = call >= max(_CALLS_IN_A_STEP, self.most.get(key, 0))
+        if branch is not None:
+            often = (key, branch) in self.branches
+            self.branches.add((key, branch))
+        if not often:
+            self.most[key] = max(self.most.get(key, 0), call + 1)
+        return call, often
 
 
 def _timesteps(scheduler: Any) -> torch.Tensor | None:
@@ -278,21 +375,9 @@ def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
     return one is not None and other is not None and one.data_ptr() == other.data_ptr()
 
 
-def _element_of_a_copy(schedule: torch.Tensor | None, timestep: torch.Tensor) -> int | Reason | None:
-    """Position of a timestep that is an element of another tensor as long as the schedule; None if it is none."""
-    if schedule is None or schedule.numel() < 2 or schedule.dtype != timestep.dtype:
-        return None
-    storage = _storage(timestep)
-    if storage is None or storage.nbytes() != schedule.numel() * schedule.element_size():
-        return None
-    if any(size != 1 and stride != 0 for size, stride in zip(timestep.shape, timestep.stride(), strict=True)):
-        return None  # as many samples as the schedule has rows, perhaps
-    return int(timestep.storage_offset())
-
-
 def _readable(timestep: Any) -> float | Reason | None:
     """Value of a timestep that can be read without waiting for a device; of per-token timesteps, the largest."""
-    if isinstance(timestep, int | float) and not isinstance(timestep, bool):
+    if isinstance(timestep, numbers.Real):  # numpy's too
         return float(timestep)
     if type(timestep) is not torch.Tensor or timestep.device.type != "cpu" or timestep.numel() == 0:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,11 +93,15 @@ class RunShare:
 
     Attributes:
         seen: steps in which it ran.
-        plans: of each method, units to save in every step of the run; None until the run's start is known.
+        counted: steps whose plan counts: those seen at a known row, and lost ones.
+        num_steps: of the run, or None while its start is unknown.
+        plans: of each method, units to save in every step of the run.
     """
 
     seen: set[int] = field(default_factory=set)
-    plans: dict[str, Sequence[int]] | None = None
+    counted: set[int] = field(default_factory=set)
+    num_steps: int | None = None
+    plans: dict[str, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -105,7 +109,7 @@ class CallStats:
     """One denoiser over one run of the sampling loop.
 
     Attributes:
-        planned_steps: iterations that the schedule asked for, or None if no schedule was seen.
+        planned_steps: length of the schedule, or None if none was seen; two experts share one.
         steps: iterations in which this denoiser ran.
         calls: its forward calls.
         unknown: calls whose place in the loop could not be told, by reason.
@@ -126,40 +130,40 @@ class CallStats:
         """Statistics of a method, made on first use."""
         return self.methods.setdefault(name, MethodStats())
 
-    def see(self, run: int, step: int) -> None:
-        """The denoiser runs in this step of a run; what the methods plan there counts from now on."""
+    def see(self, run: int, step: int, placed: bool) -> None:
+        """The denoiser runs in this step of a run; what the methods plan there counts if its row is known."""
         share = self.shares.setdefault(run, RunShare())
         if step not in share.seen:
             share.seen.add(step)
             self.steps += 1
-            self._plan(share, {step})
+        if placed and step not in share.counted:
+            share.counted.add(step)
+            self._recount()
 
-    def knows_plan(self, run: int) -> bool:
-        """``plan`` was called for this run."""
-        return self.shares.get(run, RunShare()).plans is not None
-
-    def plan(self, run: int, num_steps: int, plans: Mapping[str, Sequence[int] | None]) -> None:
-        """Plans of a run whose start is known now: units by method and step."""
+    def plan(self, run: int, num_steps: int, plans: Callable[[], Mapping[str, Sequence[int] | None]]) -> None:
+        """The run has so many steps, and ``plans()`` are the units by method and step; until the first step of the
+        scheduler that may change."""
         share = self.shares.setdefault(run, RunShare())
-        share.plans = {name: units for name, units in plans.items() if units is not None}
-        self.planned_steps = (self.planned_steps or 0) + num_steps
-        self._plan(share, share.seen)
+        if share.num_steps != num_steps:
+            share.num_steps = num_steps
+            share.plans = {name: units for name, units in plans().items() if units is not None}
+            self._recount()
 
     def close(self, seen_by_others: Mapping[int, set[int]]) -> None:
         """The call is over. Plans of steps that no denoiser was seen in count too if calls were lost: an interrupted
         loop is no miss, and the other expert's steps are not this one's."""
-        if not self.lost:
-            return
-        for run, share in self.shares.items():
-            steps = range(max((len(units) for units in (share.plans or {}).values()), default=0))
-            unseen = set(steps) - share.seen - seen_by_others.get(run, set())
-            self._plan(share, unseen)
-            share.seen |= unseen
+        if self.lost:
+            for run, share in self.shares.items():
+                share.counted |= set(range(share.num_steps or 0)) - share.seen - seen_by_others.get(run, set())
+            self._recount()
 
-    def _plan(self, share: RunShare, steps: set[int]) -> None:
-        for name, units in (share.plans or {}).items():
-            method = self.method(name)
-            method.planned = (method.planned or 0) + sum(units[step] for step in steps if step < len(units))
+    def _recount(self) -> None:
+        shares = self.shares.values()
+        lengths = [share.num_steps for share in shares if share.num_steps is not None]
+        self.planned_steps = sum(lengths) if lengths else None
+        for name in {name for share in shares for name in share.plans}:
+            plans = [(share.plans[name], share.counted) for share in shares if name in share.plans]
+            self.method(name).planned = sum(sum(units[i] for i in steps if i < len(units)) for units, steps in plans)
 
     def missed(self, name: str) -> bool:
         """A method saved less than 90 % of its plan, or could not begin since no step was known."""
@@ -220,7 +224,9 @@ class CompressionStats:
         lines = []
         for component, call in self.components.items():
             planned = "?" if call.planned_steps is None else call.planned_steps
-            lines.append(f"{component or 'model'}: {call.steps} of {planned} steps, {call.calls} calls")
+            lines.append(
+                f"{component or 'model'}: ran in {call.steps} of the schedule's {planned} steps, {call.calls} calls"
+            )
             lines.extend(f"  step unknown in {count} calls: {reason}" for reason, count in call.unknown.most_common())
             for name, method in call.methods.items():
                 share = "no plan" if method.achieved is None else f"{100 * method.achieved:.0f} % of {method.planned}"

@@ -19,7 +19,7 @@ import inspect
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,8 +130,14 @@ class StepContext:
 
     @property
     def per_token(self) -> bool:
-        """Every token has a timestep of its own (Wan 2.2 TI2V): ``index`` is that of the noisiest ones."""
+        """Every token, or frame, has a timestep of its own: ``index`` is that of the noisiest ones. Some may be given
+        (Wan 2.2's and LTX's image-to-video), or all at different noise levels (diffusion forcing)."""
         return self.timestep is not None and self.timestep.ndim >= 2 and self.timestep.shape[-1] > 1
+
+    @property
+    def storage(self) -> dict[Any, Any]:
+        """What this model keeps for later steps of the run, by any key; freed with the run. Empty without a run."""
+        return {} if self.run is None else self.run.storage(self.tracker)
 
     @property
     def blocker(self) -> Reason | None:
@@ -154,26 +160,31 @@ class _Scope:
         self.owner = None if owner is None else weakref.ref(owner)
         self.depth = depth
         self.runs: list[Run] = []
-        self.stats: dict[StepTracker, CallStats] = {}
+        # A scheduler that got no schedule here has stepped: calls must prove whose they are.
+        self.stranger = False
+        self.stats: weakref.WeakKeyDictionary[StepTracker, CallStats] = weakref.WeakKeyDictionary()
 
     def owned_by(self, obj: Any) -> bool:
         return self.owner is not None and self.owner() is obj
 
     def begin(self, scheduler: Any) -> None:
         """A new run for this scheduler; its earlier one, and those that are over, end."""
+        if self.owner is None:
+            for run in self.runs:
+                if run.scheduler() in (None, scheduler) and run.taken and not run.over:
+                    self.close(run, {}, strict=False)
+            self.stats.clear()
         self.runs = [run for run in self.runs if run.scheduler() not in (None, scheduler) and not run.over]
         self.runs.append(Run(scheduler))
+        self.stranger = False
         if len(self.runs) > 1:
             for run in self.runs:
                 run.values  # noqa: B018  read here, outside of the loop: they may be on a device
-        if self.owner is None:
-            self.stats.clear()
 
     def step(self, scheduler: Any, timestep: Any) -> None:
         run = next((run for run in self.runs if run.scheduler() is scheduler), None) or self._adopt(scheduler)
         if run is None:
-            # Somebody else's loop: whatever runs are known here, this is none of them.
-            self.runs.clear()
+            self.stranger = True
             return
         run.take_step(timestep)
         if self.owner is None and run.over:
@@ -196,17 +207,20 @@ class _Scope:
             run.advance()
         viewed = [run for run in self.runs if run.row_of(timestep) is not None]
         live = viewed or [run for run in self.runs if not run.over] or self.runs[-1:]
-        if len(live) < 2:
-            return (live[0], None) if live else (None, NO_SCHEDULE)
-        if len({(run.step, tuple(run.values)) for run in live}) > 1:
+        if self.owner is not None and any(run.taken for run in live):
+            # A pipeline may set a schedule that others only copy or look at (diffusion forcing).
+            live = [run for run in live if run.taken]
+        if not live:
+            return None, NO_SCHEDULE
+        if len({(run.step, tuple(run.values)) for run in live} if len(live) > 1 else ()) > 1:
             for run in live:
                 run.apart = True
-        if not any(run.apart for run in live):
-            return live[0], None  # stepped together in each iteration, like LTX2's
-        sure = [run for run in live if run.recognises(timestep)]
-        return (sure[0], None) if len(sure) == 1 else (None, SCHEDULERS_IN_TURN)
+        # Stepped together in each iteration, like LTX2's, they are as good as one.
+        if self.stranger or (len(live) > 1 and any(run.apart for run in live)):
+            live = [run for run in live if run.recognises(timestep)]
+        return (live[0], None) if live and not any(run.apart for run in live[1:]) else (None, SCHEDULERS_IN_TURN)
 
-    def close(self, run: Run | None, names: dict[StepTracker, str]) -> None:
+    def close(self, run: Run | None, names: dict[StepTracker, str], strict: bool = True) -> None:
         """A run is over, or (None) all of them: what was planned and not achieved is said now."""
         seen: dict[int, set[int]] = {}
         for stats in self.stats.values():
@@ -215,7 +229,7 @@ class _Scope:
         for tracker, stats in list(self.stats.items()):
             if run is None or run.number in stats.shares:
                 stats.close(seen)
-                tracker.check(stats, names.get(tracker, tracker.model))
+                tracker.check(stats, names.get(tracker, tracker.model), strict)
 
 
 class _Thread(threading.local):
@@ -227,7 +241,7 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 # Of each pipeline, the statistics of its last call.
-_last_call: weakref.WeakKeyDictionary[Any, dict[StepTracker, CallStats]] = weakref.WeakKeyDictionary()
+_last_call: weakref.WeakKeyDictionary[Any, Mapping[StepTracker, CallStats]] = weakref.WeakKeyDictionary()
 
 
 class _Listener:
@@ -251,9 +265,9 @@ class _Listener:
         # An exception between a model's hooks may have left contexts behind.
         del _thread.active[scope.depth :]
         for run in scope.runs:
-            run.storage.clear()
+            run.end()
         names = {}
-        for name, model in getattr(pipeline, "components", {}).items():
+        for name, model in vars(pipeline).items():
             tracker = tracker_of(model) if isinstance(model, nn.Module) else None
             if tracker is None:
                 continue
@@ -261,6 +275,11 @@ class _Listener:
             if tracker not in scope.stats and any(run.taken for run in scope.runs):
                 tracker.record(scope, CallStats(unknown=Counter([NOT_SEEN]), lost=1))
         _last_call[pipeline] = scope.stats
+        outer = _thread.scopes[-1]
+        if outer.owner is not None:
+            # Of a pipeline that calls others, theirs are part of its statistics.
+            for tracker, stats in scope.stats.items():
+                outer.stats.setdefault(tracker, stats)
         if error is None:
             scope.close(None, names)
 
@@ -311,10 +330,11 @@ class StepTracker:
             return
         timestep = self._timestep(module, args, kwargs)
         scope = _thread.scopes[-1]
+        branch = _thread.branches.get(id(module))
         run, problem = scope.locate(timestep)
         row, call = None, 0
         if run is not None:
-            row, call, problem = run.place(timestep, self)
+            row, call, problem = run.place(timestep, self, branch)
         known = run if problem is None or problem is START_UNKNOWN else None
         self.record(scope, scope.stats.get(self) or CallStats())
         self._count(scope, run, known, problem)
@@ -325,7 +345,7 @@ class StepTracker:
                 step=None if known is None else known.step,
                 row=row,
                 call=0 if known is None else call,
-                branch=_thread.branches.get(id(module)),
+                branch=branch,
                 timestep=timestep if isinstance(timestep, torch.Tensor) else None,
                 index=None if known is None else known.index(row, _device_of(timestep, args, kwargs)),
                 problem=problem,
@@ -341,11 +361,11 @@ class StepTracker:
         if known is None:
             stats.lost += 1
         else:
-            stats.see(known.number, known.step)
+            stats.see(known.number, known.step, problem is None)
         num_steps = None if run is None else run.num_steps
-        if run is not None and num_steps is not None and not stats.knows_plan(run.number):
-            plans = {name: consumer.plan(run) for name, consumer in self.consumers.items()}
-            stats.plan(run.number, num_steps, plans)
+        if run is not None and num_steps is not None:
+            planned = run
+            stats.plan(run.number, num_steps, lambda: {name: c.plan(planned) for name, c in self.consumers.items()})
         if scope.owner is None and stats.unknown[NO_SCHEDULE] == _CALLS_WITHOUT_SCHEDULE:
             self.check(stats, self.model)
 
@@ -354,7 +374,7 @@ class StepTracker:
         if not torch.compiler.is_compiling() and _thread.active and _thread.active[-1].tracker is self:
             _thread.active.pop()
 
-    def check(self, stats: CallStats, where: str) -> None:
+    def check(self, stats: CallStats, where: str, strict: bool = True) -> None:
         """At the end of a pipeline's call or of a loop: warn, once for each method, where its plan was missed.
 
         Raises:
@@ -363,7 +383,7 @@ class StepTracker:
         for name, consumer in self.consumers.items():
             if not stats.missed(name):
                 continue
-            if consumer.strict:
+            if consumer.strict and strict:
                 raise PlanMissedError(missed_message(where, name, stats))
             if name not in self._warned:
                 self._warned.add(name)
