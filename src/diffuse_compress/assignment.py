@@ -29,6 +29,8 @@ __all__ = [
 ]
 
 _MIN_MATRIX = 32
+# What load_ip_adapter adds: layers in attention processors, and the projection of the image's embedding.
+_ADAPTER_PARTS = {"processor", "image_projection_layers"}
 _KEPT_ROLE = {
     LayerRole.EMBEDDER: "embedder: few parameters and sensitive",
     LayerRole.OUTPUT: "last layer: few parameters and sensitive",
@@ -150,6 +152,8 @@ def _decide(
 
     if isinstance(module, QuantizedLinear | QuantizedConv2d):
         return keep(f"already {module.scheme.name}")
+    if set(name.split(".")) & _ADAPTER_PARTS:
+        return keep("belongs to an IP-Adapter, which no checkpoint of the model holds")
     if spec.rules is not None:
         scheme = first_match(spec.rules, name)
         if scheme is None:

@@ -11,6 +11,7 @@ from torch import nn
 from diffuse_compress.errors import CheckpointError
 from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries, quantized_layers
 from diffuse_compress.integrations.doors import marks_of
+from diffuse_compress.integrations.placement import require_bytes
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.patterns import generalize
 
@@ -26,7 +27,7 @@ def up_to_date(obj: Any) -> Iterator[None]:
     * A dense model whose config object is shared with a compressed one: its config is written without ours.
 
     Raises:
-        CheckpointError: it holds quantized layers of which nothing is known here.
+        CheckpointError: it holds quantized layers of which nothing is known here, or that are offloaded.
     """
     if not isinstance(obj, nn.Module):
         yield
@@ -42,6 +43,7 @@ def up_to_date(obj: Any) -> Iterator[None]:
             holder.quantization_config = config
         return
     if layers:
+        require_bytes(obj)
         _refresh(obj, get_state(obj) or _state_of_parts(obj))
     yield
 
