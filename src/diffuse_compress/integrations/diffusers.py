@@ -18,6 +18,7 @@ from diffuse_compress.integrations.component import (
     read_metadata,
     require_keys,
 )
+from diffuse_compress.integrations.peft import support_adapters
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
 from diffuse_compress.integrations.quantizer import QuantizerMixin
 from diffuse_compress.integrations.refusals import wrap_fusing
@@ -124,6 +125,7 @@ def _mark(model: Any, quantizer: DiffuseCompressQuantizer, state: ComponentState
     model.is_quantized = False
     add_to_diffusers_config(model, "quantization_config", state.config)
     wrap_fusing(model)
+    support_adapters()
 
 
 def unmark(model: Any) -> None:
