@@ -139,3 +139,28 @@ def test_compress_what_was_compiled_and_run(way: str) -> None:
     assert not torch.equal(expected, dense)
     assert torch.equal(run(compiled, inputs), expected)
     assert torch.equal(run(compiled, inputs), expected)
+
+
+def test_hotswapped_adapter_is_not_traced_again() -> None:
+    peft = pytest.importorskip("peft")
+    states = []
+    for seed in (1, 2):
+        twin = tiny.build("flux")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            twin.add_adapter(
+                peft.LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
+            )
+        states.append({key: value.clone() for key, value in peft.utils.get_peft_model_state_dict(twin).items()})
+    model, inputs = compressed("flux", "w8a8"), tiny.inputs_for(tiny.build("flux"))
+    model.enable_lora_hotswap(target_rank=4)
+    model.load_lora_adapter(states[0], prefix=None, adapter_name="one")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    first = run(compiled, inputs)
+    assert torch.equal(first, run(model, inputs))
+    assert graphs() == 1
+    model.load_lora_adapter(states[1], prefix=None, adapter_name="one", hotswap=True)
+    second = run(compiled, inputs)
+    assert torch.equal(second, run(model, inputs))
+    assert not torch.equal(first, second)
+    assert graphs() == 1

@@ -21,7 +21,6 @@ import diffuse_compress as dc
 import tiny
 from diffuse_compress.integrations.component import get_state, quantized_layers
 
-PRESETS = ["w8a8", "fp8", "w8a16", "w4a16", "w4a8"]
 LATENT = dict(prompt="a red cat", output_type="latent")
 
 
@@ -270,7 +269,7 @@ def test_attention_backend_set_before_or_after_compress(name: str, backend: str)
     assert torch.equal(output(model), output(first))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["w8a8", "w4a16"])
 def test_freeu_on_and_off(preset: str) -> None:
     switch = dict(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
     first = tiny.build_pipeline("stable_diffusion")
@@ -285,7 +284,7 @@ def test_freeu_on_and_off(preset: str) -> None:
     assert torch.equal(tiny.sample(pipe), plain)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["w8a8", "w4a16"])
 def test_callback_that_halves_the_batch(preset: str) -> None:
     """Guidance cut off after two of four steps."""
     pipe = tiny.build_pipeline("stable_diffusion").compress(preset, measure=False)
