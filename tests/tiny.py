@@ -30,7 +30,9 @@ from diffusers import (
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
     WanPipeline,
@@ -40,6 +42,7 @@ from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -290,8 +293,7 @@ _umt5_encoder = _builder(
 )
 
 
-_clip_text = _builder(
-    _from_config(CLIPTextConfig, CLIPTextModel),
+_CLIP = dict(
     vocab_size=VOCABULARY * 8,
     hidden_size=128,
     intermediate_size=256,
@@ -302,6 +304,12 @@ _clip_text = _builder(
     bos_token_id=0,
     eos_token_id=1,
     pad_token_id=1,
+)
+_clip_text = _builder(_from_config(CLIPTextConfig, CLIPTextModel), **_CLIP)
+# With a pooled projection of 32, as SDXL's second text encoder and both of SD3 have one.
+_clip_projected = _builder(
+    _from_config(CLIPTextConfig, CLIPTextModelWithProjection),
+    **{**_CLIP, "hidden_size": 64, "num_hidden_layers": 2, "projection_dim": 32},
 )
 
 
@@ -342,6 +350,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "t5_encoder": _t5_encoder,
     "umt5_encoder": _umt5_encoder,
     "clip_text": _clip_text,
+    "clip_projected": _clip_projected,
     "llama": _llama,
 }
 DENOISERS = ("pixart", "dit", "unet_sd1", "unet_sdxl", "flux", "sd3", "wan")
@@ -537,6 +546,7 @@ _INPUTS: dict[str, Callable[[_Inputs], dict[str, Any]]] = {
     "T5EncoderModel": _text_inputs,
     "UMT5EncoderModel": _text_inputs,
     "CLIPTextModel": _text_inputs,
+    "CLIPTextModelWithProjection": _text_inputs,
     "LlamaForCausalLM": _text_inputs,
 }
 
@@ -594,6 +604,33 @@ def _stable_diffusion_pipeline(seed: int, dtype: torch.dtype) -> DiffusionPipeli
     )
 
 
+def _stable_diffusion_xl_pipeline(seed: int, dtype: torch.dtype) -> DiffusionPipeline:
+    return StableDiffusionXLPipeline(
+        vae=_cast(vae(seed=seed), dtype),
+        text_encoder=build("clip_projected", seed=seed, dtype=dtype),
+        text_encoder_2=build("clip_projected", seed=seed + 1, dtype=dtype),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=build("unet_sdxl", seed=seed, dtype=dtype),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        add_watermarker=False,
+    )
+
+
+def _sd3_pipeline(seed: int, dtype: torch.dtype) -> DiffusionPipeline:
+    return StableDiffusion3Pipeline(
+        transformer=build("sd3", seed=seed, dtype=dtype),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=_cast(vae(seed=seed, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1), dtype),
+        text_encoder=build("clip_projected", seed=seed, dtype=dtype),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=build("clip_projected", seed=seed + 1, dtype=dtype),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=build("t5_encoder", seed=seed + 2, dtype=dtype),
+        tokenizer_3=t5_tokenizer(),
+    )
+
+
 def _flux_pipeline(seed: int, dtype: torch.dtype) -> DiffusionPipeline:
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -628,6 +665,8 @@ def _wan_pipeline(seed: int, dtype: torch.dtype) -> DiffusionPipeline:
 PIPELINES: dict[str, Callable[[int, torch.dtype], DiffusionPipeline]] = {
     "pixart": _pixart_pipeline,
     "stable_diffusion": _stable_diffusion_pipeline,
+    "stable_diffusion_xl": _stable_diffusion_xl_pipeline,
+    "sd3": _sd3_pipeline,
     "flux": _flux_pipeline,
     "wan": _wan_pipeline,
 }
@@ -652,8 +691,15 @@ def call_kwargs(pipe: DiffusionPipeline, *, seed: int = 0, steps: int = 2, outpu
     )
     if isinstance(pipe, PixArtAlphaPipeline):
         kwargs.update(use_resolution_binning=False, clean_caption=False, max_sequence_length=TEXT_LENGTH)
-    elif isinstance(pipe, FluxPipeline):
+    elif isinstance(pipe, FluxPipeline | StableDiffusion3Pipeline):
         kwargs.update(max_sequence_length=TEXT_LENGTH)
     elif isinstance(pipe, WanPipeline):
         kwargs.update(max_sequence_length=TEXT_LENGTH, num_frames=5)
     return kwargs
+
+
+def sample(pipe: DiffusionPipeline, **kwargs: Any) -> torch.Tensor:
+    """Latents of one cheap call; `kwargs` go to the pipeline on top of `call_kwargs`."""
+    output = pipe(**{**call_kwargs(pipe, output_type="latent"), **kwargs})
+    found: torch.Tensor = output.frames if hasattr(output, "frames") else output.images
+    return found

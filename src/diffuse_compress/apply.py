@@ -12,9 +12,10 @@ from torch import nn
 
 from diffuse_compress.assignment import module_aliases
 from diffuse_compress.components import model_components
-from diffuse_compress.errors import DiffuseCompressError, ModelStateError
+from diffuse_compress.errors import DiffuseCompressError
 from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries
 from diffuse_compress.integrations.doors import marks_of
+from diffuse_compress.integrations.placement import require_free
 from diffuse_compress.measurement import LayerMeasurement, PipelineProbe, measure_layer
 from diffuse_compress.plan import ComponentPlan, CompressionPlan
 from diffuse_compress.progress import Callback, track
@@ -99,26 +100,7 @@ def _mark(model: nn.Module, part: ComponentPlan, spill: Transaction) -> None:
 
 def _check_ready(where: str, model: nn.Module) -> None:
     marks_of(model)
-    for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.device.type == "meta":
-            raise ModelStateError(
-                f"{where}.{key}: compress needs loaded weights, found a meta tensor. Load the weights first; if they "
-                "are offloaded (sequential or disk), call compress before enable_sequential_cpu_offload() or "
-                "device_map=. A plan alone works on meta models: compression_plan(...)."
-            )
-    for name, module in model.named_modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        hooks = [hook for hook in getattr(registry, "hooks", {}) if "offload" in hook or "casting" in hook]
-        if hooks:
-            raise ModelStateError(
-                f"{where}{'.' if name else ''}{name}: compress cannot replace layers under the hook {hooks[0]!r}. Call "
-                "compress first, then enable_group_offload() or enable_layerwise_casting()."
-            )
-        if name and getattr(module, "_hf_hook", None) is not None and hasattr(module, "weight"):
-            raise ModelStateError(
-                f"{where}.{name}: compress cannot replace layers under accelerate's per-layer hooks. Call compress "
-                "before enable_sequential_cpu_offload() or dispatching with a device_map."
-            )
+    require_free(where, model)
     if not any(True for _ in model.parameters()):
         raise DiffuseCompressError(f"{where}: has no parameters.")
 

@@ -5,8 +5,9 @@ Needs only the module tree, so it gives the same answer for a loaded model and f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -24,11 +25,16 @@ __all__ = [
     "module_aliases",
     "require_patterns_match",
     "resolve_rules",
+    "stock_name",
     "unsupported_bytes",
     "unsupported_kind",
 ]
 
 _MIN_MATRIX = 32
+# What load_ip_adapter adds: layers in attention processors, and the projection of the image's embedding; and peft's.
+_ADAPTER_PARTS = {"processor", "image_projection_layers", "lora_A", "lora_B"}
+# peft puts an adapted layer one level down, under this name.
+_WRAPPED = ".base_layer"
 _KEPT_ROLE = {
     LayerRole.EMBEDDER: "embedder: few parameters and sensitive",
     LayerRole.OUTPUT: "last layer: few parameters and sensitive",
@@ -65,14 +71,16 @@ def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAs
     """
     layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
     if spec.rules is not None:
-        unmatched = [pattern for pattern, _ in spec.rules if not any(matches(pattern, name) for name in layers)]
+        unmatched = [
+            pattern for pattern, _ in spec.rules if not any(matches(pattern, stock_name(name)) for name in layers)
+        ]
         if unmatched:
             raise ConfigError(
                 f"{type(model).__name__}: {len(unmatched)} of the recipe's {len(spec.rules)} patterns match no layer, "
                 f"e.g. {unmatched[0]!r}. It was resolved on another architecture: start from its preset, "
                 f"{spec.preset or spec.scheme.name!r}."
             )
-    roles, tied = layer_roles(model), _tied_layers(model)
+    roles, tied = layer_roles(cast(nn.Module, _WithoutAdapters(model))), _tied_layers(model)
     decided = {name: _decide(name, module, spec, roles, tied) for name, module in layers.items()}
     if not any(item.scheme is not None for item in decided.values()):
         kinds = sorted({type(module).__name__ for module in layers.values()}) or ["none"]
@@ -120,7 +128,7 @@ def unsupported_bytes(model: nn.Module) -> dict[str, int]:
 def require_patterns_match(models: Mapping[str, nn.Module], spec: QuantizationSpec) -> None:
     """Raise ConfigError for a pattern of ``spec`` that matches nothing in any of ``models`` {component: model}."""
     modules = [(name, module) for model in models.values() for name, module in model.named_modules() if name]
-    layers = [name for name, module in modules if _is_layer(module)]
+    layers = [stock_name(name) for name, module in modules if _is_layer(module)]
     where = ", ".join(name or type(model).__name__ for name, model in models.items())
     require_match(spec.modules_to_not_convert, [name for name, _ in modules], f"{where}: modules_to_not_convert")
     require_match([pattern for pattern, _ in spec.overrides], layers, f"{where}: overrides")
@@ -128,7 +136,30 @@ def require_patterns_match(models: Mapping[str, nn.Module], spec: QuantizationSp
 
 def resolve_rules(assigned: dict[str, LayerAssignment]) -> Rules:
     """The decision as patterns: what config.json keeps, so that no later release decides otherwise."""
-    return tuple(generalize({name: item.scheme for name, item in assigned.items()}))
+    own = {stock_name(name): item.scheme for name, item in assigned.items() if not _is_adapter(name)}
+    return tuple(generalize(own))
+
+
+def stock_name(name: str) -> str:
+    """A layer's name in the model as its class builds it, without the level that peft puts in."""
+    return name.removesuffix(_WRAPPED)
+
+
+def _is_adapter(name: str) -> bool:
+    return not _ADAPTER_PARTS.isdisjoint(name.split("."))
+
+
+class _WithoutAdapters:
+    """A model's modules by their stock names, as :func:`layer_roles` reads them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        for name, module in self._model.named_modules():
+            # A peft layer gives its name to the layer that it wraps.
+            if not _is_adapter(name) and "base_layer" not in module._modules:
+                yield stock_name(name), module
 
 
 def module_aliases(model: nn.Module) -> dict[int, list[str]]:
@@ -142,31 +173,35 @@ def module_aliases(model: nn.Module) -> dict[int, list[str]]:
 def _decide(
     name: str, module: nn.Module, spec: QuantizationSpec, roles: dict[str, LayerRole], tied: dict[str, str]
 ) -> LayerAssignment:
+    shape, own_name = _matrix_shape(module), name
+    name = stock_name(name)
     role = roles.get(name, LayerRole.BLOCK)
-    shape = _matrix_shape(module)
 
     def keep(reason: str) -> LayerAssignment:
-        return LayerAssignment(name, role, shape, None, reason)
+        return LayerAssignment(own_name, role, shape, None, reason)
 
     if isinstance(module, QuantizedLinear | QuantizedConv2d):
         return keep(f"already {module.scheme.name}")
+    if _is_adapter(name):
+        return keep("belongs to an adapter, which no checkpoint of the model holds")
     if spec.rules is not None:
         scheme = first_match(spec.rules, name)
         if scheme is None:
             listed = any(matches(pattern, name) for pattern in spec.modules_to_not_convert)
             return keep("modules_to_not_convert" if listed else _KEPT_ROLE.get(role, "not part of the recipe"))
-        return LayerAssignment(name, role, shape, _checked(name, module, shape, scheme, "It is not the recipe's model"))
+        scheme = _checked(name, module, shape, scheme, "It is not the recipe's model")
+        return LayerAssignment(own_name, role, shape, scheme)
     overridden = [(pattern, scheme) for pattern, scheme in spec.overrides if matches(pattern, name)]
     if any(matches(pattern, name) for pattern in spec.modules_to_not_convert):
         return keep("modules_to_not_convert")
-    if name in tied:
-        return keep(f"shares its weight with {tied[name]}")
+    if own_name in tied:
+        return keep(f"shares its weight with {tied[own_name]}")
     if overridden:
         scheme = overridden[-1][1]
         if scheme is None:
             return keep("overrides")
         fix = "Take it out of overrides=, or give it another scheme"
-        return LayerAssignment(name, role, shape, _checked(name, module, shape, scheme, fix))
+        return LayerAssignment(own_name, role, shape, _checked(name, module, shape, scheme, fix))
     if role in _KEPT_ROLE:
         return keep(_KEPT_ROLE[role])
     scheme = spec.modulation_scheme if role is LayerRole.MODULATION else spec.scheme
@@ -174,7 +209,7 @@ def _decide(
     if unfit:
         return keep(unfit)
     scheme.weight.check_shape(name, shape[1])
-    return LayerAssignment(name, role, shape, scheme)
+    return LayerAssignment(own_name, role, shape, scheme)
 
 
 def _checked(name: str, module: nn.Module, shape: tuple[int, int], scheme: Scheme, fix: str) -> Scheme:

@@ -21,6 +21,7 @@ from diffuse_compress.assignment import (
 from diffuse_compress.components import model_components, resolve_names
 from diffuse_compress.errors import CompressionConflictError, ConfigError, ModelStateError
 from diffuse_compress.integrations.component import foreign_quantization, get_state
+from diffuse_compress.integrations.placement import require_own_weights
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.patterns import matches, require_match
 from diffuse_compress.plan_text import render_plan
@@ -241,7 +242,7 @@ def make_plan(target: Any, recipe: Recipe, device: torch.device | None = None) -
     Raises:
         ConfigError: unknown component, group or pattern; nothing to convert.
         CompressionConflictError: a component carries another configuration of the same kind.
-        ModelStateError: a component was quantized by another library.
+        ModelStateError: a component was quantized by another library, is cast by hooks, or has fused projections.
         UnsupportedHardwareError: the device cannot hold a scheme's dtype.
     """
     models = model_components(target)
@@ -326,6 +327,7 @@ def _is_present(name: str, model: nn.Module, config: QuantizationConfig) -> bool
         )
     state = get_state(model)
     if state is None:
+        require_own_weights(where, model)
         return False
     changes = state.config.spec.differences(config.spec)
     if not changes:

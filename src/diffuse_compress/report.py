@@ -20,6 +20,7 @@ from torch import nn
 from diffuse_compress.components import SELF, model_components
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.integrations.component import ComponentState, get_state, quantized_layers
+from diffuse_compress.integrations.peft import merge_errors
 from diffuse_compress.measurement import LayerMeasurement, PipelineProbe, PreviewPair
 from diffuse_compress.plan import ComponentPlan, PlanRow, stored_bytes, tensor_rows
 from diffuse_compress.plan_text import group_rows, shrink_hint
@@ -230,7 +231,12 @@ def _view(model: nn.Module, state: ComponentState) -> dict[str, Any]:
         spec = state.config.spec
         stored = _facts(model, spec.preset, spec.scheme.name, spec.algorithm.summary, {})
     ranked = sorted(stored["layers"], key=_sensitivity, reverse=True)
-    return {**stored, "sensitive_layers": ranked[:MOST_SENSITIVE], "compute": _compute_paths(model)}
+    view = {**stored, "sensitive_layers": ranked[:MOST_SENSITIVE], "compute": _compute_paths(model)}
+    fused = merge_errors(model)
+    if fused:
+        worst = max(fused, key=lambda name: fused[name])
+        view["fused_adapters"] = {"layers": len(fused), "worst_layer": worst, "worst_error": _rounded(fused[worst])}
+    return view
 
 
 def _facts(

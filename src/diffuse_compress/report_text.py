@@ -177,6 +177,12 @@ def _notes(part: dict[str, Any]) -> list[str]:
     notes = []
     if part["output_error"]["note"]:
         notes.append(f"output error: {part['output_error']['note']}")
+    fused = part.get("fused_adapters")
+    if fused:
+        notes.append(
+            f"adapters are fused into {fused['layers']} layers; quantizing these anew lost up to "
+            f"{format_error(fused['worst_error'])} of what they change ({fused['worst_layer']})"
+        )
     if call_times(part):
         notes.append(f"speed: {call_times(part)}")
     volatile = part["volatile"]

@@ -125,3 +125,16 @@ def test_compress_memory_reports_and_holds_its_bound(capsys: pytest.CaptureFixtu
 def test_import_cost_prints_medians(capsys: pytest.CaptureFixture[str]) -> None:
     assert load_script("import_cost").main(["--runs", "1", "--limit", "60"]) == 0
     assert "import diffuse_compress:" in capsys.readouterr().out
+
+
+def test_ecosystem_cost_rehearses_without_a_gpu(tmp_path: Path) -> None:
+    script, out = load_script("ecosystem_cost"), tmp_path / "bench" / "lines.jsonl"
+    modes = ["resident", "model", "sequential", "leaf", "lora", "lora-fused"]
+    options = ["--tiny", "--device", "cpu", "--calls", "1", "--providers", "dense", "w4a8", "--modes", *modes]
+    assert script.main([*options, "--out", str(out)]) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line.get("error") for line in lines] == [None] * len(lines)
+    assert {(line["shape"], line["provider"], line["mode"]) for line in lines} == {
+        (shape, provider, mode) for shape in script.TINY for provider in ("dense", "w4a8") for mode in modes
+    }
+    assert all(line["seconds"] > 0 for line in lines)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from diffuse_compress.integrations.compat import usable
+from diffuse_compress.integrations.casting import wrap_from_pipe, wrap_half_and_float
+from diffuse_compress.integrations.compat import NO_PATCH_VARIABLE, may_patch, usable
 from diffuse_compress.integrations.component import get_state
 from diffuse_compress.integrations.doors import door
 from diffuse_compress.integrations.loading import wrap_from_pretrained
 from diffuse_compress.integrations.refresh import up_to_date
+from diffuse_compress.integrations.refusals import wrap_layerwise_casting
 from diffuse_compress.integrations.saving import wrap_save_pretrained
 
 __all__ = ["NO_PATCH_VARIABLE", "attach", "register_quantizers"]
 
-NO_PATCH_VARIABLE = "DIFFUSE_COMPRESS_NO_PATCH"
 _MARK = "_diffuse_compress"
 
 
@@ -33,7 +33,7 @@ def attach(methods: dict[str, Callable[..., Any]]) -> None:
     Nothing is replaced that another package put there, a second call changes nothing, and with
     ``DIFFUSE_COMPRESS_NO_PATCH=1`` classes stay as they are.
     """
-    if os.environ.get(NO_PATCH_VARIABLE, "") not in ("", "0"):
+    if not may_patch():
         return
     for cls in _classes():
         for name, function in methods.items():
@@ -42,6 +42,10 @@ def attach(methods: dict[str, Callable[..., Any]]) -> None:
         wrap_save_pretrained(cls, up_to_date)
         if cls.__name__ == "DiffusionPipeline":
             wrap_from_pretrained(cls)
+            wrap_from_pipe(cls)
+        if cls.__name__ == "PreTrainedModel":
+            wrap_half_and_float(cls)
+        wrap_layerwise_casting(cls)
         if isinstance(cls.__dict__.get("dtype"), property):
             _wrap_dtype(cls)
 

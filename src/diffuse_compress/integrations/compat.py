@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import os
 from functools import lru_cache
 from typing import Any
 
 from diffuse_compress.errors import MissingDependencyError
 
-__all__ = ["mixin_bases", "remove_from_diffusers_config", "require", "usable"]
+__all__ = [
+    "NO_PATCH_VARIABLE",
+    "add_to_diffusers_config",
+    "may_patch",
+    "mixin_bases",
+    "remove_from_diffusers_config",
+    "require",
+    "usable",
+]
+
+NO_PATCH_VARIABLE = "DIFFUSE_COMPRESS_NO_PATCH"
 
 _PIP = {
     "diffusers": "pip install diffusers",
@@ -18,6 +29,11 @@ _PIP = {
     "torchao": "pip install torchao",
     "triton": "pip install triton",
 }
+
+
+def may_patch() -> bool:
+    """False if the user wants the classes of both libraries left alone."""
+    return os.environ.get(NO_PATCH_VARIABLE, "") in ("", "0")
 
 
 @lru_cache
@@ -59,9 +75,26 @@ def mixin_bases() -> tuple[type, ...]:
     return tuple(bases) or (object,)
 
 
+def add_to_diffusers_config(model: Any, key: str, value: Any) -> None:
+    """Set ``key`` of a diffusers config."""
+    _replace_diffusers_config(model, {**model._internal_dict, key: value})
+
+
 def remove_from_diffusers_config(model: Any, key: str) -> None:
     """Drop ``key`` from a diffusers config; ``register_to_config`` can only add."""
+    if key in model._internal_dict:
+        _replace_diffusers_config(model, {name: val for name, val in model._internal_dict.items() if name != key})
+
+
+def _replace_diffusers_config(model: Any, entries: dict[str, Any]) -> None:
+    """A config of these entries, and of the attributes that were set on the old one without being entries.
+
+    ``load_ip_adapter`` sets such, and ``register_to_config`` loses them: the adapter would silently be off.
+    """
     from diffusers.configuration_utils import FrozenDict
 
-    if key in model._internal_dict:
-        model._internal_dict = FrozenDict({name: val for name, val in model._internal_dict.items() if name != key})
+    old = model._internal_dict
+    model._internal_dict = FrozenDict(entries)
+    for name, value in vars(old).items():
+        if name not in old or (name in entries and old[name] is not value):
+            setattr(model._internal_dict, name, value)

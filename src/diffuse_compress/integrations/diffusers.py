@@ -8,7 +8,7 @@ import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 
-from diffuse_compress.integrations.compat import remove_from_diffusers_config
+from diffuse_compress.integrations.compat import add_to_diffusers_config, remove_from_diffusers_config
 from diffuse_compress.integrations.component import (
     FP32_PARAMETER_NAMES,
     ComponentState,
@@ -18,8 +18,10 @@ from diffuse_compress.integrations.component import (
     read_metadata,
     require_keys,
 )
+from diffuse_compress.integrations.peft import support_adapters
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
 from diffuse_compress.integrations.quantizer import QuantizerMixin
+from diffuse_compress.integrations.refusals import wrap_fusing
 
 __all__ = ["DiffuseCompressQuantizer", "mark_compressed", "register", "unmark"]
 
@@ -121,7 +123,9 @@ def _mark(model: Any, quantizer: DiffuseCompressQuantizer, state: ComponentState
     model.quantization_method = state.config.quant_method
     # Our layers follow .to(dtype) by themselves (scales stay fp32), so diffusers' guard is not needed.
     model.is_quantized = False
-    model.register_to_config(quantization_config=state.config)
+    add_to_diffusers_config(model, "quantization_config", state.config)
+    wrap_fusing(model)
+    support_adapters()
 
 
 def unmark(model: Any) -> None:

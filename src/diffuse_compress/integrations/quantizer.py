@@ -10,6 +10,7 @@ from torch import nn
 from diffuse_compress.assignment import assign_layers, require_patterns_match, resolve_rules
 from diffuse_compress.errors import CheckpointError
 from diffuse_compress.integrations.component import ComponentState, align_tensors, layer_entries, quantized_layers
+from diffuse_compress.integrations.placement import require_free, require_memory
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.quantization.convert import quantize_module, replace_module
 from diffuse_compress.quantization.scheme import Scheme
@@ -34,6 +35,11 @@ class QuantizerMixin:
         self.pending: dict[str, Scheme] = {}
         self._rules: Rules = ()
         self._metadata: dict[str, Any] | None = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Both libraries call this with the device map, as given and as resolved, before they load a weight."""
+        if not self.pre_quantized:
+            require_memory(kwargs.get("device_map"))
 
     def _await_dense_weights(self, model: Any) -> None:
         """Decide, on the meta-device model, which layers are quantized as their weights arrive."""
@@ -78,5 +84,6 @@ class QuantizerMixin:
 
     @staticmethod
     def _restore_dense_layers(model: Any) -> None:
+        require_free(type(model).__name__, model, "decompress")
         for name, layer in quantized_layers(model).items():
             replace_module(model, name, layer.to_dense())

@@ -11,6 +11,8 @@ from torch import nn
 from diffuse_compress.errors import CheckpointError
 from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries, quantized_layers
 from diffuse_compress.integrations.doors import marks_of
+from diffuse_compress.integrations.peft import has_adapters
+from diffuse_compress.integrations.placement import require_bytes
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.patterns import generalize
 
@@ -26,7 +28,7 @@ def up_to_date(obj: Any) -> Iterator[None]:
     * A dense model whose config object is shared with a compressed one: its config is written without ours.
 
     Raises:
-        CheckpointError: it holds quantized layers of which nothing is known here.
+        CheckpointError: it holds quantized layers of which nothing is known here, or that are offloaded.
     """
     if not isinstance(obj, nn.Module):
         yield
@@ -42,8 +44,19 @@ def up_to_date(obj: Any) -> Iterator[None]:
             holder.quantization_config = config
         return
     if layers:
+        require_bytes(obj)
+        _require_no_adapters(obj)
         _refresh(obj, get_state(obj) or _state_of_parts(obj))
     yield
+
+
+def _require_no_adapters(model: Any) -> None:
+    # transformers saves the adapters alone then, as ever. diffusers would write both, under names that do not load.
+    if hasattr(model, "save_lora_adapter") and has_adapters(model):
+        raise CheckpointError(
+            f"{type(model).__name__}: a checkpoint holds no adapters, found peft layers. Call unload_lora_weights() "
+            "and save, after fuse_lora() if their effect is to stay; save_lora_weights() saves adapters."
+        )
 
 
 def _refresh(model: Any, state: ComponentState) -> None:

@@ -25,6 +25,7 @@ from diffuse_compress.integrations.component import (
     read_metadata,
     require_keys,
 )
+from diffuse_compress.integrations.peft import support_adapters
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
 from diffuse_compress.integrations.quantizer import QuantizerMixin
 
@@ -174,6 +175,7 @@ def _mark(model: Any, quantizer: DiffuseCompressHfQuantizer, state: ComponentSta
     model.quantization_method = state.config.quant_method
     model.is_quantized = True
     model.config.quantization_config = state.config
+    support_adapters()
 
 
 def unmark(model: Any) -> None:

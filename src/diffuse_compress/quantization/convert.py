@@ -7,11 +7,12 @@ from torch import nn
 
 from diffuse_compress.errors import ConfigError, DiffuseCompressError, ModelStateError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, quantize_with
+from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear, supports
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import PerTensor, Scheme, WeightScheme
 
-__all__ = ["placeholder_for", "quantize_module", "replace_module"]
+__all__ = ["placeholder_for", "quantize_module", "replace_module", "requantize"]
 
 ROW_BLOCK_BYTES = 64 << 20
 
@@ -139,6 +140,26 @@ def placeholder_for(
     return QuantizedConv2d.placeholder_like(
         module, scheme, compute_dtype=compute_dtype, device=device, act_pre_scale=act_pre_scale, low_rank=low_rank
     )
+
+
+def requantize(
+    layer: QuantizedLinear | QuantizedConv2d, dense: nn.Linear | nn.Conv2d
+) -> QuantizedLinear | QuantizedConv2d:
+    """``layer`` with another weight, that of ``dense``, rounded to nearest in the same format.
+
+    What it knows of its input stays; a low-rank branch does not, for ``dense`` holds it.
+    """
+    weight = dense.weight.detach().flatten(1)
+    if layer._column_scale is not None:
+        weight = weight.float() / layer._column_scale
+    with torch.no_grad():
+        quantized = _quantize(weight, layer.scheme.weight, RTNConfig(), None, None)
+    given = {name: getattr(layer, name) for name in ("act_pre_scale", "input_scale", "input_zero_point")}
+    if isinstance(layer, QuantizedLinear):
+        assert isinstance(dense, nn.Linear)
+        return QuantizedLinear.from_dense(dense, quantized, layer.scheme, compute_dtype=layer.compute_dtype, **given)
+    assert isinstance(dense, nn.Conv2d)
+    return QuantizedConv2d.from_dense(dense, quantized, layer.scheme, compute_dtype=layer.compute_dtype, **given)
 
 
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:

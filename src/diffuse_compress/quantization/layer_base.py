@@ -193,6 +193,11 @@ class QuantizedLayer(nn.Module):
             return tensor.to(result.device)
 
         probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.qweight.device))
+        if probe.is_floating_point() and probe.element_size() < 2:
+            raise ModelStateError(
+                f"{type(self).__name__}: compute in float32, bfloat16 or float16, got a cast to {probe.dtype}. Codes "
+                "are small already, and the rest of the model cannot be computed in it. Cast back, or load it anew."
+            )
         super()._apply(guarded, recurse)
         if probe.is_floating_point():
             self.compute_dtype = probe.dtype

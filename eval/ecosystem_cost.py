@@ -1,0 +1,251 @@
+"""Time and peak memory of one denoiser call under offloading, torch.compile and LoRA, at true shapes.
+
+    python eval/ecosystem_cost.py --out bench/ecosystem.jsonl                      # SDXL and FLUX.1-dev, on a GPU
+    python eval/ecosystem_cost.py --shapes sdxl_base --providers dense w4a16 --modes resident leaf-stream compile
+    python eval/ecosystem_cost.py --tiny --device cpu                              # a rehearsal without a GPU
+
+Weights are random: speed and memory, no quality. Providers are the dense model in bfloat16, presets, and bitsandbytes'
+NF4 where that is installed. Every line is {shape, provider, mode, seconds, peak_bytes, device, ...} of one process on
+one device; compare lines of one file only. Modes:
+
+    resident       everything on the device
+    model          enable_model_cpu_offload: moved there for the call and back
+    sequential     enable_sequential_cpu_offload: layer by layer
+    block, leaf, leaf-stream   enable_group_offload
+    compile        compile_repeated_blocks (whole model where the class names no blocks)
+    lora, lora-fused   an adapter of rank 16 on the attention, live and fused
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import diffuse_compress  # noqa: F401  (attaches compress)
+from diffuse_compress.families.published import published_config
+
+PROVIDERS = ("dense", "w8a8", "fp8", "w8a16", "w4a16", "w4a8", "nf4")
+TINY: dict[str, dict[str, Any]] = {
+    "sdxl_base": dict(
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=1,
+    ),
+    "flux1_dev": dict(num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=128),
+}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(TINY), choices=list(TINY))
+    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--calls", type=int, default=5, help="timed calls, after two that are not")
+    parser.add_argument("--tiny", action="store_true", help="small models and inputs, to see that everything runs")
+    parser.add_argument("--out", type=Path, help="append JSON lines here as well")
+    return parser.parse_args(arguments)
+
+
+# --- models -----------------------------------------------------------------------------------------------------
+
+
+def build(shape: str, provider: str, device: torch.device, tiny: bool) -> nn.Module:
+    """The denoiser of a published pipeline with random weights, compressed on ``device``, then on the CPU."""
+    pipeline = published_config(shape)
+    part = pipeline.components[pipeline.denoisers[0]]
+    cls: Any = part.model_class()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model: Any = cls.from_config({**part.config, **(TINY[shape] if tiny else {})}).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(default)
+    if provider == "nf4":
+        _to_nf4(model)
+    elif provider != "dense":
+        model.compress(provider, measure=False)
+    return model.to("cpu")
+
+
+def _to_nf4(model: nn.Module) -> None:
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            layer = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, module.bias is not None, torch.bfloat16, quant_type="nf4"
+            )
+            layer.weight = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+            layer.bias = module.bias
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer)
+    # Quantized when it first comes to a device.
+    model.to("cuda")
+
+
+def inputs_for(shape: str, model: Any, device: torch.device, tiny: bool) -> dict[str, Any]:
+    """What a 1024x1024 picture gives the denoiser: SDXL with guidance in one batch of two, Flux with its own."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+
+    def randn(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=generator).to(device, torch.bfloat16)
+
+    side, tokens = (8, 16) if tiny else (128, 512)
+    if shape == "sdxl_base":
+        sizes = torch.tensor([1024.0, 1024, 0, 0, 1024, 1024], device=device, dtype=torch.bfloat16)
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return dict(
+            sample=randn(2, config.in_channels, side, side),
+            timestep=torch.tensor(500, device=device),
+            encoder_hidden_states=randn(2, 77, config.cross_attention_dim),
+            added_cond_kwargs={"text_embeds": randn(2, pooled), "time_ids": sizes.repeat(2, 1)},
+        )
+    rows = (side // 2) ** 2
+    return dict(
+        hidden_states=randn(1, rows, config.in_channels),
+        encoder_hidden_states=randn(1, tokens, config.joint_attention_dim),
+        pooled_projections=randn(1, config.pooled_projection_dim),
+        timestep=torch.full((1,), 0.5, device=device, dtype=torch.bfloat16),
+        guidance=torch.full((1,), 3.5, device=device, dtype=torch.bfloat16),
+        img_ids=torch.zeros(rows, 3, device=device, dtype=torch.bfloat16),
+        txt_ids=torch.zeros(tokens, 3, device=device, dtype=torch.bfloat16),
+    )
+
+
+# --- modes: each puts a model that is on the CPU in place, and may return what to do after a call ---------------
+
+After = Callable[[], Any] | None
+
+
+def _model_offload(model: Any, device: torch.device) -> After:
+    from accelerate import cpu_offload_with_hook
+
+    return cpu_offload_with_hook(model, device)[1].offload
+
+
+def _sequential(model: Any, device: torch.device) -> After:
+    from accelerate import cpu_offload
+
+    cpu_offload(model, device, offload_buffers=len(model._parameters) > 0)
+    return None
+
+
+def _group(**kwargs: Any) -> Callable[[Any, torch.device], After]:
+    return lambda model, device: model.enable_group_offload(device, **kwargs)
+
+
+def _compile(model: Any, device: torch.device) -> After:
+    model.to(device)
+    compile_one = model.compile_repeated_blocks if model._repeated_blocks else model.compile
+    return compile_one(fullgraph=True)
+
+
+def _adapter(model: Any, device: torch.device, *, fused: bool = False) -> After:
+    from peft import LoraConfig
+
+    model.to(device)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    model.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=targets, init_lora_weights="gaussian"))
+    if fused:
+        model.fuse_lora()
+    return None
+
+
+MODES: dict[str, Callable[[Any, torch.device], After]] = {
+    "resident": lambda model, device: model.to(device) and None,
+    "model": _model_offload,
+    "sequential": _sequential,
+    "block": _group(offload_type="block_level", num_blocks_per_group=1),
+    "leaf": _group(offload_type="leaf_level"),
+    "leaf-stream": _group(offload_type="leaf_level", use_stream=True),
+    "compile": _compile,
+    "lora": _adapter,
+    "lora-fused": lambda model, device: _adapter(model, device, fused=True),
+}
+
+
+def measure(model: Any, mode: str, inputs: dict[str, Any], device: torch.device, calls: int) -> dict[str, Any]:
+    """Median seconds of a call, and the most memory that was allocated on the device while calls ran."""
+    on_gpu = device.type == "cuda"
+    after = MODES[mode](model, device)
+
+    def call() -> float:
+        started = time.perf_counter()
+        model(**inputs, return_dict=False)
+        if after is not None:
+            after()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    with torch.no_grad():
+        for _ in range(2):
+            call()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds = [call() for _ in range(calls)]
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
+    return {"seconds": statistics.median(seconds), "peak_bytes": peak}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure everything that was asked for; a mode that fails is a line with its error."""
+    options = parse_arguments(arguments)
+    device = torch.device(options.device)
+    facts = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+        "tiny": options.tiny,
+    }
+    for shape in options.shapes:
+        for provider in options.providers:
+            line: dict[str, Any] = {"shape": shape, "provider": provider}
+            try:
+                master = build(shape, provider, device, options.tiny)
+            except (ImportError, RuntimeError) as error:
+                _write({**line, "error": f"{type(error).__name__}: {error}", **facts}, options.out)
+                continue
+            inputs = inputs_for(shape, master, device, options.tiny)
+            for mode in options.modes:
+                model = copy.deepcopy(master)
+                try:
+                    found = measure(model, mode, inputs, device, options.calls)
+                except Exception as error:  # one mode must not cost the others
+                    found = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+                _write({**line, "mode": mode, **found, **facts}, options.out)
+                del model
+                torch._dynamo.reset()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+    return 0
+
+
+def _write(line: dict[str, Any], out: Path | None) -> None:
+    print(json.dumps(line), flush=True)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

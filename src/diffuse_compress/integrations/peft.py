@@ -1,0 +1,156 @@
+"""Adapters on compressed models: peft wraps our layers as it wraps dense ones; merging and one loader need help.
+
+peft merges by adding to ``base_layer.weight`` in place. Ours is dequantized on access, so the sum would be lost and
+``fuse_lora`` would silently drop the adapter. Here a dense copy of one layer at a time takes the sum, is quantized anew
+in the layer's own format, and the packed tensors from before are kept for ``unfuse_lora``, which puts them back as they
+were.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.errors import ModelStateError
+from diffuse_compress.integrations.compat import may_patch
+from diffuse_compress.integrations.component import quantized_layers
+from diffuse_compress.quantization.convert import requantize
+from diffuse_compress.quantization.layer_base import QuantizedLayer
+
+__all__ = ["has_adapters", "merge_errors", "support_adapters"]
+
+_MARK = "_diffuse_compress_wrapped"
+_UNMERGED = "_diffuse_compress_unmerged"
+_MERGE_ERROR = "_diffuse_compress_merge_error"
+
+
+def support_adapters() -> None:
+    """Teach peft to merge into packed layers, and diffusers' Flux loader to find their shapes. Idempotent.
+
+    Does nothing where peft is not imported: diffusers imports it when it is installed.
+    """
+    if not may_patch() or "peft" not in sys.modules:
+        return
+    from peft.tuners import lycoris_utils
+    from peft.tuners.lora import layer
+
+    for cls in (layer.Linear, layer._ConvNd, lycoris_utils.LycorisLayer):
+        _wrap_merging(cls)
+    pipelines = sys.modules.get("diffusers.loaders.lora_pipeline")
+    _wrap_expanding(getattr(pipelines, "FluxLoraLoaderMixin", object))
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """True while peft layers are in ``model``: its tensors then have other names than in a checkpoint."""
+    return any("base_layer" in module._modules for module in model.modules())
+
+
+def merge_errors(model: nn.Module) -> dict[str, float]:
+    """{layer: error} of layers that an adapter is fused into: RMS of what quantizing anew lost over what it changed."""
+    layers = quantized_layers(model).items()
+    return {name: layer.__dict__[_MERGE_ERROR] for name, layer in layers if _MERGE_ERROR in layer.__dict__}
+
+
+# --- merging ----------------------------------------------------------------------------------------------------
+
+
+def _wrap_merging(cls: Any) -> None:
+    stock_merge, stock_unmerge = cls.__dict__.get("merge"), cls.__dict__.get("unmerge")
+    if stock_merge is None or stock_unmerge is None or getattr(stock_merge, _MARK, False):
+        return
+
+    @functools.wraps(stock_merge)
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        if isinstance(self.base_layer, QuantizedLayer):
+            _merge(self, functools.partial(stock_merge, self, safe_merge), adapter_names)
+        else:
+            stock_merge(self, safe_merge, adapter_names)
+
+    @functools.wraps(stock_unmerge)
+    def unmerge(self: Any) -> None:
+        if isinstance(self.base_layer, QuantizedLayer) and self.merged:
+            _unmerge(self)
+        else:
+            stock_unmerge(self)
+
+    setattr(merge, _MARK, True)
+    cls.merge, cls.unmerge = merge, unmerge
+
+
+def _merge(tuner: Any, stock: Callable[..., None], adapter_names: list[str] | None) -> None:
+    merged, packed = list(tuner.merged_adapters), tuner.base_layer
+    # Always from the layer before any merge: quantizing what was quantized anew would add up its errors.
+    original = tuner.__dict__.get(_UNMERGED, packed)
+    dense = original.to_dense().to(packed.qweight.device)
+    before = dense.weight.detach().clone()
+    tuner.base_layer = dense
+    tuner.merged_adapters = []
+    try:
+        if merged:
+            stock(merged)
+        stock(adapter_names)
+    except BaseException:
+        tuner.base_layer, tuner.merged_adapters = packed, merged
+        raise
+    if tuner.merged_adapters == merged:
+        tuner.base_layer = packed
+        return
+    layer = requantize(original, dense)
+    change, lost = dense.weight.detach() - before, layer.weight - dense.weight.detach()
+    # On the layer: it outlives the adapter, which a user may unload once it is fused.
+    layer.__dict__[_MERGE_ERROR] = float(lost.float().norm() / change.float().norm().clamp_min(1e-30))
+    tuner.base_layer = layer
+    # Beside the module tree: it is no part of the state dict, and stays on the CPU whatever the model is moved to.
+    tuner.__dict__[_UNMERGED] = original.to("cpu")
+
+
+def _unmerge(tuner: Any) -> None:
+    original = tuner.__dict__.pop(_UNMERGED, None)
+    if original is None:
+        raise ModelStateError(
+            "unfuse_lora: needs the weights from before the adapter was fused, and they were never here: it was fused "
+            "before the model was compressed. Load the model anew, compress it, then load and fuse the adapter."
+        )
+    merged = tuner.base_layer
+    tuner.base_layer = original.to(merged.qweight.device, merged.compute_dtype)
+    tuner.merged_adapters.clear()
+
+
+# --- Flux -------------------------------------------------------------------------------------------------------
+
+
+class _WithShapes:
+    """A model whose ``state_dict`` has ``<layer>.weight`` for packed layers: its shape and device, and no memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        state = self._model.state_dict()
+        for name, layer in quantized_layers(self._model).items():
+            shape = layer.qweight.shape[0], layer.quantized_weight().in_features
+            state[f"{name}.weight"] = torch.zeros((), device=layer.qweight.device).expand(shape)
+        return state
+
+
+def _wrap_expanding(cls: Any) -> None:
+    name = "_maybe_expand_lora_state_dict"
+    method = cls.__dict__.get(name)
+    if method is None or getattr(method.__func__, _MARK, False):
+        return
+    stock = method.__func__
+
+    @functools.wraps(stock)
+    def expand(cls: Any, transformer: nn.Module, lora_state_dict: dict[str, Any]) -> Any:
+        return stock(cls, _WithShapes(transformer) if quantized_layers(transformer) else transformer, lora_state_dict)
+
+    setattr(expand, _MARK, True)
+    setattr(cls, name, classmethod(expand))

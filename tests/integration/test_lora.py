@@ -1,0 +1,277 @@
+"""Adapters on compressed models: loaded before or after, weighted, fused and back, trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+import diffuse_compress as dc
+import tiny
+from diffuse_compress.integrations.component import get_state, quantized_layers
+from tolerance import relative_rms
+
+peft = pytest.importorskip("peft")
+
+PRESETS = ["w8a8", "fp8", "w8a16", "w4a16", "w4a8"]
+PIPELINES = ["stable_diffusion", "flux", "sd3", "wan"]
+
+
+def denoiser(pipe: Any) -> Any:
+    return getattr(pipe, "unet", None) or pipe.transformer
+
+
+def config(rank: int = 4, **kwargs: Any) -> Any:
+    # Flux's norm1.linear too: a modulation projection, which gets another format and is told by its name.
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "norm1.linear"]
+    return peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False, **kwargs)
+
+
+def adapter(name: str, seed: int = 1, **kwargs: Any) -> dict[str, torch.Tensor]:
+    """An adapter's file, made on a dense twin: keys as diffusers writes them."""
+    twin = tiny.build_pipeline(name)
+    model = denoiser(twin)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(config(**kwargs))
+    state = peft.utils.get_peft_model_state_dict(model)
+    prefix = "unet" if model is getattr(twin, "unet", None) else "transformer"
+    return {f"{prefix}.{key}": value.detach().clone() for key, value in state.items()}
+
+
+def copied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """For one load: peft takes the tensors themselves, and a hotswap then writes into them."""
+    return {key: value.clone() for key, value in state.items()}
+
+
+def packed(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor of every packed layer, by the layer's name without peft's level."""
+    return {
+        f"{name.removesuffix('.base_layer')}.{key}": tensor.detach().clone()
+        for name, layer in quantized_layers(model).items()
+        for key, tensor in layer.named_parameters(recurse=False)
+    }
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        assert torch.equal(tensor.view(torch.uint8), other[key].view(torch.uint8)), key
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"), [*(("flux", preset) for preset in PRESETS), *((name, "w8a8") for name in PIPELINES)]
+)
+def test_adapter_loaded_before_or_after_compress(name: str, preset: str) -> None:
+    state = adapter(name)
+    pipe = tiny.build_pipeline(name).compress(preset, measure=False)
+    plain, codes, rules = tiny.sample(pipe), packed(denoiser(pipe)), get_state(denoiser(pipe)).config.spec.rules
+    pipe.load_lora_weights(copied(state), adapter_name="one")
+    assert_same(packed(denoiser(pipe)), codes)
+    expected = tiny.sample(pipe)
+    assert torch.equal(tiny.sample(pipe), expected)
+    assert relative_rms(plain, expected) > 1e-3, "the adapter does nothing"
+
+    first = tiny.build_pipeline(name)
+    first.load_lora_weights(copied(state), adapter_name="one")
+    first.compress(preset, measure=False)
+    assert_same(packed(denoiser(first)), codes)
+    assert get_state(denoiser(first)).config.spec.rules == rules
+    assert torch.equal(tiny.sample(first), expected)
+    for one in (pipe, first):
+        one.unload_lora_weights()
+        assert torch.equal(tiny.sample(one), plain)
+
+
+def test_adapter_does_on_packed_layers_what_it_does_on_their_dense_equals() -> None:
+    pipe, dense = (tiny.build_pipeline("flux").compress("w8a16", measure=False) for _ in range(2))
+    dense.decompress()
+    for one in (pipe, dense):
+        one.load_lora_weights(adapter("flux"), adapter_name="one")
+        one.load_lora_weights(adapter("flux", seed=2, rank=8), adapter_name="two")
+    for names, weights in ((["one"], [1.0]), (["one", "two"], [0.5, 1.5]), (["two"], [-1.0])):
+        for one in (pipe, dense):
+            one.set_adapters(names, weights)
+        assert relative_rms(tiny.sample(dense), tiny.sample(pipe)) < 1e-5
+
+
+def test_dora_does_too() -> None:
+    pipe, dense = (tiny.build_pipeline("stable_diffusion").compress("w8a16", measure=False) for _ in range(2))
+    dense.decompress()
+    plain = tiny.sample(pipe)
+    state = adapter("stable_diffusion", use_dora=True)
+    assert any("lora_magnitude_vector" in key for key in state)
+    for one in (pipe, dense):
+        one.load_lora_weights(copied(state), adapter_name="one")
+    assert relative_rms(tiny.sample(dense), tiny.sample(pipe)) < 1e-5
+    assert relative_rms(plain, tiny.sample(pipe)) > 1e-3
+    pipe.fuse_lora()
+    assert relative_rms(tiny.sample(dense), tiny.sample(pipe)) < 0.05
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_fuse_quantizes_anew_and_unfuse_restores_every_byte(preset: str) -> None:
+    pipe = tiny.build_pipeline("flux").compress(preset, measure=False)
+    plain, codes = tiny.sample(pipe), packed(pipe.transformer)
+    pipe.load_lora_weights(adapter("flux"), adapter_name="one")
+    pipe.load_lora_weights(adapter("flux", seed=2), adapter_name="two")
+    pipe.set_adapters(["one", "two"], [1.0, 0.5])
+    live = tiny.sample(pipe)
+    assert "fused_adapters" not in pipe.compression_report().to_dict()["components"]["transformer"]
+    pipe.fuse_lora(adapter_names=["one"])
+    pipe.fuse_lora(adapter_names=["one", "two"])
+    fused = tiny.sample(pipe)
+    assert not torch.equal(fused, plain)
+    # The grid is as coarse as before: what is left of the adapter is its effect, give or take that.
+    assert relative_rms(live, fused) < (0.3 if preset.startswith("w4") else 0.05) + relative_rms(live, plain) / 2
+    found = pipe.compression_report().to_dict()["components"]["transformer"]["fused_adapters"]
+    assert found["layers"] > 0
+    assert 0 < found["worst_error"] < 1
+    assert "quantizing these anew lost up to" in str(pipe.compression_report())
+    pipe.unfuse_lora()
+    assert_same(packed(pipe.transformer), codes)
+    assert torch.equal(tiny.sample(pipe), live)
+    pipe.unload_lora_weights()
+    assert torch.equal(tiny.sample(pipe), plain)
+
+
+def test_fusing_one_after_the_other_is_fusing_both() -> None:
+    pipes = [tiny.build_pipeline("flux").compress("w4a8", measure=False) for _ in range(2)]
+    for pipe, steps in zip(pipes, ([["one", "two"]], [["one"], ["one", "two"]]), strict=True):
+        pipe.load_lora_weights(adapter("flux"), adapter_name="one")
+        pipe.load_lora_weights(adapter("flux", seed=2), adapter_name="two")
+        for names in steps:
+            pipe.fuse_lora(adapter_names=names)
+    assert_same(*(packed(pipe.transformer) for pipe in pipes))
+
+
+def test_fused_and_unloaded_saves_and_reloads(tmp_path: Path) -> None:
+    pipe = tiny.build_pipeline("flux").compress("w4a8", measure=False)
+    pipe.load_lora_weights(adapter("flux"), adapter_name="one")
+    with pytest.raises(dc.CheckpointError, match=r"holds no adapters, found peft layers.*unload_lora_weights\(\)"):
+        pipe.save_pretrained(tmp_path / "adapted")
+    pipe.fuse_lora()
+    expected = tiny.sample(pipe)
+    pipe.unload_lora_weights()
+    assert torch.equal(tiny.sample(pipe), expected)
+    assert "fused_adapters" in pipe.compression_report().to_dict()["components"]["transformer"]
+    pipe.save_pretrained(tmp_path / "fused")
+    reloaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "fused")
+    reloaded.set_progress_bar_config(disable=True)
+    assert torch.equal(tiny.sample(reloaded), expected)
+
+
+def test_loaded_compressed_and_unloaded_saves_and_reloads(tmp_path: Path) -> None:
+    pipe = tiny.build_pipeline("stable_diffusion")
+    pipe.load_lora_weights(adapter("stable_diffusion"), adapter_name="one")
+    pipe.compress("w8a8", measure=False)
+    pipe.unload_lora_weights()
+    expected = tiny.sample(pipe)
+    pipe.save_pretrained(tmp_path)
+    reloaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+    reloaded.set_progress_bar_config(disable=True)
+    assert torch.equal(tiny.sample(reloaded), expected)
+    other = tiny.build_pipeline("stable_diffusion").compress(pipe.compression_recipe(), measure=False)
+    assert torch.equal(tiny.sample(other), expected)
+
+
+def test_unfuse_of_what_was_fused_before_compress_says_so() -> None:
+    pipe = tiny.build_pipeline("stable_diffusion")
+    pipe.load_lora_weights(adapter("stable_diffusion"), adapter_name="one")
+    pipe.fuse_lora()
+    pipe.compress("w8a8", measure=False)
+    expected = tiny.sample(pipe)
+    with pytest.raises(dc.ModelStateError, match=r"unfuse_lora: .* fused before the model was compressed"):
+        pipe.unfuse_lora()
+    assert torch.equal(tiny.sample(pipe), expected)
+
+
+def test_kohya_keys() -> None:
+    pipe = tiny.build_pipeline("stable_diffusion").compress("w8a8", measure=False)
+    state = adapter("stable_diffusion")
+    pipe.load_lora_weights(copied(state), adapter_name="one")
+    expected = tiny.sample(pipe)
+    kohya: dict[str, torch.Tensor] = {}
+    for key, value in state.items():
+        layer, kind, _ = key.rsplit(".", 2)
+        name = "lora_unet_" + layer.removeprefix("unet.").replace(".", "_")
+        kohya[f"{name}.lora_{'down' if kind == 'lora_A' else 'up'}.weight"] = value
+        kohya[f"{name}.alpha"] = torch.tensor(4.0)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(kohya, adapter_name="kohya")
+    assert torch.equal(tiny.sample(pipe), expected)
+
+
+def test_hotswap_takes_the_other_adapter_in_place() -> None:
+    pipe = tiny.build_pipeline("stable_diffusion").compress("w8a8", measure=False)
+    states = [adapter("stable_diffusion", seed=seed) for seed in (1, 2)]
+    expected = []
+    for state in states:
+        pipe.load_lora_weights(copied(state), adapter_name="one")
+        expected.append(tiny.sample(pipe))
+        pipe.unload_lora_weights()
+    pipe.load_lora_weights(copied(states[0]), adapter_name="one")
+    codes, tensors = packed(pipe.unet), {name: id(tensor) for name, tensor in pipe.unet.named_parameters()}
+    for number in (1, 0):
+        pipe.load_lora_weights(copied(states[number]), adapter_name="one", hotswap=True)
+        assert torch.equal(tiny.sample(pipe), expected[number])
+        # The same tensors, which is why a compiled model is not traced again.
+        assert {name: id(tensor) for name, tensor in pipe.unet.named_parameters()} == tensors
+    assert_same(packed(pipe.unet), codes)
+
+
+def test_text_encoder_adapter() -> None:
+    pipe = tiny.build_pipeline("stable_diffusion").compress({"text_encoder": "w4a8"}, measure=False)
+    plain = tiny.sample(pipe)
+    rows = pipe.text_encoder.config.hidden_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        state = {
+            f"text_encoder.{name}.lora_{side}.weight": torch.randn((4, rows) if side == "A" else (rows, 4)) / 8
+            for name, module in pipe.text_encoder.named_modules()
+            if isinstance(module, nn.Linear) and name.endswith(("q_proj", "v_proj"))
+            for side in ("A", "B")
+        }
+    pipe.load_lora_weights(copied(state), adapter_name="one")
+    live = tiny.sample(pipe)
+    assert not torch.equal(live, plain)
+    codes = packed(pipe.text_encoder)
+    pipe.fuse_lora(components=["text_encoder"])
+    assert not torch.equal(tiny.sample(pipe), plain)
+    pipe.unfuse_lora(components=["text_encoder"])
+    assert_same(packed(pipe.text_encoder), codes)
+    assert torch.equal(tiny.sample(pipe), live)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("how", ["plain", "checkpointing", "autocast"])
+def test_training_on_a_compressed_base(preset: str, how: str) -> None:
+    model = tiny.build("flux").compress(preset, measure=False)
+    inputs = tiny.inputs_for(model)
+    codes = packed(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.add_adapter(
+            peft.LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights="gaussian")
+        )
+        target = torch.randn_like(model(**inputs, return_dict=False)[0])
+    if how == "checkpointing":
+        model.enable_gradient_checkpointing()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    optimizer, losses = torch.optim.Adam(trained, lr=1e-2), []
+    model.train()
+    for _ in range(4):
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            loss = (model(**inputs, return_dict=False)[0].float() - target).square().mean()
+        loss.backward()
+        assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert_same(packed(model), codes)
