@@ -92,6 +92,7 @@ class Run:
         self._pending = False
         self._called = False
         self._broken = False
+        self._unplaced = False
         self._calls = _Calls()
         self._rows: dict[torch.device, torch.Tensor] = {}
         self._values: list[float] | None = None
@@ -209,6 +210,7 @@ class Run:
                 row, problem, self._broken = None, JUMPED, True
         if row is not None:
             problem = self._follow_up(row)
+        self._unplaced = self._unplaced or problem is START_UNKNOWN
         return (row if problem is None else None), call, problem
 
     def index(self, row: int | None, device: torch.device) -> torch.Tensor | None:
@@ -230,8 +232,7 @@ class Run:
         if isinstance(viewed, Reason):
             return None, viewed
         if viewed is not None:
-            self._reach(viewed)
-            return viewed, None
+            return self._reach(viewed)
         if self.num_rows is not None and self.first_row is not None and self.first_row + self.step >= self.num_rows:
             return None, PAST_THE_END
         told, forms = self._told(timestep, self._expected())
@@ -241,19 +242,20 @@ class Run:
         if told is None:
             return None, COPIED if self.copied else None
         self._forms = forms
-        if self.taken == 0:
-            self._reach(told)
-        return told, None
+        return self._reach(told) if self.taken == 0 else (told, None)
 
-    def _reach(self, row: int) -> None:
+    def _reach(self, row: int) -> tuple[int | None, Reason | None]:
         """A row is proven: it counts, in whatever number of scheduler steps the last one was taken."""
         if self._broken:
-            return
+            return row, None
         if self.first_row is not None and self._last_row is not None and row - self._last_row in (0, 1):
             self.step = row - self.first_row
         elif self.taken == 0:
+            if row and self._unplaced:
+                return None, START_UNKNOWN  # was the call before it a trial, or the loop's start?
             # Whatever was called before, this is where the loop starts.
             self.first_row, self.step = row, 0
+        return row, None
 
     def _follow_up(self, row: int) -> Reason | None:
         """Whether a row continues the run."""
@@ -293,8 +295,10 @@ class Run:
             nearest = {form: row for form in forms if (row := self._nearest(form, value, timestep)) is not None}
             # Reversed forms say so little elsewhere that only the schedule's first row is believed.
             nearest = {form: row for form, row in nearest.items() if row == 0 or form not in _REVERSED}
-            rows = set(nearest.values())
-            return (rows.pop(), frozenset(nearest)) if len(rows) == 1 else (None, frozenset())
+            if len(set(nearest.values())) != 1:
+                return None, frozenset()
+            row = next(iter(nearest.values()))
+            return row, frozenset(f for f in forms if self._distance(f, row, value, timestep) is not None)
         if expected >= len(self.values):
             return None, self._forms
         fitting = frozenset(form for form in forms if self._distance(form, expected, value, timestep) is not None)
