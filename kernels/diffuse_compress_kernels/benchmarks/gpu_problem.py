@@ -108,7 +108,7 @@ def run_kernel(
     group_scale = None if case.group_scale is None else case.group_scale[index]
     if case.kind == "w4a16-gemv":
         assert group_scale is not None
-        return w4a16_gemv(x, weight, group_scale, case.zero_point, GROUP_SIZE, config, bias=case.bias, out=out)
+        return w4a16_gemv(x, weight, group_scale, case.zero_point, config, bias=case.bias, out=out, asm=asm)
     if case.kind == "w4a16":
         assert group_scale is not None
         return w4a16(x, weight, group_scale, case.zero_point, GROUP_SIZE, config, bias=case.bias, out=out, asm=asm)
@@ -173,6 +173,14 @@ def check(kind: str, config: Any, tokens: int, device: str, *, asm: bool, compar
         if not _untouched(buffer):
             raise ValueError("wrote outside the output")
         results.append(out)
+    bad = ~results[0].isfinite()
+    if bad.any():
+        places = bad.nonzero()
+        raise ValueError(
+            f"{len(places)} values not finite, rows {int(places[:, 0].min())}..{int(places[:, 0].max())}, columns "
+            f"{int(places[:, 1].min())}..{int(places[:, 1].max())}; the second call agrees on "
+            f"{float((results[1].isfinite() == ~bad).float().mean()):.4f}"
+        )
     error = float((results[0].double() - expected).norm() / expected.norm())
     if not error < LIMITS[kind.removesuffix("-gemv")]:
         raise ValueError(f"relative RMS error {error:.2e}")

@@ -27,6 +27,11 @@ def is_plain(x: torch.Tensor) -> bool:
     )
 
 
+def _is_traced_for_cuda(x: torch.Tensor) -> bool:
+    """True while a compiler for CUDA looks: it gets plain operations, and fuses them into what computes x."""
+    return torch.compiler.is_compiling() and x.device.type == "cuda"
+
+
 def _detached(x: torch.Tensor) -> torch.Tensor:
     """Operations with ``out=`` refuse operands that require a gradient."""
     return x.detach() if x.requires_grad else x
@@ -116,6 +121,8 @@ def quantize_rows(
     """
     if is_plain(x):
         codes, row_scale = _implementation(x).quantize_rows(_detached(x), qmin, qmax, scale, zero_point, pre_scale)
+    elif _is_traced_for_cuda(x):
+        codes, row_scale = cuda.quantize_rows_in_torch(x.detach(), qmin, qmax, scale, zero_point, pre_scale)
     else:
         codes, row_scale = _quantize_rows(x, qmin, qmax, scale, zero_point, pre_scale)
     return codes, row_scale
@@ -196,6 +203,9 @@ def int8_linear(
         return cast(
             torch.Tensor, run(x, weight, weight_scale, bias, qmin, qmax, input_scale, input_zero_point, pre_scale)
         )
+    if _is_traced_for_cuda(x):
+        codes, scale = quantize_rows(x, qmin, qmax, input_scale, input_zero_point, pre_scale)
+        return int8_linear_codes(codes, scale, input_zero_point, weight, weight_scale, bias, x.dtype)
     y = _int8_linear(x, weight, weight_scale, bias, qmin, qmax, input_scale, input_zero_point, pre_scale)
     return cast(torch.Tensor, y)
 

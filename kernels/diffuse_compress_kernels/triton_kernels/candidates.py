@@ -38,7 +38,7 @@ _LARGE_W4A8 = (
     TileConfig(256, 128, 128, 8, 3),
     TileConfig(256, 128, 128, 8, 3, tma=True),
     TileConfig(256, 128, 128, 8, 4, tma=True),
-    TileConfig(256, 128, 128, 8, 4, tma=True, programs_per_sm=1),
+    TileConfig(256, 128, 128, 8, 3, tma=True, programs_per_sm=1),
     TileConfig(128, 256, 128, 8, 3),
     TileConfig(128, 256, 128, 8, 4, tma=True),
     TileConfig(256, 64, 128, 4, 3),
@@ -74,17 +74,5 @@ def candidates(kind: str, tokens: int) -> list[TileConfig]:
 
 
 def gemv_candidates() -> list[GemvConfig]:
-    """Configurations of a product of one token without tensor cores: 16 to 64 bytes of weight per thread and step."""
-    shapes = (
-        (4, 8, 4),
-        (8, 4, 4),
-        (8, 8, 4),
-        (16, 2, 4),
-        (16, 4, 4),
-        (16, 8, 4),
-        (8, 8, 8),
-        (16, 8, 8),
-        (4, 8, 2),
-        (8, 2, 2),
-    )
-    return [GemvConfig(rows, groups, warps) for rows, groups, warps in shapes]
+    """Configurations of a product of one token without tensor cores."""
+    return [GemvConfig(rows, threads) for threads in (32, 64, 128) for rows in (4, 8, 16, 32)]

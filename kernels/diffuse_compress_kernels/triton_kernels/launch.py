@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -11,10 +13,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diffuse_compress_kernels.triton_kernels.tiles import TileConfig
 
-__all__ = ["Operands", "Unsuitable", "forget_counters", "launch"]
+__all__ = ["INTERPRETED", "Operands", "Unsuitable", "forget_counters", "launch", "on_device_of"]
 
+# Read when triton is imported, as triton does.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 TMA_ALIGNMENT = 16
 COUNTERS = 1 << 20
+
+
+def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of x."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 class Unsuitable(ValueError):
@@ -67,55 +78,63 @@ def launch(
     rows, outputs = y.shape
     if rows == 0 or outputs == 0:
         return y
-    x_columns, weight_columns = x_columns or config.block_k, weight_columns or config.block_k
     tiles = -(-rows // config.block_m) * -(-outputs // config.block_n)
-    x_in, weight_in, y_desc = x, weight, None
-    if config.tma:
-        x_in = _descriptor(x, config.block_m, x_columns)
-        weight_in = _descriptor(weight, config.block_n, weight_columns)
-        if y.dtype != torch.int32 and _fits_descriptor(y):
-            y_desc = _descriptor(y, config.block_m, config.block_n)
-    parts, counters = None, None
-    if config.split_k > 1:
-        parts = torch.empty(
-            tiles * config.split_k * config.block_m * config.block_n, dtype=parts_dtype, device=x.device
-        )
-        counters = _counters(tiles, x.device)
     persistent = config.programs_per_sm > 0
     programs = min(tiles, config.programs_per_sm * _multiprocessors(x.device)) if persistent else tiles
-    kernel[(programs, config.split_k)](
-        x_in,
-        weight_in,
-        y,
-        y_desc,
-        operands.x_scale,
-        operands.w_scale,
-        operands.offset,
-        operands.bias,
-        parts,
-        counters,
-        rows,
-        outputs,
-        operands.depth,
-        x.stride(0),
-        weight.stride(0),
-        y.stride(0),
-        programs,
-        X_SCALES=_kind_of_scale(operands.x_scale, rows),
-        W_SCALES=_kind_of_scale(operands.w_scale, outputs),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        GROUP_M=config.group_m,
-        SPLIT_K=config.split_k,
-        TMA=config.tma,
-        PERSISTENT=persistent,
-        **({"BLOCK_K": config.block_k, "WEIGHT_LEFT": config.weight_left} if "INTEGER" in constants else {}),
-        EVEN_K=operands.depth % config.block_k == 0,
-        **constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    with on_device_of(x):
+        kernel[(programs, config.split_k)](
+            *_matrices(operands, y, config, x_columns or config.block_k, weight_columns or config.block_k),
+            operands.x_scale,
+            operands.w_scale,
+            operands.offset,
+            operands.bias,
+            *_scratch(config, tiles, parts_dtype, x.device),
+            rows,
+            outputs,
+            operands.depth,
+            x.stride(0),
+            weight.stride(0),
+            y.stride(0),
+            programs,
+            X_SCALES=_kind_of_scale(operands.x_scale, rows),
+            W_SCALES=_kind_of_scale(operands.w_scale, outputs),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            GROUP_M=config.group_m,
+            SPLIT_K=config.split_k,
+            TMA=config.tma,
+            PERSISTENT=persistent,
+            EVEN_K=operands.depth % config.block_k == 0,
+            **constants,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            # Triton's default is about to change, and results would with it.
+            enable_fp_fusion=True,
+        )
     return y
+
+
+def _matrices(
+    operands: Operands, y: torch.Tensor, config: TileConfig, x_columns: int, weight_columns: int
+) -> tuple[Any, Any, torch.Tensor, Any]:
+    """x and the weight as the kernel reads them, y, and the descriptor of y or None."""
+    if not config.tma:
+        return operands.codes, operands.weight, y, None
+    y_desc = None
+    if y.dtype != torch.int32 and _fits_descriptor(y):
+        y_desc = _descriptor(y, config.block_m, config.block_n)
+    x_desc = _descriptor(operands.codes, config.block_m, x_columns)
+    return x_desc, _descriptor(operands.weight, config.block_n, weight_columns), y, y_desc
+
+
+def _scratch(
+    config: TileConfig, tiles: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Room for partial sums, and the counters of their arrival, where several programs share a tile."""
+    if config.split_k == 1:
+        return None, None
+    count = tiles * config.split_k * config.block_m * config.block_n
+    return torch.empty(count, dtype=dtype, device=device), _counters(tiles, device)
 
 
 def _kind_of_scale(scale: torch.Tensor | None, rows: int) -> str:

@@ -1,9 +1,10 @@
-"""Quantization of rows: one program per row, which stays in registers between its range and its codes.
+"""Quantization of rows, alone or with the normalization that makes them: one program per row, kept in registers.
 
     s[m] = max_k |x[m, k] * pre[k]| / qmax       q[m, k] = round(x[m, k] * pre[k] / s[m])
 
-All arithmetic is fp32 with IEEE division and rounds half to even, so codes and scales are bit for bit the CPU's.
-Rows longer than ``MAX_BLOCK`` are read twice, the second time from cache.
+All arithmetic is fp32 with IEEE quotients and rounds half to even, so codes and scales are bit for bit the CPU's.
+A row is held as two power-of-two blocks, so that few lanes idle: 3072 = 2048 + 1024. Rows longer than ``MAX_BLOCK``
+are read twice, the second time from cache.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["quantize_rows", "quantize_rows_kernel", "store_codes"]
+from diffuse_compress_kernels.triton_kernels.launch import INTERPRETED, on_device_of
+
+__all__ = ["largest_of", "quantize_rows", "quantize_rows_kernel", "row_blocks", "row_scale", "store_codes", "warps_for"]
 
 FLOAT8_MAX = 448.0
 MIN_SCALE = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -23,19 +26,43 @@ ELEMENTS_PER_THREAD = 16
 
 
 @triton.jit
-def store_codes(places, values, scale, zero, mask, QMIN: tl.constexpr, QMAX: tl.constexpr, CLAMP: tl.constexpr):
+def divide(values, scale, FMA: tl.constexpr):
+    """IEEE quotients of a row by its scale.
+
+    FMA: from one reciprocal for the row, corrected twice by its exact residual (Markstein 1990): after the first step
+    the quotient is within one unit in the last place, so the second rounds it correctly. 5 operations each, where the
+    hardware's division takes several times as many. Without fused operations, as in the interpreter, divide.
+    """
+    if FMA:
+        # Residuals of tiny rows would underflow: those divide.
+        if scale > 1e-24:
+            inverse = tl.div_rn(1.0, scale)
+            quotient = values * inverse
+            quotient = tl.fma(tl.fma(-quotient, scale, values), inverse, quotient)
+            quotient = tl.fma(tl.fma(-quotient, scale, values), inverse, quotient)
+        else:
+            quotient = tl.div_rn(values, scale)
+    else:
+        quotient = tl.div_rn(values, scale)
+    return quotient
+
+
+@triton.jit
+def store_codes(
+    places, values, scale, zero, mask, QMIN: tl.constexpr, QMAX: tl.constexpr, CLAMP: tl.constexpr, FMA: tl.constexpr
+):
     """Codes of fp32 ``values``; float8 if QMAX is 448."""
-    steps = tl.div_rn(values, scale)
+    steps = divide(values, scale, FMA)
     if QMAX == 448:
         codes = tl.clamp(steps, -448.0, 448.0).to(tl.float8e4nv)
     else:
         if CLAMP:
             # Wide enough to change no code, narrow enough for the rounding to hold.
             steps = tl.clamp(steps, -1048576.0, 1048576.0)
-        steps = (steps + ROUNDING_MAGIC) - ROUNDING_MAGIC
-        if CLAMP:
-            steps = tl.clamp(steps + zero, QMIN, QMAX)
-        codes = steps.to(tl.int32).to(tl.int8)
+            steps = (steps + ROUNDING_MAGIC) - ROUNDING_MAGIC
+            codes = tl.clamp(steps + zero, QMIN, QMAX).to(tl.int32).to(tl.int8)
+        else:
+            codes = (steps + ROUNDING_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
     tl.store(places, codes, mask=mask)
 
 
@@ -48,12 +75,18 @@ def _load_values(x_ptr, pre_ptr, k, mask):
 
 
 @triton.jit
-def row_scale(values, QMAX: tl.constexpr):
-    """Largest magnitude / QMAX; NaN if any value is, so that it shows in the output."""
-    amax = tl.max(tl.abs(values), axis=0)
-    has_nan = tl.max((values != values).to(tl.int32), axis=0) > 0
-    scale = tl.maximum(tl.div_rn(amax, QMAX * 1.0), MIN_SCALE)
-    return tl.where(has_nan, float("nan"), scale)
+def largest_of(values):
+    """Largest magnitude as the integer of its bits: these order as the floats do, with NaN above all."""
+    bits = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(bits, axis=0)
+
+
+@triton.jit
+def row_scale(largest, QMAX: tl.constexpr):
+    """Scale of a row from :func:`largest_of`; NaN if any value is, so that it shows in the output."""
+    amax = largest.to(tl.float32, bitcast=True)
+    scale = tl.div_rn(amax, QMAX * 1.0)
+    return tl.where(scale < MIN_SCALE, MIN_SCALE, scale)
 
 
 @triton.jit
@@ -69,44 +102,68 @@ def quantize_rows_kernel(
     stride_cm,
     QMIN: tl.constexpr,
     QMAX: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    WHOLE: tl.constexpr,
+    FMA: tl.constexpr,
 ):
-    """``given_ptr``: the one scale of a static input, None measures the row. ``zero_ptr``: its zero point or None."""
+    """``given_ptr``: the one scale of a static input, None measures the row. ``zero_ptr``: its zero point or None.
+
+    WHOLE: the row is FIRST columns and up to SECOND more (0: none); otherwise it is read in steps of FIRST.
+    """
+    CLAMP: tl.constexpr = given_ptr is not None
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_xm
     codes_ptr += row * stride_cm
-    k = tl.arange(0, BLOCK_K)
+    k = tl.arange(0, FIRST)
     zero = 0.0
     if zero_ptr is not None:
         zero = tl.load(zero_ptr).to(tl.float32)
-    if ONE_BLOCK:
+    if WHOLE:
         mask = k < K
         values = _load_values(x_ptr, pre_ptr, k, mask)
+        if SECOND > 0:
+            k_rest = FIRST + tl.arange(0, SECOND)
+            mask_rest = k_rest < K
+            rest = _load_values(x_ptr, pre_ptr, k_rest, mask_rest)
         if given_ptr is None:
-            scale = row_scale(values, QMAX)
+            largest = largest_of(values)
+            if SECOND > 0:
+                largest = tl.maximum(largest, largest_of(rest))
+            scale = row_scale(largest, QMAX)
             tl.store(scale_ptr + row, scale)
         else:
             scale = tl.load(given_ptr)
-        store_codes(codes_ptr + k, values, scale, zero, mask, QMIN, QMAX, given_ptr is not None)
+        store_codes(codes_ptr + k, values, scale, zero, mask, QMIN, QMAX, CLAMP, FMA)
+        if SECOND > 0:
+            store_codes(codes_ptr + k_rest, rest, scale, zero, mask_rest, QMIN, QMAX, CLAMP, FMA)
     else:
         if given_ptr is None:
-            scale = tl.full((), MIN_SCALE, tl.float32)
-            for start in range(0, K, BLOCK_K):
-                other = row_scale(_load_values(x_ptr, pre_ptr, start + k, start + k < K), QMAX)
-                # A NaN on either side stays.
-                scale = tl.where((scale != scale) | (scale > other), scale, other)
+            largest = tl.full((), 0, tl.int32)
+            for start in range(0, K, FIRST):
+                part = _load_values(x_ptr, pre_ptr, start + k, start + k < K)
+                largest = tl.maximum(largest, largest_of(part))
+            scale = row_scale(largest, QMAX)
             tl.store(scale_ptr + row, scale)
         else:
             scale = tl.load(given_ptr)
-        for start in range(0, K, BLOCK_K):
+        for start in range(0, K, FIRST):
             mask = start + k < K
             values = _load_values(x_ptr, pre_ptr, start + k, mask)
-            store_codes(codes_ptr + start + k, values, scale, zero, mask, QMIN, QMAX, given_ptr is not None)
+            store_codes(codes_ptr + start + k, values, scale, zero, mask, QMIN, QMAX, CLAMP, FMA)
+
+
+def row_blocks(columns: int, max_block: int = MAX_BLOCK) -> tuple[int, int, bool]:
+    """(first, second, whole): powers of two that hold a row of ``columns`` together, if they hold all of it."""
+    if columns > max_block:
+        return max_block, 0, False
+    first = 1 << (columns.bit_length() - 1)
+    second = 0 if first == columns else 1 << (columns - first - 1).bit_length()
+    return (first * 2, 0, True) if second == first else (first, second, True)
 
 
 def warps_for(block: int) -> int:
-    """Warps of a program that holds ``block`` elements."""
+    """Warps of a program whose larger block has this many elements."""
     return max(1, min(16, block // (32 * ELEMENTS_PER_THREAD)))
 
 
@@ -119,6 +176,7 @@ def quantize_rows(
     pre_scale: torch.Tensor | None = None,
     *,
     max_block: int = MAX_BLOCK,
+    fma: bool = not INTERPRETED,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [M, K] of x and their scale, [M, 1] measured or [1, 1] given; as the CPU's ``quantize_rows``.
 
@@ -130,6 +188,7 @@ def quantize_rows(
         zero_point: one int8 number, with ``scale`` only.
         pre_scale: fp32 [K].
         max_block: longest row that is kept in registers.
+        fma: divide with fused multiply-adds; False is slower and as exact.
     """
     rows, columns = x.shape
     dtype = torch.float8_e4m3fn if qmax == FLOAT8_MAX else torch.int8
@@ -141,21 +200,25 @@ def quantize_rows(
         return codes, measured
     if x.stride(1) != 1:
         x = x.contiguous()
-    block = min(triton.next_power_of_2(columns), max_block)
-    quantize_rows_kernel[(rows,)](
-        x,
-        codes,
-        measured,
-        scale,
-        zero_point,
-        pre_scale,
-        columns,
-        x.stride(0),
-        codes.stride(0),
-        QMIN=qmin,
-        QMAX=int(qmax),
-        BLOCK_K=block,
-        ONE_BLOCK=block >= columns,
-        num_warps=warps_for(block),
-    )
+    first, second, whole = row_blocks(columns, max_block)
+    with on_device_of(x):
+        quantize_rows_kernel[(rows,)](
+            x,
+            codes,
+            measured,
+            scale,
+            zero_point,
+            pre_scale,
+            columns,
+            x.stride(0),
+            codes.stride(0),
+            QMIN=qmin,
+            QMAX=int(qmax),
+            FIRST=first,
+            SECOND=second,
+            WHOLE=whole,
+            FMA=fma,
+            num_warps=warps_for(first),
+            enable_fp_fusion=False,
+        )
     return codes, measured

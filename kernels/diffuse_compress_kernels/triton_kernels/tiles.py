@@ -61,20 +61,21 @@ class GemvConfig:
 
     Attributes:
         block_n: output features per program.
-        groups: groups of 128 in_features per step.
-        num_warps: warps per program.
-        num_stages: depth of the software pipeline.
+        threads: threads of a program, each with 32 in_features per step.
     """
 
     block_n: int
-    groups: int
-    num_warps: int = 4
-    num_stages: int = 3
+    threads: int
 
     @property
     def name(self) -> str:
         """Short and unique, for tables of measurements."""
-        return f"n{self.block_n}-g{self.groups}-w{self.num_warps}s{self.num_stages}"
+        return f"n{self.block_n}-t{self.threads}"
+
+    @property
+    def num_warps(self) -> int:
+        """Warps of a program."""
+        return self.threads // 32
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; ``GemvConfig(**data)`` is the inverse."""

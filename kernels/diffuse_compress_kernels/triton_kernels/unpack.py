@@ -2,8 +2,8 @@
 
 A byte holds the code of column j in its low and of column j + 64 in its high nibble (two's complement), so both
 results of a function here are contiguous runs of 64 columns. Each function exists twice: with packed 32-bit
-instructions, four bytes at a time (ASM), and in plain Triton, which compiles to about three times the instructions
-but runs everywhere, the interpreter included. Both give the same bits.
+instructions (ASM), and in plain Triton, which compiles to up to three times the instructions but runs everywhere, the
+interpreter included. Both give the same bits.
 
 Which elements share an invocation of inline assembly is not specified, so the instructions work on each byte alone.
 Only :func:`to_int8_scaled` needs the four bytes of a word to belong to one row: the dot's left operand holds four
@@ -84,43 +84,38 @@ def to_float(packed, BFLOAT16: tl.constexpr, ASM: tl.constexpr):
     128 + u in bf16 is 0x4300 | u and 1024 + u in fp16 is 0x6400 | u, with u = code + 8 = nibble ^ 8.
     """
     if ASM:
+        # Two bytes at a time: the operand's layout loads pairs, and four would first have to be put together.
         if BFLOAT16:
             low, high = tl.inline_asm_elementwise(
                 """{
-                .reg .b32 a, b, c, d;
-                prmt.b32 a, $4, 0, 0x4140;
-                prmt.b32 b, $4, 0, 0x4342;
-                shr.u32 c, a, 4;
-                shr.u32 d, b, 4;
+                .reg .b32 a, b;
+                cvt.u32.u16 a, $2;
+                prmt.b32 a, a, 0, 0x4140;
+                shr.u32 b, a, 4;
                 lop3.b32 $0, a, 0x000F000F, 0x43084308, 0x6A;
                 lop3.b32 $1, b, 0x000F000F, 0x43084308, 0x6A;
-                lop3.b32 $2, c, 0x000F000F, 0x43084308, 0x6A;
-                lop3.b32 $3, d, 0x000F000F, 0x43084308, 0x6A;
                 }""",
-                "=r,=r,=r,=r,r",
+                "=r,=r,h",
                 [packed],
                 dtype=(tl.bfloat16, tl.bfloat16),
                 is_pure=True,
-                pack=4,
+                pack=2,
             )
         else:
             low, high = tl.inline_asm_elementwise(
                 """{
-                .reg .b32 a, b, c, d;
-                prmt.b32 a, $4, 0, 0x4140;
-                prmt.b32 b, $4, 0, 0x4342;
-                shr.u32 c, a, 4;
-                shr.u32 d, b, 4;
+                .reg .b32 a, b;
+                cvt.u32.u16 a, $2;
+                prmt.b32 a, a, 0, 0x4140;
+                shr.u32 b, a, 4;
                 lop3.b32 $0, a, 0x000F000F, 0x64086408, 0x6A;
                 lop3.b32 $1, b, 0x000F000F, 0x64086408, 0x6A;
-                lop3.b32 $2, c, 0x000F000F, 0x64086408, 0x6A;
-                lop3.b32 $3, d, 0x000F000F, 0x64086408, 0x6A;
                 }""",
-                "=r,=r,=r,=r,r",
+                "=r,=r,h",
                 [packed],
                 dtype=(tl.float16, tl.float16),
                 is_pure=True,
-                pack=4,
+                pack=2,
             )
     else:
         magic: tl.constexpr = 0x4308 if BFLOAT16 else 0x6408

@@ -1,8 +1,9 @@
-"""bf16 or fp16 activations times packed int4 weights with a scale (and zero point) per group of 32, 64 or 128.
+"""bf16 or fp16 activations times packed int4 weights with a scale (and zero point) per group of 32, 64 or 128 columns.
 
     y[m, n] = sum_k x[m, k] * s[n, g] * (q[n, k] - z[n, g]) + bias[n],   g = k // group size
 
-q - z is exact in 16 bits, its product with s (rounded to 16 bits) is rounded once, sums are fp32. The weight stands
+q - z is exact in 16 bits, its product with s (rounded to 16 bits) is rounded once, sums are fp32. With one scale per
+row, group size 0, s multiplies the fp32 sum instead. The weight stands
 on the left of the dot: unpacked codes go into the tensor core's register operand on Hopper. With few tokens, several
 programs share a tile's K and add their sums in a fixed order.
 """
@@ -76,13 +77,18 @@ def _dot_over_k(
     MAGIC: tl.constexpr = 136 if BFLOAT16 else 1032
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     k = tl.arange(0, HALF)
-    groups = tl.cdiv(K, GROUP_SIZE)
     if not TMA:
         x_rows = row_offsets(m0, M, stride_xm, BLOCK_M)
         x_places = x + m0.to(tl.int64) * stride_xm + first_step * GROUP + (x_rows[:, None] + k[None, :])
         w_rows = row_offsets(n0, N, stride_wn, BLOCK_N)
         w_places = w + n0.to(tl.int64) * stride_wn + first_step * HALF + (w_rows[:, None] + k[None, :])
     scale_rows = n0.to(tl.int64) * stride_sn + row_offsets(n0, N, stride_sn, BLOCK_N)
+    if GROUP_SIZE == 0:
+        zero = tl.full((BLOCK_N, 1), MAGIC, DTYPE)
+        if zero_ptr is not None:
+            zero = (tl.load(zero_ptr + scale_rows).to(tl.int32) + MAGIC).to(DTYPE)[:, None]
+    else:
+        groups = tl.cdiv(K, GROUP_SIZE)
     for step in tl.range(first_step, last_step):
         if TMA:
             w_tile = w.load([n0, step * HALF])
@@ -97,17 +103,21 @@ def _dot_over_k(
                 left = K - step * GROUP
                 x_low = tl.load(x_places, mask=k[None, :] < left, other=0.0)
                 x_high = tl.load(x_places + HALF, mask=k[None, :] < left - HALF, other=0.0)
-        scale_low, scale_high = _group_values(scale_ptr + scale_rows, step, groups, GROUP_SIZE)
         low, high = to_float(w_tile, BFLOAT16, ASM)
-        if zero_ptr is None:
-            low = low - tl.full((1, 1), MAGIC, DTYPE)
-            high = high - tl.full((1, 1), MAGIC, DTYPE)
+        if GROUP_SIZE == 0:
+            low = low - zero
+            high = high - zero
         else:
-            zero_low, zero_high = _group_values(zero_ptr + scale_rows, step, groups, GROUP_SIZE)
-            low = low - (zero_low.to(tl.int32) + MAGIC).to(DTYPE)
-            high = high - (zero_high.to(tl.int32) + MAGIC).to(DTYPE)
-        low = low * scale_low.to(DTYPE)
-        high = high * scale_high.to(DTYPE)
+            if zero_ptr is None:
+                low = low - tl.full((1, 1), MAGIC, DTYPE)
+                high = high - tl.full((1, 1), MAGIC, DTYPE)
+            else:
+                zero_low, zero_high = _group_values(zero_ptr + scale_rows, step, groups, GROUP_SIZE)
+                low = low - (zero_low.to(tl.int32) + MAGIC).to(DTYPE)
+                high = high - (zero_high.to(tl.int32) + MAGIC).to(DTYPE)
+            scale_low, scale_high = _group_values(scale_ptr + scale_rows, step, groups, GROUP_SIZE)
+            low = low * scale_low.to(DTYPE)
+            high = high * scale_high.to(DTYPE)
         acc = tl.dot(low, x_low.T, acc)
         acc = tl.dot(high, x_high.T, acc)
         if not TMA:
@@ -203,19 +213,23 @@ def w4a16(
     Args:
         x: bf16 or fp16 [M, K].
         packed: int8 bytes [N, ceil(K / 128) * 64], two codes each: columns j and j + 64 of a group of 128.
-        scale: fp32 [N, ceil(K / group_size)].
+        scale: fp32 [N, ceil(K / group_size)]; with ``group_size`` 0 [N, 1] or [1, 1].
         zero_point: int8 of ``scale``'s shape; None is symmetric.
-        group_size: 32, 64 or 128.
+        group_size: 32, 64, 128, or 0 for a whole row.
         config: tile shape.
         bias: [N], any float dtype.
         out: where to write, [M, N] in the dtype of x with contiguous rows.
         asm: unpack with inline assembly; False is slower and works in the interpreter too.
     """
-    operands = Operands(x, packed.view(torch.uint8), x.shape[1], None, None, None, bias, out, x.dtype)
+    row_scale = scale if group_size == 0 else None
+    if group_size == 0 and zero_point is not None:
+        zero_point = zero_point.expand(packed.shape[0], 1)
+    values = zero_point if group_size == 0 else scale
+    operands = Operands(x, packed.view(torch.uint8), x.shape[1], None, row_scale, None, bias, out, x.dtype)
     constants = {
-        "group_scale_ptr": scale,
+        "group_scale_ptr": None if group_size == 0 else scale,
         "zero_ptr": zero_point,
-        "stride_gn": scale.stride(0),
+        "stride_gn": 0 if values is None else values.stride(0),
         "GROUP_SIZE": group_size,
         "ASM": asm,
     }

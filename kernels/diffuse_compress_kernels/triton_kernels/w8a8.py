@@ -169,4 +169,5 @@ def w8a8(
     """
     operands = Operands(codes, weight, codes.shape[1], x_scale, w_scale, offset, bias, out, dtype)
     integer = codes.dtype == torch.int8
-    return launch(w8a8_kernel, operands, config, {"INTEGER": integer}, torch.int32 if integer else torch.float32)
+    constants = {"INTEGER": integer, "BLOCK_K": config.block_k, "WEIGHT_LEFT": config.weight_left}
+    return launch(w8a8_kernel, operands, config, constants, torch.int32 if integer else torch.float32)
