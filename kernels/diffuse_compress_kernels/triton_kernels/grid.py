@@ -43,7 +43,8 @@ def sum_parts(acc, parts_ptr, counters_ptr, tile, part, SPLIT_K: tl.constexpr, R
     if last:
         # Past L1, which does not see other multiprocessors' stores.
         acc = tl.load(base + inner, cache_modifier=".cg")
-        for other in range(1, SPLIT_K):
+        # Unrolled, so that all loads are on their way before the first sum.
+        for other in tl.static_range(1, SPLIT_K):
             acc += tl.load(base + other * (ROWS * COLS) + inner, cache_modifier=".cg")
         tl.store(counters_ptr + tile, 0)
     return last, acc
