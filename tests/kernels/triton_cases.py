@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from diffuse_compress.quantization.packing import pack
-from diffuse_compress_kernels import int_matmul
+from diffuse_compress_kernels import int8_conv2d, int_matmul
+from diffuse_compress_kernels.int8_conv2d.op import output_size
 from diffuse_compress_kernels.int8_linear import cpu
 from diffuse_compress_kernels.int8_linear.reference import linear_codes_reference
 from diffuse_compress_kernels.triton_kernels import producers
+from diffuse_compress_kernels.triton_kernels.conv import conv2d_int8, quantize_samples
 from diffuse_compress_kernels.triton_kernels.expand import expand_to_float, expand_to_int8
 from diffuse_compress_kernels.triton_kernels.gemv import w4a16_gemv
 from diffuse_compress_kernels.triton_kernels.reference import int8_weight_reference, w4a16_reference
@@ -179,7 +181,11 @@ def assert_codes_close(got: tuple[torch.Tensor, torch.Tensor], values: torch.Ten
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("modulated", [False, True])
-def test_norm_quantize_rows_matches_separate_operations(rms: bool, modulated: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("many_rows", [4, 4096])
+def test_norm_quantize_rows_matches_separate_operations(
+    many_rows: int, rms: bool, modulated: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(producers, "MANY_ROWS", many_rows)
     x = (torch.randn(12, 300) * 3 + 1).to(dtype)
     weight, bias = torch.randn(300).to(dtype), torch.randn(300).to(dtype)
     scale, shift = torch.randn(3, 600).to(dtype).chunk(2, dim=1)
@@ -207,3 +213,41 @@ def test_act_quantize_rows_matches_separate_operations(activation: str, gate_fir
         "swiglu": lambda: F.silu(gate) * up,
     }[activation]()
     assert_codes_close(producers.act_quantize_rows(x, 127, activation, gate_first=gate_first), y)
+
+
+GEOMETRIES = {
+    "3x3": ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+    "3x3 stride 2": ((3, 3), (2, 2), (1, 1, 1, 1), (1, 1)),
+    "3x3 dilated": ((3, 3), (1, 1), (2, 2, 2, 2), (2, 2)),
+    "1x1": ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1)),
+    "2x4 uneven padding": ((2, 4), (1, 2), (1, 2, 0, 1), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("given", ["measured", "zero point", "pre_scale"])
+@pytest.mark.parametrize("side", [(8, 6), (9, 7)])
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_conv2d_equals_the_cpu(geometry: tuple[tuple[int, ...], ...], side: tuple[int, int], given: str) -> None:
+    kernel, stride, padding, dilation = geometry
+    x = torch.randn(2, 32, *side)
+    x[1] *= 40
+    if side[0] == 9:
+        x = x.to(memory_format=torch.channels_last)
+    weight, w_scale, bias = codes(10, 32 * kernel[0] * kernel[1], low=-128), torch.rand(10, 1), torch.randn(10)
+    zero_point = torch.tensor([-31], dtype=torch.int8) if given == "zero point" else None
+    scale = None if zero_point is None else torch.tensor([0.05])
+    pre_scale = torch.rand(32) + 0.1 if given == "pre_scale" else None
+    qmin = -127 if zero_point is None else -128
+    expected = int8_conv2d(
+        x, weight, w_scale, bias, kernel=kernel, stride=stride, padding=padding, dilation=dilation, qmin=qmin,
+        input_scale=scale, input_zero_point=zero_point, pre_scale=pre_scale,
+    )  # fmt: skip
+    x_codes, x_scale = quantize_samples(x, (qmin, 127), padding, scale, zero_point, pre_scale)
+    by_tap = weight.view(10, 32, -1).transpose(1, 2).reshape(10, -1)
+    offset = None if zero_point is None else weight.sum(dim=1, dtype=torch.int32) * zero_point.int()
+    size = output_size(side, *(list(part) for part in geometry))
+    y = conv2d_int8(
+        x_codes, x_scale, by_tap, w_scale, size, kernel, stride, dilation, x.dtype,
+        offset=offset, bias=bias, config=TileConfig(32, 16, 32),
+    )  # fmt: skip
+    assert_close(y, expected.double())

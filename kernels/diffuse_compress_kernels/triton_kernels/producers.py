@@ -14,24 +14,50 @@ import triton
 import triton.language as tl
 
 from diffuse_compress_kernels.triton_kernels.launch import INTERPRETED, on_device_of
-from diffuse_compress_kernels.triton_kernels.rows import largest_of, row_scale, store_codes, warps_for
+from diffuse_compress_kernels.triton_kernels.rows import largest_of, row_blocks, row_scale, store_codes, warps_for
 
 __all__ = ["ACTIVATIONS", "MAX_COLUMNS", "act_quantize_rows", "norm_quantize_rows"]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "geglu", "geglu_tanh", "swiglu")
 MAX_COLUMNS = 16384
 FLOAT8_MAX = 448
+# Rows that one program normalizes, where there are enough to fill a device so.
+ROWS_TOGETHER = 4
+MANY_ROWS = 4096
 
 
 @triton.jit
-def _quantize(values, codes_ptr, scale_ptr, row, k, mask, QMAX: tl.constexpr, FMA: tl.constexpr):
-    """QMAX 0 writes the values themselves."""
+def _load(ptr, k, mask):
+    return tl.load(ptr + k, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _finish(
+    values, weight_ptr, bias_ptr, mod_scale_ptr, mod_shift_ptr, k, mask, dtype: tl.constexpr, ROUND_FIRST: tl.constexpr
+):
+    """Weight, bias and modulation of normalized values, rounded to ``dtype`` after each, as separate operations do."""
+    if ROUND_FIRST:
+        values = values.to(dtype).to(tl.float32)
+    if weight_ptr is not None:
+        values *= _load(weight_ptr, k, mask)
+    if bias_ptr is not None:
+        values += _load(bias_ptr, k, mask)
+    values = values.to(dtype).to(tl.float32)
+    if mod_scale_ptr is not None:
+        factor = (_load(mod_scale_ptr, k, mask) + 1.0).to(dtype).to(tl.float32)
+        values = (values * factor).to(dtype).to(tl.float32)
+    if mod_shift_ptr is not None:
+        values = (values + _load(mod_shift_ptr, k, mask)).to(dtype).to(tl.float32)
+    return tl.where(mask, values, 0.0)
+
+
+@triton.jit
+def _store(values, places, scale, mask, QMAX: tl.constexpr, FMA: tl.constexpr):
+    """Codes, or with QMAX 0 the values themselves."""
     if QMAX == 0:
-        tl.store(codes_ptr + k, values.to(codes_ptr.dtype.element_ty), mask=mask)
+        tl.store(places, values.to(places.dtype.element_ty), mask=mask)
     else:
-        scale = row_scale(largest_of(tl.where(mask, values, 0.0)), QMAX)
-        tl.store(scale_ptr + row, scale)
-        store_codes(codes_ptr + k, values, scale, 0.0, mask, -QMAX, QMAX, False, FMA)
+        store_codes(places, values, scale, 0.0, mask, -QMAX, QMAX, False, FMA)
 
 
 @triton.jit
@@ -52,34 +78,65 @@ def norm_quantize_kernel(
     RMS: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
     QMAX: tl.constexpr,
-    BLOCK: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    ROWS: tl.constexpr,
     FMA: tl.constexpr,
 ):
-    """ROUND_FIRST: the normalized row is rounded before its weight multiplies it, as RMSNorm in Llama does."""
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    mask = k < K
-    dtype = x_ptr.dtype.element_ty
-    values = tl.load(x_ptr + row * stride_xm + k, mask=mask, other=0.0).to(tl.float32)
-    if not RMS:
-        mean = tl.sum(values, axis=0) / K
-        values = tl.where(mask, values - mean, 0.0)
-    values *= 1.0 / tl.sqrt(tl.sum(values * values, axis=0) / K + eps)
-    if ROUND_FIRST:
-        values = values.to(dtype).to(tl.float32)
-    if weight_ptr is not None:
-        values *= tl.load(weight_ptr + k, mask=mask, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        values += tl.load(bias_ptr + k, mask=mask, other=0.0).to(tl.float32)
-    values = values.to(dtype).to(tl.float32)
-    sample = (row // rows_per_sample) * stride_mb
+    """ROWS rows of one sample, one after the other: weights and modulation are read once for them.
+
+    ROUND_FIRST: the normalized row is rounded before its weight multiplies it, as RMSNorm in Llama does.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    sample = (first_row // rows_per_sample) * stride_mb
     if mod_scale_ptr is not None:
-        factor = tl.load(mod_scale_ptr + sample + k, mask=mask, other=0.0).to(tl.float32) + 1.0
-        values = (values * factor.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+        mod_scale_ptr += sample
     if mod_shift_ptr is not None:
-        shift = tl.load(mod_shift_ptr + sample + k, mask=mask, other=0.0).to(tl.float32)
-        values = (values + shift).to(dtype).to(tl.float32)
-    _quantize(values, codes_ptr + row * stride_cm, scale_ptr, row, k, mask, QMAX, FMA)
+        mod_shift_ptr += sample
+    k = tl.arange(0, FIRST)
+    mask = k < K
+    if SECOND > 0:
+        k_rest = FIRST + tl.arange(0, SECOND)
+        mask_rest = k_rest < K
+    for row in tl.range(first_row, first_row + ROWS):
+        values = _load(x_ptr + row * stride_xm, k, mask)
+        total = tl.sum(values, axis=0)
+        if SECOND > 0:
+            rest = _load(x_ptr + row * stride_xm, k_rest, mask_rest)
+            total += tl.sum(rest, axis=0)
+        if not RMS:
+            values = tl.where(mask, values - total / K, 0.0)
+            if SECOND > 0:
+                rest = tl.where(mask_rest, rest - total / K, 0.0)
+        squares = tl.sum(values * values, axis=0)
+        if SECOND > 0:
+            squares += tl.sum(rest * rest, axis=0)
+        inverse = 1.0 / tl.sqrt(squares / K + eps)
+        values = _finish(
+            values * inverse, weight_ptr, bias_ptr, mod_scale_ptr, mod_shift_ptr, k, mask, dtype, ROUND_FIRST
+        )
+        largest = largest_of(values)
+        if SECOND > 0:
+            rest = _finish(
+                rest * inverse,
+                weight_ptr,
+                bias_ptr,
+                mod_scale_ptr,
+                mod_shift_ptr,
+                k_rest,
+                mask_rest,
+                dtype,
+                ROUND_FIRST,
+            )
+            largest = tl.maximum(largest, largest_of(rest))
+        scale = 1.0
+        if QMAX > 0:
+            scale = row_scale(largest, QMAX)
+            tl.store(scale_ptr + row, scale)
+        _store(values, codes_ptr + row * stride_cm + k, scale, mask, QMAX, FMA)
+        if SECOND > 0:
+            _store(rest, codes_ptr + row * stride_cm + k_rest, scale, mask_rest, QMAX, FMA)
 
 
 @triton.jit
@@ -126,13 +183,27 @@ def act_quantize_kernel(
         up_ptr = x_ptr + K if GATE_FIRST else x_ptr
         values *= tl.load(up_ptr + k, mask=mask, other=0.0).to(tl.float32)
         values = values.to(dtype).to(tl.float32)
-    _quantize(values, codes_ptr + row * stride_cm, scale_ptr, row, k, mask, QMAX, FMA)
+    values = tl.where(mask, values, 0.0)
+    scale = 1.0
+    if QMAX > 0:
+        scale = row_scale(largest_of(values), QMAX)
+        tl.store(scale_ptr + row, scale)
+    _store(values, codes_ptr + row * stride_cm + k, scale, mask, QMAX, FMA)
 
 
 def _outputs(x: torch.Tensor, columns: int, qmax: int) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = {0: x.dtype, FLOAT8_MAX: torch.float8_e4m3fn}.get(qmax, torch.int8)
     codes = torch.empty(x.shape[0], columns, dtype=dtype, device=x.device)
     return codes, torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+
+
+def _division(x: torch.Tensor, modulation: torch.Tensor | None, two_blocks: bool) -> tuple[int, int, int, int]:
+    """(first and second block of a row, rows of a program, rows of a sample)."""
+    rows, columns = x.shape
+    per_sample = rows if modulation is None else rows // modulation.shape[0]
+    first, second, _ = row_blocks(columns) if two_blocks else (triton.next_power_of_2(columns), 0, True)
+    together = ROWS_TOGETHER if per_sample % ROWS_TOGETHER == 0 and rows >= MANY_ROWS else 1
+    return first, second, together, per_sample
 
 
 def norm_quantize_rows(
@@ -146,20 +217,22 @@ def norm_quantize_rows(
     bias: torch.Tensor | None = None,
     mod_scale: torch.Tensor | None = None,
     mod_shift: torch.Tensor | None = None,
+    two_blocks: bool = True,
     fma: bool = not INTERPRETED,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [M, K] and scale [M, 1] of the normalized, modulated rows of x [M, K].
+    """Codes [M, K] and scale [M, 1] of the normalized, modulated rows of x.
 
     Args:
-        x: bf16, fp16 or fp32, contiguous rows of at most ``MAX_COLUMNS``.
+        x: any float dtype, contiguous rows of at most ``MAX_COLUMNS``.
         qmax: 127, 7, or 448 for float8_e4m3fn codes; 0 returns the rows in the dtype of x, and no scale.
         eps: added to the variance.
         rms: RMSNorm instead of LayerNorm.
         round_first: round before ``weight`` multiplies.
         weight: [K].
         bias: [K].
-        mod_scale: [B, K], equal strides with ``mod_shift``; M / B consecutive rows share a row of it.
-        mod_shift: [B, K].
+        mod_scale: [B, K], strides as ``mod_shift``, [B, K]; M / B consecutive rows share a row of both.
+        mod_shift: see there.
+        two_blocks: hold a row as two blocks, with fewer idle lanes and more reductions than one.
         fma: as in ``quantize_rows``.
     """
     rows, columns = x.shape
@@ -167,28 +240,24 @@ def norm_quantize_rows(
     if rows == 0:
         return codes, scale
     modulation = mod_scale if mod_scale is not None else mod_shift
-    block = triton.next_power_of_2(columns)
+    first, second, together, per_sample = _division(x, modulation, two_blocks)
     with on_device_of(x):
-        norm_quantize_kernel[(rows,)](
-            x,
-            codes,
-            scale,
-            weight,
-            bias,
-            mod_scale,
-            mod_shift,
+        norm_quantize_kernel[(rows // together,)](
+            *(x, codes, scale, weight, bias, mod_scale, mod_shift),
             columns,
             x.stride(0),
             codes.stride(0),
-            0 if modulation is None else modulation.stride(0),
-            rows if modulation is None else rows // modulation.shape[0],
+            modulation.stride(0) if modulation is not None else 0,
+            per_sample,
             eps,
             RMS=rms,
             ROUND_FIRST=round_first,
             QMAX=qmax,
-            BLOCK=block,
+            FIRST=first,
+            SECOND=second,
+            ROWS=together,
             FMA=fma,
-            num_warps=warps_for(block),
+            num_warps=warps_for(first),
             enable_fp_fusion=False,
         )
     return codes, scale
