@@ -1,5 +1,7 @@
 """The Triton kernels in the interpreter, on the CPU: run by test_triton_interpreter.py with TRITON_INTERPRET=1.
 
+One case of each kind is unmarked, the others are slow.
+
 Codes, scales and int32 sums equal the CPU implementation bit for bit. The interpreter has no bf16 products, no fused
 multiply-add and no inline assembly: fp16, plain division, the plain variant of unpacking.
 """
@@ -37,8 +39,9 @@ CONFIGS = {
     "descriptors, persistent": TileConfig(32, 64, tma=True, programs_per_sm=1),
     "weight on the right": TileConfig(32, 64, weight_left=False),
 }
+SLOW = pytest.mark.slow
 CASES = [
-    pytest.param(shape, config, id=f"{'x'.join(map(str, shape))} {name}")
+    pytest.param(shape, config, id=f"{'x'.join(map(str, shape))} {name}", marks=() if shape == SHAPES[2] else SLOW)
     for shape in SHAPES
     for name, config in CONFIGS.items()
     if not (config.tma and shape[2] % 16)
@@ -94,8 +97,8 @@ def test_w4a8_sums_equal_the_cpu(shape: tuple[int, int, int], config: TileConfig
     assert torch.equal(out, int_matmul(x, int8_weight_reference(packed, group_scale, depth).to(torch.int8)))
 
 
-@pytest.mark.parametrize("group_size", [0, 32, 64, 128])
-@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("group_size", [pytest.param(0, marks=SLOW), 32, pytest.param(64, marks=SLOW), 128])
+@pytest.mark.parametrize("zero", [pytest.param(False, marks=SLOW), True])
 @pytest.mark.parametrize("name", ["tile per program", "parts of K", "descriptors"])
 def test_w4a16_matches_reference(name: str, zero: bool, group_size: int) -> None:
     rows, outputs, depth = 20, 70, 272
@@ -122,7 +125,9 @@ def test_w4a16_gemv_is_more_exact_than_16_bit_weights(depth: int, threads: int, 
 
 @pytest.mark.parametrize("max_block", [16384, 128])
 @pytest.mark.parametrize("given", ["measured", "pre_scale", "static", "zero point"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=SLOW), pytest.param(torch.float16, marks=SLOW), torch.bfloat16]
+)
 def test_quantize_rows_equals_the_cpu(dtype: torch.dtype, given: str, max_block: int) -> None:
     for depth in (300, 384, 512, 5) if max_block > 512 else (300,):
         x = torch.randn(9, depth) * torch.logspace(-3, 3, 9)[:, None]
@@ -178,7 +183,7 @@ def assert_codes_close(got: tuple[torch.Tensor, torch.Tensor], values: torch.Ten
     assert_close(got[1], scale, Tolerance(rms=1e-3, maximum=4e-3))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=SLOW)])
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("modulated", [False, True])
 @pytest.mark.parametrize("many_rows", [4, 4096])
@@ -199,6 +204,7 @@ def test_norm_quantize_rows_matches_separate_operations(
     assert_close(plain, y.double(), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", producers.ACTIVATIONS)
 @pytest.mark.parametrize("gate_first", [True, False])
 def test_act_quantize_rows_matches_separate_operations(activation: str, gate_first: bool) -> None:
@@ -225,7 +231,7 @@ GEOMETRIES = {
 
 
 @pytest.mark.parametrize("given", ["measured", "zero point", "pre_scale"])
-@pytest.mark.parametrize("side", [(8, 6), (9, 7)])
+@pytest.mark.parametrize("side", [(8, 6), pytest.param((9, 7), marks=SLOW)])
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_conv2d_equals_the_cpu(geometry: tuple[tuple[int, ...], ...], side: tuple[int, int], given: str) -> None:
     kernel, stride, padding, dilation = geometry
