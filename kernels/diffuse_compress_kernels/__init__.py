@@ -16,10 +16,8 @@ from diffuse_compress_kernels.int8_linear import (
     int_matmul,
     quantize_rows,
 )
-from diffuse_compress_kernels.quantizing_producers import act_quantize_rows, norm_quantize_rows
 
 __all__ = [
-    "act_quantize_rows",
     "fp8_linear",
     "has_fast_int4",
     "has_fast_int8",
@@ -28,7 +26,6 @@ __all__ = [
     "int8_linear",
     "int8_linear_codes",
     "int_matmul",
-    "norm_quantize_rows",
     "quantize_rows",
     "w4a8_linear",
     "w4a8_linear_codes",

@@ -8,7 +8,6 @@ the product already has the layout of the output::
     acc  [N, rows * Wo] = weight [N, C * kh * kw] @ cols         int32, exact
 
 Padding is exact: the border holds the code of 0, i.e. the zero point. A 1x1 convolution of stride 1 needs no copy.
-On CUDA devices with the Triton kernels windows are addressed in place instead (``triton_kernels/conv.py``).
 """
 
 from __future__ import annotations
@@ -17,14 +16,11 @@ from typing import cast
 
 import torch
 
-from diffuse_compress_kernels import triton_kernels
 from diffuse_compress_kernels.int8_linear import cpu, cuda
 from diffuse_compress_kernels.int8_linear.op import is_plain
 
 __all__ = ["int8_conv2d", "output_size"]
 
-# Channels of a tap are whole steps of aligned loads then; others (the first layer of a model) gather their windows.
-TRITON_CHANNELS = 32
 COLUMN_BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 
 
@@ -140,11 +136,6 @@ def _run(
 ) -> torch.Tensor:
     samples, channels, height, width = x.shape
     out_height, out_width = output_size((height, width), *geometry)
-    if out_height * out_width * samples and channels % TRITON_CHANNELS == 0 and triton_kernels.usable(x.device):
-        run = triton_kernels.module("products").conv2d
-        size = (out_height, out_width)
-        y = run(x, weight, weight_scale, bias, geometry, size, code_range, input_scale, zero_point, pre_scale)
-        return cast(torch.Tensor, y)
     out = torch.empty(samples, weight.shape[0], out_height, out_width, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from diffuse_compress_kernels.triton_kernels import capability
-from diffuse_compress_kernels.triton_kernels.conv import conv2d_int8, quantize_samples
 from diffuse_compress_kernels.triton_kernels.expand import expand_to_float, expand_to_int8
 from diffuse_compress_kernels.triton_kernels.gemv import w4a16_gemv
 from diffuse_compress_kernels.triton_kernels.rows import quantize_rows
@@ -23,7 +22,6 @@ from diffuse_compress_kernels.triton_kernels.w8a8 import w8a8
 
 __all__ = [
     "config_for",
-    "conv2d",
     "fp8_linear_codes",
     "int8_linear_codes",
     "int_matmul",
@@ -223,42 +221,3 @@ def w4a16_linear(
         config = GEMV_CONFIG_MANY_OUTPUTS if packed.shape[0] >= MANY_OUTPUTS else GEMV_CONFIG
         return w4a16_gemv(x, packed, scale, zero_point, config, bias=bias)
     return w4a16(x, packed, scale, zero_point, group_size, config_for("w4a16", x, packed), bias=bias)
-
-
-def conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    geometry: tuple[list[int], list[int], list[int], list[int]],
-    size: tuple[int, int],
-    code_range: tuple[int, int],
-    input_scale: torch.Tensor | None,
-    zero_point: torch.Tensor | None,
-    pre_scale: torch.Tensor | None,
-) -> torch.Tensor:
-    """As the operator ``int8_conv2d``; ``geometry`` is (kernel, stride, padding, dilation), ``size`` (Ho, Wo).
-
-    The stored weight has the taps of a channel together; the product wants the channels of a tap, so it is rearranged
-    on each call: that costs its bytes twice, a few percent of the product, and keeps no second copy.
-    """
-    kernel, stride, padding, dilation = geometry
-    by_tap = weight.view(weight.shape[0], x.shape[1], -1).transpose(1, 2).contiguous()
-    offset = None
-    if zero_point is not None:
-        offset = weight.sum(dim=1, dtype=torch.int32).mul_(zero_point.reshape(1).to(torch.int32))
-    left, right, top, bottom = padding
-    codes, scale = quantize_samples(x, code_range, (left, right, top, bottom), input_scale, zero_point, pre_scale)
-    return conv2d_int8(
-        codes,
-        scale,
-        by_tap.view(weight.shape[0], -1),
-        weight_scale,
-        size,
-        (kernel[0], kernel[1]),
-        (stride[0], stride[1]),
-        (dilation[0], dilation[1]),
-        x.dtype,
-        offset=offset,
-        bias=bias,
-    )
