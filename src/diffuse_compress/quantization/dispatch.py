@@ -158,8 +158,8 @@ _MEASURED: dict[tuple[str, str, bool, torch.dtype], float] = {
 # the kernels' benchmarks/shapes.py, by `python -m diffuse_compress_kernels.benchmarks.gpu_layers`, torch 2.11, triton
 # 3.6, 2026-11. Key: name of the device, path, weight bits.
 _MEASURED_GPU: dict[tuple[str, str, int], float] = {
-    ("NVIDIA H200", "int8-cuda", 8): 1.29,
-    ("NVIDIA H200", "int8-cuda", 4): 1.21,
+    ("NVIDIA H200", "int8-cuda", 8): 1.28,
+    ("NVIDIA H200", "int8-cuda", 4): 1.23,
     ("NVIDIA H200", "fp8-cuda", 8): 1.49,
     ("NVIDIA H200", "int4-cuda", 4): 0.94,
 }
