@@ -168,3 +168,11 @@ def test_expanded_weights_are_exact(outputs: int, depth: int) -> None:
             if zero_point is not None:
                 values -= zero_point.float().repeat_interleave(repeats, dim=1)[:, :depth]
             assert torch.equal(got, values * scale.repeat_interleave(repeats, dim=1)[:, :depth])
+
+
+def test_descriptors_refuse_parts_of_k_and_unaligned_rows() -> None:
+    x, weight = codes(4, 160), codes(8, 160)
+    with pytest.raises(ValueError, match="descriptors and split_k=2 do not go together"):
+        w8a8(x, None, weight, None, TileConfig(32, 64, tma=True, split_k=2), out=sums(4, 8))
+    with pytest.raises(ValueError, match="descriptors need rows of a multiple of 16 bytes"):
+        w8a8(x[:, :100].contiguous(), None, weight[:, :100], None, TileConfig(32, 64, tma=True), out=sums(4, 8))
