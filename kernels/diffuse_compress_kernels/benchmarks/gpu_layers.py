@@ -121,8 +121,6 @@ def large_arms(layer: Layer) -> Arms:
         "bf16": lambda i: torch.mm(x[i], w[i].t()),
         "part quantize int8": lambda i: quantize_rows(x[i], -127, 127),
         "part quantize fp8": lambda i: quantize_rows(x[i], -448, 448),
-        "part quantize in steps of 2048": lambda i: quantize_rows(x[i], -127, 127, max_block=2048),
-        "part quantize in steps of 4096": lambda i: quantize_rows(x[i], -127, 127, max_block=4096),
         "part expand int8": lambda i: expand_to_int8(layer.packed[i], layer.int_scale, layer.int8[i]),
         "part expand bf16": lambda i: expand_to_float(
             layer.packed[i], layer.group_scale, layer.zero_point, 128, layer.dense[i]

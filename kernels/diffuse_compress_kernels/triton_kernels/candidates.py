@@ -75,5 +75,4 @@ def candidates(kind: str, tokens: int) -> list[TileConfig]:
 
 def gemv_candidates() -> list[GemvConfig]:
     """Configurations of a product of one token without tensor cores."""
-    shapes = [(rows, threads) for threads in (32, 64, 128) for rows in (4, 8, 16)]
-    return [GemvConfig(rows, threads, prefetch) for prefetch in (False, True) for rows, threads in shapes]
+    return [GemvConfig(rows, threads) for threads in (32, 64, 128) for rows in (4, 8, 16)]

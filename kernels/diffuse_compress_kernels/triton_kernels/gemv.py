@@ -151,7 +151,6 @@ def w4a16_gemv_kernel(
     BLOCK_N: tl.constexpr,
     THREADS: tl.constexpr,
     EVEN_K: tl.constexpr,
-    PREFETCH: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """Program (BLOCK_N rows, token). A tile is [BLOCK_N, 4 * THREADS] words of 8 codes; ``w_ptr`` is int32.
@@ -172,23 +171,14 @@ def w4a16_gemv_kernel(
     x_ptr += token * stride_xm
     scale_rows = (rows * stride_sn)[:, None]
     acc = tl.zeros((BLOCK_N, THREADS), dtype=tl.float32)
-    if PREFETCH:
-        packed_next = tl.load(w_places, mask=(word // 16 * 128 < K)[None, :], other=0)
     for start in tl.range(0, K, 8 * WORDS):
         inside = start + t // 4 * 128 < K
-        if PREFETCH:
-            packed = packed_next
-            # The next step's words are on their way while this one is multiplied.
-            mask = (start + 8 * WORDS + word // 16 * 128 < K)[None, :]
-            packed_next = tl.load(w_places + start // 8 + WORDS, mask=mask, other=0)
-        elif EVEN_K:
-            packed = tl.load(w_places + start // 8)
-        else:
-            packed = tl.load(w_places + start // 8, mask=(start + word // 16 * 128 < K)[None, :], other=0)
         if EVEN_K:
+            packed = tl.load(w_places + start // 8)
             x_low = tl.load(x_ptr + start + column).to(tl.float32)
             x_high = tl.load(x_ptr + start + column + 64).to(tl.float32)
         else:
+            packed = tl.load(w_places + start // 8, mask=(start + word // 16 * 128 < K)[None, :], other=0)
             x_low = tl.load(x_ptr + start + column, mask=start + column < K, other=0.0).to(tl.float32)
             x_high = tl.load(x_ptr + start + column + 64, mask=start + column + 64 < K, other=0.0).to(tl.float32)
         low_hi, low_lo, high_hi, high_lo, total, step = _fixed_point(x_low, x_high, WORDS)
@@ -242,7 +232,6 @@ def w4a16_gemv(
             BLOCK_N=config.block_n,
             THREADS=config.threads,
             EVEN_K=x.shape[1] % (config.threads * COLUMNS_PER_THREAD) == 0,
-            PREFETCH=config.prefetch,
             ASM=asm,
             num_warps=config.threads // 32,
         )

@@ -18,16 +18,14 @@ from diffuse_compress_kernels.triton_kernels.tiles import TileConfig
 __all__ = ["DEFAULT", "TABLES", "Choice", "Table", "choose", "load_table", "save_table", "table_for"]
 
 MANY = 1 << 40
-# Programs per multiprocessor that keep enough loads in flight when a weight is only streamed.
-STREAMING_PROGRAMS = 1.9
 
 
 @dataclass(frozen=True)
 class Choice:
     """A tile shape for products of at most ``tokens`` tokens and at least ``outputs`` out_features.
 
-    ``speed`` on full waves is relative to its neighbours. Programs that share a tile get ``least_steps`` steps of K
-    each: adding up the parts of larger tiles costs more.
+    ``speed`` on full waves is relative to its neighbours. K is split until there are ``programs`` per multiprocessor,
+    enough to keep loads in flight, but not into parts of fewer than ``least_steps`` steps: adding up costs, too.
     """
 
     tokens: int
@@ -35,6 +33,7 @@ class Choice:
     speed: float = 1.0
     outputs: int = 0
     least_steps: int = 4
+    programs: float = 1.9
 
 
 Table = Mapping[str, tuple[Choice, ...]]
@@ -88,8 +87,8 @@ _HOPPER: Table = {
         Choice(MANY, TileConfig(128, 128, 128, 4, 3, tma=True, programs_per_sm=2)),
     ),
     "w4a16": (
-        Choice(16, TileConfig(16, 64, 128, 4, 5, split_k=8)),
-        Choice(32, TileConfig(32, 64, 128, 4, 5, split_k=8)),
+        Choice(16, TileConfig(16, 64, 128, 4, 5, split_k=8), programs=3.5),
+        Choice(32, TileConfig(32, 64, 128, 4, 5, split_k=8), programs=3.5),
         Choice(64, TileConfig(64, 64, 128, 4, 5, split_k=4), least_steps=8),
         Choice(MANY, TileConfig(256, 128, 128, 8, 3, tma=True)),
     ),
@@ -121,6 +120,7 @@ def choose(
         multiprocessors: of the device.
         aligned: rows are multiples of 16 bytes, as descriptors need.
     """
+    shape = (max(shape[0], 1), max(shape[1], 1), shape[2])
     tokens, outputs, _ = shape
     fitting = [choice for choice in table[kind] if choice.tokens >= tokens and choice.outputs <= outputs]
     least = min(choice.tokens for choice in fitting)
@@ -155,7 +155,7 @@ def _parts(choice: Choice, shape: tuple[int, int, int], multiprocessors: int) ->
     tiles = max(1, _tiles(config, tokens, outputs))
     most = min(config.split_k, depth // (config.block_k * choice.least_steps))
     parts = 1
-    while parts * 2 <= most and parts * tiles < STREAMING_PROGRAMS * multiprocessors:
+    while parts * 2 <= most and parts * tiles < choice.programs * multiprocessors:
         parts *= 2
     return parts
 

@@ -62,17 +62,15 @@ class GemvConfig:
     Attributes:
         block_n: output features per program.
         threads: threads of a program, each with 32 in_features per step.
-        prefetch: load a step's weights during the step before; pays where K is several steps.
     """
 
     block_n: int
     threads: int
-    prefetch: bool = False
 
     @property
     def name(self) -> str:
         """Short and unique, for tables of measurements."""
-        return f"n{self.block_n}-t{self.threads}{'-pf' * self.prefetch}"
+        return f"n{self.block_n}-t{self.threads}"
 
     @property
     def num_warps(self) -> int:

@@ -159,9 +159,9 @@ _MEASURED: dict[tuple[str, str, bool, torch.dtype], float] = {
 # 3.6, 2026-11. Key: name of the device, path, weight bits.
 _MEASURED_GPU: dict[tuple[str, str, int], float] = {
     ("NVIDIA H200", "int8-cuda", 8): 1.28,
-    ("NVIDIA H200", "int8-cuda", 4): 1.23,
-    ("NVIDIA H200", "fp8-cuda", 8): 1.49,
-    ("NVIDIA H200", "int4-cuda", 4): 0.94,
+    ("NVIDIA H200", "int8-cuda", 4): 1.21,
+    ("NVIDIA H200", "fp8-cuda", 8): 1.46,
+    ("NVIDIA H200", "int4-cuda", 4): 0.93,
 }
 
 
