@@ -1,9 +1,13 @@
-"""Low-bit products for CPU and CUDA behind torch operators (namespace ``diffuse_compress``). Needs torch alone.
+"""Low-bit products for CPU and CUDA behind torch operators (namespace ``diffuse_compress``).
+
+Needs torch alone; with triton installed, CUDA devices of compute capability 8.0 or more run the kernels of
+``triton_kernels``.
 
 Importing registers the operators and initialises no device.
 """
 
 from diffuse_compress_kernels.fp8_linear import fp8_linear, has_fp8_matmul
+from diffuse_compress_kernels.int4_linear import has_fast_int4, w4a8_linear, w4a8_linear_codes, w4a16_linear
 from diffuse_compress_kernels.int8_conv2d import int8_conv2d
 from diffuse_compress_kernels.int8_linear import (
     has_fast_int8,
@@ -15,6 +19,7 @@ from diffuse_compress_kernels.int8_linear import (
 
 __all__ = [
     "fp8_linear",
+    "has_fast_int4",
     "has_fast_int8",
     "has_fp8_matmul",
     "int8_conv2d",
@@ -22,4 +27,7 @@ __all__ = [
     "int8_linear_codes",
     "int_matmul",
     "quantize_rows",
+    "w4a8_linear",
+    "w4a8_linear_codes",
+    "w4a16_linear",
 ]

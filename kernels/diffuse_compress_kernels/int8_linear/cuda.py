@@ -1,19 +1,31 @@
-"""Integer products on CUDA through ``torch._int_mm``, until the Triton kernels take over.
+"""Integer products on CUDA: the Triton kernels where they run and the rows are aligned, else ``torch._int_mm``.
 
-``torch._int_mm`` there needs more than 16 rows and K, N multiples of 8: the operands are padded with zeros, which
-changes no sum. The int32 result goes through memory, so rows are processed in blocks that bound it.
+``torch._int_mm`` needs more than 16 rows and K, N multiples of 8: the operands are padded with zeros, which changes no
+sum. Its int32 result goes through memory, so rows are processed in blocks that bound it.
 """
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
-__all__ = ["int_matmul", "linear", "linear_codes", "quantize_rows"]
+from diffuse_compress_kernels import triton_kernels
+
+__all__ = ["int_matmul", "linear", "linear_codes", "quantize_rows", "quantize_rows_in_torch"]
 
 MIN_SCALE = torch.finfo(torch.float32).tiny
 MIN_ROWS = 17
 ALIGNMENT = 8
 BLOCK_ELEMENTS = 1 << 26
+TRITON_ALIGNMENT = 16
+
+
+def _suits_triton(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True for rows of aligned bytes, K-contiguous both: byte by byte, loads would cost more than the product."""
+    aligned = a.shape[1] % TRITON_ALIGNMENT == 0 and a.stride(0) % TRITON_ALIGNMENT == 0
+    contiguous = a.stride(1) == 1 and b.stride(1) == 1 and b.stride(0) % TRITON_ALIGNMENT == 0
+    return aligned and contiguous and triton_kernels.usable(a.device)
 
 
 def quantize_rows(
@@ -24,7 +36,22 @@ def quantize_rows(
     zero_point: torch.Tensor | None = None,
     pre_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`diffuse_compress_kernels.int8_linear.cpu.quantize_rows`, on whole tensors."""
+    """As :func:`diffuse_compress_kernels.int8_linear.cpu.quantize_rows`."""
+    if triton_kernels.usable(x.device):
+        run = triton_kernels.module("products").quantize_rows
+        return cast(tuple[torch.Tensor, torch.Tensor], run(x, qmin, qmax, scale, zero_point, pre_scale))
+    return quantize_rows_in_torch(x, qmin, qmax, scale, zero_point, pre_scale)
+
+
+def quantize_rows_in_torch(
+    x: torch.Tensor,
+    qmin: int,
+    qmax: int,
+    scale: torch.Tensor | None = None,
+    zero_point: torch.Tensor | None = None,
+    pre_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from plain operations on whole tensors, which a compiler fuses into what computes x."""
     values = x.float() if pre_scale is None else x.float() * pre_scale
     if scale is None:
         amax = values.abs().amax(dim=1, keepdim=True)
@@ -44,6 +71,8 @@ def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     columns = b.shape[1]
     if 0 in (rows, depth, columns):
         return torch.zeros(rows, columns, dtype=torch.int32, device=a.device)
+    if _suits_triton(a, b.t()):
+        return cast(torch.Tensor, triton_kernels.module("products").int_matmul(a, b.t()))
     pad_rows, pad_depth, pad_columns = max(0, MIN_ROWS - rows), -depth % ALIGNMENT, -columns % ALIGNMENT
     if pad_rows or pad_depth:
         a = torch.nn.functional.pad(a, (0, pad_depth, 0, pad_rows))
@@ -81,11 +110,14 @@ def linear_codes(
 ) -> torch.Tensor:
     """The same for an input that is quantized already: codes [M, K], scale [M, 1] or [1, 1]."""
     rows, outputs = codes.shape[0], weight.shape[0]
-    out = torch.empty(rows, outputs, dtype=dtype, device=codes.device)
-    channel_scale = weight_scale.reshape(1, -1)
     offset = None
     if zero_point is not None:
         offset = weight.sum(dim=1, dtype=torch.int32).mul_(zero_point.reshape(1).to(torch.int32))
+    if _suits_triton(codes, weight):
+        run = triton_kernels.module("products").int8_linear_codes
+        return cast(torch.Tensor, run(codes, scale, offset, weight, weight_scale, bias, dtype))
+    out = torch.empty(rows, outputs, dtype=dtype, device=codes.device)
+    channel_scale = weight_scale.reshape(1, -1)
     block = max(MIN_ROWS, BLOCK_ELEMENTS // max(outputs, 1))
     for start in range(0, rows, block):
         part = slice(start, start + block)

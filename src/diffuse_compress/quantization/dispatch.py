@@ -1,10 +1,11 @@
 """Which product a quantized layer runs on this device, and what was measured of it; then runs it.
 
-There are three kinds of path:
+There are four kinds of path:
 
 * integer: codes of weight and input are multiplied and summed exactly in int32, equal bit for bit on every device;
   one fp32 epilogue. All schemes with ``Scheme.has_integer_path``.
 * float8: ``torch._scaled_mm``.
+* int4 weight-only on CUDA: codes are unpacked in registers, in front of a 16-bit tensor-core product.
 * dequantizing: the weight is expanded to the input's dtype, a bounded block of rows at a time, and multiplied by
   ``torch.nn.functional.linear``. Inputs with an activation scheme are quantized and dequantized first. The result is
   within ``DEQUANTIZE_TOLERANCE`` (relative RMS) of the same codes and scales multiplied in float32: the weight and, if
@@ -31,15 +32,18 @@ from diffuse_compress.quantization.numerics import (
     quantize_activation,
 )
 from diffuse_compress.quantization.packed import QuantizedWeight
-from diffuse_compress.quantization.scheme import ActivationScheme, PerTensor, Scheme
+from diffuse_compress.quantization.scheme import ActivationScheme, NumberFormat, PerTensor, Scheme, TwoLevel
 from diffuse_compress_kernels import (
     fp8_linear,
+    has_fast_int4,
     has_fast_int8,
     has_fp8_matmul,
     int8_conv2d,
     int8_linear,
     int8_linear_codes,
     quantize_rows,
+    w4a8_linear,
+    w4a16_linear,
 )
 
 __all__ = [
@@ -64,7 +68,7 @@ class ComputePath:
     """How a layer is computed.
 
     Attributes:
-        name: "int8-vnni", "int8-cpu", "int8-cuda", "fp8-cuda", "dequantize" or "dequantize-weight-only".
+        name: "int8-vnni", "int8-cpu", "int8-cuda", "fp8-cuda", "int4-cuda", "dequantize" or "dequantize-weight-only".
         is_integer: exact int32 sums; equal on every device that takes an integer path.
         description: one line for reports.
         faster_than_dense: measured against a dense layer in the input's dtype at 64 rows or more; None means
@@ -114,6 +118,7 @@ _DESCRIPTIONS = {
     "int8-cpu": "int8 codes multiplied as float32, exact int32 sums; this CPU has no VNNI",
     "int8-cuda": "int8 tensor-core GEMM, exact int32 sums",
     "fp8-cuda": "float8 tensor-core GEMM, row-wise scales",
+    "int4-cuda": "int4 weights unpacked in registers, 16-bit tensor-core GEMM",
     "dequantize": "weight dequantized in blocks, then a dense product",
     "dequantize-weight-only": "weight dequantized in blocks, input left alone: this device has no float8 matmul",
 }
@@ -149,6 +154,25 @@ _MEASURED: dict[tuple[str, str, bool, torch.dtype], float] = {
 }
 
 
+# The same against cuBLAS bf16 on GPUs, input quantization included: geometric mean over the 24 layers of many tokens in
+# the kernels' benchmarks/shapes.py, by `python -m diffuse_compress_kernels.benchmarks.gpu_layers`, torch 2.11, triton
+# 3.6, 2026-11. Key: name of the device, path, weight bits.
+_MEASURED_GPU: dict[tuple[str, str, int], float] = {
+    ("NVIDIA H200", "int8-cuda", 8): 1.28,
+    ("NVIDIA H200", "int8-cuda", 4): 1.21,
+    ("NVIDIA H200", "fp8-cuda", 8): 1.46,
+    ("NVIDIA H200", "int4-cuda", 4): 0.93,
+}
+
+
+def _measured_faster_on_gpu(path: str, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> bool | None:
+    """What was measured on this GPU, for linear layers with the Triton kernels."""
+    if dtype != _BF16 or not torch.cuda.is_available() or not has_fast_int4(device):
+        return None
+    ratio = _MEASURED_GPU.get((torch.cuda.get_device_name(device), path, scheme.weight.format.bits))
+    return None if ratio is None else ratio > 1
+
+
 def _measured_faster(path: str, scheme: Scheme, dtype: torch.dtype) -> bool | None:
     """What was measured on this kind of CPU, for linear layers."""
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -176,15 +200,19 @@ def compute_path(
         groups: of a convolution; grouped ones have no integer path.
     """
     device = torch.device(device)
-    chosen = _kind_of_path(scheme, device, kind, groups)
+    chosen = _kind_of_path(scheme, device, kind, groups, dtype)
     if chosen == "int8":
         if device.type == "cuda":
             name = "int8-cuda"
         else:
             name = "int8-vnni" if device.type == "cpu" and has_fast_int8() else "int8-cpu"
     else:
-        name = "fp8-cuda" if chosen == "fp8" else chosen
-    faster = _measured_faster(name, scheme, dtype) if device.type == "cpu" and kind == "linear" else None
+        name = f"{chosen}-cuda" if chosen in ("fp8", "int4") else chosen
+    faster = None
+    if kind == "linear" and device.type == "cpu":
+        faster = _measured_faster(name, scheme, dtype)
+    elif kind == "linear" and device.type == "cuda":
+        faster = _measured_faster_on_gpu(name, scheme, device, dtype)
     return ComputePath(name, chosen == "int8", _DESCRIPTIONS[name], faster)
 
 
@@ -204,17 +232,30 @@ def require_device(scheme: Scheme, device: torch.device | str) -> None:
 
 # torch.compile asks the hardware once, when it traces.
 _has_fp8_matmul = torch.compiler.assume_constant_result(has_fp8_matmul)
+_has_fast_int4 = torch.compiler.assume_constant_result(has_fast_int4)
 
 
-def _kind_of_path(scheme: Scheme, device: torch.device, kind: str, groups: int = 1) -> str:
-    """ "int8", "fp8", "dequantize" or "dequantize-weight-only"."""
+def _kind_of_path(
+    scheme: Scheme, device: torch.device, kind: str, groups: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> str:
+    """ "int8", "fp8", "int4", "dequantize" or "dequantize-weight-only"."""
     if scheme.has_integer_path and groups == 1:
         return "int8"
+    if kind == "linear" and _suits_int4(scheme, dtype) and _has_fast_int4(device):
+        return "int4"
     if scheme.weight.format.is_integer or scheme.activation is None:
         return "dequantize"
     if kind == "linear" and device.type == "cuda" and _has_fp8_matmul(device):
         return "fp8"
     return "dequantize-weight-only"
+
+
+def _suits_int4(scheme: Scheme, dtype: torch.dtype) -> bool:
+    """True for weight-only int4 with integer zero points and 16-bit inputs."""
+    weight = scheme.weight
+    if scheme.activation is not None or weight.format is not NumberFormat.INT4 or weight.float_zero_point:
+        return False
+    return not isinstance(weight.granularity, TwoLevel) and dtype in (torch.bfloat16, torch.float16)
 
 
 # --- linear -----------------------------------------------------------------------------------------------------
@@ -238,12 +279,16 @@ def linear(
     """
     inputs = inputs or InputQuantization()
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    path = _kind_of_path(scheme, x.device, "linear")
+    path = _kind_of_path(scheme, x.device, "linear", dtype=x.dtype)
     if path == "int8":
         y = _integer_linear(rows, weight, scheme, bias, inputs)
     elif path == "fp8":
         scale = _given_scale(rows, scheme.activation, inputs)
         y = fp8_linear(rows, weight.qweight, weight.scale, bias, input_scale=scale, pre_scale=inputs.pre_scale)
+    elif path == "int4":
+        values = rows if inputs.pre_scale is None else (rows.float() * inputs.pre_scale).to(x.dtype)
+        group_size = scheme.weight.group_size or 0
+        y = w4a16_linear(values, weight.qweight, weight.scale, weight.zero_point, group_size, bias)
     else:
         y = _dequantized_linear(rows, weight, scheme, bias, inputs, path)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
@@ -255,6 +300,19 @@ def _integer_linear(
     qmin, qmax = _code_range(scheme.activation)
     scale = _given_scale(x, scheme.activation, inputs)
     outputs = weight.qweight.shape[0]
+    if scheme.weight.format is NumberFormat.INT4 and _has_fast_int4(x.device):
+        return w4a8_linear(
+            x,
+            weight.qweight,
+            weight.scale,
+            weight.group_scale,
+            bias,
+            qmin=qmin,
+            qmax=qmax,
+            input_scale=scale,
+            input_zero_point=inputs.zero_point,
+            pre_scale=inputs.pre_scale,
+        )
     blocks = list(_row_blocks(outputs, weight.in_features)) if scheme.weight.format.bits != 8 else [slice(0, outputs)]
     if len(blocks) == 1:
         return int8_linear(
