@@ -13,6 +13,7 @@ the pixel: a convolution is a sum of matrix products over the same codes, shifte
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 __all__ = ["ConvConfig", "ConvShape", "box_width", "tiles_of_pixels"]
@@ -143,6 +144,7 @@ class ConvShape:
         return gaps_reach and self.out[0] <= self.pitch[0] and self.out[1] <= self.pitch[1]
 
 
+@lru_cache(maxsize=4096)
 def box_width(out: tuple[int, int], block_m: int) -> int:
     """Width of the rectangle of ``block_m`` output pixels that covers pictures of this size with the least waste."""
     widths = [1 << power for power in range(block_m.bit_length()) if 1 << power <= 256]

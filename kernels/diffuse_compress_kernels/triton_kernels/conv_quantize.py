@@ -16,12 +16,14 @@ import triton
 import triton.language as tl
 
 from diffuse_compress_kernels.triton_kernels.conv_geometry import ConvShape
+from diffuse_compress_kernels.triton_kernels.divide import larger, largest_magnitude, quotient
 from diffuse_compress_kernels.triton_kernels.launch import INTERPRETED, on_device_of
-from diffuse_compress_kernels.triton_kernels.rows import divide, row_scale, store_codes
+from diffuse_compress_kernels.triton_kernels.rows import row_scale
 
 __all__ = ["pictures_kernel", "quantize_pictures", "runs_kernel", "sample_maxima_kernel"]
 
 MAX_PARTS = 256
+ALIGNMENT = 16
 LEAST_PART = 8192
 RANGE_BLOCK = 8192
 RUN_BLOCK = 4096
@@ -29,7 +31,7 @@ RUN_BLOCK = 4096
 ROUNDING_MAGIC = tl.constexpr(12582912.0)
 
 
-@triton.jit(do_not_specialize=["part_size"])
+@triton.jit
 def sample_maxima_kernel(
     x_ptr, pre_ptr, maxima_ptr, size, inner, C, part_size, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -39,14 +41,14 @@ def sample_maxima_kernel(
     x_ptr += sample.to(tl.int64) * size
     first = part * part_size
     end = tl.minimum(first + part_size, size)
-    largest = tl.zeros((BLOCK,), tl.int32)
+    largest = tl.zeros((BLOCK,), tl.float32)
     for start in range(first, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
         values = tl.load(x_ptr + i, mask=i < end, other=0.0).to(tl.float32)
         if pre_ptr is not None:
             values *= tl.load(pre_ptr + i // inner % C)
-        largest = tl.maximum(largest, values.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    tl.store(maxima_ptr + sample * PARTS + part, tl.max(largest, axis=0))
+        largest = larger(largest, tl.abs(values))
+    tl.store(maxima_ptr + sample * PARTS + part, largest_magnitude(largest))
 
 
 @triton.jit
@@ -69,14 +71,14 @@ def _write(
     if GIVEN:
         # Beyond this bound every code is a limit of their range; within it the division's corrections do not overflow.
         bound = scale * 1048576.0
-        steps = divide(tl.clamp(values, -bound, bound), scale, COMPILED)
+        steps = quotient(tl.clamp(values, -bound, bound), scale, COMPILED)
         steps = (steps + ROUNDING_MAGIC) - ROUNDING_MAGIC
         if zero_ptr is not None:
             steps += tl.load(zero_ptr).to(tl.float32)
         steps = tl.clamp(steps, QMIN, QMAX)
-        tl.store(places, (steps + ROUNDING_MAGIC).to(tl.int32, bitcast=True).to(tl.int8), mask=mask)
     else:
-        store_codes(places, values, scale, 0.0, mask, QMIN, QMAX, False, COMPILED)
+        steps = quotient(values, scale, COMPILED)
+    tl.store(places, (steps + ROUNDING_MAGIC).to(tl.int32, bitcast=True).to(tl.int8), mask=mask)
 
 
 @triton.jit
@@ -104,23 +106,23 @@ def _fill_gaps(codes_ptr, zero_ptr, index, B, H, W, CS, gap_h, gap_w, BLOCK_P: t
         tl.store(codes_ptr + (place * CS)[:, None] + c[None, :], zero, mask=mask[:, None] & (c < CS)[None, :])
 
 
-@triton.jit(do_not_specialize=["B", "H", "W", "gap_h", "gap_w", "runs", "chunks"])
+@triton.jit(do_not_specialize=["B", "H", "W", "gap_h", "gap_w", "runs"])
 def runs_kernel(
     x_ptr, codes_ptr, scale_ptr, maxima_ptr, given_ptr, zero_ptr, pre_ptr,
-    B, H, W, C, gap_h, gap_w, runs, chunks, size, length, distance,
+    B, H, W, C, gap_h, gap_w, runs, size, length, distance,
     QMIN: tl.constexpr, QMAX: tl.constexpr, PARTS: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """Channels-last pictures with no channels added: runs of ``length`` elements keep their order.
 
     A run is a row of pixels, ``distance`` elements apart in memory, or, without gaps, a sample. A program per part of a
-    run, the last ones first: what the maxima have read last is in cache still. Further programs fill the gaps.
+    run, run and sample, the last ones first: what the maxima have read last is in cache still. Programs past the runs
+    fill the gaps.
     """
-    program = B * runs * chunks - 1 - tl.program_id(0)
-    if program >= 0:
-        chunk = program % chunks
-        run = program // chunks % runs
-        sample = program // chunks // runs
+    chunk = tl.num_programs(0) - 1 - tl.program_id(0)
+    run = runs - 1 - tl.program_id(1)
+    sample = B - 1 - tl.program_id(2)
+    if run >= 0:
         scale = _scale_of(sample, (run == 0) & (chunk == 0), scale_ptr, maxima_ptr, given_ptr, QMAX, PARTS)
         i = chunk * BLOCK + tl.arange(0, BLOCK)
         mask = None if EXACT else i < length
@@ -131,22 +133,22 @@ def runs_kernel(
         first = ((gap_h + sample * (H + gap_h)) * (W + gap_w) + gap_w) * C + run * distance
         _write(codes_ptr + first + i, values, scale, zero_ptr, mask, QMIN, QMAX, given_ptr is not None, COMPILED)
     else:
-        _fill_gaps(codes_ptr, zero_ptr, -1 - program, B, H, W, C, gap_h, gap_w, BLOCK_P, BLOCK_C)
+        index = ((-1 - run) * B + sample) * tl.num_programs(0) + chunk
+        _fill_gaps(codes_ptr, zero_ptr, index, B, H, W, C, gap_h, gap_w, BLOCK_P, BLOCK_C)
 
 
-@triton.jit(do_not_specialize=["B", "H", "W", "gap_h", "gap_w", "tiles_p", "tiles_c"])
+@triton.jit(do_not_specialize=["B", "H", "W", "gap_h", "gap_w", "tiles_c"])
 def pictures_kernel(
     x_ptr, codes_ptr, scale_ptr, maxima_ptr, given_ptr, zero_ptr, pre_ptr,
-    B, C, H, W, HW, CS, gap_h, gap_w, stride_xb, stride_xc, stride_xp, tiles_p, tiles_c,
+    B, C, H, W, HW, CS, gap_h, gap_w, stride_xb, stride_xc, stride_xp, tiles_c,
     QMIN: tl.constexpr, QMAX: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     COMPILED: tl.constexpr,
 ):  # fmt: skip
     """Any pictures: a program per sample, pixels and channels, in the order of ``runs_kernel``. CS: channels stored."""
-    program = B * tiles_p * tiles_c - 1 - tl.program_id(0)
-    if program >= 0:
-        tile_p = program % tiles_p
-        tile_c = program // tiles_p % tiles_c
-        sample = program // tiles_p // tiles_c
+    tile_p = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile_c = tiles_c - 1 - tl.program_id(1)
+    sample = B - 1 - tl.program_id(2)
+    if tile_c >= 0:
         scale = _scale_of(sample, (tile_p == 0) & (tile_c == 0), scale_ptr, maxima_ptr, given_ptr, QMAX, PARTS)
         p = tile_p * BLOCK_P + tl.arange(0, BLOCK_P)
         c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -160,7 +162,8 @@ def pictures_kernel(
         stored = (p < HW)[:, None] & (c < CS)[None, :]
         _write(places, values, scale, zero_ptr, stored, QMIN, QMAX, given_ptr is not None, COMPILED)
     else:
-        _fill_gaps(codes_ptr, zero_ptr, -1 - program, B, H, W, CS, gap_h, gap_w, BLOCK_P, BLOCK_C)
+        index = ((-1 - tile_c) * B + sample) * tl.num_programs(0) + tile_p
+        _fill_gaps(codes_ptr, zero_ptr, index, B, H, W, CS, gap_h, gap_w, BLOCK_P, BLOCK_C)
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -175,9 +178,8 @@ def _maxima(x: torch.Tensor, pre_scale: torch.Tensor | None) -> torch.Tensor:
     samples, channels = x.shape[:2]
     size = x[0].numel()
     parts = min(MAX_PARTS, triton.next_power_of_2(-(-size // LEAST_PART)))
-    # Whole blocks, unless these would leave parts empty: an aligned start takes the widest loads.
-    part_size = -(-size // parts)
-    part_size = -(-part_size // 8) * 8
+    # Aligned starts take the widest loads.
+    part_size = -(-size // (parts * ALIGNMENT)) * ALIGNMENT
     maxima = torch.empty(samples, parts, dtype=torch.int32, device=x.device)
     inner = x.shape[2] * x.shape[3] if x.is_contiguous() else 1
     with on_device_of(x):
@@ -246,8 +248,8 @@ def _write_runs(x: torch.Tensor, shape: ConvShape, pointers: Any, constants: dic
     chunks = -(-length // RUN_BLOCK)
     block_c = min(256, triton.next_power_of_2(channels))
     block_p = RUN_BLOCK // block_c
-    runs_kernel[(samples * runs * chunks + _gap_programs(shape, block_p),)](
-        *pointers, samples, height, width, channels, gap_h, gap_w, runs, chunks, size, length,
+    runs_kernel[(chunks, runs + -(-_gap_programs(shape, block_p) // (chunks * samples)), samples)](
+        *pointers, samples, height, width, channels, gap_h, gap_w, runs, size, length,
         (width + gap_w) * channels, EXACT=length % RUN_BLOCK == 0, BLOCK=RUN_BLOCK, BLOCK_P=block_p, BLOCK_C=block_c,
         num_warps=4, **constants,
     )  # fmt: skip
@@ -260,7 +262,7 @@ def _write_tiles(x: torch.Tensor, shape: ConvShape, pointers: Any, constants: di
     # Read along pixels, written along channels: a square tile turns in shared memory.
     block_p = block_c = 64
     tiles_p, tiles_c = -(-pixels // block_p), -(-stored // block_c)
-    pictures_kernel[(samples * tiles_p * tiles_c + _gap_programs(shape, block_p),)](
+    pictures_kernel[(tiles_p, tiles_c + -(-_gap_programs(shape, block_p) // (tiles_p * samples)), samples)](
         *pointers, samples, channels, height, width, pixels, stored, *shape.gap, channels * pixels, *strides,
-        tiles_p, tiles_c, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **constants,
+        tiles_c, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **constants,
     )  # fmt: skip

@@ -13,19 +13,22 @@ from diffuse_compress_kernels.triton_kernels.launch import on_device_of
 
 __all__ = ["taps_last", "taps_last_kernel"]
 
-BLOCK_C = 256
+MAX_BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["C"])
-def taps_last_kernel(w_ptr, out_ptr, C, CS, TAPS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr):
-    """A program per output channel and BLOCK_C input channels; CS of them in ``out``, those past C are 0."""
+@triton.jit
+def taps_last_kernel(w_ptr, out_ptr, C, CS, TAPS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A program per output channel and BLOCK_C input channels; CS of them in ``out``, those past C are 0.
+
+    Tap by tap: the strided reads of all but the first find their lines in the multiprocessor's own cache.
+    """
     n = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tap = tl.arange(0, BLOCK_T)
-    places = w_ptr + n * C * TAPS + c[:, None] * TAPS + tap[None, :]
-    values = tl.load(places, mask=(c < C)[:, None] & (tap < TAPS)[None, :], other=0)
-    places = out_ptr + n * CS * TAPS + tap[:, None] * CS + c[None, :]
-    tl.store(places, tl.trans(values), mask=(tap < TAPS)[:, None] & (c < CS)[None, :])
+    places = w_ptr + n * C * TAPS + c * TAPS
+    out_places = out_ptr + n * CS * TAPS + c
+    for tap in tl.static_range(TAPS):
+        values = tl.load(places + tap, mask=c < C, other=0)
+        tl.store(out_places + tap * CS, values, mask=c < CS)
 
 
 def taps_last(weight: torch.Tensor, kernel: tuple[int, int], stored: int) -> torch.Tensor:
@@ -44,9 +47,9 @@ def taps_last(weight: torch.Tensor, kernel: tuple[int, int], stored: int) -> tor
         if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
             return weight.permute(0, 2, 3, 1).reshape(outputs, -1)
     out = torch.empty(outputs, taps * stored, dtype=torch.int8, device=weight.device)
+    block = min(MAX_BLOCK, triton.next_power_of_2(stored))
     with on_device_of(weight):
-        taps_last_kernel[(outputs, -(-stored // BLOCK_C))](
-            weight.contiguous(), out, channels, stored, TAPS=taps, BLOCK_C=BLOCK_C,
-            BLOCK_T=triton.next_power_of_2(taps), num_warps=4,
-        )  # fmt: skip
+        taps_last_kernel[(outputs, -(-stored // block))](
+            weight.contiguous(), out, channels, stored, TAPS=taps, BLOCK_C=block, num_warps=4
+        )
     return out

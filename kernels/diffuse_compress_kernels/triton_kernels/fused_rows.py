@@ -20,14 +20,17 @@ import torch
 import triton
 import triton.language as tl
 
+from diffuse_compress_kernels.triton_kernels.divide import largest_magnitude, quotient
 from diffuse_compress_kernels.triton_kernels.launch import INTERPRETED, on_device_of
-from diffuse_compress_kernels.triton_kernels.rows import largest_of, row_scale, store_codes
+from diffuse_compress_kernels.triton_kernels.rows import row_scale
 
 __all__ = ["MAX_COLUMNS", "Quantization", "activation_kernel", "activation_rows", "norm_kernel", "norm_rows"]
 
 FLOAT8_MAX = 448
 MAX_COLUMNS = 32768
-ELEMENTS_PER_THREAD = 16
+# 1.5 * 2**23: adding it to |v| <= 2**22 rounds v half to even and leaves the integer in the low bits of the float.
+ROUNDING_MAGIC = tl.constexpr(12582912.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 # sqrt(2 / pi) as torch multiplies it together.
 GELU_BETA = tl.constexpr(0.7978845608028654)
@@ -106,6 +109,27 @@ def _kept(values, k, mask, kept_ptr, pre_ptr, OUT: tl.constexpr, COMPILED: tl.co
 
 
 @triton.jit
+def _store_codes(
+    places, values, scale, zero, mask, QMIN: tl.constexpr, QMAX: tl.constexpr, GIVEN: tl.constexpr,
+    COMPILED: tl.constexpr,
+):  # fmt: skip
+    """Codes of fp32 ``values``; float8 if QMAX is 448. GIVEN: the scale was not measured, so they clip."""
+    if GIVEN:
+        # Beyond this bound every code is a limit of their range; within it the division's corrections do not overflow.
+        bound = scale * 1048576.0
+        values = tl.clamp(values, -bound, bound)
+    steps = quotient(values, scale, COMPILED)
+    if QMAX == 448:
+        codes = tl.clamp(steps, -448.0, 448.0).to(tl.float8e4nv)
+    else:
+        if GIVEN:
+            steps = (steps + ROUNDING_MAGIC) - ROUNDING_MAGIC
+            steps = tl.clamp(steps + zero, QMIN, QMAX)
+        codes = (steps + ROUNDING_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+    tl.store(places, codes, mask=mask)
+
+
+@triton.jit
 def _write_codes(
     row, head, head_k, tail, tail_k, tail_mask, codes_ptr, scale_out_ptr, given_ptr, zero_ptr,
     QMIN: tl.constexpr, QMAX: tl.constexpr, TAIL: tl.constexpr, COMPILED: tl.constexpr,
@@ -115,17 +139,17 @@ def _write_codes(
     if zero_ptr is not None:
         zero = tl.load(zero_ptr).to(tl.float32)
     if given_ptr is None:
-        largest = largest_of(head)
+        largest = largest_magnitude(head)
         if TAIL > 0:
-            largest = tl.maximum(largest, largest_of(tail))
+            largest = tl.maximum(largest, largest_magnitude(tail))
         scale = row_scale(largest, QMAX)
         tl.store(scale_out_ptr + row, scale)
     else:
         scale = tl.load(given_ptr)
     GIVEN: tl.constexpr = given_ptr is not None
-    store_codes(codes_ptr + head_k, head, scale, zero, None, QMIN, QMAX, GIVEN, COMPILED)
+    _store_codes(codes_ptr + head_k, head, scale, zero, None, QMIN, QMAX, GIVEN, COMPILED)
     if TAIL > 0:
-        store_codes(codes_ptr + tail_k, tail, scale, zero, tail_mask, QMIN, QMAX, GIVEN, COMPILED)
+        _store_codes(codes_ptr + tail_k, tail, scale, zero, tail_mask, QMIN, QMAX, GIVEN, COMPILED)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -185,23 +209,41 @@ def norm_kernel(
 
 
 @triton.jit
-def _activated(x, KIND: tl.constexpr):
+def _logistic(x, COMPILED: tl.constexpr):
+    """1 / (1 + exp(-x)), by the hardware's approximations, which are good to about 22 bits."""
+    if COMPILED:
+        result = tl.inline_asm_elementwise(
+            """{
+            .reg .f32 t;
+            ex2.approx.ftz.f32 t, $1;
+            add.f32 t, t, 0f3F800000;
+            rcp.approx.ftz.f32 $0, t;
+            }""",
+            "=f,f", [x * -LOG2_E], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        result = 1.0 / (1.0 + tl.exp(-x))
+    return result
+
+
+@triton.jit
+def _activated(x, KIND: tl.constexpr, COMPILED: tl.constexpr):
     """GELU, its tanh form, or SiLU of fp32 x, in torch's order of operations."""
     if KIND == "gelu":
         result = x * 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
     elif KIND == "gelu_tanh":
         inner = GELU_BETA * (x + GELU_KAPPA * (x * x * x))
         # (1 + tanh(u)) / 2 is the logistic function of 2 u; no library call, and no cancellation for negative u.
-        result = x * tl.fdiv(1.0, 1.0 + tl.exp(-2.0 * inner))
+        result = x * _logistic(2.0 * inner, COMPILED)
     else:
-        result = tl.fdiv(x, 1.0 + tl.exp(-x))
+        result = x * _logistic(x, COMPILED)
     return result
 
 
 @triton.jit
 def _product(x_ptr, other_ptr, k, mask, KIND: tl.constexpr, OUT: tl.constexpr, COMPILED: tl.constexpr):
     """In OUT."""
-    values = _settled(_activated(tl.load(x_ptr + k, mask=mask).to(tl.float32), KIND), OUT, COMPILED)
+    values = _settled(_activated(tl.load(x_ptr + k, mask=mask).to(tl.float32), KIND, COMPILED), OUT, COMPILED)
     if other_ptr is not None:
         values = _settled(values * _operand(tl.load(other_ptr + k, mask=mask), OUT, COMPILED), OUT, COMPILED)
     return values
@@ -266,8 +308,8 @@ def blocks_for(columns: int) -> tuple[int, int]:
 
 
 def warps_for(columns: int) -> int:
-    """Warps of a program that holds a row."""
-    return max(1, min(16, blocks_for(columns)[0] // (32 * ELEMENTS_PER_THREAD)))
+    """Warps of a program that holds a row: 24 to 48 elements per thread were the fastest on an H200."""
+    return max(1, min(16, triton.next_power_of_2(columns // 1536)))
 
 
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
