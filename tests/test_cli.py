@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -209,6 +210,34 @@ def test_paths_that_are_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "not a folder. Give the folder of a pipeline or model, or a Hub id" in capsys.readouterr().err
 
 
+def test_bench_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "has_fast_int4", lambda device: False)
+    assert main(["bench", "--quick"]) == 1
+    assert "bench: needs an NVIDIA GPU of compute capability 8.0 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "passed"),
+    [
+        (["--quick"], "tune", ["--seconds", "20"]),
+        (["tiles"], "tune", ["--seconds", "240"]),
+        (["layers", "--out", "x.json"], "gpu_layers", ["--minutes", "5", "--out", "x.json"]),
+    ],
+)
+def test_bench_calls_the_benchmarks(
+    arguments: list[str], module: str, passed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def import_module(name: str) -> SimpleNamespace:
+        return SimpleNamespace(main=lambda given: calls.append((name, given)))
+
+    monkeypatch.setattr(cli, "has_fast_int4", lambda device: True)
+    monkeypatch.setattr(cli.importlib, "import_module", import_module)
+    assert main(["bench", *arguments]) == 0
+    assert calls == [(f"diffuse_compress_kernels.benchmarks.{module}", passed)]
+
+
 def test_second_compression_is_refused(compressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compress", str(compressed), "--recipe", "w8a8", "--dry-run"]) == 1
     assert "transformer: already compressed" in capsys.readouterr().err
@@ -225,7 +254,7 @@ def test_interrupt_returns_130(
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("verb", [[], ["compress"], ["info"], ["demo"]])
+@pytest.mark.parametrize("verb", [[], ["compress"], ["info"], ["demo"], ["bench"]])
 def test_help_teaches(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([*verb, "--help"])

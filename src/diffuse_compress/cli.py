@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ from diffuse_compress.anatomy import model_anatomy, step_behaviour
 from diffuse_compress.api import compress, compression_plan, compression_report
 from diffuse_compress.components import SELF, model_components
 from diffuse_compress.demo import PROMPTS, run_demo
-from diffuse_compress.errors import ConfigError
+from diffuse_compress.errors import ConfigError, UnsupportedHardwareError
 from diffuse_compress.families.roles import layer_roles
 from diffuse_compress.integrations.component import get_state, quantized_layers, weight_elements
 from diffuse_compress.plan import stored_bytes
@@ -33,6 +34,7 @@ from diffuse_compress.recipe import Recipe
 from diffuse_compress.report import installed_versions, report_kind, report_of
 from diffuse_compress.report_text import SPEED, format_count, headline
 from diffuse_compress.skeleton import load, local_folder, read_skeleton, stored_dtype
+from diffuse_compress_kernels import has_fast_int4
 
 __all__ = ["main"]
 
@@ -118,9 +120,23 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
     demo.add_argument("--device", help="where to run, e.g. cuda (default: cpu)")
     demo.set_defaults(run=_demo)
+    _add_bench(verbs)
     for verb in verbs.choices.values():
         verb.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser
+
+
+def _add_bench(verbs: Any) -> None:
+    bench = verbs.add_parser(
+        "bench",
+        help="measure this GPU: tile shapes of the kernels, or whole layers beside cuBLAS",
+        description="`tiles` (the default) finds this GPU's fastest tile shapes and keeps them where the kernels look. "
+        "`layers` times quantized layers of published models, quantization of the input included, beside dense ones.",
+    )
+    bench.add_argument("what", nargs="?", choices=("tiles", "layers"), default="tiles", help="default: tiles")
+    bench.add_argument("--quick", action="store_true", help="about 20 seconds instead of minutes")
+    bench.add_argument("--out", metavar="FILE", help="JSON of `layers` (default: gpu_layers.json)")
+    bench.set_defaults(run=_bench)
 
 
 def _add_compress(verbs: Any) -> None:
@@ -411,6 +427,24 @@ def _step_lines(steps: dict[str, Any]) -> list[str]:
         first, second = steps["denoisers"][:2]
         lines.append(f"  {first} runs above {steps['boundary_ratio']} of the timesteps, {second} below: one schedule")
     return lines
+
+
+# --- bench ------------------------------------------------------------------------------------------------------
+
+
+def _bench(args: argparse.Namespace) -> None:
+    if not has_fast_int4(torch.device("cuda")):
+        raise UnsupportedHardwareError(
+            "bench: needs an NVIDIA GPU of compute capability 8.0 or more and triton. For CPUs: "
+            "python -m diffuse_compress_kernels.benchmarks.cpu_linear."
+        )
+    # By name: these modules import triton, which a machine without such a GPU need not have.
+    folder = "diffuse_compress_kernels.benchmarks"
+    if args.what == "tiles":
+        importlib.import_module(f"{folder}.tune").main(["--seconds", "20" if args.quick else "240"])
+    else:
+        minutes, out = "0.3" if args.quick else "5", args.out or "gpu_layers.json"
+        importlib.import_module(f"{folder}.gpu_layers").main(["--minutes", minutes, "--out", out])
 
 
 # --- demo -------------------------------------------------------------------------------------------------------

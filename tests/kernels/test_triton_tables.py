@@ -24,7 +24,7 @@ SMALL, LARGE = TileConfig(128, 128), TileConfig(256, 128, num_warps=8)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
-@pytest.mark.parametrize("tokens", [1, 16, 17, 64, 65, 4096, 75600])
+@pytest.mark.parametrize("tokens", [0, 1, 16, 17, 64, 65, 4096, 75600])
 def test_choose_serves_every_number_of_tokens(tokens: int, capability: tuple[int, int]) -> None:
     for kind in DEFAULT:
         config = choose(table_for(capability), kind, (tokens, 4096, 4096), 132)
@@ -55,6 +55,9 @@ def test_choose_splits_k_only_as_far_as_needed() -> None:
     splits = [choose(table, "w4a8", (16, outputs, 14336), 132).split_k for outputs in (1024, 4096, 6144, 28672)]
     assert splits == [16, 4, 4, 1]
     assert choose(table, "w4a8", (16, 1024, 1024), 132).split_k == 2, "at least four steps of K for each program"
+    table = {"w4a16": (Choice(MANY, TileConfig(16, 64, split_k=8), least_steps=8, programs=3.5),)}
+    splits = [choose(table, "w4a16", (16, outputs, 4096), 132).split_k for outputs in (1024, 4096, 28672)]
+    assert splits == [4, 4, 2]
 
 
 def test_choose_without_aligned_rows_uses_no_descriptors() -> None:

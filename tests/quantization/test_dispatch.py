@@ -218,8 +218,8 @@ def test_compute_path_names(scheme: Scheme, device: str, name: str) -> None:
     assert path.name == name
     assert path.is_integer == name.startswith("int8")
     assert path.description
-    if device != "cpu":
-        assert path.faster_than_dense is None
+    if device == "meta" or not torch.cuda.is_available():
+        assert device == "cpu" or path.faster_than_dense is None
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -245,6 +245,25 @@ def test_speed_is_told_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatc
     assert compute_path(scheme, "cpu", kind="conv2d").faster_than_dense is None
     monkeypatch.setattr(dispatch.platform, "machine", lambda: "aarch64")
     assert compute_path(scheme, "cpu").faster_than_dense is None
+
+
+def test_speed_on_a_gpu_is_told_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "has_fast_int4", lambda device: True)
+    monkeypatch.setattr(dispatch, "_has_fast_int4", lambda device: True)
+    w8a8 = Scheme(WEIGHTS["int8 PerChannel sym"], ACTIVATIONS["int8 token"])
+    w4a16 = Scheme(WEIGHTS["int4 PerGroup asym"], None)
+    for name, scheme, dtype, faster in (
+        ("NVIDIA H200", w8a8, torch.bfloat16, True),
+        ("NVIDIA H200", w8a8, torch.float32, None),
+        ("NVIDIA H200", w4a16, torch.bfloat16, False),
+        ("NVIDIA A100-SXM4-80GB", w8a8, torch.bfloat16, None),
+    ):
+        monkeypatch.setattr(dispatch.torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert compute_path(scheme, "cuda", dtype).faster_than_dense is faster
+    assert compute_path(w4a16, "cuda", torch.float16).name == "int4-cuda"
+    assert compute_path(w4a16, "cuda", torch.float32).name == "dequantize"
+    assert compute_path(w8a8, "cuda", kind="conv2d").faster_than_dense is None
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -3,8 +3,7 @@
     python -m diffuse_compress_kernels.benchmarks.gpu_layers --minutes 5 --out gpu_layers.json
 
 Checks every part first (codes bit for bit those of the CPU, expanded weights exact, products near float64). Then, per
-shape, every way to compute the layer is replayed as a CUDA graph in turns with the dense one. "norm" arms include the
-LayerNorm and the modulation in front of the layer, fused with the quantization or, for bf16, in one kernel of its own.
+shape, every way to compute the layer is replayed as a CUDA graph in turns with the dense one.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from diffuse_compress_kernels.benchmarks.gpu_linear import environment
 from diffuse_compress_kernels.benchmarks.shapes import GPU_DECODE_SHAPES, GPU_SHAPES
@@ -27,7 +25,6 @@ from diffuse_compress_kernels.triton_kernels.candidates import gemv_candidates
 from diffuse_compress_kernels.triton_kernels.expand import expand_to_float, expand_to_int8
 from diffuse_compress_kernels.triton_kernels.gemv import w4a16_gemv
 from diffuse_compress_kernels.triton_kernels.launch import forget_counters
-from diffuse_compress_kernels.triton_kernels.producers import norm_quantize_rows
 from diffuse_compress_kernels.triton_kernels.reference import (
     int8_weight_reference,
     unpack_int4_reference,
@@ -41,7 +38,6 @@ from diffuse_compress_kernels.triton_kernels.w4a16 import w4a16
 __all__ = ["Layer", "checks", "main"]
 
 FP8 = torch.float8_e4m3fn
-EPS = 1e-6
 ROTATED_BYTES = 300 << 20
 WORKSPACES = (16, 32, 64, 256)
 
@@ -64,16 +60,10 @@ class Layer:
         self.int_scale = torch.randint(1, 17, (outputs, groups), dtype=torch.int8, device=device)
         self.group_scale = torch.rand(outputs, groups, device=device) * 0.1
         self.zero_point = torch.randint(-8, 8, (outputs, groups), dtype=torch.int8, device=device)
-        self.mod = torch.randn(1, 2 * depth, device=device).bfloat16()
 
     @staticmethod
     def _codes(device: str, *shape: int) -> torch.Tensor:
         return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
-
-    def norm(self, index: int, qmax: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """LayerNorm, modulation and quantization in one; ``qmax`` 0 leaves the last out."""
-        scale, shift = self.mod.chunk(2, dim=1)
-        return norm_quantize_rows(self.x[index], qmax, EPS, mod_scale=scale, mod_shift=shift)
 
 
 Arms = dict[str, Callable[[int], object]]
@@ -105,44 +95,30 @@ def _w4a16_expanded(layer: Layer, i: int, megabytes: int) -> torch.Tensor:
     return products.w4a16_expanded(layer.x[i], layer.packed[i], layer.group_scale, layer.zero_point, 128, None)
 
 
-def _producers(layer: Layer, prefix: str) -> dict[str, Callable[[int], tuple[torch.Tensor, torch.Tensor]]]:
-    if prefix == "norm":
-        return {"int8": lambda i: layer.norm(i, 127), "fp8": lambda i: layer.norm(i, 448)}
-    return {
-        "int8": lambda i: quantize_rows(layer.x[i], -127, 127),
-        "fp8": lambda i: quantize_rows(layer.x[i], -448, 448),
-    }
+def _quantizing_arms(layer: Layer) -> Arms:
+    def q8(i: int) -> Quantized:
+        return quantize_rows(layer.x[i], -127, 127)
 
+    def q_fp8(i: int) -> Quantized:
+        return quantize_rows(layer.x[i], -448, 448)
 
-def _quantizing_arms(layer: Layer, prefix: str) -> Arms:
-    made = _producers(layer, prefix.strip())
-    q8, q_fp8, bf16 = made["int8"], made["fp8"], torch.bfloat16
+    bf16 = torch.bfloat16
     return {
-        f"{prefix}w8a8": lambda i: products.int8_linear_codes(*q8(i), None, layer.int8[i], layer.w_scale, None, bf16),
-        f"{prefix}fp8": lambda i: products.fp8_linear_codes(*q_fp8(i), layer.fp8[i], layer.w_scale, None, bf16),
-        f"{prefix}fp8 scaled_mm": lambda i: _scaled_mm(*q_fp8(i), layer.fp8[i], layer.w_scale),
-        f"{prefix}w4a8 in registers": lambda i: _in_registers(layer, q8(i), i, False),
-        f"{prefix}w4a8 expanded": lambda i: _expanded(layer, q8(i), i, False),
-        f"{prefix}w4a8 two-level in registers": lambda i: _in_registers(layer, q8(i), i, True),
-        f"{prefix}w4a8 two-level expanded": lambda i: _expanded(layer, q8(i), i, True),
+        "w8a8": lambda i: products.int8_linear_codes(*q8(i), None, layer.int8[i], layer.w_scale, None, bf16),
+        "fp8": lambda i: products.fp8_linear_codes(*q_fp8(i), layer.fp8[i], layer.w_scale, None, bf16),
+        "fp8 scaled_mm": lambda i: _scaled_mm(*q_fp8(i), layer.fp8[i], layer.w_scale),
+        "w4a8 in registers": lambda i: _in_registers(layer, q8(i), i, False),
+        "w4a8 expanded": lambda i: _expanded(layer, q8(i), i, False),
+        "w4a8 two-level in registers": lambda i: _in_registers(layer, q8(i), i, True),
+        "w4a8 two-level expanded": lambda i: _expanded(layer, q8(i), i, True),
     }
 
 
 def large_arms(layer: Layer) -> Arms:
     """Ways to compute a layer with many tokens."""
     x, w = layer.x, layer.dense
-    scale, shift = layer.mod.chunk(2, dim=1)
-    depth = layer.shape[2]
-
-    def eager_norm(i: int) -> torch.Tensor:
-        return F.layer_norm(x[i], (depth,), None, None, EPS) * (1 + scale) + shift
-
     arms: Arms = {
         "bf16": lambda i: torch.mm(x[i], w[i].t()),
-        "norm bf16": lambda i: torch.mm(layer.norm(i, 0)[0], w[i].t()),
-        "norm eager bf16": lambda i: torch.mm(eager_norm(i), w[i].t()),
-        "part norm bf16": lambda i: layer.norm(i, 0),
-        "part norm int8": lambda i: layer.norm(i, 127),
         "part quantize int8": lambda i: quantize_rows(x[i], -127, 127),
         "part quantize fp8": lambda i: quantize_rows(x[i], -448, 448),
         "part expand int8": lambda i: expand_to_int8(layer.packed[i], layer.int_scale, layer.int8[i]),
@@ -150,8 +126,7 @@ def large_arms(layer: Layer) -> Arms:
             layer.packed[i], layer.group_scale, layer.zero_point, 128, layer.dense[i]
         ),
     }
-    for prefix in ("", "norm "):
-        arms |= _quantizing_arms(layer, prefix)
+    arms |= _quantizing_arms(layer)
     config = products.config_for("w4a16", x[0], layer.packed[0])
     arms["w4a16 fused"] = lambda i: w4a16(x[i], layer.packed[i], layer.group_scale, layer.zero_point, 128, config)
     for megabytes in WORKSPACES:
@@ -170,8 +145,6 @@ def few_arms(layer: Layer) -> Arms:
         ),
         "w4a8": lambda i: _in_registers(layer, quantize_rows(x[i], -127, 127), i, False),
         "w4a8 two-level": lambda i: _in_registers(layer, quantize_rows(x[i], -127, 127), i, True),
-        "norm w4a8 two-level": lambda i: _in_registers(layer, layer.norm(i, 127), i, True),
-        "norm bf16": lambda i: torch.mm(layer.norm(i, 0)[0], w[i].t()),
     }
     config = products.config_for("w4a16", x[0], layer.packed[0])
     arms["w4a16 fused"] = lambda i: w4a16(x[i], layer.packed[i], layer.group_scale, layer.zero_point, 128, config)
@@ -234,15 +207,6 @@ def _check_products(device: str, dtype: torch.dtype) -> dict[str, str]:
         plain = w4a16_gemv(x, packed, layer.group_scale, layer.zero_point, config, asm=False)
         same = torch.equal(y, plain)
         verdicts[f"gemv {config.name}"] = "ok" if error < 2.5e-3 and same else f"error {error:.1e}, plain equal: {same}"
-    mod_scale, mod_shift = layer.mod.to(dtype).chunk(2, dim=1)
-    y = F.layer_norm(x, (1152,), None, None, EPS) * (1 + mod_scale) + mod_shift
-    codes8, scale = norm_quantize_rows(x, 127, EPS, mod_scale=mod_scale, mod_shift=mod_shift)
-    expected8, expected_scale = quantize_rows(y, -127, 127)
-    off = (codes8.int() - expected8.int()).abs()
-    good = (
-        int(off.max()) <= 1 and float((off > 0).float().mean()) < 0.02 and _relative_rms(scale, expected_scale) < 1e-2
-    )
-    verdicts["norm_quantize_rows"] = "ok" if good else f"codes off by {int(off.max())}"
     return verdicts
 
 
@@ -268,8 +232,7 @@ def time_shape(label: str, shape: tuple[int, int, int], rounds: int) -> dict[str
     torch.cuda.empty_cache()
     print(f"{label} {rows}x{outputs}x{depth}: bf16 {times['bf16']:.1f} us", flush=True)
     for name, value in times.items():
-        base = times["norm bf16" if name.startswith("norm") else "bf16"]
-        note = f"{value:8.1f} us" if name.startswith("part") else f"{base / value:8.2f}"
+        note = f"{value:8.1f} us" if name.startswith("part") else f"{times['bf16'] / value:8.2f}"
         print(f"    {name:34s} {note}", flush=True)
     for name, text in failures.items():
         print(f"    {name}: {text}", flush=True)

@@ -13,7 +13,8 @@ from typing import cast
 
 import torch
 
-from diffuse_compress_kernels.int8_linear.op import is_plain
+from diffuse_compress_kernels import triton_kernels
+from diffuse_compress_kernels.int8_linear.op import is_plain, is_traced_for_cuda
 
 __all__ = ["fp8_linear", "has_fp8_matmul"]
 
@@ -92,6 +93,9 @@ def fp8_linear(
         )
     if is_plain(x):
         return _run(x.detach(), weight, weight_scale, bias, input_scale, pre_scale)
+    if is_traced_for_cuda(x):
+        # Plain operations, which the compiler fuses into what computes x.
+        return _run(x.detach(), weight, weight_scale, bias, input_scale, pre_scale)
     return cast(torch.Tensor, _fp8_linear(x, weight, weight_scale, bias, input_scale, pre_scale))
 
 
@@ -133,6 +137,11 @@ def _run(
 def _quantize(
     x: torch.Tensor, scale: torch.Tensor | None, pre_scale: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if not torch.compiler.is_compiling() and triton_kernels.usable(x.device):
+        run = triton_kernels.module("products").quantize_rows
+        return cast(
+            tuple[torch.Tensor, torch.Tensor], run(x, -int(FLOAT8_MAX), int(FLOAT8_MAX), scale, None, pre_scale)
+        )
     values = x.float() if pre_scale is None else x.float() * pre_scale
     if scale is None:
         amax = values.abs().amax(dim=1, keepdim=True)

@@ -13,7 +13,7 @@ import torch
 
 from diffuse_compress_kernels.int8_linear import cpu, cuda
 
-__all__ = ["int8_linear", "int8_linear_codes", "int_matmul", "is_plain", "quantize_rows"]
+__all__ = ["int8_linear", "int8_linear_codes", "int_matmul", "is_plain", "is_traced_for_cuda", "quantize_rows"]
 
 
 def is_plain(x: torch.Tensor) -> bool:
@@ -27,7 +27,7 @@ def is_plain(x: torch.Tensor) -> bool:
     )
 
 
-def _is_traced_for_cuda(x: torch.Tensor) -> bool:
+def is_traced_for_cuda(x: torch.Tensor) -> bool:
     """True while a compiler for CUDA looks: it gets plain operations, and fuses them into what computes x."""
     return torch.compiler.is_compiling() and x.device.type == "cuda"
 
@@ -121,7 +121,7 @@ def quantize_rows(
     """
     if is_plain(x):
         codes, row_scale = _implementation(x).quantize_rows(_detached(x), qmin, qmax, scale, zero_point, pre_scale)
-    elif _is_traced_for_cuda(x):
+    elif is_traced_for_cuda(x):
         codes, row_scale = cuda.quantize_rows_in_torch(x.detach(), qmin, qmax, scale, zero_point, pre_scale)
     else:
         codes, row_scale = _quantize_rows(x, qmin, qmax, scale, zero_point, pre_scale)
@@ -203,7 +203,7 @@ def int8_linear(
         return cast(
             torch.Tensor, run(x, weight, weight_scale, bias, qmin, qmax, input_scale, input_zero_point, pre_scale)
         )
-    if _is_traced_for_cuda(x):
+    if is_traced_for_cuda(x):
         codes, scale = quantize_rows(x, qmin, qmax, input_scale, input_zero_point, pre_scale)
         return int8_linear_codes(codes, scale, input_zero_point, weight, weight_scale, bias, x.dtype)
     y = _int8_linear(x, weight, weight_scale, bias, qmin, qmax, input_scale, input_zero_point, pre_scale)

@@ -65,14 +65,14 @@ def candidates(kind: str, tokens: int) -> list[TileConfig]:
         block_m = max(16, 1 << (tokens - 1).bit_length())
         few = [TileConfig(block_m, 64, 128, 4, 5, split_k=split) for split in (1, 2, 4, 8, 16)]
         few += [TileConfig(block_m, 128, 128, 4, 4, split_k=split) for split in (1, 2, 4, 8)]
-        few.append(TileConfig(block_m, 64, 128, 4, 5, split_k=4, tma=True))
+        few.append(TileConfig(block_m, 64, 128, 4, 5, tma=True))
         return few
     large = {"w8a8-int8": _LARGE_8_BIT, "w8a8-fp8": _LARGE_8_BIT, "w4a16": _LARGE_W4A16}.get(kind, _LARGE_W4A8)
     if tokens <= 512:
-        large = (*large, *(replace(config, split_k=2) for config in large[:3] if not config.programs_per_sm))
+        large = (*large, *(replace(config, split_k=2) for config in large[:3] if not config.tma))
     return list(large)
 
 
 def gemv_candidates() -> list[GemvConfig]:
     """Configurations of a product of one token without tensor cores."""
-    return [GemvConfig(rows, threads) for threads in (32, 64, 128) for rows in (4, 8, 16, 32)]
+    return [GemvConfig(rows, threads) for threads in (32, 64, 128) for rows in (4, 8, 16)]

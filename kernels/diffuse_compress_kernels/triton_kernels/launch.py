@@ -120,6 +120,9 @@ def _matrices(
     """x and the weight as the kernel reads them, y, and the descriptor of y or None."""
     if not config.tma:
         return operands.codes, operands.weight, y, None
+    if config.split_k > 1:
+        # Compiled by Triton 3.6, such a kernel raced on a GPU: parts of tiles were sometimes lost.
+        raise Unsuitable(f"descriptors and split_k={config.split_k} do not go together.")
     y_desc = None
     if y.dtype != torch.int32 and _fits_descriptor(y):
         y_desc = _descriptor(y, config.block_m, config.block_n)

@@ -34,12 +34,16 @@ __all__ = [
 ]
 
 ALIGNMENT = 16
-# From so many tokens on, writing the weight out once costs less than unpacking it in front of every instruction.
-EXPAND_W4A8_TOKENS = 2048
+# From so many tokens on, writing the weight out once costs less than unpacking it in front of every instruction. For
+# int8 products that holds for two-level weights only, and also depends on what else reading a row of x costs: from so
+# many elements of x on.
+EXPAND_TWO_LEVEL_ELEMENTS = 8 << 20
 EXPAND_W4A16_TOKENS = 256
 # Up to so many tokens, reading the weight for each of them costs less than idle rows of tensor-core instructions.
 GEMV_TOKENS = 1
-GEMV_CONFIG = GemvConfig(8, 128)
+GEMV_CONFIG = GemvConfig(16, 64)
+GEMV_CONFIG_MANY_OUTPUTS = GemvConfig(16, 32)
+MANY_OUTPUTS = 16384
 # Near the size of the L2 cache: part of what is written out is read back from there.
 WORKSPACE_BYTES = 64 << 20
 ROWS_PER_CHUNK = 128
@@ -193,7 +197,8 @@ def w4a8_linear_codes(
         sums = torch.empty(1, packed.shape[0], dtype=torch.int32, device=codes.device)
         w4a8(ones, None, packed, None, config_for("w4a8", ones, packed), group_scale=group_scale, out=sums)
         offset = sums.view(-1) * zero_point.to(torch.int32)
-    if codes.shape[0] >= EXPAND_W4A8_TOKENS and codes.shape[1] % ALIGNMENT == 0:
+    expand = group_scale is not None and codes.numel() >= EXPAND_TWO_LEVEL_ELEMENTS
+    if expand and codes.shape[1] % ALIGNMENT == 0:
         return w4a8_expanded(codes, scale, offset, packed, weight_scale, group_scale, bias, dtype)
     config = config_for("w4a8", codes, packed)
     return w4a8(
@@ -213,5 +218,6 @@ def w4a16_linear(
     if x.shape[0] >= EXPAND_W4A16_TOKENS:
         return w4a16_expanded(x, packed, scale, zero_point, group_size, bias)
     if x.shape[0] <= GEMV_TOKENS and group_size == 128:
-        return w4a16_gemv(x, packed, scale, zero_point, GEMV_CONFIG, bias=bias)
+        config = GEMV_CONFIG_MANY_OUTPUTS if packed.shape[0] >= MANY_OUTPUTS else GEMV_CONFIG
+        return w4a16_gemv(x, packed, scale, zero_point, config, bias=bias)
     return w4a16(x, packed, scale, zero_point, group_size, config_for("w4a16", x, packed), bias=bias)

@@ -4,7 +4,7 @@
 
 All arithmetic is fp32 with IEEE quotients and rounds half to even, so codes and scales are bit for bit the CPU's.
 A row is held as two power-of-two blocks, so that few lanes idle: 3072 = 2048 + 1024. Rows longer than ``MAX_BLOCK``
-are read twice, the second time from cache.
+are read twice in steps of ``STEP``, the second time from cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ FLOAT8_MAX = 448.0
 MIN_SCALE = tl.constexpr(torch.finfo(torch.float32).tiny)
 # 1.5 * 2**23: adding it to |v| <= 2**22 rounds v half to even and leaves the integer in the low bits of the float.
 ROUNDING_MAGIC = tl.constexpr(12582912.0)
-MAX_BLOCK = 16384
+# Longer rows leave too few programs on a multiprocessor to hide their loads: those take two passes in small steps.
+MAX_BLOCK = 12287
+STEP = 4096
 ELEMENTS_PER_THREAD = 16
 
 
@@ -156,7 +158,7 @@ def quantize_rows_kernel(
 def row_blocks(columns: int, max_block: int = MAX_BLOCK) -> tuple[int, int, bool]:
     """(first, second, whole): powers of two that hold a row of ``columns`` together, if they hold all of it."""
     if columns > max_block:
-        return max_block, 0, False
+        return min(STEP, 1 << (max_block.bit_length() - 1)), 0, False
     first = 1 << (columns.bit_length() - 1)
     second = 0 if first == columns else 1 << (columns - first - 1).bit_length()
     return (first * 2, 0, True) if second == first else (first, second, True)
@@ -187,7 +189,7 @@ def quantize_rows(
         scale: one fp32 number; None measures one per row.
         zero_point: one int8 number, with ``scale`` only.
         pre_scale: fp32 [K].
-        max_block: longest row that is kept in registers.
+        max_block: longest row that is kept in registers; longer ones take steps of at most ``STEP``.
         fma: divide with fused multiply-adds; False is slower and as exact.
     """
     rows, columns = x.shape

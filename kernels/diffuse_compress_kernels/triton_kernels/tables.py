@@ -18,22 +18,22 @@ from diffuse_compress_kernels.triton_kernels.tiles import TileConfig
 __all__ = ["DEFAULT", "TABLES", "Choice", "Table", "choose", "load_table", "save_table", "table_for"]
 
 MANY = 1 << 40
-# Programs per multiprocessor that keep enough loads in flight when a weight is only streamed.
-STREAMING_PROGRAMS = 1.9
-LEAST_STEPS_PER_PART = 4
 
 
 @dataclass(frozen=True)
 class Choice:
     """A tile shape for products of at most ``tokens`` tokens and at least ``outputs`` out_features.
 
-    ``speed`` on full waves is relative to its neighbours.
+    ``speed`` on full waves is relative to its neighbours. K is split until there are ``programs`` per multiprocessor,
+    enough to keep loads in flight, but not into parts of fewer than ``least_steps`` steps: adding up costs, too.
     """
 
     tokens: int
     config: TileConfig
     speed: float = 1.0
     outputs: int = 0
+    least_steps: int = 4
+    programs: float = 1.9
 
 
 Table = Mapping[str, tuple[Choice, ...]]
@@ -71,7 +71,7 @@ DEFAULT: Table = {
 _HOPPER: Table = {
     "w8a8-int8": (
         *DEFAULT["w8a8-int8"][:2],
-        Choice(64, TileConfig(64, 64, 128, 4, 5, split_k=4), 0.5),
+        Choice(64, TileConfig(64, 64, 128, 4, 5, split_k=4), 0.5, least_steps=16),
         Choice(64, TileConfig(64, 128, 128, 4, 4), 1.0, outputs=16384),
         Choice(MANY, TileConfig(128, 128, 128, 4, 3, tma=True)),
     ),
@@ -82,14 +82,14 @@ _HOPPER: Table = {
     ),
     "w4a8": (
         *DEFAULT["w4a8"][:2],
-        Choice(64, TileConfig(64, 64, 128, 4, 5, split_k=4), 0.5),
+        Choice(64, TileConfig(64, 64, 128, 4, 5, split_k=4), 0.5, least_steps=16),
         Choice(64, TileConfig(64, 128, 128, 4, 4), 1.0, outputs=16384),
         Choice(MANY, TileConfig(128, 128, 128, 4, 3, tma=True, programs_per_sm=2)),
     ),
     "w4a16": (
-        Choice(16, TileConfig(16, 64, 128, 4, 5, split_k=4, tma=True)),
-        Choice(32, TileConfig(32, 64, 128, 4, 5, split_k=4, tma=True)),
-        Choice(64, TileConfig(64, 64, 128, 4, 5, split_k=4, tma=True)),
+        Choice(16, TileConfig(16, 64, 128, 4, 5, split_k=8), programs=3.5),
+        Choice(32, TileConfig(32, 64, 128, 4, 5, split_k=8), programs=3.5),
+        Choice(64, TileConfig(64, 64, 128, 4, 5, split_k=4), least_steps=8),
         Choice(MANY, TileConfig(256, 128, 128, 8, 3, tma=True)),
     ),
 }
@@ -120,6 +120,7 @@ def choose(
         multiprocessors: of the device.
         aligned: rows are multiples of 16 bytes, as descriptors need.
     """
+    shape = (max(shape[0], 1), max(shape[1], 1), shape[2])
     tokens, outputs, _ = shape
     fitting = [choice for choice in table[kind] if choice.tokens >= tokens and choice.outputs <= outputs]
     least = min(choice.tokens for choice in fitting)
@@ -131,7 +132,7 @@ def choose(
     if config.tma and not aligned:
         config = replace(config, tma=False, programs_per_sm=0)
     if config.split_k > 1:
-        config = replace(config, split_k=_parts(config, shape, multiprocessors))
+        config = replace(config, split_k=_parts(best, shape, multiprocessors))
     return config
 
 
@@ -147,13 +148,14 @@ def _wave_efficiency(config: TileConfig, tokens: int, outputs: int, multiprocess
     return useful / (-(-tiles // slots) * slots)
 
 
-def _parts(config: TileConfig, shape: tuple[int, int, int], multiprocessors: int) -> int:
+def _parts(choice: Choice, shape: tuple[int, int, int], multiprocessors: int) -> int:
     """The power of two that fills the device, within the choice's bound and with a few steps of K per program."""
     tokens, outputs, depth = shape
+    config = choice.config
     tiles = max(1, _tiles(config, tokens, outputs))
-    most = min(config.split_k, depth // (config.block_k * LEAST_STEPS_PER_PART))
+    most = min(config.split_k, depth // (config.block_k * choice.least_steps))
     parts = 1
-    while parts * 2 <= most and parts * tiles < STREAMING_PROGRAMS * multiprocessors:
+    while parts * 2 <= most and parts * tiles < choice.programs * multiprocessors:
         parts *= 2
     return parts
 

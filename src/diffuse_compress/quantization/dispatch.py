@@ -154,6 +154,25 @@ _MEASURED: dict[tuple[str, str, bool, torch.dtype], float] = {
 }
 
 
+# The same against cuBLAS bf16 on GPUs, input quantization included: geometric mean over the 24 layers of many tokens in
+# the kernels' benchmarks/shapes.py, by `python -m diffuse_compress_kernels.benchmarks.gpu_layers`, torch 2.11, triton
+# 3.6, 2026-11. Key: name of the device, path, weight bits.
+_MEASURED_GPU: dict[tuple[str, str, int], float] = {
+    ("NVIDIA H200", "int8-cuda", 8): 1.28,
+    ("NVIDIA H200", "int8-cuda", 4): 1.21,
+    ("NVIDIA H200", "fp8-cuda", 8): 1.46,
+    ("NVIDIA H200", "int4-cuda", 4): 0.93,
+}
+
+
+def _measured_faster_on_gpu(path: str, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> bool | None:
+    """What was measured on this GPU, for linear layers with the Triton kernels."""
+    if dtype != _BF16 or not torch.cuda.is_available() or not has_fast_int4(device):
+        return None
+    ratio = _MEASURED_GPU.get((torch.cuda.get_device_name(device), path, scheme.weight.format.bits))
+    return None if ratio is None else ratio > 1
+
+
 def _measured_faster(path: str, scheme: Scheme, dtype: torch.dtype) -> bool | None:
     """What was measured on this kind of CPU, for linear layers."""
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -189,7 +208,11 @@ def compute_path(
             name = "int8-vnni" if device.type == "cpu" and has_fast_int8() else "int8-cpu"
     else:
         name = f"{chosen}-cuda" if chosen in ("fp8", "int4") else chosen
-    faster = _measured_faster(name, scheme, dtype) if device.type == "cpu" and kind == "linear" else None
+    faster = None
+    if kind == "linear" and device.type == "cpu":
+        faster = _measured_faster(name, scheme, dtype)
+    elif kind == "linear" and device.type == "cuda":
+        faster = _measured_faster_on_gpu(name, scheme, device, dtype)
     return ComputePath(name, chosen == "int8", _DESCRIPTIONS[name], faster)
 
 
