@@ -16,8 +16,10 @@ from diffuse_compress_kernels.int8_linear import (
     int_matmul,
     quantize_rows,
 )
+from diffuse_compress_kernels.producers import activation_quantize, norm_quantize
 
 __all__ = [
+    "activation_quantize",
     "fp8_linear",
     "has_fast_int4",
     "has_fast_int8",
@@ -26,6 +28,7 @@ __all__ = [
     "int8_linear",
     "int8_linear_codes",
     "int_matmul",
+    "norm_quantize",
     "quantize_rows",
     "w4a8_linear",
     "w4a8_linear_codes",

@@ -95,7 +95,11 @@ def test_int8_conv2d_any_strides_and_empty_batch(gemm) -> None:
     geometry = GEOMETRIES["3x3"]
     x, weight, weight_scale, bias = operands(geometry["kernel"])
     y = int8_conv2d(x, weight, weight_scale, bias, **geometry)
-    assert torch.equal(int8_conv2d(x.to(memory_format=torch.channels_last), weight, weight_scale, bias, **geometry), y)
+    last = int8_conv2d(x.to(memory_format=torch.channels_last), weight, weight_scale, bias, **geometry)
+    assert torch.equal(last, y)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    four = weight.view(10, 12, 3, 3).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(int8_conv2d(x, four, weight_scale, bias, **geometry), y)
     assert int8_conv2d(x[:0], weight, weight_scale, bias, **geometry).shape == (0, 10, 11, 9)
 
 
@@ -115,14 +119,38 @@ def test_int8_conv2d_opcheck_compile_and_meta() -> None:
         return int8_conv2d(x, weight, weight_scale, bias, kernel=(3, 3), stride=(2, 1), padding=(1, 1, 0, 1))
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), run(x))
+    for form in (x, x.to(memory_format=torch.channels_last)):
+        assert torch.equal(compiled(form), run(form))
+        assert compiled(form).stride() == run(form).stride()
     meta = int8_conv2d(x.to("meta"), weight.to("meta"), weight_scale.to("meta"), kernel=(3, 3), stride=(2, 1))
     assert meta.shape == (3, 10, 5, 7)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("channels", [4, 48, 144])
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
-def test_cuda_matches_reference(geometry) -> None:
-    x, weight, weight_scale, bias = operands(geometry["kernel"])
-    y = int8_conv2d(x.cuda(), weight.cuda(), weight_scale.cuda(), bias.cuda(), **geometry)
-    assert_close(y, reference(x, weight, weight_scale, bias, geometry))
+def test_cuda_equals_the_cpu_bit_for_bit(geometry, channels) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, weight_scale, bias = operands(geometry["kernel"], dtype, channels, 40)
+        static = {"input_scale": torch.tensor([0.2]), "input_zero_point": torch.tensor([-31], dtype=torch.int8)}
+        for given in ({}, {"pre_scale": torch.rand(channels) + 0.1}, static | {"qmin": -128}):
+            expected = int8_conv2d(x, weight, weight_scale, bias, **geometry, **given)
+            there = {key: value.cuda() if torch.is_tensor(value) else value for key, value in given.items()}
+            for form in (x.cuda(), x.cuda().to(memory_format=torch.channels_last)):
+                y = int8_conv2d(form, weight.cuda(), weight_scale.cuda(), bias.cuda(), **geometry, **there)
+                assert torch.equal(y.cpu(), expected)
+                assert y.is_contiguous() or y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_and_two_calls_agree() -> None:
+    geometry = GEOMETRIES["3x3"]
+    x, weight, weight_scale, bias = (part.cuda() for part in operands(geometry["kernel"], torch.bfloat16, 320, 64))
+    expected = int8_conv2d(x, weight, weight_scale, bias, **geometry)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = int8_conv2d(x, weight, weight_scale, bias, **geometry)
+    for _ in range(2):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, expected)

@@ -266,6 +266,24 @@ def test_speed_on_a_gpu_is_told_only_where_it_was_measured(monkeypatch: pytest.M
     assert compute_path(w8a8, "cuda", kind="conv2d").faster_than_dense is None
 
 
+def test_speed_of_convolutions_is_told_by_their_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    w8a8 = Scheme(WEIGHTS["int8 PerChannel sym"], ACTIVATIONS["int8 token"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "has_fast_int4", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+
+    def faster(geometry: Geometry | None, dtype: torch.dtype = torch.bfloat16) -> bool | None:
+        return compute_path(w8a8, "cuda", dtype, kind="conv2d", geometry=geometry).faster_than_dense
+
+    assert faster(Geometry((3, 3))) is True
+    assert faster(Geometry((3, 3), (2, 2))) is False
+    assert faster(Geometry((1, 1))) is False
+    assert faster(None) is None
+    assert faster(Geometry((3, 3)), torch.float16) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another")
+    assert faster(Geometry((3, 3))) is None
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_dequantizing_product_avoids_emulated_dtypes(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without bf16 instructions multiplies in float32, which is faster there, and rounds the result."""

@@ -8,6 +8,7 @@ the product already has the layout of the output::
     acc  [N, rows * Wo] = weight [N, C * kh * kw] @ cols         int32, exact
 
 Padding is exact: the border holds the code of 0, i.e. the zero point. A 1x1 convolution of stride 1 needs no copy.
+NVIDIA GPUs with triton gather nothing: there ``cuda.py`` runs the same sums as an implicit product.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import cast
 
 import torch
 
+from diffuse_compress_kernels.int8_conv2d import cuda as triton_path
 from diffuse_compress_kernels.int8_linear import cpu, cuda
 from diffuse_compress_kernels.int8_linear.op import is_plain
 
@@ -70,7 +72,14 @@ def _(
     pre_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     height, width = output_size((x.shape[2], x.shape[3]), kernel, stride, padding, dilation)
-    return x.new_empty(x.shape[0], weight.shape[0], height, width)
+    y = x.new_empty(x.shape[0], weight.shape[0], height, width)
+    return y.contiguous(memory_format=_layout(x))
+
+
+def _layout(x: torch.Tensor) -> torch.memory_format:
+    """That of the result: channels-last if x is, as for the stock convolution."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def int8_conv2d(
@@ -89,11 +98,12 @@ def int8_conv2d(
     input_zero_point: torch.Tensor | None = None,
     pre_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y [B, N, Ho, Wo] in the dtype of x, contiguous; summed exactly in int32.
+    """y [B, N, Ho, Wo] in the dtype of x, channels-last if x is and else contiguous; summed exactly in int32.
 
     Args:
         x: [B, C, H, W] fp32, bf16 or fp16, any strides.
-        weight: int8 [N, C * kh * kw], the flattened convolution weight; groups are not supported.
+        weight: int8 [N, C * kh * kw], the flattened convolution weight, or [N, C, kh, kw], which saves the Triton
+            kernel a copy if it is channels-last; groups are not supported.
         weight_scale: fp32 [N, 1] or [1, 1].
         bias: [N], any float dtype.
         kernel: (kh, kw).
@@ -109,7 +119,8 @@ def int8_conv2d(
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
-    if x.dim() != 4 or weight.dtype != torch.int8 or weight.shape[1:] != (x.shape[1] * kernel[0] * kernel[1],):
+    shapes = ((x.shape[1] * kernel[0] * kernel[1],), (x.shape[1], *kernel)) if x.dim() == 4 else ()
+    if weight.dtype != torch.int8 or tuple(weight.shape[1:]) not in shapes:
         raise ValueError(
             f"int8_conv2d: need x [B, C, H, W] and int8 weight [N, C * {kernel[0]} * {kernel[1]}], got "
             f"{list(x.shape)} and {weight.dtype} {list(weight.shape)}."
@@ -136,9 +147,15 @@ def _run(
 ) -> torch.Tensor:
     samples, channels, height, width = x.shape
     out_height, out_width = output_size((height, width), *geometry)
-    out = torch.empty(samples, weight.shape[0], out_height, out_width, dtype=x.dtype, device=x.device)
+    out_shape = (samples, weight.shape[0], out_height, out_width)
+    out = torch.empty(out_shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
     if out.numel() == 0:
         return out
+    if triton_path.suits(x, weight.shape[0], geometry):
+        arguments = (geometry, code_range, input_scale, zero_point, pre_scale)
+        triton_path.conv2d(x, weight, weight_scale, bias, *arguments, out)
+        return out
+    weight = weight.flatten(1)
     implementation = cuda if x.device.type == "cuda" else cpu
     per_element = None
     if pre_scale is not None:
@@ -152,7 +169,7 @@ def _run(
         flat = x[sample].reshape(1, -1)
         codes, scale = implementation.quantize_rows(flat, *code_range, input_scale, zero_point, per_element)
         padded = _pad(codes.view(channels, height, width), geometry[2], zero_point)
-        target = out[sample].view(weight.shape[0], -1)
+        target = out[sample].flatten(1)
         for first, last, columns in _column_blocks(padded, geometry, (out_height, out_width)):
             acc = implementation.int_matmul(weight, columns)
             if offset is not None:

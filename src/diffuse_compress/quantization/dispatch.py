@@ -173,6 +173,29 @@ def _measured_faster_on_gpu(path: str, scheme: Scheme, device: torch.device, dty
     return None if ratio is None else ratio > 1
 
 
+# Convolutions with int8 weights against cuDNN bf16 with its bias, both channels-last, input quantization and order of
+# the weight included: geometric means over the convolutions of SDXL, by
+# `python -m diffuse_compress_kernels.benchmarks.gpu_conv2d`, same device and versions. Key: device, 1x1, stride 1.
+_MEASURED_CONV: dict[tuple[str, bool, bool], float] = {
+    ("NVIDIA H200", False, True): 1.32,
+    ("NVIDIA H200", False, False): 0.88,
+    ("NVIDIA H200", True, True): 0.91,
+}
+
+
+def _measured_faster_conv(
+    path: str, scheme: Scheme, device: torch.device, dtype: torch.dtype, geometry: Geometry | None
+) -> bool | None:
+    """What was measured on this GPU, for convolutions with the Triton kernel."""
+    if geometry is None or path != "int8-cuda" or dtype != _BF16 or scheme.weight.format.bits != 8:
+        return None
+    if not torch.cuda.is_available() or not has_fast_int4(device):
+        return None
+    key = (torch.cuda.get_device_name(device), geometry.kernel == (1, 1), geometry.stride == (1, 1))
+    ratio = _MEASURED_CONV.get(key)
+    return None if ratio is None else ratio > 1
+
+
 def _measured_faster(path: str, scheme: Scheme, dtype: torch.dtype) -> bool | None:
     """What was measured on this kind of CPU, for linear layers."""
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -189,6 +212,7 @@ def compute_path(
     *,
     kind: str = "linear",
     groups: int = 1,
+    geometry: Geometry | None = None,
 ) -> ComputePath:
     """The path of a layer with this scheme.
 
@@ -198,6 +222,7 @@ def compute_path(
         dtype: of the input.
         kind: "linear" or "conv2d".
         groups: of a convolution; grouped ones have no integer path.
+        geometry: of a convolution: what was measured depends on it.
     """
     device = torch.device(device)
     chosen = _kind_of_path(scheme, device, kind, groups, dtype)
@@ -213,6 +238,8 @@ def compute_path(
         faster = _measured_faster(name, scheme, dtype)
     elif kind == "linear" and device.type == "cuda":
         faster = _measured_faster_on_gpu(name, scheme, device, dtype)
+    elif kind == "conv2d" and device.type == "cuda":
+        faster = _measured_faster_conv(name, scheme, device, dtype, geometry)
     return ComputePath(name, chosen == "int8", _DESCRIPTIONS[name], faster)
 
 

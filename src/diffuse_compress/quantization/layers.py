@@ -512,7 +512,7 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
     def compute_path(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ComputePath:
         """How this layer is computed there (default: where it is, in its compute dtype)."""
         device, dtype = device or self.qweight.device, dtype or self.compute_dtype
-        return compute_path(self.scheme, device, dtype, kind="conv2d", groups=self.groups)
+        return compute_path(self.scheme, device, dtype, kind="conv2d", groups=self.groups, geometry=self._geometry)
 
     def to_dense(self) -> nn.Conv2d:
         """A stock layer with the weight rounded to the grid, same device, compute dtype and training mode."""
