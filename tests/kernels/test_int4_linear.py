@@ -91,7 +91,7 @@ def test_w4a8_linear_matches_reference(two_level: bool, static: bool, dtype: tor
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [0, 32, 64, 128])
 @pytest.mark.parametrize("zero", ["none", "int8", "float"])
-@pytest.mark.parametrize("rows", [1, 3, 40, 300])
+@pytest.mark.parametrize("rows", [1, 3, 40, 100, 300])
 def test_w4a16_linear_matches_reference(
     rows: int, zero: str, group_size: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 from diffuse_compress_kernels.triton_kernels.gemv import w4a16_gemv_kernel
 from diffuse_compress_kernels.triton_kernels.rows import quantize_rows_kernel, row_blocks, warps_for
-from diffuse_compress_kernels.triton_kernels.tables import DEFAULT, MANY, TABLES, table_for
+from diffuse_compress_kernels.triton_kernels.tables import DEFAULT, MANY, TABLES, for_groups, table_for
 from diffuse_compress_kernels.triton_kernels.tiles import TileConfig
 from triton_codegen import SHARED_MEMORY, Code, compile_kernel, compile_product
 
@@ -83,9 +83,10 @@ def test_every_default_tile_fits(kind: str, capability: int, tmp_path: Path) -> 
         pytest.skip("float8 tensor cores begin with 8.9")
     table = table_for((capability // 10, capability % 10))
     for choice in table[kind.removesuffix("-two-level")]:
-        group_sizes = (32, 64, 128, 0) if kind == "w4a16" and choice.tokens == MANY else (128,)
+        group_sizes = (32, 64, 128, 0) if kind == "w4a16" else (128,)
         for group_size in group_sizes:
-            assert_fits(compile_product(kind, choice.config, capability, tmp_path, group_size=group_size), capability)
+            config = for_groups(choice.config, group_size)
+            assert_fits(compile_product(kind, config, capability, tmp_path, group_size=group_size), capability)
 
 
 def test_row_quantization_moves_16_bytes_a_thread(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from diffuse_compress_kernels.triton_kernels import capability
 from diffuse_compress_kernels.triton_kernels.expand import expand_to_float, expand_to_int8
 from diffuse_compress_kernels.triton_kernels.gemv import w4a16_gemv
 from diffuse_compress_kernels.triton_kernels.rows import quantize_rows
-from diffuse_compress_kernels.triton_kernels.tables import Table, choose, load_table, table_for
+from diffuse_compress_kernels.triton_kernels.tables import Table, choose, for_groups, load_table, table_for
 from diffuse_compress_kernels.triton_kernels.tiles import GemvConfig, TileConfig
 from diffuse_compress_kernels.triton_kernels.w4a8 import w4a8
 from diffuse_compress_kernels.triton_kernels.w4a16 import w4a16
@@ -220,4 +220,5 @@ def w4a16_linear(
     if x.shape[0] <= GEMV_TOKENS and group_size == 128:
         config = GEMV_CONFIG_MANY_OUTPUTS if packed.shape[0] >= MANY_OUTPUTS else GEMV_CONFIG
         return w4a16_gemv(x, packed, scale, zero_point, config, bias=bias)
-    return w4a16(x, packed, scale, zero_point, group_size, config_for("w4a16", x, packed), bias=bias)
+    tile = for_groups(config_for("w4a16", x, packed), group_size)
+    return w4a16(x, packed, scale, zero_point, group_size, tile, bias=bias)

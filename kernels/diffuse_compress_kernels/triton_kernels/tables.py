@@ -15,7 +15,7 @@ from typing import Any
 
 from diffuse_compress_kernels.triton_kernels.tiles import TileConfig
 
-__all__ = ["DEFAULT", "TABLES", "Choice", "Table", "choose", "load_table", "save_table", "table_for"]
+__all__ = ["DEFAULT", "TABLES", "Choice", "Table", "choose", "for_groups", "load_table", "save_table", "table_for"]
 
 MANY = 1 << 40
 
@@ -134,6 +134,13 @@ def choose(
     if config.split_k > 1:
         config = replace(config, split_k=_parts(best, shape, multiprocessors))
     return config
+
+
+def for_groups(config: TileConfig, group_size: int) -> TileConfig:
+    """A w4a16 tile for groups smaller than 128: their scales need shared memory, for which fewer stages make room."""
+    if group_size in (0, 128):
+        return config
+    return replace(config, num_stages=min(config.num_stages, 2))
 
 
 def _tiles(config: TileConfig, tokens: int, outputs: int) -> int:
