@@ -6,6 +6,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# pytest-xdist's number of processes for `make test`.
+WORKERS ?= auto
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -34,7 +36,7 @@ demo: $(STAMP)  ## compress the bundled model, offline, and write a report
 	$(BIN)/diffuse-compress demo $(DEMO_ARGS)
 
 test: $(STAMP)  ## tests on the CPU: everything but the cases marked slow, gpu or network
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## only the cases marked slow
 	$(BIN)/python -m pytest -m "slow and not gpu and not sm90 and not network" $(PYTEST_ARGS)

@@ -44,6 +44,14 @@ def test_choose_weighs_speed_against_full_waves() -> None:
     assert choose(table, "w4a8", (128, 33792, 4096), 132) == SMALL
 
 
+@pytest.mark.parametrize(("depth", "aligned", "tma"), [(384, True, False), (512, True, True), (512, False, False)])
+def test_choose_uses_descriptors_where_they_are_right(depth: int, aligned: bool, tma: bool) -> None:
+    table = {"w4a8": (Choice(MANY, TileConfig(128, 128, num_stages=3, tma=True, programs_per_sm=2)),)}
+    config = choose(table, "w4a8", (4096, 4096, depth), 132, aligned=aligned)
+    assert config.tma == tma
+    assert (config.programs_per_sm > 0) == tma
+
+
 def test_choose_obeys_least_outputs() -> None:
     table = {"w4a8": (Choice(64, SMALL, 0.5), Choice(64, LARGE, 1.0, outputs=16384))}
     assert choose(table, "w4a8", (64, 16384, 4096), 132) == LARGE

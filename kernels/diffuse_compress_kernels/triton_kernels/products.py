@@ -38,7 +38,7 @@ ALIGNMENT = 16
 # int8 products that holds for two-level weights only, and also depends on what else reading a row of x costs: from so
 # many elements of x on.
 EXPAND_TWO_LEVEL_ELEMENTS = 8 << 20
-EXPAND_W4A16_TOKENS = 256
+EXPAND_W4A16_TOKENS = 65
 # Up to so many tokens, reading the weight for each of them costs less than idle rows of tensor-core instructions.
 GEMV_TOKENS = 1
 GEMV_CONFIG = GemvConfig(16, 64)

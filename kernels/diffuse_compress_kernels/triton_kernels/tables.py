@@ -129,7 +129,9 @@ def choose(
         key=lambda choice: choice.speed * _wave_efficiency(choice.config, tokens, outputs, multiprocessors),
     )
     config = best.config
-    if config.tma and not aligned:
+    # A K of no more steps than the pipeline has stages has given wrong sums with descriptors, on an H200 with triton 3.6.
+    short = shape[2] < (config.num_stages + 1) * config.block_k
+    if config.tma and (short or not aligned):
         config = replace(config, tma=False, programs_per_sm=0)
     if config.split_k > 1:
         config = replace(config, split_k=_parts(best, shape, multiprocessors))
