@@ -129,7 +129,7 @@ def choose(
         key=lambda choice: choice.speed * _wave_efficiency(choice.config, tokens, outputs, multiprocessors),
     )
     config = best.config
-    # A K of no more steps than the pipeline has stages has given wrong sums with descriptors, on an H200 with triton 3.6.
+    # With descriptors, no more steps of K than stages gave wrong sums, on an H200 with triton 3.6.
     short = shape[2] < (config.num_stages + 1) * config.block_k
     if config.tma and (short or not aligned):
         config = replace(config, tma=False, programs_per_sm=0)
