@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# pytest-xdist's number of processes for `make test`.
+# pytest-xdist's number of processes for `make test`; each computes on one thread, or they wait for one another.
 WORKERS ?= auto
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -36,7 +36,7 @@ demo: $(STAMP)  ## compress the bundled model, offline, and write a report
 	$(BIN)/diffuse-compress demo $(DEMO_ARGS)
 
 test: $(STAMP)  ## tests on the CPU: everything but the cases marked slow, gpu or network
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## only the cases marked slow
 	$(BIN)/python -m pytest -m "slow and not gpu and not sm90 and not network" $(PYTEST_ARGS)
