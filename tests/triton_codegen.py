@@ -67,7 +67,12 @@ def compile_kernel(
     )
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    cubin = tmp_path / "kernel.cubin"
+    return inspect_code(compiled, tmp_path)
+
+
+def inspect_code(compiled: Any, folder: Path) -> Code:
+    """What a compiled kernel is made of; ``folder`` for its binary."""
+    cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     usage, sass = _dump("--dump-resource-usage", cubin), _dump("-sass", cubin)
     registers = re.search(r"REG:(\d+)", usage)

@@ -22,7 +22,7 @@ from diffuse_compress_kernels.triton_kernels.conv_candidates import conv_candida
 from diffuse_compress_kernels.triton_kernels.conv_geometry import ConvConfig, ConvShape, box_width, tiles_of_pixels
 from diffuse_compress_kernels.triton_kernels.conv_quantize import pictures_kernel, runs_kernel
 from diffuse_compress_kernels.triton_kernels.conv_tables import _DEFAULT, _HOPPER, choose_conv
-from triton_codegen import SHARED_MEMORY, Code, _dump, _loop_length
+from triton_codegen import SHARED_MEMORY, Code, inspect_code
 
 CASES = Path(__file__).with_name("triton_conv_cases.py")
 INT8 = r"mma\.sync\.aligned\.m16n8k32\S*s32\.s8\.s8\.s32"
@@ -60,13 +60,7 @@ def compile_for(
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     source = ASTSource(kernel, signature, constants, hints)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage, sass = _dump("--dump-resource-usage", cubin), _dump("-sass", cubin)
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers, usage
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return Code(compiled.asm["ptx"], compiled.metadata.shared, int(registers[1]), spills, _loop_length(sass), sass)
+    return inspect_code(compiled, folder)
 
 
 def compile_conv(config: ConvConfig, capability: int, folder: Path, *, even: bool = True) -> Code:

@@ -13,10 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import multiprocessing
-import os
 import platform
-import queue
 import subprocess
 import time
 from collections.abc import Callable
@@ -26,6 +23,7 @@ from typing import Any
 import torch
 import triton
 
+from diffuse_compress_kernels.benchmarks.gpu_checks import run_checks
 from diffuse_compress_kernels.benchmarks.gpu_problem import KINDS, check, problem, run_kernel
 from diffuse_compress_kernels.benchmarks.shapes import GPU_DECODE_SHAPES, GPU_SHAPES
 from diffuse_compress_kernels.triton_kernels.candidates import FEW_TOKENS, candidates, gemv_candidates
@@ -36,8 +34,6 @@ from diffuse_compress_kernels.triton_kernels.timing import time_arms
 __all__ = ["main"]
 
 ROTATED_BYTES = 300 << 20
-WORKERS = 12
-CHECK_SECONDS = 240
 # Few tokens are for formats that read little: these kinds are not swept there.
 LARGE_ONLY = ("w8a8-fp8", "w4a8-two-level")
 SLOW_OPERATIONS = 2e12
@@ -93,54 +89,16 @@ def _jobs(kinds: list[str], tokens: list[int]) -> list[Job]:
     return list(jobs.values())
 
 
-def verdict(job: Job, device: str, asm: bool) -> str:
-    """ "ok", or what is wrong with a configuration; compiles what the timing will run."""
-    kind, config, tokens, compare_plain = job
-    try:
-        check(kind, config, tokens, device, asm=asm, compare_plain=asm and compare_plain)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"[:300]
-    return "ok"
-
-
-def _worker(jobs: multiprocessing.Queue[Job | None], verdicts: multiprocessing.Queue[tuple[str, str]]) -> None:
-    while (job := jobs.get()) is not None:
-        text = verdict(job, "cuda", True)
-        verdicts.put((f"{job[0]} {job[1].name}", text))
-        if "CUDA error" in text or "illegal" in text:
-            # The context is lost, and with it this process.
-            return
+def check_job(kind: str, config: Any, tokens: int, compare_plain: bool, device: str) -> None:
+    """Raises if a configuration is wrong; compiles what the timing will run."""
+    asm = device == "cuda"
+    check(kind, config, tokens, device, asm=asm, compare_plain=asm and compare_plain)
 
 
 def check_all(jobs: list[Job], device: str) -> dict[str, str]:
-    """{"kind config": verdict}; on a GPU in several processes, because compiling keeps a core busy for seconds."""
-    if device == "cpu":
-        return {f"{job[0]} {job[1].name}": verdict(job, device, False) for job in jobs}
-    start = time.perf_counter()
-    context = multiprocessing.get_context("spawn")
-    todo, done = context.Queue(), context.Queue()
-    count = min(WORKERS, os.cpu_count() or 1)
-    for job in [*jobs, *[None] * (count + 1)]:
-        todo.put(job)
-
-    def new_worker() -> Any:
-        process = context.Process(target=_worker, args=(todo, done), daemon=True)
-        process.start()
-        return process
-
-    workers = [new_worker() for _ in range(count)]
-    verdicts: dict[str, str] = {}
-    while len(verdicts) < len(jobs) and time.perf_counter() - start < CHECK_SECONDS:
-        try:
-            name, text = done.get(timeout=2)
-            verdicts[name] = text
-        except queue.Empty:
-            workers = [worker if worker.is_alive() else new_worker() for worker in workers]
-    for worker in workers:
-        worker.terminate()
-    print(f"compiled and checked in {time.perf_counter() - start:.0f} s", flush=True)
-    names = [f"{job[0]} {job[1].name}" for job in jobs]
-    return {name: verdicts.get(name, "not checked in time") for name in names}
+    """{"kind config": "ok", or what is wrong}."""
+    place = f"diffuse_compress_kernels.benchmarks.gpu_linear:{check_job.__name__}"
+    return run_checks([(f"{job[0]} {job[1].name}", place, (*job, device)) for job in jobs], device)
 
 
 # --- timing -----------------------------------------------------------------------------------------------------
@@ -261,10 +219,6 @@ def main(arguments: list[str] | None = None) -> None:
     if options.only:
         shapes = [item for item in shapes if any(word in item[0] for word in options.only)]
     record["checks"] = check_all(_jobs(options.kinds, [shape[0] for _, shape in shapes]), device)
-    wrong = {name: text for name, text in record["checks"].items() if text != "ok"}
-    print(f"{len(record['checks']) - len(wrong)} of {len(record['checks'])} configurations are correct", flush=True)
-    for name, text in wrong.items():
-        print(f"    {name}: {text}", flush=True)
     options.out.write_text(json.dumps(record, indent=1))
     for label, shape in [] if options.dry_run else shapes:
         if time.perf_counter() > end:

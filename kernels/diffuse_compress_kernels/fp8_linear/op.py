@@ -142,13 +142,19 @@ def _quantize(
         return cast(
             tuple[torch.Tensor, torch.Tensor], run(x, -int(FLOAT8_MAX), int(FLOAT8_MAX), scale, None, pre_scale)
         )
+    return quantize_rows_in_torch(x, scale, pre_scale)
+
+
+def quantize_rows_in_torch(
+    x: torch.Tensor, scale: torch.Tensor | None, pre_scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [M, K] and fp32 scale, [M, 1] measured or [1, 1] given, from plain operations."""
     values = x.float() if pre_scale is None else x.float() * pre_scale
     if scale is None:
-        amax = values.abs().amax(dim=1, keepdim=True)
+        amax = values.abs().amax(dim=1, keepdim=True) if values.shape[1] else values.new_zeros(len(values), 1)
         # By a tensor: CUDA divides by a Python number through its reciprocal, which is not the CPU's quotient.
         scale = amax.div_(torch.full_like(amax, FLOAT8_MAX)).clamp_(min=MIN_SCALE)
-    else:
-        scale = scale.reshape(1, 1)
+    scale = scale.reshape(-1, 1)
     return torch.div(values, scale).clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8), scale
 
 

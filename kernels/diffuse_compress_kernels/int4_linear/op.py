@@ -12,7 +12,7 @@ import torch
 
 from diffuse_compress_kernels import triton_kernels
 from diffuse_compress_kernels.int4_linear import fallback
-from diffuse_compress_kernels.int8_linear.op import is_plain, quantize_rows
+from diffuse_compress_kernels.int8_linear.op import contiguous_rows, is_plain, quantize_rows
 
 __all__ = ["has_fast_int4", "w4a8_linear", "w4a8_linear_codes", "w4a16_linear"]
 
@@ -33,10 +33,6 @@ def _check_packed(name: str, x: torch.Tensor, packed: torch.Tensor) -> None:
         )
 
 
-def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 # --- int8 activations -------------------------------------------------------------------------------------------
 
 
@@ -52,7 +48,7 @@ def _run_w4a8(
 ) -> torch.Tensor:
     fast = has_fast_int4(codes.device)
     run = triton_kernels.module("products").w4a8_linear_codes if fast else fallback.w4a8_linear_codes
-    codes = _contiguous_rows(codes)
+    codes = contiguous_rows(codes)
     return cast(torch.Tensor, run(codes, scale, zero_point, packed, weight_scale, group_scale, bias, dtype))
 
 
@@ -167,7 +163,7 @@ def _run_w4a16(
     fits = x.dtype != torch.float32 and (zero_point is None or zero_point.dtype == torch.int8)
     if fits and has_fast_int4(x.device):
         run = triton_kernels.module("products").w4a16_linear
-        return cast(torch.Tensor, run(_contiguous_rows(x), packed, scale, zero_point, group_size, bias))
+        return cast(torch.Tensor, run(contiguous_rows(x), packed, scale, zero_point, group_size, bias))
     return fallback.w4a16_linear(x, packed, scale, zero_point, group_size, bias)
 
 

@@ -16,6 +16,11 @@ from diffuse_compress_kernels.int8_linear import cpu, cuda
 __all__ = ["int8_linear", "int8_linear_codes", "int_matmul", "is_plain", "is_traced_for_cuda", "quantize_rows"]
 
 
+def contiguous_rows(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy of it if its rows are not contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def is_plain(x: torch.Tensor) -> bool:
     """True for an ordinary tensor outside any tracing: an operator may be called directly."""
     return (

@@ -15,13 +15,13 @@ from typing import Any, cast
 import torch
 
 from diffuse_compress_kernels import triton_kernels
-from diffuse_compress_kernels.int8_linear.op import is_plain
+from diffuse_compress_kernels.fp8_linear.op import FLOAT8_MAX
+from diffuse_compress_kernels.int8_linear.op import contiguous_rows, is_plain
 from diffuse_compress_kernels.producers import stock
 
 __all__ = ["activation_quantize", "norm_quantize"]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
-FLOAT8_MAX = 448
 MAX_COLUMNS = 32768
 LEAST_FLOAT8_CAPABILITY = (8, 9)
 
@@ -50,10 +50,6 @@ def _owned(rows: Rows, x: torch.Tensor, given: torch.Tensor | None) -> _Outputs:
     return codes, scale if given is None else scale.clone(), x.new_empty(0, x.shape[1]) if kept is None else kept
 
 
-def _contiguous(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 # --- norms ------------------------------------------------------------------------------------------------------
 
 
@@ -76,10 +72,9 @@ def _norm(
     kernels = _kernels(x, qmax)
     if kernels is not None:
         how = kernels.Quantization(qmin, qmax, input_scale, zero_point, pre_scale, keep)
-        vectors = [None if part is None else _contiguous(part) for part in (weight, bias, scale, shift)]
-        names = ("weight", "bias", "scale", "shift")
-        options = dict(zip(names, vectors, strict=True))
-        return cast(Rows, kernels.norm_rows(_contiguous(x), how, rms=rms, eps=eps, work_dtype=work_dtype, **options))
+        vectors = [None if part is None else contiguous_rows(part) for part in (weight, bias, scale, shift)]
+        options = dict(zip(("weight", "bias", "scale", "shift"), vectors, strict=True), rms=rms, eps=eps)
+        return cast(Rows, kernels.norm_rows(contiguous_rows(x), how, work_dtype=work_dtype, **options))
     rows = stock.normed(x, weight, bias, scale, shift, rms, eps, work_dtype)
     codes, row_scale = stock.quantized(rows, qmin, qmax, input_scale, zero_point, pre_scale)
     return codes, row_scale, rows if keep else None
@@ -226,8 +221,8 @@ def _activation(
     kernels = _kernels(x, qmax)
     if kernels is not None:
         how = kernels.Quantization(qmin, qmax, input_scale, zero_point, pre_scale, keep)
-        other = None if other is None else _contiguous(other)
-        return cast(Rows, kernels.activation_rows(_contiguous(x), how, kind=kind, other=other))
+        other = None if other is None else contiguous_rows(other)
+        return cast(Rows, kernels.activation_rows(contiguous_rows(x), how, kind=kind, other=other))
     rows = stock.activated(x, other, kind)
     codes, row_scale = stock.quantized(rows, qmin, qmax, input_scale, zero_point, pre_scale)
     return codes, row_scale, rows if keep else None

@@ -8,13 +8,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from diffuse_compress_kernels.fp8_linear.op import FLOAT8_MAX, quantize_rows_in_torch
 from diffuse_compress_kernels.int8_linear import cpu, cuda
 
 __all__ = ["activated", "normed", "quantized"]
-
-FLOAT8 = torch.float8_e4m3fn
-FLOAT8_MAX = 448
-MIN_SCALE = torch.finfo(torch.float32).tiny
 
 
 def normed(
@@ -59,13 +56,7 @@ def quantized(
     pre_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [M, K] and fp32 scale, [M, 1] measured or [1, 1] given."""
-    if qmax != FLOAT8_MAX:
-        implementation = cuda if rows.device.type == "cuda" else cpu
-        return implementation.quantize_rows(rows, qmin, qmax, scale, zero_point, pre_scale)
-    values = rows.float() if pre_scale is None else rows.float() * pre_scale
-    if scale is None:
-        amax = values.abs().amax(dim=1, keepdim=True) if values.shape[1] else values.new_zeros(len(values), 1)
-        # By a tensor: CUDA divides by a Python number through its reciprocal, which is not the quotient.
-        scale = amax.div_(torch.full_like(amax, FLOAT8_MAX)).clamp_(min=MIN_SCALE)
-    scale = scale.reshape(-1, 1)
-    return torch.div(values, scale).clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8), scale
+    if qmax == FLOAT8_MAX:
+        return quantize_rows_in_torch(rows, scale, pre_scale)
+    implementation = cuda if rows.device.type == "cuda" else cpu
+    return implementation.quantize_rows(rows, qmin, qmax, scale, zero_point, pre_scale)

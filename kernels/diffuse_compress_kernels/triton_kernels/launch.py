@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diffuse_compress_kernels.triton_kernels.tiles import TileConfig
 
-__all__ = ["INTERPRETED", "Operands", "Unsuitable", "forget_counters", "launch", "on_device_of"]
+__all__ = ["INTERPRETED", "Operands", "Unsuitable", "forget_counters", "launch", "multiprocessors", "on_device_of"]
 
 # Read when triton is imported, as triton does.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -80,7 +80,7 @@ def launch(
         return y
     tiles = -(-rows // config.block_m) * -(-outputs // config.block_n)
     persistent = config.programs_per_sm > 0
-    programs = min(tiles, config.programs_per_sm * _multiprocessors(x.device)) if persistent else tiles
+    programs = min(tiles, config.programs_per_sm * multiprocessors(x.device)) if persistent else tiles
     with on_device_of(x):
         kernel[(programs, config.split_k)](
             *_matrices(operands, y, config, x_columns or config.block_k, weight_columns or config.block_k),
@@ -163,7 +163,8 @@ def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescript
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 2 for the interpreter."""
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count

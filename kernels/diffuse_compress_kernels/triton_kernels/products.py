@@ -13,6 +13,7 @@ import torch
 from diffuse_compress_kernels.triton_kernels import capability
 from diffuse_compress_kernels.triton_kernels.expand import expand_to_float, expand_to_int8
 from diffuse_compress_kernels.triton_kernels.gemv import w4a16_gemv
+from diffuse_compress_kernels.triton_kernels.launch import multiprocessors
 from diffuse_compress_kernels.triton_kernels.rows import quantize_rows
 from diffuse_compress_kernels.triton_kernels.tables import Table, choose, for_groups, load_table, table_for
 from diffuse_compress_kernels.triton_kernels.tiles import GemvConfig, TileConfig
@@ -71,13 +72,8 @@ def _table(device: torch.device) -> Table:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
 def _choose(kind: str, shape: tuple[int, int, int], device: torch.device, aligned: bool) -> TileConfig:
-    return choose(_table(device), kind, shape, _multiprocessors(device), aligned=aligned)
+    return choose(_table(device), kind, shape, multiprocessors(device), aligned=aligned)
 
 
 def _aligned(tensor: torch.Tensor) -> bool:
