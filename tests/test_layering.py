@@ -83,7 +83,7 @@ def test_modules_and_functions_stay_readable() -> None:
 def test_every_module_has_its_layer_in_the_import_contract() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
-    known = {name.strip("() ").split(".")[-1] for layer in layers for name in re.split("[|:]", layer)}
+    known = {name.strip("() \n").split(".")[-1] for layer in layers for name in re.split("[|:]", layer)}
     package = ROOT / "src" / "diffuse_compress"
     modules = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
     modules |= {path.parent.name for path in package.glob("*/__init__.py")}

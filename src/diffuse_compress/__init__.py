@@ -16,6 +16,7 @@ from diffuse_compress.api import (
     compression_stats,
     decompress,
 )
+from diffuse_compress.companions import complete_save, complete_upload
 from diffuse_compress.errors import (
     CheckpointError,
     CompressionConflictError,
@@ -29,6 +30,13 @@ from diffuse_compress.errors import (
 )
 from diffuse_compress.integrations.attach import attach, register_quantizers
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
+from diffuse_compress.logging import (
+    set_verbosity_debug,
+    set_verbosity_error,
+    set_verbosity_from_environment,
+    set_verbosity_info,
+    set_verbosity_warning,
+)
 from diffuse_compress.plan import CompressionPlan
 from diffuse_compress.quantization.algorithms.hqq import HQQConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
@@ -84,7 +92,13 @@ __all__ = [
     "compression_report",
     "compression_stats",
     "decompress",
+    "set_verbosity_debug",
+    "set_verbosity_error",
+    "set_verbosity_info",
+    "set_verbosity_warning",
 ]
 
+set_verbosity_from_environment()
+
 register_quantizers()
-attach(METHODS)
+attach(METHODS, complete_save, complete_upload)

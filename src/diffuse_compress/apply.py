@@ -15,7 +15,9 @@ from diffuse_compress.components import model_components
 from diffuse_compress.errors import DiffuseCompressError
 from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries
 from diffuse_compress.integrations.doors import marks_of
+from diffuse_compress.integrations.origin import repository_of
 from diffuse_compress.integrations.placement import require_free
+from diffuse_compress.logging import get_logger
 from diffuse_compress.measurement import LayerMeasurement, PipelineProbe, measure_layer
 from diffuse_compress.plan import ComponentPlan, CompressionPlan
 from diffuse_compress.progress import Callback, track
@@ -24,6 +26,8 @@ from diffuse_compress.report import component_report
 from diffuse_compress.transaction import Transaction
 
 __all__ = ["apply_plan"]
+
+_logger = get_logger(__name__)
 
 
 def apply_plan(
@@ -61,6 +65,7 @@ def apply_plan(
             state = get_state(models[name])
             assert state is not None  # marked above
             state.report = component_report(models[name], part, layers[name], probe, seconds=started[name])
+            _logger.info("%s: %d layers converted in %.1f s", name or part.class_name, len(layers[name]), started[name])
         probe.keep_preview(target)
 
 
@@ -95,7 +100,7 @@ def _convert(
 def _mark(model: nn.Module, part: ComponentPlan, spill: Transaction) -> None:
     mark, unmark = marks_of(model)
     spill.on_rollback(lambda: unmark(model))
-    mark(model, ComponentState(part.resolved_config, layer_entries(model)))
+    mark(model, ComponentState(part.resolved_config, layer_entries(model), base_model=repository_of(model)))
 
 
 def _check_ready(where: str, model: nn.Module) -> None:

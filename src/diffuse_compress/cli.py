@@ -159,6 +159,10 @@ def _add_compress(verbs: Any) -> None:
         "--modules-to-not-convert", nargs="+", metavar="PATTERN", help="modules that stay dense, e.g. attn2 '*.ff.*'"
     )
     verb.add_argument("--out", metavar="DIR", help="folder for the compressed pipeline or model")
+    verb.add_argument(
+        "--push", metavar="REPO", help="push to this repository of the Hub (the token of `hf auth login`)"
+    )
+    verb.add_argument("--private", action="store_true", help="with --push: make a private repository")
     verb.add_argument("--report", metavar="FILE", help="write the report: .html, .json or .md")
     verb.add_argument("--preview", action="append", metavar="PROMPT", help="generate before and after; repeat for more")
     verb.add_argument("--no-measure", action="store_true", help="do not run the pipeline to measure its output error")
@@ -179,8 +183,10 @@ def _add_compress(verbs: Any) -> None:
 
 
 def _compress(args: argparse.Namespace) -> None:
-    if not (args.out or args.report or args.dry_run):
-        raise ConfigError("compress: say what to write: --out DIR, --report FILE, or --dry-run to see the plan.")
+    if not (args.out or args.push or args.report or args.dry_run):
+        raise ConfigError(
+            "compress: say what to write: --out DIR, --push REPO, --report FILE, or --dry-run to see the plan."
+        )
     if args.report:
         report_kind(args.report)
     _check_writable(args.out, args.report)
@@ -205,13 +211,18 @@ def _compress(args: argparse.Namespace) -> None:
     report = compression_report(target)
     if args.out:
         target.save_pretrained(args.out)
+    pushed = None if args.push is None else str(target.push_to_hub(args.push, private=args.private or None))
     if args.report:
         report.save(args.report)
     if args.json:
-        print(json.dumps({"out": args.out, "report_file": args.report, "report": report.to_dict()}, indent=2))
+        print(
+            json.dumps(
+                {"out": args.out, "pushed": pushed, "report_file": args.report, "report": report.to_dict()}, indent=2
+            )
+        )
         return
     print(report)
-    for what, path in (("compressed", args.out), ("report", args.report)):
+    for what, path in (("compressed", args.out), ("pushed", pushed), ("report", args.report)):
         if path:
             print(f"{what}: {path}")
 

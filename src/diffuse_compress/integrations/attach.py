@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from diffuse_compress.integrations.casting import wrap_from_pipe, wrap_half_and_float
 from diffuse_compress.integrations.compat import NO_PATCH_VARIABLE, may_patch, usable
 from diffuse_compress.integrations.component import get_state
 from diffuse_compress.integrations.doors import door
-from diffuse_compress.integrations.loading import wrap_from_pretrained
+from diffuse_compress.integrations.hub import Prepare, wrap_upload
+from diffuse_compress.integrations.loading import wrap_model_loading, wrap_register_modules
 from diffuse_compress.integrations.refresh import up_to_date
 from diffuse_compress.integrations.refusals import wrap_layerwise_casting
 from diffuse_compress.integrations.saving import wrap_save_pretrained
@@ -27,8 +29,14 @@ def register_quantizers() -> None:
             door(library).register()
 
 
-def attach(methods: dict[str, Callable[..., Any]]) -> None:
+def attach(
+    methods: dict[str, Callable[..., Any]],
+    complete_save: Callable[[Any, Path, Path], None],
+    complete_upload: Prepare,
+) -> None:
     """Add ``methods`` to the pipeline and model classes, and wrap what must know of compressed objects.
+
+    ``complete_save`` and ``complete_upload`` add what stands beside the weights (see ``companions.py``).
 
     Nothing is replaced that another package put there, a second call changes nothing, and with
     ``DIFFUSE_COMPRESS_NO_PATCH=1`` classes stay as they are.
@@ -39,10 +47,13 @@ def attach(methods: dict[str, Callable[..., Any]]) -> None:
         for name, function in methods.items():
             if not hasattr(cls, name):
                 setattr(cls, name, function)
-        wrap_save_pretrained(cls, up_to_date)
+        wrap_save_pretrained(cls, up_to_date, complete_save)
+        wrap_upload(cls, complete_upload)
         if cls.__name__ == "DiffusionPipeline":
-            wrap_from_pretrained(cls)
+            wrap_register_modules(cls)
             wrap_from_pipe(cls)
+        if cls.__name__ == "ModelMixin":
+            wrap_model_loading(cls)
         if cls.__name__ == "PreTrainedModel":
             wrap_half_and_float(cls)
         wrap_layerwise_casting(cls)

@@ -10,6 +10,7 @@ from typing import Any
 from diffuse_compress.errors import MissingDependencyError
 
 __all__ = [
+    "INSTALL_COMMAND",
     "NO_PATCH_VARIABLE",
     "add_to_diffusers_config",
     "may_patch",
@@ -19,6 +20,7 @@ __all__ = [
     "usable",
 ]
 
+INSTALL_COMMAND = "pip install git+https://github.com/diffuse-compress/diffuse-compress"
 NO_PATCH_VARIABLE = "DIFFUSE_COMPRESS_NO_PATCH"
 
 _PIP = {

@@ -24,6 +24,7 @@ from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import SCHEMA_VERSION, QuantizationSpec
 
 __all__ = [
+    "ASK_THE_MODEL",
     "FP32_PARAMETER_NAMES",
     "METADATA_KEY",
     "ComponentState",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 METADATA_KEY = QUANT_METHOD
+ASK_THE_MODEL = ""
 # What torch's own CPU allocations are aligned to, and what vectorised products expect.
 _ALIGNMENT = 64
 # Kept in fp32 whatever the model's dtype: rounding them to bf16 would cost 0.4 % of every weight.
@@ -73,12 +75,15 @@ class ComponentState:
         layers: {qualified name: entry}; exact.
         report: the component's part of the report (see ``report.py``), or None if never measured.
         preview: pictures before and after, for the live report; never written.
+        base_model: Hub id of the dense model, None where it is not known. ``ASK_THE_MODEL`` where weights were
+            quantized on their way in: both libraries tell the model its name after that.
     """
 
     config: QuantizationConfig
     layers: dict[str, LayerEntry]
     report: dict[str, Any] | None = field(default=None)
     preview: list[Any] = field(default_factory=list, repr=False, compare=False)
+    base_model: str | None = None
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedConv2d]:
@@ -161,6 +166,8 @@ def metadata_of(state: ComponentState) -> dict[str, str]:
         "layers": layers,
         "report": state.report,
     }
+    if state.base_model:
+        content["base_model"] = state.base_model
     return {METADATA_KEY: json.dumps(content, separators=(",", ":"), sort_keys=True)}
 
 

@@ -8,22 +8,25 @@ convolution.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
 
 from diffuse_compress.integrations.component import align_tensors, get_state
+from diffuse_compress.integrations.origin import folder_of
 
-__all__ = ["restore_stored_dtypes", "wrap_from_pretrained"]
+__all__ = ["restore_stored_dtypes", "wrap_model_loading", "wrap_register_modules"]
 
 _MARK = "_diffuse_compress_wrapped"
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+# Models that nobody named a dtype for, until a pipeline takes them in.
+_LOADED_WITHOUT_DTYPE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def wrap_from_pretrained(cls: type) -> None:
-    """Wrap a pipeline class's ``from_pretrained`` once; it acts only on compressed pipelines."""
+def wrap_model_loading(cls: type) -> None:
+    """Wrap a model class's ``from_pretrained`` once, to remember what was loaded with no dtype asked for."""
     stock = cls.__dict__["from_pretrained"].__func__
     if getattr(stock, _MARK, False):
         return
@@ -31,19 +34,48 @@ def wrap_from_pretrained(cls: type) -> None:
     @functools.wraps(stock)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         no_dtype = kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None
-        pipe = stock(cls, *args, **kwargs)
-        parts = [part for part in getattr(pipe, "components", {}).values() if isinstance(part, nn.Module)]
-        if any(get_state(part) is not None for part in parts):
-            for part in parts:
-                if get_state(part) is None and not any(part is value for value in kwargs.values()):
-                    if no_dtype:
-                        restore_stored_dtypes(part)
-                    # Half precision stays mapped: copying a large text encoder that only passes by costs memory.
-                    align_tensors(part, torch.float32)
-        return pipe
+        loaded = stock(cls, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with output_loading_info=True
+        if no_dtype:
+            _LOADED_WITHOUT_DTYPE.add(model)
+        return loaded
 
     setattr(from_pretrained, _MARK, True)
     cls.from_pretrained = classmethod(from_pretrained)  # type: ignore[attr-defined]
+
+
+def wrap_register_modules(cls: type) -> None:
+    """Wrap a pipeline class's ``register_modules`` once; it acts only on what was saved with a compressed component.
+
+    Every pipeline is put together through it, also one whose ``from_pretrained`` was under way when this package was
+    imported (by its ``pipeline.py``).
+    """
+    stock = cls.__dict__["register_modules"]
+    if getattr(stock, _MARK, False):
+        return
+
+    @functools.wraps(stock)
+    def register_modules(self: Any, **modules: Any) -> Any:
+        parts = [part for part in modules.values() if isinstance(part, nn.Module)]
+        homes = {_home(part) for part in parts if get_state(part) is not None} - {None}
+        for part in parts:
+            no_dtype = part in _LOADED_WITHOUT_DTYPE
+            _LOADED_WITHOUT_DTYPE.discard(part)
+            if get_state(part) is None and _home(part) in homes:
+                if no_dtype:
+                    restore_stored_dtypes(part)
+                # Half precision stays mapped: copying a large text encoder that only passes by costs memory.
+                align_tensors(part, torch.float32)
+        return stock(self, **modules)
+
+    setattr(register_modules, _MARK, True)
+    cls.register_modules = register_modules  # type: ignore[attr-defined]
+
+
+def _home(part: nn.Module) -> Any:
+    """The pipeline's folder that a component was loaded from."""
+    folder = folder_of(part)
+    return None if folder is None else folder.resolve().parent
 
 
 def restore_stored_dtypes(model: nn.Module) -> None:
@@ -51,13 +83,13 @@ def restore_stored_dtypes(model: nn.Module) -> None:
 
     The safetensors headers of the folder that the model was loaded from tell; without them nothing changes.
     """
-    origin = getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not origin or not Path(origin).is_dir():
+    folder = folder_of(model)
+    if folder is None:
         return
     from safetensors import safe_open
 
     tensors = model.state_dict(keep_vars=True)
-    for file in sorted(Path(origin).glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as handle:
             for key in handle.keys():
                 tensor = tensors.get(key)

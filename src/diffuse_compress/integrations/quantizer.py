@@ -9,14 +9,23 @@ from torch import nn
 
 from diffuse_compress.assignment import assign_layers, require_patterns_match, resolve_rules
 from diffuse_compress.errors import CheckpointError
-from diffuse_compress.integrations.component import ComponentState, align_tensors, layer_entries, quantized_layers
+from diffuse_compress.integrations.component import (
+    ASK_THE_MODEL,
+    ComponentState,
+    align_tensors,
+    layer_entries,
+    quantized_layers,
+)
 from diffuse_compress.integrations.placement import require_free, require_memory
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
+from diffuse_compress.logging import get_logger
 from diffuse_compress.quantization.convert import quantize_module, replace_module
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import Rules
 
 __all__ = ["QuantizerMixin"]
+
+_logger = get_logger(__name__)
 
 
 class QuantizerMixin:
@@ -77,10 +86,15 @@ class QuantizerMixin:
                 f"be quantized, e.g. {next(iter(self.pending))}."
             )
         align_tensors(model)
-        config = self.quantization_config
+        verb = "loaded" if self.pre_quantized else "quantized while loading"
+        _logger.info("%s: %d layers %s", type(model).__name__, len(quantized_layers(model)), verb)
         if not self.pre_quantized:
-            config = QuantizationConfig.from_spec(config.spec.resolved(self._rules), dtype)
-        return ComponentState(config, layer_entries(model), (self._metadata or {}).get("report"))
+            spec = self.quantization_config.spec.resolved(self._rules)
+            config = QuantizationConfig.from_spec(spec, dtype)
+            return ComponentState(config, layer_entries(model), base_model=ASK_THE_MODEL)
+        stored = self._metadata or {}
+        report, base_model = stored.get("report"), stored.get("base_model")
+        return ComponentState(self.quantization_config, layer_entries(model), report, base_model=base_model)
 
     @staticmethod
     def _restore_dense_layers(model: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from diffuse_compress.errors import CheckpointError
 from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries, quantized_layers
 from diffuse_compress.integrations.doors import marks_of
+from diffuse_compress.integrations.origin import base_model_of
 from diffuse_compress.integrations.peft import has_adapters
 from diffuse_compress.integrations.placement import require_bytes
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
@@ -61,10 +63,12 @@ def _require_no_adapters(model: Any) -> None:
 
 def _refresh(model: Any, state: ComponentState) -> None:
     entries, dtype = layer_entries(model), model.dtype
-    if get_state(model) is state and entries == state.layers and dtype == state.config.compute_dtype:
+    base_model = base_model_of(model, state)
+    same = entries == state.layers and dtype == state.config.compute_dtype and base_model == state.base_model
+    if get_state(model) is state and same:
         return
     config = QuantizationConfig.from_spec(state.config.spec, dtype)
-    marks_of(model)[0](model, ComponentState(config, entries, state.report, state.preview))
+    marks_of(model)[0](model, replace(state, config=config, layers=entries, base_model=base_model))
 
 
 def _state_of_parts(model: nn.Module) -> ComponentState:
@@ -81,4 +85,4 @@ def _state_of_parts(model: nn.Module) -> ComponentState:
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
     spec = states[0].config.spec.resolved(tuple(generalize(schemes)))
-    return ComponentState(QuantizationConfig.from_spec(spec), layer_entries(model))
+    return ComponentState(QuantizationConfig.from_spec(spec), layer_entries(model), base_model=states[0].base_model)

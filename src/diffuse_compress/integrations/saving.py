@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import inspect
 import os
 import shutil
 import tempfile
@@ -14,19 +15,27 @@ from typing import Any
 
 from diffuse_compress.errors import CheckpointError
 from diffuse_compress.integrations.component import get_state
+from diffuse_compress.integrations.origin import forget_local_paths
+from diffuse_compress.logging import get_logger
 
 __all__ = ["publish", "wrap_save_pretrained"]
 
+_logger = get_logger(__name__)
 _MARK = "_diffuse_compress_wrapped"
 _MODULAR_INDEX = "modular_model_index.json"
 # Written last: a reader that finds these finds everything they point to.
 _LAST = ("model_index.json", _MODULAR_INDEX)
 
 
-def wrap_save_pretrained(cls: type, preparing: Callable[[Any], AbstractContextManager[None]]) -> None:
+def wrap_save_pretrained(
+    cls: type,
+    preparing: Callable[[Any], AbstractContextManager[None]],
+    complete: Callable[[Any, Path, Path], None],
+) -> None:
     """Wrap ``cls.save_pretrained`` once; for objects that carry no compression it is the stock function.
 
     ``preparing(obj)`` surrounds every save: it brings what is written about the object up to date.
+    ``complete(obj, staging, target)`` adds what stands beside the weights, before the files move to ``target``.
     """
     stock: Callable[..., Any] = cls.save_pretrained  # type: ignore[attr-defined]
     if getattr(stock, _MARK, False) or "save_pretrained" not in cls.__dict__:
@@ -44,7 +53,7 @@ def wrap_save_pretrained(cls: type, preparing: Callable[[Any], AbstractContextMa
                 )
             if _staging(save_directory):
                 return stock(self, save_directory, *args, **kwargs)
-            return _save(stock, self, Path(save_directory), args, kwargs)
+            return _save(stock, self, Path(save_directory), complete, args, kwargs)
 
     setattr(save_pretrained, _MARK, True)
     cls.save_pretrained = save_pretrained  # type: ignore[attr-defined]
@@ -65,7 +74,14 @@ def _staging(folder: str | os.PathLike[str]) -> bool:
     return any(part.startswith(_PREFIX) for part in Path(folder).parts)
 
 
-def _save(stock: Callable[..., Any], obj: Any, target: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _save(
+    stock: Callable[..., Any],
+    obj: Any,
+    target: Path,
+    complete: Callable[[Any, Path, Path], None],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     if target.is_file():
         raise CheckpointError(f"save_pretrained needs a folder, {target} is a file. Give another path.")
     target.mkdir(parents=True, exist_ok=True)
@@ -79,6 +95,8 @@ def _save(stock: Callable[..., Any], obj: Any, target: Path, args: tuple[Any, ..
         result = stock(obj, str(staging), *args, **kwargs)
         if is_modular:
             _point_index_at(target, obj, staging)
+        forget_local_paths(staging)
+        complete(obj, staging, target)
         publish(staging, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -89,6 +107,7 @@ def _save(stock: Callable[..., Any], obj: Any, target: Path, args: tuple[Any, ..
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    _logger.info("%s saved in %s", type(obj).__name__, target)
     if push:
         _push(obj, target, kwargs)
     return result
@@ -152,5 +171,6 @@ def _sync(path: Path) -> None:
 
 
 def _push(obj: Any, folder: Path, kwargs: dict[str, Any]) -> None:
-    hub = {k: kwargs[k] for k in ("commit_message", "private", "create_pr", "token", "variant") if k in kwargs}
+    known = inspect.signature(type(obj).push_to_hub).parameters
+    hub = {name: value for name, value in kwargs.items() if name in known and name != "repo_id"}
     obj.push_to_hub(kwargs.get("repo_id") or folder.name, **hub)

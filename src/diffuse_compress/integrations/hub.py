@@ -1,0 +1,59 @@
+"""What is done to a folder between being saved and being uploaded: every way to the Hub goes through here.
+
+``push_to_hub`` of pipelines and models, and ``save_pretrained(push_to_hub=True)``, write a folder, put the card of the
+repository (or an empty form) over its README.md, and call one upload method. That method is wrapped.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+__all__ = ["Prepare", "remote_text", "wrap_upload"]
+
+_MARK = "_diffuse_compress_wrapped"
+# diffusers' and transformers' names for it; both take the folder and the repository first.
+_METHODS = ("_upload_folder", "_upload_modified_files")
+
+
+class Prepare(Protocol):
+    """Completes ``folder``, which is about to be uploaded to ``repo_id`` (``at_root``: not to a subfolder of it)."""
+
+    def __call__(self, obj: Any, folder: Path, repo_id: str, *, at_root: bool, token: str | bool | None) -> None: ...
+
+
+def wrap_upload(cls: type, prepare: Prepare) -> None:
+    """Call ``prepare`` before each upload of an object of ``cls``."""
+    for name in _METHODS:
+        stock = getattr(cls, name, None)
+        if stock is None or getattr(stock, _MARK, False):
+            continue
+        setattr(cls, name, _prepared(stock, prepare))
+
+
+def _prepared(stock: Callable[..., Any], prepare: Prepare) -> Callable[..., Any]:
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def upload(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        at_root, token = not given.get("subfolder"), given.get("token")
+        prepare(args[0], Path(given["working_dir"]), given["repo_id"], at_root=at_root, token=token)
+        return stock(*args, **kwargs)
+
+    setattr(upload, _MARK, True)
+    return upload
+
+
+def remote_text(repo_id: str, file: str, token: str | bool | None = None) -> str | None:
+    """Text of a file on the Hub's main branch; None where there is none, or no access."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo_id, file, token=token)).read_text(encoding="utf-8")
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, UnicodeDecodeError):
+        return None

@@ -1,0 +1,1 @@
+"""What makes a compressed checkpoint load through ``custom_pipeline=``."""

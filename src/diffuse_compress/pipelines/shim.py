@@ -1,0 +1,60 @@
+"""The ``pipeline.py`` of a saved pipeline: it loads with no import of ours in the user's code.
+
+``DiffusionPipeline.from_pretrained(path, custom_pipeline="pipeline", trust_remote_code=True)`` runs the file, which
+imports this package, and takes the one pipeline class it defines: a subclass of the stock class, under the stock name,
+so that ``_class_name`` stays what it was and plain ``from_pretrained`` loads the same folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from diffuse_compress.integrations.compat import INSTALL_COMMAND
+
+__all__ = ["FILE_NAME", "is_shim", "shim_for", "stock_class_of"]
+
+FILE_NAME = "pipeline.py"
+_MARK = "Written by diffuse_compress."
+_TEMPLATE = '''"""{mark} Loads this folder without `import diffuse_compress` in your code:
+DiffusionPipeline.from_pretrained(PATH_OR_REPO, custom_pipeline="pipeline", trust_remote_code=True)"""
+
+import diffusers
+
+try:
+    import diffuse_compress
+except ImportError as error:
+    raise ImportError("this checkpoint needs diffuse_compress: {install}") from error
+
+# diffusers runs every local pipeline.py in one module and wants exactly one pipeline class there.
+for key in [key for key, value in globals().items() if isinstance(value, type)]:
+    del globals()[key]
+
+
+class {name}(diffusers.{name}):
+    __doc__ = diffusers.{name}.__doc__
+'''
+
+
+def stock_class_of(pipe: Any) -> type | None:
+    """The pipeline class of diffusers that ``pipe`` is, also where it was loaded through a shim; None for others'."""
+    diffusers = sys.modules.get("diffusers")
+    base = getattr(diffusers, "DiffusionPipeline", None)
+    if not isinstance(base, type) or not isinstance(pipe, base):
+        return None
+    for cls in type(pipe).__mro__:
+        if getattr(diffusers, cls.__name__, None) is cls:
+            # A subclass of the user's own has another name, and perhaps another __init__ and call.
+            return cls if cls.__name__ == type(pipe).__name__ else None
+    return None
+
+
+def is_shim(text: str) -> bool:
+    """True for the text of a file that :func:`shim_for` made."""
+    return text.startswith(f'"""{_MARK}')
+
+
+def shim_for(pipe: Any) -> str | None:
+    """Text of the ``pipeline.py`` of ``pipe``; None for a bare model and for a class that diffusers does not have."""
+    cls = stock_class_of(pipe)
+    return None if cls is None else _TEMPLATE.format(mark=_MARK, name=cls.__name__, install=INSTALL_COMMAND)
