@@ -1,0 +1,189 @@
+"""A model run on many samples at once, block by block.
+
+Calibrating a block needs its inputs on every sample, computed by the blocks before it as they are after their own
+calibration. The usual way stores what the first block is given, and feeds each block's output to the next; it holds for
+plain chains only. Here each sample's forward is a coroutine that is suspended where it enters a block. Skip connections,
+streams that are joined half-way, embeddings added between blocks: whatever stands between two blocks is the model's own
+code, run once for each sample, and no model class needs to be known.
+
+What is held at any moment is what the suspended forwards hold: the hidden states of every sample, in a UNet the skip
+connections too, and the arguments that each block is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from diffuse_compress.errors import ConfigError
+
+__all__ = ["Call", "Visit", "lockstep"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one forward.
+
+    Attributes:
+        args: positional.
+        kwargs: by name.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> Call:
+        """The same with every tensor on ``device``."""
+        move = functools.partial(tree_map, lambda x: x.to(device) if isinstance(x, torch.Tensor) else x)
+        return Call(move(self.args), move(dict(self.kwargs)))
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A block with the inputs it is about to be run on.
+
+    Attributes:
+        name: qualified name of the block.
+        block: the module.
+        calls: {index of the sample: its arguments}; a sample whose forward passes the block by is not among them.
+    """
+
+    name: str
+    block: nn.Module
+    calls: dict[int, Call]
+
+
+def lockstep(
+    model: nn.Module,
+    blocks: Sequence[str],
+    samples: Sequence[Call],
+    visit: Callable[[Visit], None],
+) -> list[str]:
+    """Run ``model`` on every sample, stopping at each block until all samples that reach it are there.
+
+    ``visit`` is called once for each block, in the order in which the samples reach them; what it changes in the block
+    is in force when the samples go on through it. A block that is run more than once in one forward is visited at its
+    first. Gradients are off. If anything raises, the suspended forwards are unwound first.
+
+    Args:
+        model: to run; its training flags are the caller's business.
+        blocks: qualified names of the submodules to stop at.
+        samples: arguments of the model's forward.
+        visit: what to do with a block and its inputs; may run the block.
+
+    Returns:
+        The blocks that no sample reached.
+
+    Raises:
+        ConfigError: there are no samples, or no submodule of a name.
+    """
+    if not samples:
+        raise ConfigError("calibration: at least one sample is needed, got none.")
+    modules = {name: _submodule(model, name) for name in blocks}
+    waiting = _Waiting(modules)
+    runs = [greenlet(functools.partial(_forward, model, sample)) for sample in samples]
+    with torch.no_grad(), waiting.hooked():
+        try:
+            for index, run in enumerate(runs):
+                waiting.resume(index, run)
+            while waiting.calls:
+                name = waiting.next_block(blocks)
+                calls = {i: call for i, (at, call) in sorted(waiting.calls.items()) if at == name}
+                waiting.visited.add(name)
+                with waiting.ignored():
+                    visit(Visit(name, modules[name], calls))
+                for index in calls:
+                    waiting.resume(index, runs[index])
+        finally:
+            for run in runs:
+                if not run.dead:
+                    run.throw(GreenletExit)
+    return [name for name in blocks if name not in waiting.visited]
+
+
+def _forward(model: nn.Module, sample: Call) -> None:
+    model(*sample.args, **dict(sample.kwargs))
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ConfigError(f"calibration: {type(model).__name__} has no block {name!r} ({error}).") from error
+
+
+class _Waiting:
+    """Which sample is suspended in front of which block, with what arguments."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.names = {id(module): name for name, module in modules.items()}
+        self.modules = modules
+        self.calls: dict[int, tuple[str, Call]] = {}
+        self.visited: set[str] = set()
+        self._running: dict[int, int] = {}  # id of a coroutine -> index of its sample
+        self._driver = getcurrent()
+        self._ignoring = False
+
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[None]:
+        handles = [module.register_forward_pre_hook(self._enter, with_kwargs=True) for module in self.modules.values()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def ignored(self) -> Iterator[None]:
+        """Inside, blocks that are run are not stopped at: the visitor runs them itself."""
+        self._ignoring = True
+        try:
+            yield
+        finally:
+            self._ignoring = False
+
+    def resume(self, index: int, run: greenlet) -> None:
+        """Let a sample go on until it stops at a block, or ends."""
+        self.calls.pop(index, None)
+        self._running[id(run)] = index
+        # Autocast and gradient mode belong to the thread, not to the coroutine: each side finds its own again.
+        modes = _modes()
+        run.switch()
+        _restore(modes)
+
+    def next_block(self, order: Sequence[str]) -> str:
+        """The first block, in the order they are listed in, that a sample waits at."""
+        reached = {name for name, _ in self.calls.values()}
+        return next(name for name in order if name in reached)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = self.names[id(module)]
+        index = self._running.get(id(getcurrent()))
+        if self._ignoring or index is None or name in self.visited:
+            return
+        self.calls[index] = (name, Call(args, kwargs))
+        modes = _modes()
+        self._driver.switch()
+        _restore(modes)
+
+
+def _modes() -> tuple[Any, ...]:
+    devices = ("cpu", "cuda")
+    autocast = [(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices]
+    return torch.is_grad_enabled(), autocast
+
+
+def _restore(modes: tuple[Any, ...]) -> None:
+    grad, autocast = modes
+    torch.set_grad_enabled(grad)
+    for device, enabled, dtype in autocast:
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
