@@ -6,13 +6,14 @@ method of the same name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from diffuse_compress.apply import apply_plan
+from diffuse_compress.apply import apply_plan, require_consumer
+from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.components import GROUPS, is_pipeline, model_components
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.integrations.component import get_state
@@ -48,6 +49,7 @@ def compression_plan(
     algorithm: AlgorithmConfig | str | None = None,
     seed: int | None = None,
     device: torch.device | str | None = None,
+    calibration: Calibration | Iterable[Any] | None = None,
 ) -> CompressionPlan:
     """What :func:`compress` would do with the same arguments; touches nothing and works on meta-device models.
 
@@ -59,6 +61,7 @@ def compression_plan(
     """
     if not methods:
         raise ConfigError(_choices(target))
+    calibration = calibration if calibration is not None else _calibration_of(methods)
     # A plan is looked at again: the model may have changed since, or it was made on a meta-device twin.
     methods = tuple(method.request() if isinstance(method, CompressionPlan) else method for method in methods)
     recipe = as_recipe(
@@ -68,7 +71,9 @@ def compression_plan(
         algorithm=algorithm,
         seed=seed,
     )
-    return make_plan(target, recipe, _as_device(device))
+    plan = make_plan(target, recipe, _as_device(device))
+    plan.calibration = require_consumer(plan, calibration)
+    return plan
 
 
 def compress(
@@ -84,6 +89,7 @@ def compress(
     preview: Sequence[Any] | None = None,
     callback: Callback | None = None,
     measure: bool = True,
+    calibration: Calibration | Iterable[Any] | None = None,
 ) -> _Target:
     """Make a pipeline or model smaller and faster, in place. Its class stays; it saves and reloads as before.
 
@@ -102,6 +108,8 @@ def compress(
         preview: prompts (or dicts of pipeline arguments) to generate before and after, for the report.
         callback: ``callback(stage, done, total, metrics)``; raising in it cancels and restores.
         measure: run the denoiser at four timesteps before and after to report its output error.
+        calibration: for algorithms that need it: a :class:`Calibration`, or items to record one from (prompts, class
+            labels or dicts of pipeline arguments; texts, messages or forward arguments for a bare model).
 
     Returns:
         ``target`` itself.
@@ -127,10 +135,17 @@ def compress(
         algorithm=algorithm,
         seed=seed,
         device=device,
+        calibration=calibration,
     )
     if plan.components:
         apply_plan(target, plan, device=device, callback=callback, work_dir=work_dir, preview=preview, measure=measure)
     return target
+
+
+def _calibration_of(methods: tuple[Any, ...]) -> Calibration | Iterable[Any] | None:
+    """That of a plan which is among the methods."""
+    plans = [method for method in methods if isinstance(method, CompressionPlan)]
+    return plans[0].calibration if plans else None
 
 
 def decompress(target: _Target) -> _Target:

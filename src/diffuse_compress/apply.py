@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from diffuse_compress.assignment import module_aliases
-from diffuse_compress.components import model_components
-from diffuse_compress.errors import DiffuseCompressError
+from diffuse_compress.calibration.engine import calibrate_layers
+from diffuse_compress.calibration.recording import Calibration
+from diffuse_compress.components import is_pipeline, model_components
+from diffuse_compress.errors import ConfigError, DiffuseCompressError
 from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries
 from diffuse_compress.integrations.doors import marks_of
 from diffuse_compress.integrations.origin import repository_of
@@ -20,14 +22,33 @@ from diffuse_compress.integrations.placement import require_free
 from diffuse_compress.logging import get_logger
 from diffuse_compress.measurement import LayerMeasurement, PipelineProbe, measure_layer
 from diffuse_compress.plan import ComponentPlan, CompressionPlan
-from diffuse_compress.progress import Callback, track
+from diffuse_compress.progress import Callback, bar, track
 from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.report import component_report
 from diffuse_compress.transaction import Transaction
 
-__all__ = ["apply_plan"]
+__all__ = ["apply_plan", "require_consumer"]
 
 _logger = get_logger(__name__)
+
+
+def require_consumer(plan: CompressionPlan, calibration: Any) -> Any:
+    """``calibration``, or ConfigError if an algorithm of ``plan`` needs one and there is none, or none takes it."""
+    needing = [part for part in plan.components.values() if part.spec.algorithm.needs_calibration]
+    if needing and calibration is None:
+        part = needing[0]
+        raise ConfigError(
+            f"{part.name or part.class_name}: {part.spec.algorithm.summary} needs calibration data, got none. Pass "
+            "calibration=, a list of prompts (of texts, of forward arguments for a model without pipeline) or a "
+            'Calibration; or take an algorithm that needs none: algorithm="rtn".'
+        )
+    if calibration is not None and plan.components and not needing:
+        found = ", ".join(sorted({part.spec.algorithm.summary for part in plan.components.values()}))
+        raise ConfigError(
+            f"calibration: given, but nothing uses it ({found} is data-free). Leave it out, or name one "
+            "that does: algorithm=GPTQConfig()."
+        )
+    return calibration
 
 
 def apply_plan(
@@ -51,12 +72,17 @@ def apply_plan(
         _check_ready(name or part.class_name, models[name])
     spilled = sum(row.bytes_before for row in plan.rows if row.scheme is not None)
     with _keep_random_state(), torch.no_grad(), Transaction(spilled, work_dir) as spill:
+        calibration = _recorded(target, plan, callback)
         probe = PipelineProbe(target, plan, preview=preview, enabled=measure, callback=callback)
         probe.record_dense()
         started, layers = {}, {}
         for name, part in plan.components.items():
             started[name] = time.perf_counter()
-            layers[name] = _convert(target, models[name], part, spill, probe, device, callback)
+            if part.spec.algorithm.needs_calibration:
+                assert calibration is not None
+                layers[name] = _calibrate(target, models[name], part, spill, probe, calibration, callback)
+            else:
+                layers[name] = _convert(target, models[name], part, spill, probe, device, callback)
             started[name] = time.perf_counter() - started[name]
         for name, part in plan.components.items():
             _mark(models[name], part, spill)
@@ -95,6 +121,60 @@ def _convert(
         spill.replace(model, names, convert)
         metrics.update(layer=name, scheme=scheme.name, relative_weight_error=measured[name].weight_error)
     return measured
+
+
+def _recorded(target: Any, plan: CompressionPlan, callback: Callback | None) -> Calibration | None:
+    """The plan's calibration with samples of every component that needs them; items are recorded now."""
+    needing = [name for name, part in plan.components.items() if part.spec.algorithm.needs_calibration]
+    if not needing:
+        return None
+    found = plan.calibration
+    if not isinstance(found, Calibration):
+        components = needing if is_pipeline(target) else None
+        found = Calibration.record(target, found, components=components, callback=callback)
+    for name in needing:
+        found.of(name)
+    return found
+
+
+def _calibrate(
+    target: Any,
+    model: nn.Module,
+    part: ComponentPlan,
+    spill: Transaction,
+    probe: PipelineProbe,
+    calibration: Calibration,
+    callback: Callback | None,
+) -> dict[str, LayerMeasurement]:
+    """As :func:`_convert`, block by block on recorded inputs."""
+    aliases, measured = module_aliases(model), {}
+
+    def replace(name: str, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        def converted(dense: nn.Module) -> nn.Module:
+            layer = convert(dense)
+            measured[name] = measure_layer(dense, layer, probe.layer_inputs(part.name, name))  # type: ignore[arg-type]
+            return layer
+
+        return spill.replace(model, aliases[id(model.get_submodule(name))], converted)
+
+    stage = f"Calibrating {part.name or part.class_name}"
+    with bar(stage, len(part.layers), target, callback) as advance:
+
+        def on_block(block: str, done: int, total: int) -> None:
+            advance(done, {"component": part.name, "block": block})
+
+        missed = calibrate_layers(
+            model,
+            part.layers,
+            part.spec.algorithm,
+            calibration.of(part.name),
+            replace,
+            generator=part.spec.generator,
+            on_block=on_block,
+        )
+    if missed:
+        _logger.info("%s: no sample reached %d layers, e.g. %s; rounded to nearest", stage, len(missed), missed[0])
+    return {name: measured[name] for name in part.layers}
 
 
 def _mark(model: nn.Module, part: ComponentPlan, spill: Transaction) -> None:

@@ -135,6 +135,7 @@ class CompressionPlan:
         components: {name: ComponentPlan}; a bare model's name is "".
         unchanged: components that already carry this very configuration.
         untouched: {name: bytes} of models that this plan leaves alone.
+        calibration: a Calibration, or items to record one from, for the components whose algorithm needs it.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class CompressionPlan:
         self.target_class = type(target).__name__
         self.components, self.unchanged, self.untouched = components, unchanged, untouched
         self.device = device
+        self.calibration: Any = None
         self._target = target
 
     def set(self, pattern: str, scheme: str | Scheme, component: str | None = None) -> CompressionPlan:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-__all__ = ["Callback", "track"]
+__all__ = ["Callback", "bar", "track"]
 
 Callback = Callable[[str, int, int, dict[str, Any]], object]
 """``callback(stage, done, total, metrics)``; an exception raised in it cancels and restores."""
@@ -28,6 +29,22 @@ def track(
             bar.update(1)
             if callback is not None:
                 callback(stage, done, len(items), dict(metrics))
+
+
+@contextmanager
+def bar(
+    stage: str, total: int, target: Any, callback: Callback | None
+) -> Iterator[Callable[[int, dict[str, Any]], None]]:
+    """A progress bar for work that does not come as a list: ``advance(done, metrics)``; otherwise as :func:`track`."""
+    config = {key: val for key, val in getattr(target, "_progress_bar_config", {}).items() if key != "desc"}
+    with _tqdm(target, total=total, desc=stage, **config) as shown:
+
+        def advance(done: int, metrics: dict[str, Any]) -> None:
+            shown.update(done - shown.n)
+            if callback is not None:
+                callback(stage, done, total, metrics)
+
+        yield advance
 
 
 def _tqdm(target: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import tiny
-from diffuse_compress.calibration.lockstep import Call, Visit, lockstep
+from diffuse_compress.calibration.lockstep import Visit, lockstep
+from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.families.registry import family_of
 from diffuse_compress.families.roles import block_elements
@@ -67,7 +68,7 @@ def test_blocks_get_the_inputs_of_the_stock_forward(name: str) -> None:
 
     assert lockstep(model, blocks, samples, visit) == []
     assert visited == blocks
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_a_change_to_a_block_is_in_force_for_the_next() -> None:
@@ -89,6 +90,22 @@ def test_a_change_to_a_block_is_in_force_for_the_next() -> None:
             found.block(*call.args, **call.kwargs)
 
     assert lockstep(model, blocks, samples, visit) == []
+
+
+def test_a_block_can_be_replaced_itself() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    second = nn.Linear(4, 4)
+    x = torch.randn(3, 4)
+    outputs: list[torch.Tensor] = []
+    model.register_forward_hook(lambda module, args, output: outputs.append(output))
+
+    def visit(found: Visit) -> None:
+        if found.name == "1":
+            model[1] = second
+
+    lockstep(model, ["0", "1"], [Call((x,)), Call((2 * x,))], visit)
+    assert torch.equal(outputs[0], second(model[0](x)))
+    assert torch.equal(outputs[1], second(model[0](2 * x)))
 
 
 class Branching(nn.Module):
@@ -150,7 +167,7 @@ def test_an_error_unwinds_every_forward(where: str) -> None:
         lockstep(model, ["block"], [Call((torch.full((1, 4), float(i)),)) for i in range(3)], visit)
     assert sorted(unwound) == [0.0, 1.0, 2.0]
     assert torch.is_grad_enabled()
-    assert not model.block._forward_pre_hooks
+    assert "forward" not in vars(model.block)
 
 
 def test_no_samples_and_unknown_blocks_are_errors() -> None:

@@ -2,7 +2,7 @@
 
 Calibrating a block needs its inputs on every sample, computed by the blocks before it as they are after their own
 calibration. The usual way stores what the first block is given, and feeds each block's output to the next; it holds for
-plain chains only. Here each sample's forward is a coroutine that is suspended where it enters a block. Skip connections,
+plain chains only. Here each sample's forward is a coroutine suspended where it enters a block. Skip connections,
 streams that are joined half-way, embeddings added between blocks: whatever stands between two blocks is the model's own
 code, run once for each sample, and no model class needs to be known.
 
@@ -15,35 +15,17 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
-from torch.utils._pytree import tree_map
 
+from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError
 
-__all__ = ["Call", "Visit", "lockstep"]
-
-
-@dataclass(frozen=True)
-class Call:
-    """Arguments of one forward.
-
-    Attributes:
-        args: positional.
-        kwargs: by name.
-    """
-
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    def to(self, device: torch.device | str) -> Call:
-        """The same with every tensor on ``device``."""
-        move = functools.partial(tree_map, lambda x: x.to(device) if isinstance(x, torch.Tensor) else x)
-        return Call(move(self.args), move(dict(self.kwargs)))
+__all__ = ["Visit", "lockstep"]
 
 
 @dataclass(frozen=True)
@@ -70,8 +52,9 @@ def lockstep(
     """Run ``model`` on every sample, stopping at each block until all samples that reach it are there.
 
     ``visit`` is called once for each block, in the order in which the samples reach them; what it changes in the block
-    is in force when the samples go on through it. A block that is run more than once in one forward is visited at its
-    first. Gradients are off. If anything raises, the suspended forwards are unwound first.
+    is in force when the samples go on through it, and so is a module that it puts in the block's own place. A block that
+    is run more than once in one forward is visited at its first. Gradients are off. If anything raises, the suspended
+    forwards are unwound first.
 
     Args:
         model: to run; its training flags are the caller's business.
@@ -88,9 +71,9 @@ def lockstep(
     if not samples:
         raise ConfigError("calibration: at least one sample is needed, got none.")
     modules = {name: _submodule(model, name) for name in blocks}
-    waiting = _Waiting(modules)
+    waiting = _Waiting(model, modules)
     runs = [greenlet(functools.partial(_forward, model, sample)) for sample in samples]
-    with torch.no_grad(), waiting.hooked():
+    with torch.no_grad(), waiting.intercepting():
         try:
             for index, run in enumerate(runs):
                 waiting.resume(index, run)
@@ -110,7 +93,7 @@ def lockstep(
 
 
 def _forward(model: nn.Module, sample: Call) -> None:
-    model(*sample.args, **dict(sample.kwargs))
+    sample.run(model)
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
@@ -123,9 +106,8 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 class _Waiting:
     """Which sample is suspended in front of which block, with what arguments."""
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self.names = {id(module): name for name, module in modules.items()}
-        self.modules = modules
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+        self.model, self.modules = model, modules
         self.calls: dict[int, tuple[str, Call]] = {}
         self.visited: set[str] = set()
         self._running: dict[int, int] = {}  # id of a coroutine -> index of its sample
@@ -133,13 +115,19 @@ class _Waiting:
         self._ignoring = False
 
     @contextlib.contextmanager
-    def hooked(self) -> Iterator[None]:
-        handles = [module.register_forward_pre_hook(self._enter, with_kwargs=True) for module in self.modules.values()]
+    def intercepting(self) -> Iterator[None]:
+        """Inside, every block's forward stops first. Not a hook: a hook could not pass the call on to a new module."""
+        own = {name: vars(module).get("forward") for name, module in self.modules.items()}
         try:
+            for name, module in self.modules.items():
+                vars(module)["forward"] = functools.partial(self._forward, name, module.forward)
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for name, forward in own.items():
+                if forward is None:
+                    vars(self.modules[name]).pop("forward", None)
+                else:
+                    vars(self.modules[name])["forward"] = forward
 
     @contextlib.contextmanager
     def ignored(self) -> Iterator[None]:
@@ -164,15 +152,15 @@ class _Waiting:
         reached = {name for name, _ in self.calls.values()}
         return next(name for name in order if name in reached)
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = self.names[id(module)]
+    def _forward(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         index = self._running.get(id(getcurrent()))
-        if self._ignoring or index is None or name in self.visited:
-            return
-        self.calls[index] = (name, Call(args, kwargs))
-        modes = _modes()
-        self._driver.switch()
-        _restore(modes)
+        if not self._ignoring and index is not None and name not in self.visited:
+            self.calls[index] = (name, Call(args, kwargs))
+            modes = _modes()
+            self._driver.switch()
+            _restore(modes)
+        present = self.model.get_submodule(name)
+        return forward(*args, **kwargs) if present is self.modules[name] else present(*args, **kwargs)
 
 
 def _modes() -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from diffuse_compress.errors import ConfigError, nearest
 from diffuse_compress.integrations.compat import mixin_bases
-from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, algorithm_from_dict
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, SequenceConfig, algorithm_from_dict
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import QuantizationSpec
 
@@ -38,7 +38,8 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
 
     Args:
         scheme: preset name ("w4a8", see ``diffuse-compress info``), a Scheme, or its dict.
-        algorithm: RTNConfig(), HQQConfig(), ..., its dict, or its kind ("hqq"); None takes the preset's.
+        algorithm: RTNConfig(), HQQConfig(), ..., its dict, or its kind ("hqq"); a list runs one after the other
+            (``[SmoothQuantConfig(), GPTQConfig()]``); None takes the preset's.
         modulation_scheme: format of modulation and timestep projections; None takes the preset's.
         modules_to_not_convert: patterns of modules to leave alone: whole dotted components ("attn1.to_q"), globs
             ("*.ff.*") or "re:" regular expressions.
@@ -54,15 +55,14 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
     def __init__(
         self,
         scheme: str | Scheme | Mapping[str, Any],
-        algorithm: AlgorithmConfig | Mapping[str, Any] | str | None = None,
+        algorithm: AlgorithmConfig | Sequence[Any] | Mapping[str, Any] | str | None = None,
         modulation_scheme: str | Scheme | Mapping[str, Any] | None = None,
         modules_to_not_convert: str | Iterable[str] | None = None,
         overrides: Mapping[str, str | Scheme | None] | None = None,
         seed: int = 0,
         compute_dtype: torch.dtype | str | None = None,
     ) -> None:
-        if isinstance(algorithm, Mapping | str):
-            algorithm = algorithm_from_dict({"kind": algorithm} if isinstance(algorithm, str) else algorithm)
+        algorithm = _as_algorithm(algorithm)
         self._set(
             QuantizationSpec.build(
                 scheme,
@@ -142,6 +142,21 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizationConfig:
         return type(self).from_spec(copy.deepcopy(self.spec, memo), self.compute_dtype)
+
+
+def _as_algorithm(value: Any) -> Any:
+    """A config of its dict or kind, and a sequence of a list; anything else as it is."""
+    if isinstance(value, str):
+        return algorithm_from_dict({"kind": value})
+    if isinstance(value, Mapping):
+        return algorithm_from_dict(value)
+    if isinstance(value, list | tuple):
+        steps = tuple(_as_algorithm(step) for step in value)
+        wrong = next((step for step in steps if not isinstance(step, AlgorithmConfig)), None)
+        if wrong is not None:
+            raise ConfigError(f"algorithm: a list holds configs such as RTNConfig(), got {type(wrong).__name__}.")
+        return steps[0] if len(steps) == 1 else SequenceConfig(steps)
+    return value
 
 
 def _as_dtype(value: torch.dtype | str | None) -> torch.dtype | None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffuse_compress.assignment import assign_layers, require_patterns_match, resolve_rules
-from diffuse_compress.errors import CheckpointError
+from diffuse_compress.errors import CheckpointError, ConfigError
 from diffuse_compress.integrations.component import (
     ASK_THE_MODEL,
     ComponentState,
@@ -53,6 +53,11 @@ class QuantizerMixin:
     def _await_dense_weights(self, model: Any) -> None:
         """Decide, on the meta-device model, which layers are quantized as their weights arrive."""
         spec = self.quantization_config.spec
+        if spec.algorithm.needs_calibration:
+            raise ConfigError(
+                f"{type(model).__name__}: {spec.algorithm.summary} needs calibration data, and weights quantized while "
+                "they load see none. Load the dense model, then call compress(..., calibration=...)."
+            )
         if spec.rules is None:
             require_patterns_match({"": model}, spec)
         assigned = assign_layers(model, spec)

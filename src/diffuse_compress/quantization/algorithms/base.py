@@ -23,10 +23,14 @@ from diffuse_compress.quantization.scheme import WeightScheme
 
 __all__ = [
     "AlgorithmConfig",
+    "SequenceConfig",
     "algorithm_from_dict",
     "algorithm_to_dict",
+    "calibrate_with",
     "quantize_with",
     "register",
+    "register_block",
+    "steps_of",
 ]
 
 
@@ -35,11 +39,12 @@ class AlgorithmConfig:
     """Base of the configs. A subclass is a frozen dataclass of JSON values that sets ``kind``.
 
     The class selects the algorithm; ``kind`` is its name in files and never changes. ``is_random`` says whether the
-    result depends on the seed.
+    result depends on the seed, ``needs_calibration`` whether it looks at inputs and works on whole blocks.
     """
 
     kind: ClassVar[str]
     is_random: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = False
 
     @property
     def summary(self) -> str:
@@ -50,15 +55,64 @@ class AlgorithmConfig:
         """Raise ConfigError if this algorithm cannot reach ``scheme``; asked before any weight is touched."""
 
 
+BlockCalibrator = Callable[[Any, Any], None]
+_Calibrator = TypeVar("_Calibrator", bound=BlockCalibrator)
+_SEQUENCE = "sequence"
+
+
+@dataclass(frozen=True)
+class SequenceConfig(AlgorithmConfig):
+    """Several algorithms, each building on what the ones before it decided: smoothing, then GPTQ.
+
+    Args:
+        algorithms: configs, at most one of each class; the last chooses the codes.
+    """
+
+    algorithms: tuple[AlgorithmConfig, ...]
+    kind: ClassVar[str] = _SEQUENCE
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "algorithms", tuple(self.algorithms))
+        kinds = [type(config) for config in self.algorithms]
+        if len(kinds) < 2 or len(set(kinds)) < len(kinds) or SequenceConfig in kinds:
+            raise ConfigError(
+                "algorithm: a sequence holds two or more different algorithms, got "
+                f"[{', '.join(kind.__name__ for kind in kinds)}]."
+            )
+
+    @property
+    def summary(self) -> str:
+        return ", then ".join(config.summary for config in self.algorithms)
+
+    @property
+    def needs_calibration(self) -> bool:  # type: ignore[override]
+        return any(config.needs_calibration for config in self.algorithms)
+
+    @property
+    def is_random(self) -> bool:  # type: ignore[override]
+        return any(config.is_random for config in self.algorithms)
+
+    def check(self, scheme: WeightScheme) -> None:
+        for config in self.algorithms:
+            config.check(scheme)
+
+
+def steps_of(config: AlgorithmConfig) -> tuple[AlgorithmConfig, ...]:
+    """The algorithms of a sequence; of any other config, itself."""
+    return config.algorithms if isinstance(config, SequenceConfig) else (config,)
+
+
 WeightQuantizer = Callable[[torch.Tensor, WeightScheme, Any, torch.Generator | None], QuantizedWeight]
 _Quantizer = TypeVar("_Quantizer", bound=WeightQuantizer)
 
 # Modules that register an algorithm when they are imported: listing the kinds imports nothing.
 _MODULES: dict[str, str] = {
+    "gptq": "diffuse_compress.quantization.algorithms.gptq",
     "hqq": "diffuse_compress.quantization.algorithms.hqq",
     "rtn": "diffuse_compress.quantization.algorithms.rtn",
 }
 _REGISTRY: dict[type[AlgorithmConfig], WeightQuantizer] = {}
+_BLOCK_REGISTRY: dict[type[AlgorithmConfig], BlockCalibrator] = {}
 
 
 def register(quantizer: _Quantizer) -> _Quantizer:
@@ -66,17 +120,31 @@ def register(quantizer: _Quantizer) -> _Quantizer:
 
     Raises ConfigError if that class, or another class of the same ``kind``, has a quantizer already.
     """
-    config_type = typing.get_type_hints(quantizer).get("config")
+    _REGISTRY[_config_type(quantizer)] = quantizer
+    return quantizer
+
+
+def register_block(calibrator: _Calibrator) -> _Calibrator:
+    """Register ``calibrator(work, config)``, which looks at a :class:`BlockWork`, likewise."""
+    _BLOCK_REGISTRY[_config_type(calibrator)] = calibrator
+    return calibrator
+
+
+def _config_type(function: Callable[..., Any]) -> type[AlgorithmConfig]:
+    config_type = typing.get_type_hints(function).get("config")
     if not (isinstance(config_type, type) and issubclass(config_type, AlgorithmConfig)):
-        raise ConfigError(f"register: annotate config of {quantizer.__qualname__} with an AlgorithmConfig class.")
-    for other in _REGISTRY:
+        raise ConfigError(f"register: annotate config of {function.__qualname__} with an AlgorithmConfig class.")
+    for other in _registered():
         if other is config_type or other.kind == config_type.kind:
             raise ConfigError(
                 f"register: {config_type.__name__} (kind {config_type.kind!r}) collides with "
                 f"{other.__module__}.{other.__name__}, registered before. Give each algorithm its own class and kind."
             )
-    _REGISTRY[config_type] = quantizer
-    return quantizer
+    return config_type
+
+
+def _registered() -> list[type[AlgorithmConfig]]:
+    return [*_REGISTRY, *_BLOCK_REGISTRY]
 
 
 def quantize_with(
@@ -98,8 +166,25 @@ def quantize_with(
     return _REGISTRY[type(config)](weight, scheme, config, generator)
 
 
+def calibrate_with(config: AlgorithmConfig, work: Any) -> None:
+    """Let the algorithm that ``config`` selects decide on a block (:class:`BlockWork`).
+
+    Data-free algorithms quantize each layer that has no codes yet, in the order the layers run in.
+    """
+    calibrator = _BLOCK_REGISTRY.get(type(config))
+    if calibrator is not None:
+        calibrator(work, config)
+        return
+    for name, layer in work.layers.items():
+        if layer.quantized is None:
+            layer.quantized = quantize_with(config, layer.target(), layer.scheme.weight, work.generators(name))
+            work.install(layer)
+
+
 def algorithm_to_dict(config: AlgorithmConfig) -> dict[str, Any]:
     """JSON-able description, ``{"kind": ..., field: value, ...}``; inverse of :func:`algorithm_from_dict`."""
+    if isinstance(config, SequenceConfig):
+        return {"kind": _SEQUENCE, "algorithms": [algorithm_to_dict(step) for step in config.algorithms]}
     return {"kind": config.kind, **dataclasses.asdict(config)}
 
 
@@ -110,9 +195,11 @@ def algorithm_from_dict(data: Mapping[str, Any]) -> AlgorithmConfig:
     """
     values = dict(data)
     kind = values.pop("kind", None)
+    if kind == _SEQUENCE:
+        return SequenceConfig(tuple(algorithm_from_dict(step) for step in values.get("algorithms", ())))
     if kind in _MODULES:
         importlib.import_module(_MODULES[kind])
-    config_type = next((cls for cls in _REGISTRY if cls.kind == kind), None)
+    config_type = next((cls for cls in _registered() if cls.kind == kind), None)
     if config_type is None:
         raise ConfigError(f"algorithm: unknown kind {kind!r}; {nearest(str(kind), _kinds())}")
     names = {field.name for field in dataclasses.fields(config_type)}
@@ -123,4 +210,4 @@ def algorithm_from_dict(data: Mapping[str, Any]) -> AlgorithmConfig:
 
 
 def _kinds() -> list[str]:
-    return sorted(set(_MODULES) | {cls.kind for cls in _REGISTRY})
+    return sorted(set(_MODULES) | {cls.kind for cls in _registered()})

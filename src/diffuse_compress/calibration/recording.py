@@ -1,0 +1,349 @@
+"""Recording what a model is given while it does its work: real trajectories of a pipeline, texts, forward arguments.
+
+Of a diffusion pipeline's calls only some are kept, spread over the steps of the sampling loop: activations change so
+much from noise to picture that quantizers calibrated on one end fail at the other (Q-Diffusion, Li et al. 2023, arXiv
+2302.04304, section 3.2). Which steps is decided by a low-discrepancy sequence over all items together, so any prefix of
+the samples is spread as well, and few items give many steps just as many items few.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.calibration.samples import Sample, Samples
+from diffuse_compress.calls import Call, map_tensors
+from diffuse_compress.components import GROUPS, is_pipeline, model_components, resolve_names, unwrap
+from diffuse_compress.errors import ConfigError
+from diffuse_compress.pipeline_call import accepted_arguments, prompt_arguments, seeded, untouched
+from diffuse_compress.progress import Callback
+from diffuse_compress.progress import track as progress
+from diffuse_compress.runtime.steps import Consumer, current, track, tracker_of, untrack
+
+__all__ = ["Calibration"]
+
+DEFAULT_SAMPLES = {"pipeline": 64, "language": 128, "model": 128}
+MAX_LENGTH = 2048
+# Fractional part of the golden ratio: k * this, modulo 1, fills [0, 1) evenly for every number of points.
+_GOLDEN = 0.6180339887498949
+_CONSUMER = "calibration"
+
+
+class _EnoughError(Exception):
+    """Everything wanted of this item was seen: the rest of its trajectory is not run."""
+
+
+class Calibration(Samples):
+    """Recorded inputs of the models to be calibrated: ``Calibration.record(pipe, prompts)``, ``save``, ``load``."""
+
+    @staticmethod
+    def record(
+        target: Any,
+        items: Iterable[Any],
+        *,
+        num_samples: int | None = None,
+        seed: int = 0,
+        components: str | Sequence[str] | None = None,
+        tokenizer: Any = None,
+        max_length: int = MAX_LENGTH,
+        callback: Callback | None = None,
+        **call_arguments: Any,
+    ) -> Calibration:
+        """Run ``target`` on ``items`` and keep what its models are given.
+
+        Args:
+            target: a diffusers pipeline, a transformers model, or any model.
+            items: an iterable (list, generator, ``datasets.Dataset``, DataLoader). For a pipeline each is a prompt, a
+                class label, or a dict of arguments of ``pipe(...)``; for a transformers model a text, a list of chat
+                messages, token ids, or a dict of forward arguments (what a processor returns); for any other model a
+                dict of forward arguments.
+            num_samples: calls kept of each component; with two calls per step (sequential guidance) both count as one.
+                64 for pipelines, 128 for models.
+            seed: of the steps that are kept, and of the starting noise: item i gets ``seed + i``.
+            components: names or groups of a pipeline's components; the denoisers by default.
+            tokenizer: for texts; by default the one beside the model's weights. A processor does as well.
+            max_length: tokens of a text that are kept.
+            callback: ``callback(stage, done, total, metrics)``.
+            call_arguments: of ``pipe(...)`` for every item: num_inference_steps, guidance_scale, height, ...
+
+        Raises:
+            ConfigError: no items, items of the wrong kind, or arguments that the pipeline does not take.
+        """
+        if num_samples is not None and num_samples < 1:
+            raise ConfigError(f"calibration: num_samples must be at least 1, got {num_samples}.")
+        if isinstance(items, str | Mapping):
+            raise ConfigError(
+                f"calibration: a list of items is needed, got one {type(items).__name__}. Put it in a list."
+            )
+        if is_pipeline(target):
+            return _record_pipeline(target, items, num_samples, seed, components, callback, call_arguments)
+        if call_arguments:
+            raise ConfigError(
+                f"calibration: {', '.join(call_arguments)} are arguments of a pipeline's call, got a "
+                f"{type(target).__name__}. Leave them out, or record the pipeline."
+            )
+        limit = num_samples or DEFAULT_SAMPLES["model"]
+        calls = (_model_call(target, item, tokenizer, max_length) for item in items)
+        chosen = list(itertools.islice(calls, limit))
+        if not chosen:
+            raise ConfigError("calibration: needs at least one item, got none.")
+        samples = [Sample(call.to("cpu"), item=index) for index, call in enumerate(chosen)]
+        settings = {"model": type(unwrap(target)).__name__, "items": len(samples)}
+        return Calibration({"": samples}, settings)
+
+
+# --- pipelines --------------------------------------------------------------------------------------------------
+
+
+def _record_pipeline(
+    pipe: Any,
+    items: Iterable[Any],
+    num_samples: int | None,
+    seed: int,
+    components: str | Sequence[str] | None,
+    callback: Callback | None,
+    shared: dict[str, Any],
+) -> Calibration:
+    names = _component_names(pipe, components)
+    arguments = [_pipeline_arguments(pipe, item, shared) for item in items]
+    if not arguments:
+        raise ConfigError("calibration: needs at least one item, got none.")
+    wanted = num_samples or DEFAULT_SAMPLES["pipeline"]
+    recorder = _Recorder({name: model_components(pipe)[name] for name in names}, wanted, len(arguments), seed)
+    settings: dict[str, Any] = {}
+    with untouched(pipe), recorder.attached():
+        decode = any(GROUPS["vaes"].match(name) for name in names)
+        accepted = accepted_arguments(pipe)
+        for index, given in progress(list(enumerate(arguments)), "Recording", pipe, callback, {}):
+            call = dict(given)
+            if accepted is None or "generator" in accepted:
+                call.setdefault("generator", seeded(seed + index))
+            if not decode and (accepted is None or "output_type" in accepted):
+                call.setdefault("output_type", "latent")
+            recorder.begin(index, pipe)
+            with contextlib.suppress(_EnoughError):
+                pipe(**call)
+            settings = settings or _settings(pipe, given)
+    settings |= {"items": len(arguments), "seed": seed}
+    return Calibration(recorder.samples(), settings)
+
+
+def _component_names(pipe: Any, components: str | Sequence[str] | None) -> list[str]:
+    wanted = ["denoisers"] if components is None else [components] if isinstance(components, str) else list(components)
+    found = resolve_names(wanted, pipe)
+    return list(dict.fromkeys(name for names in found.values() for name in names))
+
+
+def _pipeline_arguments(pipe: Any, item: Any, shared: dict[str, Any]) -> dict[str, Any]:
+    accepted = accepted_arguments(pipe)
+    where = type(pipe).__name__
+    if isinstance(item, str):
+        if accepted is not None and "prompt" not in accepted:
+            raise ConfigError(f"calibration: {where} takes no prompt, got {item!r}. Give dicts of its arguments.")
+        given = prompt_arguments(pipe, item)
+    elif isinstance(item, int) and not isinstance(item, bool):
+        if accepted is None or "class_labels" not in accepted:
+            raise ConfigError(f"calibration: {where} takes no class label, got {item}. Give prompts or dicts.")
+        given = {"class_labels": [item]}
+    elif isinstance(item, Mapping):
+        given = dict(item)
+    else:
+        raise ConfigError(
+            f"calibration: an item for {where} is a prompt, a class label or a dict of its arguments, got a "
+            f"{type(item).__name__}."
+        )
+    given = {
+        **given,
+        **{key: value for key, value in shared.items() if key not in given or not isinstance(item, Mapping)},
+    }
+    unknown = [] if accepted is None else [name for name in given if name not in accepted]
+    if unknown:
+        raise ConfigError(
+            f"calibration: {where} takes no {', '.join(unknown)}. It takes {', '.join(sorted(accepted or ()))}."
+        )
+    return given
+
+
+def _settings(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """How the first item was run, as far as it can be told: the pipeline's defaults where nothing was given."""
+    scheduler = getattr(pipe, "scheduler", None)
+    steps = given.get("num_inference_steps") or getattr(scheduler, "num_inference_steps", None)
+    found = {
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(scheduler).__name__ if scheduler is not None else None,
+        "num_inference_steps": steps,
+        "guidance_scale": given.get("guidance_scale", getattr(pipe, "_guidance_scale", None)),
+        "height": given.get("height"),
+        "width": given.get("width"),
+        "num_frames": given.get("num_frames"),
+    }
+    return {key: value for key, value in found.items() if isinstance(value, str | int | float)}
+
+
+class _Recorder:
+    """Hooks on the components that keep the calls of the chosen steps."""
+
+    def __init__(self, models: Mapping[str, nn.Module], wanted: int, items: int, seed: int) -> None:
+        self.models = models
+        self.kept: dict[str, list[tuple[int, Sample]]] = {name: [] for name in models}
+        # Point k of the sequence belongs to item k modulo items.
+        start = torch.rand((), generator=seeded(seed)).item()
+        self._points = [[(k, (start + k * _GOLDEN) % 1.0) for k in range(i, wanted, items)] for i in range(items)]
+        self._wanted = wanted
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        handles, tracked = [], []
+        try:
+            for name, model in self.models.items():
+                if GROUPS["denoisers"].match(name):
+                    if tracker_of(model) is None or _CONSUMER not in tracker_of(model).consumers:  # type: ignore[union-attr]
+                        track(model, Consumer(_CONSUMER))
+                        tracked.append(model)
+                handles.append(model.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for model in tracked:
+                untrack(model, _CONSUMER)
+
+    def begin(self, item: int, pipe: Any) -> None:
+        """The next calls are those of ``item``."""
+        self._item, self._pipe = item, pipe
+        self._steps: dict[int, int] | None = None  # step -> point
+        self._counted: dict[str, tuple[Any, int]] = {}
+        self._calls: dict[tuple[str, int], int] = {}
+
+    def samples(self) -> dict[str, list[Sample]]:
+        """By component, in the order of the sequence."""
+        ordered = {name: sorted(found, key=lambda pair: pair[0]) for name, found in self.kept.items()}
+        return {name: [sample for _, sample in found] for name, found in ordered.items()}
+
+    def _hook(self, name: str) -> Any:
+        is_denoiser = bool(GROUPS["denoisers"].match(name))
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not is_denoiser:
+                number = len(self.kept[name])
+                if number < self._wanted:
+                    self.kept[name].append((number, Sample(_kept_call(args, kwargs), self._item)))
+                return
+            context = current()
+            timestep = _largest(context.timestep) if context is not None else None
+            step = context.step if context is not None and context.step is not None else self._count(name, timestep)
+            points = self._chosen_steps(context)
+            if step in points:
+                call_in_step = self._calls.get((name, step), 0)
+                self._calls[name, step] = call_in_step + 1
+                branch = context.branch if context is not None else None
+                sample = Sample(_kept_call(args, kwargs), self._item, timestep, step, call_in_step, branch)
+                self.kept[name].append((points[step], sample))
+            elif not points or step > max(points):
+                raise _EnoughError
+
+        return enter
+
+    def _chosen_steps(self, context: Any) -> dict[int, int]:
+        if self._steps is None:
+            total = context.run.num_steps if context is not None and context.run is not None else None
+            if total is None:
+                total = len(getattr(getattr(self._pipe, "scheduler", None), "timesteps", ())) or 1
+            self._steps = {}
+            for point, position in self._points[self._item]:
+                step = int(position * total)
+                free = next((s for s in _nearest(step, total) if s not in self._steps), None)
+                if free is not None:
+                    self._steps[free] = point
+        return self._steps
+
+    def _count(self, name: str, timestep: float | None) -> int:
+        """Steps seen so far where no scheduler tells: the timestep changes from one to the next."""
+        last, count = self._counted.get(name, (None, -1))
+        if timestep != last or count < 0:
+            count += 1
+        self._counted[name] = (timestep, count)
+        return count
+
+
+def _nearest(step: int, total: int) -> Iterator[int]:
+    """Steps in [0, total), the given one first, then its neighbours outwards."""
+    return iter(sorted(range(total), key=lambda other: (abs(other - step), other)))
+
+
+def _largest(timestep: torch.Tensor | None) -> float | None:
+    return None if timestep is None or timestep.numel() == 0 else float(timestep.max())
+
+
+def _kept_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    """Copies on the CPU: pipelines go on to change their latents in place."""
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to("cpu", copy=True)
+
+    return Call(map_tensors(copy, args), map_tensors(copy, dict(kwargs)))
+
+
+# --- models -----------------------------------------------------------------------------------------------------
+
+
+def _model_call(model: Any, item: Any, tokenizer: Any, max_length: int) -> Call:
+    where = type(unwrap(model)).__name__
+    if isinstance(item, Mapping):
+        values = dict(item)
+    elif isinstance(item, torch.Tensor) and not item.is_floating_point():
+        values = {"input_ids": item if item.ndim == 2 else item.reshape(1, -1)}
+    elif isinstance(item, str) or (isinstance(item, Sequence) and item and isinstance(item[0], Mapping)):
+        values = _tokenized(model, item, tokenizer, max_length)
+    elif isinstance(item, Sequence) and item and all(isinstance(token, int) for token in item):
+        values = {"input_ids": torch.tensor([list(item)])}
+    else:
+        raise ConfigError(
+            f"calibration: an item for {where} is a text, chat messages, token ids or a dict of forward arguments, got "
+            f"a {type(item).__name__}."
+        )
+    values = {key: torch.as_tensor(value) if _is_numeric_list(value) else value for key, value in values.items()}
+    if not any(isinstance(value, torch.Tensor) for value in values.values()):
+        raise ConfigError(
+            f"calibration: a dict for {where} holds the tensors of its forward, got {sorted(values)} without any. "
+            "Of a dataset, give the prepared columns (input_ids, ...) or its texts."
+        )
+    if hasattr(model, "can_generate"):
+        values.pop("labels", None)
+        return Call((), {"use_cache": False, **values} if model.can_generate() else values)
+    return Call((), values)
+
+
+def _is_numeric_list(value: Any) -> bool:
+    while isinstance(value, list) and value:
+        value = value[0]
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _tokenized(model: Any, item: Any, tokenizer: Any, max_length: int) -> dict[str, Any]:
+    tokenizer = tokenizer if tokenizer is not None else _own_tokenizer(model)
+    if isinstance(item, str):
+        encoded = tokenizer(item, return_tensors="pt", truncation=True, max_length=max_length)
+    else:
+        encoded = tokenizer.apply_chat_template(
+            item, return_tensors="pt", return_dict=True, tokenize=True, truncation=True, max_length=max_length
+        )
+    return dict(encoded)
+
+
+def _own_tokenizer(model: Any) -> Any:
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    try:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise ConfigError(
+            f"calibration: texts need a tokenizer, and none was found beside the weights of {type(model).__name__} "
+            f"({name or 'not loaded from a folder'}: {type(error).__name__}). Pass tokenizer=, or token ids."
+        ) from error

@@ -1,0 +1,167 @@
+"""Recorded inputs of the models that are to be calibrated: what every calibrated method takes, saved or live."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from diffuse_compress.calibration.trees import flatten, unflatten
+from diffuse_compress.calls import Call, map_tensors
+from diffuse_compress.errors import CheckpointError, ConfigError
+
+__all__ = ["Sample", "Samples"]
+
+_METADATA_KEY = "diffuse_compress_calibration"
+_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One recorded call of a model.
+
+    Attributes:
+        call: its arguments, on the CPU.
+        item: index of the prompt, text or dict that it comes from.
+        timestep: as the model got it (of several, the largest), or None.
+        step: of the sampling loop, or None.
+        call_in_step: 0 and 1 with guidance by two calls.
+        branch: name that the pipeline gave the call ("cond", "uncond"), or None.
+    """
+
+    call: Call
+    item: int = 0
+    timestep: float | None = None
+    step: int | None = None
+    call_in_step: int = 0
+    branch: str | None = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of each component, and how they were recorded.
+
+    The base of ``Calibration``, which also records. What produced them (a text encoder, say) is not needed any more.
+
+    Attributes:
+        components: {component: its samples}; a bare model's name is "".
+        settings: JSON-able: pipeline class, scheduler, steps, guidance, resolution, seed, number of items, versions.
+    """
+
+    components: Mapping[str, Sequence[Sample]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        empty = [name for name, samples in self.components.items() if not samples]
+        if not self.components or empty:
+            found = f"none for {', '.join(empty) or 'the model'}" if empty else "no component"
+            raise ConfigError(
+                f"calibration: at least one recorded call is needed, got {found}. Check that the pipeline calls it "
+                "with these items (an expert of two may see no step of a short run)."
+            )
+
+    def of(self, component: str) -> Sequence[Sample]:
+        """Samples of a component.
+
+        Raises:
+            ConfigError: there are none; the message names those that there are.
+        """
+        if component not in self.components:
+            raise ConfigError(
+                f"calibration: no samples of {component or 'this model'!r}, only of "
+                f"{', '.join(map(repr, self.components))}. Record it with components=[{component!r}]."
+            )
+        return self.components[component]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of every tensor and argument; equal calibrations have equal ones, on every machine."""
+        digest = hashlib.sha256()
+        for name, samples in self.components.items():
+            for index, sample in enumerate(samples):
+                tensors: dict[str, torch.Tensor] = {}
+                tree = flatten((sample.call.args, dict(sample.call.kwargs)), f"{name}.{index}", tensors)
+                digest.update(json.dumps(tree, sort_keys=True).encode())
+                for key, tensor in sorted(tensors.items()):
+                    digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                    flat = tensor.clone(memory_format=torch.contiguous_format).reshape(-1)
+                    digest.update(flat.view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
+
+    def summary(self) -> str:
+        """What is in it, in a few lines."""
+        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items() if not isinstance(value, Mapping))
+        lines = [f"calibration: {settings}" if settings else "calibration"]
+        for name, samples in self.components.items():
+            size = sum(t.numel() * t.element_size() for s in samples for t in _tensors_of(s.call))
+            line = (
+                f"  {name or 'model'}: {len(samples)} calls of {len({s.item for s in samples})} items, {size >> 20} MiB"
+            )
+            times = sorted(s.timestep for s in samples if s.timestep is not None)
+            if times:
+                line += f", timesteps {times[0]:g} to {times[-1]:g} ({len(set(times))} different)"
+            lines.append(line)
+        return "\n".join(lines)
+
+    __str__ = summary
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; no prompt is in it, only what models are given."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, torch.Tensor] = {}
+        parts = {
+            name: [
+                {
+                    "call": flatten((sample.call.args, dict(sample.call.kwargs)), f"{name}.{index}", tensors),
+                    **{key: getattr(sample, key) for key in ("item", "timestep", "step", "call_in_step", "branch")},
+                }
+                for index, sample in enumerate(samples)
+            ]
+            for name, samples in self.components.items()
+        }
+        content = {"schema_version": _SCHEMA_VERSION, "components": parts, "settings": dict(self.settings)}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Copies: views of one batch share memory, which safetensors refuses.
+        save_file(
+            {key: t.clone().contiguous() for key, t in tensors.items()}, path, {_METADATA_KEY: json.dumps(content)}
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file of :meth:`save`. Raises CheckpointError if it is not one."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as handle:
+                content = json.loads((handle.metadata() or {})[_METADATA_KEY])
+                tensors = {key: handle.get_tensor(key) for key in handle.keys()}
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{path}: not a calibration file ({type(error).__name__}: {error}).") from error
+        if content["schema_version"] > _SCHEMA_VERSION:
+            raise CheckpointError(f"{path}: written by a newer release: pip install -U diffuse-compress.")
+        components = {}
+        for name, samples in content["components"].items():
+            components[name] = [_sample(data, tensors) for data in samples]
+        return cls(components, content["settings"])
+
+    def take(self, num_samples: int) -> Self:
+        """The first ``num_samples`` of each component; they are stratified over timesteps in any such prefix."""
+        return replace(self, components={name: list(s[:num_samples]) for name, s in self.components.items()})
+
+
+def _sample(data: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Sample:
+    args, kwargs = unflatten(data.pop("call"), tensors)
+    return Sample(Call(args, kwargs), **data)
+
+
+def _tensors_of(call: Call) -> Iterable[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    map_tensors(found.append, (call.args, dict(call.kwargs)))
+    return found

@@ -1,0 +1,60 @@
+"""Arguments of a forward as tensors and JSON, and back: no pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from diffuse_compress.errors import CheckpointError, ConfigError
+
+__all__ = ["flatten", "unflatten"]
+
+_TENSOR, _TUPLE, _DTYPE = "__tensor__", "__tuple__", "__dtype__"
+
+
+def flatten(tree: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """The JSON-able part of ``tree``; its tensors are added to ``tensors`` under keys that start with ``prefix``.
+
+    Raises:
+        ConfigError: it holds something that is neither.
+    """
+    if isinstance(tree, torch.Tensor):
+        tensors[prefix] = tree
+        return {_TENSOR: prefix}
+    if isinstance(tree, torch.dtype):
+        return {_DTYPE: str(tree).removeprefix("torch.")}
+    if isinstance(tree, Mapping):
+        return {str(key): flatten(value, f"{prefix}.{key}", tensors) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        return {_TUPLE: [flatten(value, f"{prefix}.{index}", tensors) for index, value in enumerate(tree)]}
+    if isinstance(tree, list):
+        return [flatten(value, f"{prefix}.{index}", tensors) for index, value in enumerate(tree)]
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    raise ConfigError(
+        f"calibration: {prefix} is a {type(tree).__name__}, which cannot be stored. A recorded call may hold tensors, "
+        "numbers, text, and dicts, lists and tuples of them; for a language model pass use_cache=False."
+    )
+
+
+def unflatten(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Inverse of :func:`flatten`.
+
+    Raises:
+        CheckpointError: a tensor is missing.
+    """
+    if isinstance(tree, list):
+        return [unflatten(value, tensors) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if _TENSOR in tree:
+        if tree[_TENSOR] not in tensors:
+            raise CheckpointError(f"calibration file: the tensor {tree[_TENSOR]} is missing. Record it again.")
+        return tensors[tree[_TENSOR]]
+    if _DTYPE in tree:
+        return getattr(torch, tree[_DTYPE])
+    if _TUPLE in tree:
+        return tuple(unflatten(value, tensors) for value in tree[_TUPLE])
+    return {key: unflatten(value, tensors) for key, value in tree.items()}

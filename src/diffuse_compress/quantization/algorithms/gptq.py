@@ -1,0 +1,235 @@
+"""GPTQ: round column by column, and let the columns still to come make up for the error.
+
+Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", arXiv
+2210.17323, algorithm 1. Deviations: ranges of the codes are chosen by least squared error instead of minimum and
+maximum, and where they are per group they are those of the weights as compensated so far (``static_groups=False``, as
+the authors' code does without activation order) or of the original ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from diffuse_compress.errors import ConfigError, ModelStateError
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
+from diffuse_compress.quantization.algorithms.block import BlockWork
+from diffuse_compress.quantization.numerics import FLOAT8, FLOAT8_MAX, QParams, effective_scale, quantize_weight
+from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver
+from diffuse_compress.quantization.packed import QuantizedWeight
+from diffuse_compress.quantization.scheme import PerGroup, WeightScheme
+
+__all__ = ["GPTQConfig", "HessianCollector", "quantize_columns"]
+
+_DAMPING_ATTEMPTS = 6
+
+
+@dataclass(frozen=True)
+class GPTQConfig(AlgorithmConfig):
+    """Column-wise rounding with error compensation. Needs calibration data.
+
+    Args:
+        block_size: columns that are compensated at once; changes speed, and the result in the last bits only.
+        damping: share of the mean of the Hessian's diagonal that is added to it; ten times more, again and again,
+            where it cannot be inverted.
+        act_order: round the columns with the largest inputs first. Ranges per group are those of the original weights
+            then, so that a group stays a run of neighbouring columns.
+        static_groups: choose every group's range from the original weights.
+        true_sequential: layers that run later in a block see what the earlier ones became.
+        observer: "mse" or "minmax", for the ranges.
+    """
+
+    block_size: int = 128
+    damping: float = 0.01
+    act_order: bool = True
+    static_groups: bool = False
+    true_sequential: bool = True
+    observer: str = "mse"
+    kind: ClassVar[str] = "gptq"
+    needs_calibration: ClassVar[bool] = True
+
+    @property
+    def summary(self) -> str:
+        return "GPTQ" + (" (activation order)" if self.act_order else "")
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1 or not 0 < self.damping < 1:
+            raise ConfigError(
+                f"GPTQConfig: need block_size >= 1 and 0 < damping < 1, got block_size={self.block_size}, "
+                f"damping={self.damping}."
+            )
+        if self.observer not in ("mse", "minmax"):
+            raise ConfigError(f"GPTQConfig: observer must be 'mse' or 'minmax', got {self.observer!r}.")
+
+
+class HessianCollector:
+    """H = 2/n * sum of x x^T over the input rows, [K, K] fp32."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.rows = 0
+
+    def update(self, rows: torch.Tensor) -> None:
+        x = rows.float()
+        self.sum.addmm_(x.t(), x)
+        self.rows += x.shape[0]
+
+    def hessian(self) -> torch.Tensor:
+        return self.sum.mul(2.0 / max(1, self.rows))
+
+
+@register_block
+def calibrate(work: BlockWork, config: GPTQConfig) -> None:
+    """Quantize every layer of a block; those that share an input share its Hessian."""
+    subsets = work.subsets if config.true_sequential else [tuple(name for names in work.subsets for name in names)]
+    for names in subsets:
+        collectors = {}
+        for name in names:
+            layer = work.layers[name]
+            if layer.quantized is None:
+                columns = layer.dense.weight.flatten(1).shape[1]
+                collectors[name] = HessianCollector(columns, layer.dense.weight.device)
+        shared = _shared(work, names, collectors)
+        work.collect({name: collectors[name] for name in dict.fromkeys(shared.values())}, quantized_inputs=True)
+        for name in collectors:
+            layer = work.layers[name]
+            hessian = collectors[shared[name]].hessian()
+            layer.quantized = quantize_columns(layer.target(), hessian, layer.scheme.weight, config)
+            work.install(layer)
+
+
+def _shared(work: BlockWork, names: tuple[str, ...], collectors: dict[str, HessianCollector]) -> dict[str, str]:
+    """{layer: the layer whose collector it uses}: one for those that see the same rows."""
+    first: dict[tuple[object, ...], str] = {}
+    owner = {}
+    group_of = {name: index for index, group in enumerate(work.subsets) for name in group}
+    for name in names:
+        if name not in collectors:
+            continue
+        layer = work.layers[name]
+        scale = None if layer.act_pre_scale is None else layer.act_pre_scale.data_ptr()
+        kind = tuple(getattr(layer.dense, key, None) for key in ("kernel_size", "stride", "padding", "dilation"))
+        owner[name] = first.setdefault((group_of[name], scale, layer.scheme.activation, kind), name)
+    return owner
+
+
+def quantize_columns(
+    weight: torch.Tensor, hessian: torch.Tensor, scheme: WeightScheme, config: GPTQConfig
+) -> QuantizedWeight:
+    """Codes for a weight that minimise ``tr((W - What) H (W - What)^T)`` greedily.
+
+    Args:
+        weight: fp32 [N, K]; overwritten.
+        hessian: fp32 [K, K], symmetric, positive semidefinite; overwritten.
+        scheme: the format to reach.
+        config: block size, damping, order of the columns.
+
+    Raises:
+        ModelStateError: the Hessian cannot be inverted at any damping that is tried, or is not finite.
+    """
+    columns = weight.shape[1]
+    dead = torch.diagonal(hessian) == 0
+    torch.diagonal(hessian)[dead] = 1.0
+    grid = _Grid(weight, scheme, config)
+    # A column that no input reaches costs nothing: its rounding error must not be passed on.
+    kept = weight[:, dead].clone()
+    order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True) if config.act_order else None
+    if order is not None:
+        weight, hessian = weight[:, order], hessian[order][:, order]
+    upper = _inverse_factor(hessian, config.damping)
+    result = torch.empty_like(weight)
+    # Whole groups of columns, so that a group's range is that of weights compensated for all that went before.
+    size = scheme.group_size or 1
+    step = -(-config.block_size // size) * size
+    for start in range(0, columns, step):
+        stop = min(start + step, columns)
+        block, factor = weight[:, start:stop].clone(), upper[start:stop, start:stop]
+        errors = torch.empty_like(block)
+        for i in range(stop - start):
+            column = start + i if order is None else int(order[start + i])
+            grid.enter(column, block[:, i:])
+            value = block[:, i]
+            rounded = grid.round(value, column)
+            result[:, start + i] = rounded
+            error = (value - rounded) / factor[i, i]
+            block[:, i + 1 :].addr_(error, factor[i, i + 1 :], alpha=-1)
+            errors[:, i] = error
+        weight[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
+    if order is not None:
+        result = result[:, torch.argsort(order)]
+    result[:, dead] = kept
+    return quantize_weight(result, scheme, grid.qparams())
+
+
+def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """Upper triangular U with U^T U = H^-1, damping as much as it takes."""
+    if not torch.isfinite(hessian).all():
+        raise ModelStateError("GPTQ: the Hessian of the inputs is not finite. Load the model in bfloat16 or float32.")
+    mean = torch.diagonal(hessian).mean()
+    for attempt in range(_DAMPING_ATTEMPTS):
+        damped = hessian.clone()
+        torch.diagonal(damped).add_(mean * damping * 10**attempt)
+        lower, problem = torch.linalg.cholesky_ex(damped)
+        if int(problem) == 0:
+            upper: torch.Tensor
+            upper, problem = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if int(problem) == 0 and torch.isfinite(upper).all():
+                return upper
+    last = damping * 10 ** (_DAMPING_ATTEMPTS - 1)
+    raise ModelStateError(
+        f"GPTQ: the Hessian of the inputs cannot be inverted, not even with damping={last:g}. "
+        "The calibration samples are too few or all alike: give more, or another algorithm."
+    )
+
+
+class _Grid:
+    """The codes a column may take: scales found once, or group by group from the weights as they are by then."""
+
+    def __init__(self, weight: torch.Tensor, scheme: WeightScheme, config: GPTQConfig) -> None:
+        self.scheme, self.config = scheme, config
+        self.size = scheme.group_size
+        self._dynamic = isinstance(scheme.granularity, PerGroup) and not (config.static_groups or config.act_order)
+        self._found = _qparams(weight, scheme, config)
+        self._set(self._found)
+
+    def enter(self, column: int, rest: torch.Tensor) -> None:
+        """Before ``column``, the first of ``rest``, is rounded: at the start of a group its range may be due."""
+        if not self._dynamic or self.size is None or column % self.size:
+            return
+        group = column // self.size
+        found = _qparams(rest[:, : self.size], self.scheme, self.config)
+        self._found.scale[:, group] = found.scale[:, 0]
+        if self._found.zero_point is not None and found.zero_point is not None:
+            self._found.zero_point[:, group] = found.zero_point[:, 0]
+        self._set(self._found)
+
+    def round(self, values: torch.Tensor, column: int) -> torch.Tensor:
+        """``values`` [N] of a column, each moved to the nearest value a code stands for."""
+        group = 0 if self.size is None else column // self.size
+        scale = self._scale[:, group]
+        if not self.scheme.format.is_integer:
+            return (values / scale).clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8).float() * scale
+        steps = values / scale
+        if self._zero is None:
+            return steps.round_().clamp_(*self.scheme.range) * scale
+        zero = self._zero[:, group]
+        steps = (steps + zero).round_() if self.scheme.float_zero_point else steps.round_() + zero
+        return (steps.clamp_(*self.scheme.range) - zero) * scale
+
+    def qparams(self) -> QParams:
+        return self._found
+
+    def _set(self, found: QParams) -> None:
+        self._scale = effective_scale(found)
+        self._zero = None if found.zero_point is None else found.zero_point.float()
+
+
+def _qparams(weight: torch.Tensor, scheme: WeightScheme, config: GPTQConfig) -> QParams:
+    observer = MSEObserver(scheme) if config.observer == "mse" else MinMaxObserver(scheme)
+    observer.update(weight)
+    found = observer.qparams()
+    return QParams(
+        found.scale.clone(), None if found.zero_point is None else found.zero_point.clone(), found.group_scale
+    )
