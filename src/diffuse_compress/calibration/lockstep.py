@@ -52,7 +52,7 @@ def lockstep(
     """Run ``model`` on every sample, stopping at each block until all samples that reach it are there.
 
     ``visit`` is called once for each block, in the order in which the samples reach them; what it changes in the block
-    is in force when the samples go on through it, and so is a module that it puts in the block's own place. A block that
+    is in force when the samples go on through it, and so is a module that it puts in the block's place. A block that
     is run more than once in one forward is visited at its first. Gradients are off. If anything raises, the suspended
     forwards are unwound first.
 

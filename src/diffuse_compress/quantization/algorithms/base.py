@@ -107,9 +107,11 @@ _Quantizer = TypeVar("_Quantizer", bound=WeightQuantizer)
 
 # Modules that register an algorithm when they are imported: listing the kinds imports nothing.
 _MODULES: dict[str, str] = {
+    "awq": "diffuse_compress.quantization.algorithms.awq",
     "gptq": "diffuse_compress.quantization.algorithms.gptq",
     "hqq": "diffuse_compress.quantization.algorithms.hqq",
     "rtn": "diffuse_compress.quantization.algorithms.rtn",
+    "smoothquant": "diffuse_compress.quantization.algorithms.smoothquant",
 }
 _REGISTRY: dict[type[AlgorithmConfig], WeightQuantizer] = {}
 _BLOCK_REGISTRY: dict[type[AlgorithmConfig], BlockCalibrator] = {}
@@ -120,21 +122,21 @@ def register(quantizer: _Quantizer) -> _Quantizer:
 
     Raises ConfigError if that class, or another class of the same ``kind``, has a quantizer already.
     """
-    _REGISTRY[_config_type(quantizer)] = quantizer
+    _REGISTRY[_config_type(quantizer, _REGISTRY)] = quantizer
     return quantizer
 
 
 def register_block(calibrator: _Calibrator) -> _Calibrator:
     """Register ``calibrator(work, config)``, which looks at a :class:`BlockWork`, likewise."""
-    _BLOCK_REGISTRY[_config_type(calibrator)] = calibrator
+    _BLOCK_REGISTRY[_config_type(calibrator, _BLOCK_REGISTRY)] = calibrator
     return calibrator
 
 
-def _config_type(function: Callable[..., Any]) -> type[AlgorithmConfig]:
+def _config_type(function: Callable[..., Any], registry: Mapping[type[AlgorithmConfig], Any]) -> type[AlgorithmConfig]:
     config_type = typing.get_type_hints(function).get("config")
     if not (isinstance(config_type, type) and issubclass(config_type, AlgorithmConfig)):
         raise ConfigError(f"register: annotate config of {function.__qualname__} with an AlgorithmConfig class.")
-    for other in _registered():
+    for other in registry:
         if other is config_type or other.kind == config_type.kind:
             raise ConfigError(
                 f"register: {config_type.__name__} (kind {config_type.kind!r}) collides with "

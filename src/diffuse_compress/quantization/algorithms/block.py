@@ -21,7 +21,7 @@ from diffuse_compress.quantization.numerics import fake_quantize_activation
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import Scheme
 
-__all__ = ["BlockWork", "Collector", "LayerWork", "as_rows"]
+__all__ = ["BlockWork", "Collector", "LayerWork", "as_rows", "per_channel"]
 
 Dense = nn.Linear | nn.Conv2d
 
@@ -45,6 +45,8 @@ class LayerWork:
         low_rank: (down [r, K], up [N, r]) that is added, on the input before ``act_pre_scale``, or None.
         weight: fp32 [N, K] that the codes are to stand for; None is that of ``dense`` with the two above taken out.
         quantized: codes, once decided.
+        range_is_chosen: codes are to span the whole range of ``target()``: what sticks out of a least-squares range are
+            channels that were scaled up because they matter, or it was clipped by their output error already.
     """
 
     name: str
@@ -54,6 +56,7 @@ class LayerWork:
     low_rank: LowRank | None = None
     weight: torch.Tensor | None = None
     quantized: QuantizedWeight | None = None
+    range_is_chosen: bool = False
 
     @property
     def column_scale(self) -> torch.Tensor | None:
@@ -195,6 +198,14 @@ def as_rows(layer: Dense, x: torch.Tensor) -> torch.Tensor:
     batch, _, places = columns.shape
     depth = columns.shape[1] // layer.groups
     return columns.reshape(batch, layer.groups, depth, places).transpose(2, 3).reshape(-1, depth)
+
+
+def per_channel(layer: Dense, columns: torch.Tensor, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """[K] values of a flattened weight's columns as [C] values of the input's channels."""
+    if isinstance(layer, nn.Linear):
+        return columns
+    kernel = layer.kernel_size[0] * layer.kernel_size[1]
+    return reduce(columns.reshape(-1, kernel), dim=1)
 
 
 def _as_the_layer_sees_it(x: torch.Tensor, layer: LayerWork) -> torch.Tensor:

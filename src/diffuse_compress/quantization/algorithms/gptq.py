@@ -8,7 +8,7 @@ the authors' code does without activation order) or of the original ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -96,7 +96,8 @@ def calibrate(work: BlockWork, config: GPTQConfig) -> None:
         for name in collectors:
             layer = work.layers[name]
             hessian = collectors[shared[name]].hessian()
-            layer.quantized = quantize_columns(layer.target(), hessian, layer.scheme.weight, config)
+            found = replace(config, observer="minmax") if layer.range_is_chosen else config
+            layer.quantized = quantize_columns(layer.target(), hessian, layer.scheme.weight, found)
             work.install(layer)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from diffuse_compress.errors import ConfigError
-from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register, register_block
+from diffuse_compress.quantization.algorithms.block import BlockWork
 from diffuse_compress.quantization.numerics import quantize_weight
 from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver, Observer
 from diffuse_compress.quantization.packed import QuantizedWeight
@@ -49,6 +50,16 @@ class RTNConfig(AlgorithmConfig):
                 "RTNConfig: need norm > 0, num_ratios >= 2 and 0 < min_ratio < 1, "
                 f"got norm={self.norm}, num_ratios={self.num_ratios}, min_ratio={self.min_ratio}."
             )
+
+
+@register_block
+def calibrate(work: BlockWork, config: RTNConfig) -> None:
+    """Round every layer of a block that has no codes yet."""
+    for layer in work.layers.values():
+        if layer.quantized is None:
+            found = replace(config, observer="minmax") if layer.range_is_chosen else config
+            layer.quantized = quantize(layer.target(), layer.scheme.weight, found)
+            work.install(layer)
 
 
 @register

@@ -1,0 +1,302 @@
+"""AWQ: scale up the weights of the channels whose inputs are large, and clip what then sticks out.
+
+Lin et al. 2024, "AWQ: Activation-aware Weight Quantization for On-Device LLM Compression and Acceleration", arXiv
+2306.00978, equations 4 and 5. Deviations: the error of a candidate is summed over all calibration calls before the best
+is chosen, never call by call; both ends of an asymmetric range are clipped on their own; the inverse scale stays with
+the layers (``act_pre_scale``), so layers behind an adaptive norm or an activation are treated alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from diffuse_compress.calls import Call
+from diffuse_compress.errors import ConfigError
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
+from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, per_channel
+from diffuse_compress.quantization.numerics import choose_qparams, fake_quantize, fake_quantize_activation, split_groups
+from diffuse_compress.quantization.scheme import PerTensor, TwoLevel, WeightScheme
+
+__all__ = ["AWQConfig", "AbsMeanCollector", "RowCollector", "clip_weight"]
+
+_SMALLEST_SCALE = 1e-4
+_CHUNK_ELEMENTS = 1 << 24
+# Attention scores are a product of two of these: clipping them costs more than it gains (section 4.1 of the paper's
+# code release).
+_NOT_CLIPPED = re.compile(
+    r"(?:^|[._])(?:to_)?(?:add_)?(?:q|k|query|key|wq|wk|q_proj|k_proj|qkv|q_norm|k_norm)(?:_proj)?$"
+)
+
+
+@dataclass(frozen=True)
+class AWQConfig(AlgorithmConfig):
+    """Per-channel scales that lower the output error of quantized weights, and clipping. Needs calibration data.
+
+    It chooses scales and ranges; codes are then rounded to nearest, or chosen by what follows in a sequence.
+
+    Args:
+        num_ratios: exponents that are tried, evenly spaced in [0, 1).
+        duo_scaling: divide by the weights' own magnitude as well.
+        clip: search ranges narrower than the weights'.
+        clip_steps: ranges that are tried, from the whole one down to half of it.
+        clip_rows: input rows that the search of ranges looks at.
+    """
+
+    num_ratios: int = 20
+    duo_scaling: bool = True
+    clip: bool = True
+    clip_steps: int = 10
+    clip_rows: int = 512
+    kind: ClassVar[str] = "awq"
+    needs_calibration: ClassVar[bool] = True
+
+    @property
+    def summary(self) -> str:
+        return "AWQ" if self.clip else "AWQ (scales only)"
+
+    def __post_init__(self) -> None:
+        if self.num_ratios < 2 or self.clip_steps < 2 or self.clip_rows < 1:
+            raise ConfigError(
+                "AWQConfig: need num_ratios >= 2, clip_steps >= 2 and clip_rows >= 1, got "
+                f"num_ratios={self.num_ratios}, clip_steps={self.clip_steps}, clip_rows={self.clip_rows}."
+            )
+
+
+class AbsMeanCollector:
+    """Mean magnitude of each input channel, fp32 [C]."""
+
+    def __init__(self, layer: LayerWork) -> None:
+        self.layer = layer.dense
+        self._sum: torch.Tensor | None = None
+        self._rows = 0
+
+    def update(self, rows: torch.Tensor) -> None:
+        found = per_channel(self.layer, rows.abs().sum(dim=0, dtype=torch.float32), torch.mean)
+        self._sum = found if self._sum is None else self._sum + found
+        self._rows += rows.shape[0]
+
+    def mean(self) -> torch.Tensor | None:
+        return None if self._sum is None else self._sum / max(1, self._rows)
+
+
+class RowCollector:
+    """Evenly spaced input rows, at most ``limit`` of them, fp32 [M, K]."""
+
+    def __init__(self, limit: int, calls: int) -> None:
+        self._per_call = max(1, -(-limit // max(1, calls)))
+        self._limit = limit
+        self._parts: list[torch.Tensor] = []
+
+    def update(self, rows: torch.Tensor) -> None:
+        step = max(1, rows.shape[0] // self._per_call)
+        self._parts.append(rows[::step][: self._per_call].float())
+
+    def rows(self) -> torch.Tensor | None:
+        return torch.cat(self._parts)[: self._limit] if self._parts else None
+
+
+@register_block
+def calibrate(work: BlockWork, config: AWQConfig) -> None:
+    """Choose scales for every group of layers that share an input, then ranges for every layer."""
+    for names in work.subsets:
+        layers = [work.layers[name] for name in names]
+        chosen = [layer for layer in layers if layer.act_pre_scale is None and _is_plain(layer)]
+        if chosen:
+            _search_scale(work, chosen, config)
+    if config.clip:
+        layers = [layer for layer in work.layers.values() if _is_plain(layer) and not _NOT_CLIPPED.search(layer.name)]
+        collectors = {layer.name: RowCollector(config.clip_rows, len(work.calls)) for layer in layers}
+        work.collect(collectors, quantized_inputs=True)
+        for layer in layers:
+            rows = collectors[layer.name].rows()
+            if rows is not None and not isinstance(layer.scheme.weight.granularity, PerTensor | TwoLevel):
+                layer.range_is_chosen = True
+                layer.weight = clip_weight(layer.target(), rows, layer.scheme.weight, config.clip_steps)
+
+
+def _is_plain(layer: LayerWork) -> bool:
+    return layer.quantized is None and (isinstance(layer.dense, nn.Linear) or layer.dense.groups == 1)
+
+
+# --- scales -----------------------------------------------------------------------------------------------------
+
+
+def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -> None:
+    collector = AbsMeanCollector(layers[0])
+    work.collect({layers[0].name: collector})
+    inputs = collector.mean()
+    if inputs is None:
+        return
+    weights = [layer.target() for layer in layers]
+    magnitude = _relative_magnitude(layers, weights)
+    parent, calls, expected = _observed(work, [layer.name for layer in layers])
+    best, best_error = None, float("inf")
+    for step in range(config.num_ratios):
+        ratio = step / config.num_ratios
+        scale = inputs**ratio / (magnitude ** (1 - ratio) if config.duo_scaling else 1.0)
+        scale = scale.clamp(min=_SMALLEST_SCALE)
+        scale = scale / (scale.max() * scale.min()).sqrt()
+        if step == 0:
+            scale = torch.ones_like(scale)  # the candidate that changes nothing is always among them
+        scale = torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
+        with _tried(layers, weights, scale):
+            error = sum(_distance(call.run(parent), output) for call, output in zip(calls, expected, strict=True))
+        if error < best_error:
+            best, best_error = scale, error
+    if best is not None and not torch.equal(best, torch.ones_like(best)):
+        for layer in layers:
+            layer.act_pre_scale = 1.0 / best
+            layer.range_is_chosen = True
+
+
+def _relative_magnitude(layers: Sequence[LayerWork], weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """fp32 [C]: mean over the rows of all layers of |w| relative to the largest of its group."""
+    parts = []
+    for layer, weight in zip(layers, weights, strict=True):
+        groups = split_groups(weight.abs(), layer.scheme.weight)
+        relative = groups / groups.amax(dim=-1, keepdim=True).clamp(min=1e-12)
+        parts.append(relative.reshape(weight.shape[0], -1)[:, : weight.shape[1]])
+    mean = torch.cat(parts).mean(dim=0)
+    return per_channel(layers[0].dense, mean, torch.mean).clamp(min=1e-6)
+
+
+def _observed(work: BlockWork, names: Sequence[str]) -> tuple[nn.Module, list[Call], list[Any]]:
+    """The smallest module that runs all of the layers, what it is called with, and what it returns."""
+    path = _common_parent(names)
+    while path and not _is_callable(work.block.get_submodule(path)):
+        path = path.rpartition(".")[0]
+    parent = work.block.get_submodule(path) if path else work.block
+    calls: list[Call] = []
+    outputs: list[Any] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append(Call(args, kwargs))
+        outputs.append(output)
+
+    handle = parent.register_forward_hook(note, with_kwargs=True)
+    try:
+        for _ in work.run():
+            pass
+    finally:
+        handle.remove()
+    return parent, calls, outputs
+
+
+def _common_parent(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    split = [name.split(".") for name in names]
+    common = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
+
+
+def _is_callable(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
+
+@contextlib.contextmanager
+def _tried(layers: Sequence[LayerWork], weights: Sequence[torch.Tensor], scale: torch.Tensor) -> Iterator[None]:
+    """Inside, the layers compute as they will with ``1 / scale`` on their inputs and rounded weights."""
+    dense = [layer.dense.weight.data for layer in layers]
+    handles = []
+    try:
+        for layer, weight in zip(layers, weights, strict=True):
+            trial = LayerWork(layer.name, layer.dense, layer.scheme, act_pre_scale=1.0 / scale)
+            column = trial.column_scale
+            assert column is not None
+            rounded = fake_quantize(weight / column, layer.scheme.weight)
+            layer.dense.weight.data = rounded.to(dense[0].dtype).reshape(layer.dense.weight.shape)
+            handles.append(layer.dense.register_forward_pre_hook(_scaled(trial)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, original in zip(layers, dense, strict=True):
+            layer.dense.weight.data = original
+
+
+def _scaled(layer: LayerWork) -> Any:
+    dims = 1 if isinstance(layer.dense, nn.Linear) else 3
+    scheme = layer.scheme.activation
+
+    def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        assert layer.act_pre_scale is not None
+        shape = (-1,) if dims == 1 else (-1, 1, 1)
+        x = (args[0].float() * layer.act_pre_scale.reshape(shape)).to(args[0].dtype)
+        if scheme is not None and scheme.dynamic:
+            x = fake_quantize_activation(x, scheme, feature_dims=dims)
+        return (x, *args[1:])
+
+    return enter
+
+
+def _distance(a: Any, b: Any) -> float:
+    """Summed squared difference of all floating tensors in two outputs."""
+    if isinstance(a, torch.Tensor):
+        return float((a.float() - b.float()).square().sum(dtype=torch.float64)) if a.is_floating_point() else 0.0
+    if isinstance(a, dict):
+        return sum(_distance(a[key], b[key]) for key in a)
+    if isinstance(a, tuple | list):
+        return sum(_distance(x, y) for x, y in zip(a, b, strict=True))
+    return 0.0
+
+
+# --- ranges -----------------------------------------------------------------------------------------------------
+
+
+def clip_weight(weight: torch.Tensor, rows: torch.Tensor, scheme: WeightScheme, steps: int) -> torch.Tensor:
+    """``weight`` with each element of the granularity clamped to the range that lowers its share of the output error.
+
+    Args:
+        weight: fp32 [N, K]; overwritten.
+        rows: fp32 [M, K], inputs.
+        scheme: the format to reach.
+        steps: ranges tried for each end: 1, 1 - 1/(2 steps), ..., about one half.
+
+    Returns:
+        fp32 [N, K].
+    """
+    chunk = max(1, _CHUNK_ELEMENTS // max(1, rows.shape[0] * scheme.num_groups(weight.shape[1])))
+    for start in range(0, weight.shape[0], chunk):
+        part = slice(start, start + chunk)
+        weight[part] = _clip_rows(weight[part], rows, scheme, steps)
+    return weight
+
+
+def _clip_rows(weight: torch.Tensor, rows: torch.Tensor, scheme: WeightScheme, steps: int) -> torch.Tensor:
+    groups = split_groups(weight, scheme)  # [n, G, g]
+    x = split_groups(rows, scheme)  # [M, G, g]
+    low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
+    exact = torch.einsum("ngk,mgk->ngm", groups, x)
+
+    def error(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        clamped = groups.clamp(low, high).reshape(weight.shape[0], -1)[:, : weight.shape[1]]
+        rounded = split_groups(fake_quantize(clamped, scheme, choose_qparams(clamped, scheme)), scheme)
+        return (torch.einsum("ngk,mgk->ngm", rounded, x) - exact).square().mean(dim=-1, keepdim=True)
+
+    best_low, best_high = low, high
+    best = error(low, high)
+    ends = ("both",) if scheme.symmetric else ("high", "low")
+    for end in ends:
+        base_low, base_high = best_low, best_high
+        for step in range(1, steps):
+            ratio = 1 - step / (2 * steps)
+            trial_low = base_low * ratio if end in ("both", "low") else base_low
+            trial_high = base_high * ratio if end in ("both", "high") else base_high
+            found = error(trial_low, trial_high)
+            better = found < best
+            best = torch.where(better, found, best)
+            best_low = torch.where(better, trial_low, best_low)
+            best_high = torch.where(better, trial_high, best_high)
+    return groups.clamp(best_low, best_high).reshape(weight.shape[0], -1)[:, : weight.shape[1]]

@@ -1,0 +1,87 @@
+"""SmoothQuant: move outliers of the inputs into the weights, where a scale per channel costs nothing.
+
+Xiao et al. 2023, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", arXiv
+2211.10438, equation 4. Deviation: the inverse scale stays with the layers (``act_pre_scale``), where input quantization
+applies it, instead of being folded into the preceding norm: adaptive norms have no weight to fold into, and the result
+is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from diffuse_compress.errors import ConfigError
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
+from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, per_channel
+
+__all__ = ["AbsMaxCollector", "SmoothQuantConfig"]
+
+_SMALLEST = 1e-5
+
+
+@dataclass(frozen=True)
+class SmoothQuantConfig(AlgorithmConfig):
+    """Per-channel scales between inputs and weights, for layers whose inputs are quantized. Needs calibration data.
+
+    Args:
+        alpha: how much of the range goes into the weights: 0 nothing, 1 all of it.
+    """
+
+    alpha: float = 0.5
+    kind: ClassVar[str] = "smoothquant"
+    needs_calibration: ClassVar[bool] = True
+
+    @property
+    def summary(self) -> str:
+        return f"SmoothQuant (alpha {self.alpha:g})"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"SmoothQuantConfig: alpha must be in [0, 1], got {self.alpha}.")
+
+
+class AbsMaxCollector:
+    """Largest magnitude of each input channel, fp32 [C]."""
+
+    def __init__(self, layer: LayerWork) -> None:
+        self.layer = layer.dense
+        self.value: torch.Tensor | None = None
+
+    def update(self, rows: torch.Tensor) -> None:
+        found = per_channel(self.layer, rows.abs().amax(dim=0).float(), torch.amax)
+        self.value = found if self.value is None else torch.maximum(self.value, found)
+
+
+@register_block
+def calibrate(work: BlockWork, config: SmoothQuantConfig) -> None:
+    """Choose the scales of every group of layers that share an input."""
+    for names in work.subsets:
+        layers = [work.layers[name] for name in names]
+        chosen = [layer for layer in layers if layer.scheme.activation is not None and layer.act_pre_scale is None]
+        chosen = [layer for layer in chosen if isinstance(layer.dense, nn.Linear) or layer.dense.groups == 1]
+        if not chosen:
+            continue
+        collector = AbsMaxCollector(chosen[0])
+        work.collect({chosen[0].name: collector})
+        if collector.value is None:
+            continue
+        weights = [per_channel(layer.dense, layer.target().abs().amax(dim=0), torch.amax) for layer in chosen]
+        scale = smoothing_scale(collector.value, torch.stack(weights).amax(dim=0), config.alpha)
+        for layer in chosen:
+            layer.act_pre_scale = 1.0 / scale
+
+
+def smoothing_scale(inputs: torch.Tensor, weights: torch.Tensor, alpha: float) -> torch.Tensor:
+    """``max|x|^alpha / max|w|^(1 - alpha)`` per channel; 1 for channels that are always zero.
+
+    Args:
+        inputs: fp32 [C], largest magnitude of each input channel.
+        weights: fp32 [C], of the weights' columns.
+        alpha: in [0, 1].
+    """
+    scale = inputs.clamp(min=_SMALLEST) ** alpha / weights.clamp(min=_SMALLEST) ** (1 - alpha)
+    return torch.where((inputs == 0) | (weights == 0), torch.ones_like(scale), scale.clamp(min=_SMALLEST))
