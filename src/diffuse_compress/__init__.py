@@ -27,6 +27,7 @@ from diffuse_compress.errors import (
     ModelStateError,
     UnsupportedHardwareError,
 )
+from diffuse_compress.importing import import_quantized
 from diffuse_compress.integrations.attach import attach, register_quantizers
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.plan import CompressionPlan
@@ -84,6 +85,7 @@ __all__ = [
     "compression_report",
     "compression_stats",
     "decompress",
+    "import_quantized",
 ]
 
 register_quantizers()

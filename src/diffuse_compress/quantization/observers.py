@@ -226,10 +226,11 @@ class MSEObserver:
         scale = qparams.scale.unsqueeze(-1)
         steps = torch.div(split_groups(weight, self.scheme), scale).float()
         if qparams.zero_point is not None:
-            steps.add_(qparams.zero_point.unsqueeze(-1))
+            zero_point = qparams.zero_point.unsqueeze(-1)
+            steps.sub_(zero_point / scale) if self.scheme.additive_zero_point else steps.add_(zero_point)
         error = steps.round().clamp_(*self.scheme.range).sub_(steps)
         error = error.square_() if self.norm == 2 else error.abs_().pow_(self.norm)
-        valid = valid_columns(weight, self.scheme) if self.scheme.float_zero_point else None
+        valid = valid_columns(weight, self.scheme) if self.scheme.stores_float_zero_point else None
         if valid is not None:
             error.mul_(valid)
         return error.sum(dim=-1).mul_((qparams.scale / unit).pow(self.norm))
