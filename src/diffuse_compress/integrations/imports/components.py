@@ -74,12 +74,6 @@ class marks_aside:
             if name != "_weight_conversions":
                 del model.__dict__[name]
         if self._config is not None:
-            # Both the entry and the attribute of the same name, which the library sets beside it.
-            entries = type(self._config)(dict(self._config))
-            for key, value in vars(self._config).items():
-                if key != "quantization_config":
-                    object.__setattr__(entries, key, value)
-            model._internal_dict = entries
             remove_from_diffusers_config(model, "quantization_config")
         elif self._quantization is not None:
             del holder.quantization_config
