@@ -19,7 +19,6 @@ from diffuse_compress.integrations.component import (
     ComponentState,
     align_tensors,
     foreign_quantization,
-    get_state,
     layer_entries,
     quantized_layers,
 )
@@ -56,12 +55,12 @@ def import_quantized(target: _Target) -> Any:
               ``quantize_``: Int8Tensor, Float8Tensor;
             * a diffusers model loaded with ``GGUFQuantizationConfig``: Q8_0, Q4_0, Q4_1;
             * a diffusers model loaded with ``BFLQuantizationConfig``: fp8r;
-            * the folder of a diffusers component in ``nunchaku_lite`` format (it holds ``config.json``), as a path: it is
-              read from the files, for diffusers loads it on some GPUs only.
+            * the folder of a diffusers component in ``nunchaku_lite`` format (it holds ``config.json``), as a path: the
+              files are read here, for diffusers loads them on some GPUs only.
 
     Returns:
-        ``target`` itself, compressed; for a folder the model, in the checkpoint's compute dtype on the CPU, to be handed
-        to ``from_pretrained(..., transformer=model)``.
+        ``target`` itself, compressed; for a folder the model, in the checkpoint's compute dtype on the CPU, to be
+        handed to ``from_pretrained(..., transformer=model)``.
 
     Raises:
         ConfigError: nothing here can be imported, or a layer is of a kind that our formats cannot hold exactly; the
@@ -70,8 +69,8 @@ def import_quantized(target: _Target) -> Any:
         ModelStateError: the model is under offload hooks or not loaded.
 
     Cost:
-        Old and new layers of a component stand in memory together until all are converted: twice its size at 4 bits,
-        no more than before at 8, where they share their bytes.
+        Old and new layers stand in memory together until all are converted. Those of torchao and BFL share their codes;
+        of GGUF the peak is twice the source's size.
     """
     if isinstance(target, str | Path):
         return _from_folder(Path(target))
@@ -158,7 +157,7 @@ class _Replaced:
 
     def _replace_dense_linears(self, aliases: Mapping[int, list[str]]) -> None:
         """Stock layers for GGUFLinears whose weight was not quantized."""
-        for name, module in list(self._model.named_modules()):
+        for module in list(self._model.modules()):
             if type(module).__name__ == "GGUFLinear":
                 stock = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")  # type: ignore[arg-type]
                 stock._parameters.update(module._parameters)
@@ -229,7 +228,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"import_quantized: a path must be the folder of a component, with its config.json, got {folder} ({error}). "
+            f"import_quantized: a path must be the folder of a component, with config.json, got {folder} ({error}). "
             "Of a pipeline give the subfolder, as in 'pipeline/transformer'; a repository of the Hub is fetched with "
             "huggingface_hub.snapshot_download(repo_id)."
         ) from error
@@ -269,7 +268,9 @@ def _read_layers(
     for section, name in track(todo, f"Importing {type(model).__name__}", model, None, {}):
         module = dict(model.named_modules()).get(name)
         if not isinstance(module, nn.Linear):
-            reasons[name] = f"the model has no linear layer of this name; load it with the diffusers that {folder} is for"
+            reasons[name] = (
+                f"the model has no linear layer of this name; load it with the diffusers that {folder} is for"
+            )
             continue
         own = {leaf: tensors.pop(f"{name}.{leaf}", None) for leaf in (*nunchaku.TENSORS[section.method], "bias")}
         given = {leaf: tensor for leaf, tensor in own.items() if tensor is not None}

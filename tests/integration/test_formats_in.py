@@ -1,4 +1,4 @@
-"""``import_quantized``: other libraries' layers on ours, weights equal bit for bit, or refused with the model untouched."""
+"""``import_quantized``: other libraries' layers on ours, weights equal bit for bit, or refused and left alone."""
 
 from __future__ import annotations
 
@@ -205,7 +205,9 @@ def _gguf_file(model: nn.Module, path: Path, type_of: Callable[[str], GGML]) -> 
         data = gguf.quants.quantize(value.numpy(), kind)
         writer.add_tensor(key, data, raw_dtype=kind)
         if kind not in (GGML.F32, GGML.BF16):
-            theirs[key.removesuffix(".weight")] = torch.from_numpy(gguf.quants.dequantize(data, kind).astype(np.float32))
+            theirs[key.removesuffix(".weight")] = torch.from_numpy(
+                gguf.quants.dequantize(data, kind).astype(np.float32)
+            )
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
     return theirs
@@ -242,7 +244,11 @@ def test_gguf_bfloat16_layers_become_stock_ones(tmp_path: Path) -> None:
         for parameter in dense.parameters():
             parameter.copy_(parameter.bfloat16())
     kinds = {"attn1": GGML.Q8_0, "attn2": GGML.BF16}
-    _gguf_file(dense, tmp_path / "m.gguf", lambda key: kinds.get(key.split(".")[-3], GGML.F32) if "blocks." in key else GGML.F32)
+    _gguf_file(
+        dense,
+        tmp_path / "m.gguf",
+        lambda key: kinds.get(key.split(".")[-3], GGML.F32) if "blocks." in key else GGML.F32,
+    )
     model = _load_gguf(dense, tmp_path / "m.gguf", tmp_path)
     expected = output(model)
     dc.import_quantized(model)
@@ -259,7 +265,9 @@ def test_other_gguf_types_are_refused_by_name(tmp_path: Path) -> None:
     _gguf_file(dense, tmp_path / "m.gguf", lambda key: GGML.Q5_0 if ".attn1." in key else GGML.Q8_0)
     model = _load_gguf(dense, tmp_path / "m.gguf", tmp_path)
     before, modules = output(model), dict(model.named_modules())
-    with pytest.raises(dc.ConfigError, match=r"attn1\.to_q.* and 5 more: GGUF Q5_0 \(only Q8_0, Q4_0, Q4_1 can be\): take"):
+    with pytest.raises(
+        dc.ConfigError, match=r"attn1\.to_q.* and 5 more: GGUF Q5_0 \(only Q8_0, Q4_0, Q4_1 can be\): take"
+    ):
         dc.import_quantized(model)
     assert all(module is modules[name] for name, module in model.named_modules())
     assert torch.equal(output(model), before)
@@ -281,8 +289,8 @@ def test_gguf_k_quants_are_refused_by_name() -> None:
 def test_q4_1_whose_minimum_cannot_be_shifted_exactly_is_refused() -> None:
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
-    # In units of float32's step at 4096: d = 3/16, and m + 8 * d = m + 1.5 is rounded to m + 2. With q = 7 the source has
-    # m + 1.3125, rounded to m + 1, and we would have m + 2 - 0.1875, rounded to m + 2.
+    # In units of float32's step at 4096: d = 3/16, and m + 8 * d = m + 1.5 is rounded to m + 2. With q = 7 the source
+    # has m + 1.3125, rounded to m + 1, and we would have m + 2 - 0.1875, rounded to m + 2.
     halves = np.array([1.5 * 2.0**-14, 4096.0], dtype=np.float16).view(np.uint8)
     block = torch.from_numpy(np.concatenate([halves, np.full(16, 0x77, dtype=np.uint8)]))
     layer = GGUFLinear(32, 1, bias=False, compute_dtype=FP32)
@@ -423,8 +431,10 @@ def _nunchaku_folder(folder: Path, rank: int = 16, **changes: Any) -> tuple[Any,
         f"{AWQ_LAYER}.wzeros": parts["awq zeros"],
     }
     folder.mkdir(exist_ok=True)
-    save_file({key: value.contiguous() for key, value in tensors.items() if key not in changes.get("drop", ())},
-              folder / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in tensors.items() if key not in changes.get("drop", ())},
+        folder / "diffusion_pytorch_model.safetensors",
+    )
     svdq = {"precision": "int4", "group_size": 64, "rank": rank, "targets": [SVDQ_LAYER]} | changes.get("svdq", {})
     quantization = {
         "quant_method": "nunchaku_lite",

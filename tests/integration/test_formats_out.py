@@ -1,4 +1,4 @@
-"""``format="torchao"``: read by stock libraries without us, codes and scales as they were, or refused before a write."""
+"""``format="torchao"``: read by stock libraries without us, codes and scales as they were, or nothing is written."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 INT8, INT4, FP8 = NumberFormat.INT8, NumberFormat.INT4, NumberFormat.FLOAT8_E4M3
 BF16, FP32 = torch.bfloat16, torch.float32
 # (model, scheme, dtype, largest relative difference of the output). Measured on a CPU without bf16 instructions:
-# 2e-7 to 6e-7 for w8a16 in fp32, where torchao scales after the product; 0.5 % to 0.9 % in bf16, to which torchao rounds
+# 2e-7 to 6e-7 for w8a16 in fp32, where torchao scales after the product; 0.5 % to 0.9 % in bf16, to which it rounds
 # its scale; 0.2 % to 2.0 % for w8a8, whose inputs torchao divides by amax / 127.5; 0.9 % for fp8, whose inputs we leave
 # alone there. Five times that is far below what a wrong scale or a transposed code would give.
 CASES = {
@@ -57,7 +57,8 @@ from diffusers import DiffusionPipeline
 folder, cases = sys.argv[1], json.loads(sys.argv[2])
 found = {}
 for case, (library, cls, dtype) in cases.items():
-    model = getattr(importlib.import_module(library), cls).from_pretrained(f"{folder}/{case}", dtype=getattr(torch, dtype))
+    cls = getattr(importlib.import_module(library), cls)
+    model = cls.from_pretrained(f"{folder}/{case}", dtype=getattr(torch, dtype))
     weights = {
         name: module.weight.dequantize(torch.float32)
         for name, module in model.named_modules()
@@ -228,7 +229,9 @@ def test_smoothed_int8_inputs_are_written(tmp_path: Path) -> None:
     smooth = torch.rand(128) + 0.5
 
     def change(layer: Any) -> QuantizedLinear:
-        return QuantizedLinear.from_dense(layer, layer.quantized_weight(), layer.scheme, compute_dtype=FP32, act_pre_scale=smooth)
+        return QuantizedLinear.from_dense(
+            layer, layer.quantized_weight(), layer.scheme, compute_dtype=FP32, act_pre_scale=smooth
+        )
 
     name = _in_place_of_first(model, change)
     model.save_pretrained(tmp_path, format="torchao")
@@ -240,7 +243,9 @@ def test_smoothed_int8_inputs_are_written(tmp_path: Path) -> None:
 
 def test_convolutions_are_refused_and_other_components_are_not(tmp_path: Path) -> None:
     pipe = tiny.build_pipeline("stable_diffusion").compress({"unet": "w8a8", "text_encoder": "w8a16"}, measure=False)
-    with pytest.raises(dc.ConfigError, match=r"unet: format=.*a convolution; torchao's loaders know linear layers only"):
+    with pytest.raises(
+        dc.ConfigError, match=r"unet: format=.*a convolution; torchao's loaders know linear layers only"
+    ):
         pipe.save_pretrained(tmp_path / "out", format="torchao")
     assert not (tmp_path / "out").exists()
     pipe.save_pretrained(tmp_path / "out", format={"text_encoder": "torchao"})
@@ -284,7 +289,9 @@ def test_push_to_hub_takes_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
 
     hub = diffusers.utils.hub_utils
     monkeypatch.setattr(hub, "create_repo", lambda repo_id, **kwargs: type("Repo", (), {"repo_id": repo_id}))
-    monkeypatch.setattr(hub, "load_or_create_model_card", lambda *args, **kwargs: diffusers.utils.hub_utils.ModelCard("# a"))
+    monkeypatch.setattr(
+        hub, "load_or_create_model_card", lambda *args, **kwargs: diffusers.utils.hub_utils.ModelCard("# a")
+    )
     monkeypatch.setattr(hub.PushToHubMixin, "_upload_folder", upload)
     model = tiny.build("pixart").compress("w8a16", measure=False)
     model.push_to_hub("me/ours")

@@ -116,8 +116,8 @@ def _torchao_models(obj: Any, format: str | Mapping[str, str]) -> list[Any]:
     dense = sorted(named - compressed) if compressed else [type(obj).__name__]
     if dense:
         raise ConfigError(
-            f"save_pretrained: format= needs compressed components, got {', '.join(dense)}, which is dense. Leave it out, "
-            "or compress it first."
+            f"save_pretrained: format= needs compressed components, got {', '.join(dense)}, which is dense. Leave it "
+            "out, or compress it first."
         )
     for name in chosen:
         require_exact(name or type(models[name]).__name__, models[name])

@@ -1,6 +1,6 @@
 """Writing a compressed component as torchao tensors, so that stock libraries load it without this package.
 
-A layer is written so only if torchao's tensor holds its codes and scales as they are and torchao's product means the same
+A layer is written so only if torchao's tensor holds its codes and scales as they are, and its product means the same
 weight. The live model keeps our layers: while it is saved, its quantizer and its config are torchao's.
 """
 
@@ -21,14 +21,12 @@ from diffuse_compress.integrations.doors import library_of
 from diffuse_compress.patterns import generalize
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
 from diffuse_compress.quantization.scheme import (
-    ActivationScheme,
     NumberFormat,
     PerChannel,
     PerGroup,
     PerTensor,
     PerToken,
     Scheme,
-    WeightScheme,
 )
 
 __all__ = ["config_for", "inexact_layers", "require_exact", "written_as_torchao"]
@@ -61,8 +59,8 @@ def require_exact(where: str, model: nn.Module) -> None:
     ]
     raise ConfigError(
         f'{where}: format="torchao" needs layers that torchao\'s tensors hold exactly, got {len(reasons)} of '
-        f"{len(quantized_layers(model))} that they do not. {'; '.join(lines)}. Nothing was written. Leave format= out, or "
-        'name the components that can be: format={"text_encoder": "torchao"}.'
+        f"{len(quantized_layers(model))} that they do not. {'; '.join(lines)}. Nothing was written. Leave format= out, "
+        'or name the components that can be: format={"text_encoder": "torchao"}.'
     )
 
 
@@ -106,7 +104,9 @@ def _float8_reason(layer: QuantizedLinear) -> str | None:
     if isinstance(scheme.weight.granularity, PerChannel) != isinstance(act.granularity, PerToken):
         return f"{scheme.name} with scales per row on one side only, for which torchao has no product"
     if layer.compute_dtype != torch.bfloat16 and isinstance(act.granularity, PerToken):
-        return f"{scheme.name} in {layer.compute_dtype}; torchao's row-wise product is bfloat16: .to(torch.bfloat16) first"
+        return (
+            f"{scheme.name} in {layer.compute_dtype}; torchao's row-wise product is bfloat16: .to(torch.bfloat16) first"
+        )
     if layer.in_features % _FP8_MULTIPLE or layer.out_features % _FP8_MULTIPLE:
         return f"{scheme.name} of sides that are no multiples of {_FP8_MULTIPLE}, which torchao's product needs"
     return None
@@ -171,7 +171,9 @@ def config_for(model: nn.Module) -> Any:
     if len(set(schemes.values())) == 1:
         described = _ao_config(next(iter(schemes.values())))
     else:
-        described = FqnToConfig(OrderedDict((rule, _ao_config(scheme)) for rule, scheme in generalize(linears) if scheme))
+        described = FqnToConfig(
+            OrderedDict((rule, _ao_config(scheme)) for rule, scheme in generalize(linears) if scheme)
+        )
     # Both libraries take a name as a piece of text: one that stands inside a packed layer's would keep that dense too.
     dense = [
         name
@@ -201,7 +203,7 @@ def _torchao_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -
 
 @contextmanager
 def written_as_torchao(model: Any) -> Iterator[None]:
-    """While it lasts, the stock ``save_pretrained`` of ``model`` writes torchao tensors; the layers stay as they are."""
+    """While it lasts, the stock ``save_pretrained`` of ``model`` writes torchao tensors. The layers stay ours."""
     library = library_of(model)
     config = config_for(model)
     _, quantizer_class = torchao_classes(library)

@@ -146,6 +146,8 @@ class MSEObserver:
         step = effective_scale(qparams)
         low, high = self.scheme.range if self.scheme.format.is_integer else (-FLOAT8_MAX, FLOAT8_MAX)
         zero_point = 0.0 if qparams.zero_point is None else qparams.zero_point.float()
+        if self.scheme.additive_zero_point:
+            return step * low + zero_point, step * high + zero_point
         return step * (low - zero_point), step * (high - zero_point)
 
     def qparams(self) -> QParams:

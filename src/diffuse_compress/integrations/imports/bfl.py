@@ -17,9 +17,7 @@ from diffuse_compress.quantization.scheme import ActivationScheme, NumberFormat,
 
 __all__ = ["is_layer", "read"]
 
-_SCHEME = Scheme(
-    WeightScheme(NumberFormat.FLOAT8_E4M3, PerChannel()), ActivationScheme(NumberFormat.FLOAT8_E4M3)
-)
+_SCHEME = Scheme(WeightScheme(NumberFormat.FLOAT8_E4M3, PerChannel()), ActivationScheme(NumberFormat.FLOAT8_E4M3))
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -31,8 +29,8 @@ def read(module: nn.Module) -> ForeignLayer:
     """The BFLFP8RLinear ``module``. Raises NotImportableError for NVFP4 layers."""
     if type(module).__name__ != "BFLFP8RLinear":
         raise NotImportableError(
-            f"{type(module).__name__} (only BFLFP8RLinear can be; we have no float4 format): take the fp8r file, or call "
-            "dequantize() on the model, then compress()"
+            f"{type(module).__name__} (only BFLFP8RLinear can be; we have no float4 format): take the fp8r file, or "
+            "call dequantize() on the model, then compress()"
         )
     layer: Any = module
     codes, scale = layer.weight.detach(), layer.weight_scale.float().reshape(-1, 1)

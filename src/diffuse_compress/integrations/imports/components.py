@@ -75,7 +75,7 @@ class marks_aside:
                 del model.__dict__[name]
         if self._config is not None:
             remove_from_diffusers_config(model, "quantization_config")
-        elif self._quantization is not None:
+        elif holder is not None and self._quantization is not None:
             del holder.quantization_config
         self._drop_conversions()
 

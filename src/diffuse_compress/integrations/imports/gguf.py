@@ -1,4 +1,4 @@
-"""GGUF layers of a model that diffusers loaded: ``from_single_file(..., quantization_config=GGUFQuantizationConfig())``.
+"""GGUF layers of a model that diffusers loaded by ``from_single_file`` with a GGUFQuantizationConfig.
 
 Every 32 consecutive weights of a row are one block of bytes, scales in fp16 first (block formats of ggml, as diffusers
 0.42 and the gguf package read them)::
@@ -61,8 +61,8 @@ def read(module: nn.Module) -> ForeignLayer:
     scheme = _SCHEMES.get(kind)
     if scheme is None:
         raise NotImportableError(
-            f"GGUF {kind} (only {', '.join(_SCHEMES)} can be): take the file of such a type, or call dequantize() on the "
-            "model, then compress()"
+            f"GGUF {kind} (only {', '.join(_SCHEMES)} can be): take the file of such a type, or call dequantize() on "
+            "the model, then compress()"
         )
     columns = int(module.in_features)  # type: ignore[arg-type]
     blocks = tensor.as_tensor().view(torch.uint8).reshape(tensor.shape[0], columns // _BLOCK, -1)

@@ -10,8 +10,8 @@ smooth) are in ``[c / 128][c / 16 % 8][c / 2 % 4][c / 8 % 2][c % 2]``, and the l
 ordered ``[n % 8][k / 2 % 4][n / 8 % 2][k / 8 % 2][k % 2]``. Q rounds the input to int4; we have no such scale per 64
 columns of the input, so the layer comes over as weight-only, which is more exact than its source.
 
-AWQ (``awq_w4a16``): ``w = q * wscales + wzeros`` with q in 0..15 and both per 64 columns, in plain [K / 64, N]. Four rows
-stand together, 64 columns of each in turn; of 32 columns nibble ``a + 4 * c`` of word ``b`` is column
+AWQ (``awq_w4a16``): ``w = q * wscales + wzeros`` with q in 0..15 and both per 64 columns, in plain [K / 64, N]. Four
+rows stand together, 64 columns of each in turn; of 32 columns nibble ``a + 4 * c`` of word ``b`` is column
 ``8 * a + 2 * b + c``.
 """
 
@@ -182,8 +182,8 @@ def _awq_codes(packed: torch.Tensor) -> torch.Tensor:
 def _require_multiples(method: str, rows: int, row_step: int, columns: int, column_step: int) -> None:
     if rows % row_step or columns % column_step:
         raise NotImportableError(
-            f"nunchaku {method} of {rows} outputs and {columns} inputs, no multiples of {row_step} and {column_step}, is "
-            "padded in a way that is not read here: compress the original model"
+            f"nunchaku {method} of {rows} outputs and {columns} inputs, no multiples of {row_step} and {column_step}, "
+            "is padded in a way that is not read here: compress the original model"
         )
 
 

@@ -121,7 +121,8 @@ def _activation(tensor: Any, fmt: NumberFormat) -> ActivationScheme | None:
         raise NotImportableError(f"inputs clipped to {bounds} first: quantize it without activation_value_lb and _ub")
     if getattr(given, "float8_dtype", torch.float8_e4m3fn) != torch.float8_e4m3fn:
         raise NotImportableError(f"inputs in {given.float8_dtype}, we have float8_e4m3fn: quantize it to that")
-    rows = {"PerRow": PerToken(), "PerTensor": PerTensor()}.get(type(given.granularity).__name__)
+    known: dict[str, Granularity] = {"PerRow": PerToken(), "PerTensor": PerTensor()}
+    rows = known.get(type(given.granularity).__name__)
     if rows is None:
         raise NotImportableError(f"inputs with {given.granularity}: quantize it with PerRow() or PerTensor()")
     static = getattr(tensor, "act_quant_scale", None)
