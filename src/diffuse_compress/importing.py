@@ -13,7 +13,7 @@ from torch import nn
 
 from diffuse_compress.assignment import module_aliases
 from diffuse_compress.components import model_components
-from diffuse_compress.errors import CheckpointError, ConfigError
+from diffuse_compress.errors import CheckpointError, ConfigError, ModelStateError
 from diffuse_compress.integrations.compat import usable
 from diffuse_compress.integrations.component import (
     ComponentState,
@@ -26,6 +26,7 @@ from diffuse_compress.integrations.doors import marks_of
 from diffuse_compress.integrations.imports import nunchaku
 from diffuse_compress.integrations.imports.base import ForeignLayer, NotImportableError, as_linear, config_error
 from diffuse_compress.integrations.imports.components import SOURCES, dense_parameters, foreign_layers, marks_aside
+from diffuse_compress.integrations.peft import has_adapters
 from diffuse_compress.integrations.placement import require_free
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.patterns import generalize
@@ -66,7 +67,7 @@ def import_quantized(target: _Target) -> Any:
         ConfigError: nothing here can be imported, or a layer is of a kind that our formats cannot hold exactly; the
             message names the layers, why, and what to do. Nothing was changed.
         CheckpointError: the folder holds no such checkpoint, or an incomplete one.
-        ModelStateError: the model is under offload hooks or not loaded.
+        ModelStateError: the model is under offload hooks, holds adapters, or is not loaded.
 
     Cost:
         Old and new layers stand in memory together until all are converted. Those of torchao and BFL share their codes;
@@ -105,6 +106,11 @@ def _require_known(name: str, model: nn.Module, has_layers: bool) -> None:
         )
     if has_layers:
         require_free(name or type(model).__name__, model, "import_quantized")
+        if has_adapters(model):
+            raise ModelStateError(
+                f"{name or type(model).__name__}: import_quantized needs the layers themselves, found adapters around "
+                "them. Call unload_lora_weights() first, and load the adapters again afterwards."
+            )
 
 
 def _convert(target: Any, name: str, model: nn.Module, readers: Mapping[str, Any]) -> _Converted:

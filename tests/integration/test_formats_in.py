@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import gguf
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -519,6 +520,26 @@ def test_dense_and_compressed_models_hold_nothing_to_import() -> None:
     for model in (tiny.build("llama"), tiny.build("llama").compress("w8a16", measure=False)):
         with pytest.raises(dc.ConfigError, match=r"found none\. To quantize a dense model, call compress\(\)"):
             dc.import_quantized(model)
+
+
+def test_adapters_and_hooks_are_in_the_way() -> None:
+    model = tiny.build("llama")
+    quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
+    with pytest.raises(dc.errors.ModelStateError, match="found adapters around them"):
+        dc.import_quantized(model)
+    model = tiny.build("wan")
+    quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False))
+    model.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    with pytest.raises(dc.errors.ModelStateError, match="import_quantized cannot replace layers under the hook"):
+        dc.import_quantized(model)
+
+
+def test_compress_points_to_import() -> None:
+    model = tiny.build("llama")
+    quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False))
+    with pytest.raises(dc.errors.ModelStateError, match=r"already quantized by torchao.*import_quantized\(\)"):
+        model.compress("w4a16")
 
 
 def test_other_methods_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

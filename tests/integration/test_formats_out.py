@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import peft
 import pytest
 import torch
 import transformers
@@ -300,6 +301,23 @@ def test_push_to_hub_takes_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(dc.ConfigError, match="torchao packs int4 codes"):
         tiny.build("pixart").compress("w4a16", measure=False).push_to_hub("me/refused", format="torchao")
     assert "me/refused" not in pushed
+
+
+def test_adapters_are_refused(tmp_path: Path) -> None:
+    model = tiny.build("llama").compress("w8a16", measure=False)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
+    with pytest.raises(dc.ConfigError, match="needs a model without adapters"):
+        model.save_pretrained(tmp_path / "out", format="torchao")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_that_was_compressed_alone_is_written_with_the_whole(tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    model.model.compress("w8a16", measure=False)
+    model.save_pretrained(tmp_path, format="torchao")
+    stock = type(model).from_pretrained(tmp_path, dtype=FP32)
+    assert "torchao" in type(stock.model.layers[0].mlp.up_proj.weight).__module__
+    assert relative(output(model), output(stock)) < 1e-6
 
 
 def test_scale_rules_do_not_matter_to_what_is_written(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from diffuse_compress.components import model_components, resolve_names
 from diffuse_compress.errors import CheckpointError, ConfigError, nearest
-from diffuse_compress.integrations.component import get_state
+from diffuse_compress.integrations.component import get_state, quantized_layers
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
 from diffuse_compress.integrations.torchao import require_exact, written_as_torchao
 
@@ -103,7 +103,7 @@ def _torchao_models(obj: Any, format: str | Mapping[str, str]) -> list[Any]:
         ConfigError: an unknown format or component, nothing compressed, or layers that torchao cannot hold exactly.
     """
     models = model_components(obj)
-    compressed = {name for name, model in models.items() if get_state(model) is not None}
+    compressed = {name for name, model in models.items() if quantized_layers(model)}
     if isinstance(format, Mapping):
         wanted = [(name, format[key]) for key, names in resolve_names(format, obj).items() for name in names]
         named = {name for name in format if name in models}

@@ -18,6 +18,7 @@ from diffuse_compress.errors import ConfigError
 from diffuse_compress.integrations.compat import add_to_diffusers_config, require, torchao_classes
 from diffuse_compress.integrations.component import quantized_layers
 from diffuse_compress.integrations.doors import library_of
+from diffuse_compress.integrations.peft import has_adapters
 from diffuse_compress.patterns import generalize
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
 from diffuse_compress.quantization.scheme import (
@@ -47,6 +48,10 @@ def inexact_layers(model: nn.Module) -> dict[str, str]:
 def require_exact(where: str, model: nn.Module) -> None:
     """Raise ConfigError naming every layer that cannot be written, or MissingDependencyError without torchao."""
     require("torchao", 'save_pretrained(format="torchao")')
+    if has_adapters(model):
+        raise ConfigError(
+            f'{where}: format="torchao" needs a model without adapters, found peft layers. Fuse or unload them first.'
+        )
     reasons = inexact_layers(model)
     if not reasons:
         return
