@@ -19,19 +19,23 @@ from torch import nn
 from torchao.quantization import (
     Float8WeightOnlyConfig,
     Int8DynamicActivationInt8WeightConfig,
+    Int8Tensor,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
     MappingType,
     PerGroup,
+    PerRow,
     PerTensor,
     quantize_,
 )
+from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 
 import diffuse_compress as dc
 import diffuse_compress.importing
 import tiny
 from diffuse_compress.integrations.component import get_state, quantized_layers
 from diffuse_compress.quantization.numerics import dequantize
+from diffuse_compress.quantization.scheme import ActivationScheme, NumberFormat
 
 BF16, FP32 = torch.bfloat16, torch.float32
 GGML = gguf.GGMLQuantizationType
@@ -103,7 +107,44 @@ def test_torchao_made_by_quantize(name: str, case: str, tmp_path: Path) -> None:
     theirs, expected = torchao_weights(model), output(model)
     assert dc.import_quantized(model) is model
     assert_equal(weights(model), theirs)
+    # torchao writes zero points of 0 beside symmetric codes: kept, they would cost the integer path.
+    assert all(layer.zero_point is None for layer in quantized_layers(model).values())
     assert relative(output(model), expected) < tolerance
+    assert_reloads(model, tmp_path)
+
+
+def test_torchao_zero_points_static_inputs_and_smoothing(tmp_path: Path) -> None:
+    model = tiny.build("llama", seed=8)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    smooth = torch.rand(128) + 0.5
+    per_row, per_tensor = QuantizeTensorToInt8Kwargs(PerRow()), QuantizeTensorToInt8Kwargs(PerTensor())
+    made = {
+        "zero point": (attention.q_proj, {"granularity": PerRow(), "mapping_type": MappingType.ASYMMETRIC}),
+        "zero point per group": (
+            attention.k_proj,
+            {"granularity": PerGroup(32), "mapping_type": MappingType.ASYMMETRIC},
+        ),
+        "smoothed": (attention.v_proj, {"granularity": PerRow(), "act_pre_scale": smooth, "act_quant_kwargs": per_row}),
+        "static": (
+            mlp.up_proj,
+            {"granularity": PerRow(), "act_quant_kwargs": per_tensor, "act_quant_scale": torch.tensor([[0.03]])},
+        ),
+        "per tensor": (mlp.gate_proj, {"granularity": PerTensor(), "act_quant_kwargs": per_tensor}),
+    }
+    for linear, options in made.values():
+        with torch.no_grad():
+            linear.weight = nn.Parameter(Int8Tensor.from_hp(linear.weight + 0.01, **options), requires_grad=False)
+    theirs = torchao_weights(model)
+    dc.import_quantized(model)
+    assert_equal(weights(model), theirs)
+    assert bool(attention.q_proj.zero_point.any())
+    assert attention.k_proj.zero_point.shape == (64, 4)
+    assert torch.equal(attention.v_proj.act_pre_scale, smooth)
+    assert torch.equal(mlp.up_proj.input_scale, torch.tensor([0.03]))
+    assert mlp.gate_proj.scheme.activation == ActivationScheme(NumberFormat.INT8, dc.PerTensor())
+    # Weight-only layers with zero points are dequantized: torchao's own product would leave the zero points out.
+    x = torch.randn(3, 128)
+    assert relative(attention.q_proj(x), x @ theirs["model.layers.0.self_attn.q_proj"].T) < 1e-6
     assert_reloads(model, tmp_path)
 
 
