@@ -23,6 +23,7 @@ from diffuse_compress.components import SELF, model_components
 from diffuse_compress.demo import PROMPTS, run_demo
 from diffuse_compress.errors import ConfigError, UnsupportedHardwareError
 from diffuse_compress.integrations.component import get_state, quantized_layers
+from diffuse_compress.integrations.saving import FORMATS
 from diffuse_compress.plan import stored_bytes
 from diffuse_compress.plan_text import align, format_bytes
 from diffuse_compress.quantization.algorithms.base import algorithm_from_dict, algorithm_to_dict
@@ -159,6 +160,9 @@ def _add_compress(verbs: Any) -> None:
         "--modules-to-not-convert", nargs="+", metavar="PATTERN", help="modules that stay dense, e.g. attn2 '*.ff.*'"
     )
     verb.add_argument("--out", metavar="DIR", help="folder for the compressed pipeline or model")
+    verb.add_argument(
+        "--format", choices=FORMATS, help="of --out: torchao for plain diffusers and transformers, int8 and float8 only"
+    )
     verb.add_argument("--report", metavar="FILE", help="write the report: .html, .json or .md")
     verb.add_argument("--preview", action="append", metavar="PROMPT", help="generate before and after; repeat for more")
     verb.add_argument("--no-measure", action="store_true", help="do not run the pipeline to measure its output error")
@@ -204,7 +208,7 @@ def _compress(args: argparse.Namespace) -> None:
         print(f"{args.model}: already compressed this way; nothing is changed.", file=sys.stderr)
     report = compression_report(target)
     if args.out:
-        target.save_pretrained(args.out)
+        target.save_pretrained(args.out, format=args.format)
     if args.report:
         report.save(args.report)
     if args.json:

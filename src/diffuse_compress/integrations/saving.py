@@ -22,7 +22,7 @@ from diffuse_compress.integrations.component import get_state, quantized_layers
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
 from diffuse_compress.integrations.torchao import require_exact, written_as_torchao
 
-__all__ = ["publish", "wrap_push_to_hub", "wrap_save_pretrained"]
+__all__ = ["FORMATS", "publish", "wrap_push_to_hub", "wrap_save_pretrained"]
 
 _MARK = "_diffuse_compress_wrapped"
 _MODULAR_INDEX = "modular_model_index.json"
