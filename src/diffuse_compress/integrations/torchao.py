@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.errors import ConfigError
+from diffuse_compress.errors import ConfigError, reasons_text
 from diffuse_compress.integrations.compat import add_to_diffusers_config, require, torchao_classes
 from diffuse_compress.integrations.component import quantized_layers
 from diffuse_compress.integrations.doors import library_of
@@ -55,17 +55,10 @@ def require_exact(where: str, model: nn.Module) -> None:
     reasons = inexact_layers(model)
     if not reasons:
         return
-    grouped: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        grouped.setdefault(reason, []).append(name)
-    lines = [
-        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {reason}"
-        for reason, names in grouped.items()
-    ]
     raise ConfigError(
         f'{where}: format="torchao" needs layers that torchao\'s tensors hold exactly, got {len(reasons)} of '
-        f"{len(quantized_layers(model))} that they do not. {'; '.join(lines)}. Nothing was written. Leave format= out, "
-        'or name the components that can be: format={"text_encoder": "torchao"}.'
+        f"{len(quantized_layers(model))} that they do not. {reasons_text(reasons)}. Nothing was written. Leave format= "
+        'out, or name the components that can be: format={"text_encoder": "torchao"}.'
     )
 
 

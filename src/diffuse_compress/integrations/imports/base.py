@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.errors import ConfigError
-from diffuse_compress.quantization.layer_base import LowRank
+from diffuse_compress.errors import ConfigError, reasons_text
 from diffuse_compress.quantization.layers import QuantizedLinear
 from diffuse_compress.quantization.numerics import dequantize
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import Scheme
 
-__all__ = ["ForeignLayer", "NotImportableError", "as_linear", "require_equal"]
+__all__ = ["ForeignLayer", "NotImportableError", "as_linear", "config_error", "require_equal"]
 
 
 class NotImportableError(Exception):
@@ -41,11 +40,6 @@ class ForeignLayer:
     source: str
     extra: dict[str, Any] = field(default_factory=dict)
     bias: torch.Tensor | None = None
-
-    @property
-    def low_rank(self) -> LowRank | None:
-        """The branch in 16 bits beside the codes, if there is one."""
-        return self.extra.get("low_rank")
 
 
 def as_linear(module: nn.Linear, found: ForeignLayer) -> QuantizedLinear:
@@ -77,15 +71,7 @@ def require_equal(weight: QuantizedWeight, theirs: torch.Tensor) -> None:
 
 def config_error(where: str, reasons: dict[str, str]) -> ConfigError:
     """One error for all layers that cannot be imported: {layer: reason}."""
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        by_reason.setdefault(reason, []).append(name)
-    lines = []
-    for reason, names in by_reason.items():
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        lines.append(f"{shown}: {reason}")
     return ConfigError(
         f"{where}: import_quantized needs layers that our formats hold exactly, got {len(reasons)} that they do not. "
-        + "; ".join(lines)
-        + ". Nothing was changed."
+        f"{reasons_text(reasons)}. Nothing was changed."
     )
