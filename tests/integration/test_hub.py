@@ -173,6 +173,15 @@ def test_card_is_brought_up_to_date_not_doubled() -> None:
     assert second.rstrip().endswith("Words after.")
 
 
+def test_card_of_a_torchao_checkpoint_asks_for_torchao_only(tmp_path: Path) -> None:
+    pipe = tiny.build_pipeline("pixart").compress("w8a16", measure=False)
+    pipe.save_pretrained(tmp_path, format="torchao")
+    text = (tmp_path / "README.md").read_text()
+    assert "pip install diffusers torchao" in text
+    assert "import diffuse_compress" not in text
+    assert not (tmp_path / "pipeline.py").exists()
+
+
 def test_a_form_that_was_filled_in_stays() -> None:
     from huggingface_hub import ModelCard, ModelCardData
 

@@ -15,7 +15,7 @@ from diffuse_compress.integrations.hub import Prepare, wrap_upload
 from diffuse_compress.integrations.loading import wrap_model_loading, wrap_register_modules
 from diffuse_compress.integrations.refresh import up_to_date
 from diffuse_compress.integrations.refusals import wrap_layerwise_casting
-from diffuse_compress.integrations.saving import wrap_save_pretrained
+from diffuse_compress.integrations.saving import wrap_push_to_hub, wrap_save_pretrained
 
 __all__ = ["NO_PATCH_VARIABLE", "attach", "register_quantizers"]
 
@@ -48,6 +48,7 @@ def attach(
             if not hasattr(cls, name):
                 setattr(cls, name, function)
         wrap_save_pretrained(cls, up_to_date, complete_save)
+        wrap_push_to_hub(cls)
         wrap_upload(cls, complete_upload)
         if cls.__name__ == "DiffusionPipeline":
             wrap_register_modules(cls)

@@ -15,6 +15,7 @@ from diffuse_compress.integrations.component import (
     install_placeholders,
     layers_of_checkpoint,
     metadata_of,
+    quantized_layers,
     read_metadata,
     require_keys,
 )
@@ -85,6 +86,11 @@ class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ign
         self._quantize_arrived(model, param_name, param_value, target_device)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for layer in quantized_layers(model).values():
+            # diffusers casts all that stands in a module which the class keeps in fp32 (Wan's time_embedder), float8
+            # codes too. The way back is exact.
+            if not layer.scheme.weight.format.is_integer and layer.qweight.dtype == torch.float32:
+                layer.qweight.data = layer.qweight.data.to(torch.float8_e4m3fn)
         _mark(model, self, self._loaded_state(model, self._dtype or model.dtype))
         return model
 
