@@ -67,22 +67,29 @@ def _wrap_dtype(cls: type) -> None:
     stock = cls.__dict__["dtype"]
     if getattr(stock.fget, _MARK, False):
         return
+    # diffusers' own property passes over what a class keeps in float32 (Wan's modulation table); transformers' does not.
+    kept = "_keep_in_fp32_modules" if cls.__name__ == "ModelMixin" else ""
 
     def dtype(self: Any) -> Any:
         state = get_state(self)
-        return stock.fget(self) if state is None else compute_dtype(self, stock.fget)
+        return stock.fget(self) if state is None else compute_dtype(self, stock.fget, kept)
 
     setattr(dtype, _MARK, True)
     cls.dtype = property(dtype, doc=stock.__doc__)  # type: ignore[attr-defined]
 
 
-def compute_dtype(model: Any, stock: Callable[[Any], Any]) -> Any:
-    """dtype of a compressed model's first layer that computes: its own, or a quantized layer's ``compute_dtype``."""
-    for module in model.modules():
-        found = getattr(module, "compute_dtype", None)
-        if found is not None:
-            return found
-        for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point():
-                return parameter.dtype
+def compute_dtype(model: Any, stock: Callable[[Any], Any], kept: str = "") -> Any:
+    """dtype of a compressed model's first layer that computes: its own, or a quantized layer's ``compute_dtype``.
+
+    ``kept`` is the attribute with the parts of names that stay in float32 whatever the model's dtype.
+    """
+    passed_over = getattr(model, kept, None) or () if kept else ()
+    for name, module in model.named_modules():
+        own = getattr(module, "compute_dtype", None)
+        parameters = module.named_parameters(recurse=False)
+        found = {leaf: parameter.dtype for leaf, parameter in parameters} if own is None else {"qweight": own}
+        for leaf, dtype in found.items():
+            here = f"{name}.{leaf}"
+            if dtype.is_floating_point and not any(part in here for part in passed_over):
+                return dtype
     return stock(model)

@@ -35,7 +35,7 @@ class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ign
 
     def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        # from_single_file never says so, but only a stored checkpoint has resolved rules.
+        # from_single_file does not say whether it is; its tensors do, in _process_model_before_weight_loading.
         stored = bool(kwargs.get("pre_quantized", True))
         self.pre_quantized = stored and quantization_config.spec.rules is not None
         self._setup()
@@ -54,10 +54,17 @@ class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ign
         return loaded_keys
 
     def _process_model_before_weight_loading(
-        self, model: Any, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
+        self,
+        model: Any,
+        keep_in_fp32_modules: list[str] | None = None,
+        state_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         spec = self.quantization_config.spec
-        if keep_in_fp32_modules is not None:
+        if state_dict is not None:  # from_single_file
+            self.pre_quantized = False
+        # from_single_file hands over the class's own list, which must stay as it is.
+        if keep_in_fp32_modules is not None and keep_in_fp32_modules is not model._keep_in_fp32_modules:
             keep_in_fp32_modules.extend([*(model._keep_in_fp32_modules or ()), *FP32_PARAMETER_NAMES])
         if not self.pre_quantized:
             self._await_dense_weights(model)
