@@ -121,6 +121,32 @@ def test_compress_memory_reports_and_holds_its_bound(capsys: pytest.CaptureFixtu
     assert result["bound_bytes"] == result["dense_bytes"] + result["largest_layer_bytes"] + 200 * 2**20
 
 
+@pytest.mark.parametrize(
+    ("model", "layers", "device"),
+    [
+        ("pixart", 4, "cpu"),
+        pytest.param("t5", 5, "cpu", marks=pytest.mark.slow),
+        pytest.param("pixart", 8, "cuda", marks=pytest.mark.gpu),
+        pytest.param("t5", 8, "cuda", marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_quantizing_while_loading_never_holds_the_dense_model(
+    model: str, layers: int, device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Peak of a process of its own: compressed bytes, one shard (on a GPU the largest layer) and a little."""
+    script, allowance = load_script("compress_memory"), 48 if device == "cpu" else 128
+    shape = ["--layers", str(layers), "--heads", "8" if device == "cpu" else "16", "--shard-size", "32MB"]
+    options = ["--load", "--model", model, "--device", device, "--presets", "w8a8", "--json", *shape]
+    status = script.main([*options, "--allowance", str(allowance)])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    spare = found["dense_bytes"] - found["largest_shard_bytes"] - found["largest_layer_bytes"]
+    assert spare > (allowance + 16) << 20, "or the bounds show nothing"
+    assert found["peak_bytes"] <= found["bound_bytes"], found
+    assert found.get("device_peak_bytes", 0) <= found.get("device_bound_bytes", 0), found
+    assert status == 0
+
+
 @pytest.mark.slow  # imports both libraries, twice
 def test_import_cost_prints_medians(capsys: pytest.CaptureFixture[str]) -> None:
     assert load_script("import_cost").main(["--runs", "1", "--limit", "60"]) == 0

@@ -1,4 +1,4 @@
-"""``from_single_file`` of original-layout files: loading dense and compressing, and quantizing on the way, bit for bit."""
+"""``from_single_file`` of original-layout files: dense and then compressed, or quantized on the way: the same bits."""
 
 from __future__ import annotations
 

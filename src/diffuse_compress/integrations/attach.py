@@ -13,7 +13,7 @@ from diffuse_compress.integrations.doors import door
 from diffuse_compress.integrations.loading import wrap_from_pretrained
 from diffuse_compress.integrations.refresh import up_to_date
 from diffuse_compress.integrations.refusals import wrap_layerwise_casting
-from diffuse_compress.integrations.saving import wrap_save_pretrained
+from diffuse_compress.integrations.saving import wrap_push_to_hub, wrap_save_pretrained
 
 __all__ = ["NO_PATCH_VARIABLE", "attach", "register_quantizers"]
 
@@ -40,6 +40,7 @@ def attach(methods: dict[str, Callable[..., Any]]) -> None:
             if not hasattr(cls, name):
                 setattr(cls, name, function)
         wrap_save_pretrained(cls, up_to_date)
+        wrap_push_to_hub(cls)
         if cls.__name__ == "DiffusionPipeline":
             wrap_from_pretrained(cls)
             wrap_from_pipe(cls)
@@ -67,7 +68,7 @@ def _wrap_dtype(cls: type) -> None:
     stock = cls.__dict__["dtype"]
     if getattr(stock.fget, _MARK, False):
         return
-    # diffusers' own property passes over what a class keeps in float32 (Wan's modulation table); transformers' does not.
+    # diffusers' property passes over what a class keeps in float32 (Wan's modulation table), transformers' does not.
     kept = "_keep_in_fp32_modules" if cls.__name__ == "ModelMixin" else ""
 
     def dtype(self: Any) -> Any:

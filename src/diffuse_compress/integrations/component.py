@@ -251,9 +251,15 @@ def install_placeholders(model: nn.Module, layers: Mapping[str, LayerEntry]) -> 
 
 def require_keys(model: nn.Module, layers: Iterable[str], present: Iterable[str]) -> None:
     """Raise CheckpointError if a tensor of ``layers`` is not among the ``present`` keys (the model's own names)."""
-    have = set(present)
+    have, layers = set(present), list(layers)
     needed = (f"{name}.{leaf}" for name in layers for leaf in model.get_submodule(name).state_dict())
     missing = [key for key in needed if key not in have]
+    if layers and not any(f"{name}.scale" in have for name in layers):
+        raise CheckpointError(
+            f"{type(model).__name__}: needs the compressed weights that config.json tells of, found a file of dense "
+            "ones. They are of another variant than the one that was compressed last, and saved over config.json with "
+            "it. Load with the variant= that is compressed (or without), or put the dense model's config.json back."
+        )
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise CheckpointError(

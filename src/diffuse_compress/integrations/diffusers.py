@@ -74,6 +74,12 @@ class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ign
         if self._loaded_keys is not None:
             require_keys(model, layers, self._loaded_keys)
 
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Called with every shard. What stays dense is copied: as a view of the mapped file it would keep all of it."""
+        if not self.pending:
+            return state_dict
+        return {key: value if self._is_awaited(key) else value.clone() for key, value in state_dict.items()}
+
     def check_if_quantized_param(
         self, model: Any, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ from typing import Any
 
 from diffuse_compress.errors import CheckpointError
 from diffuse_compress.integrations.component import get_state
+from diffuse_compress.integrations.variants import arguments_of, require_one_kind, require_one_kind_on_hub, variant_of
 
-__all__ = ["publish", "wrap_save_pretrained"]
+__all__ = ["publish", "wrap_push_to_hub", "wrap_save_pretrained"]
 
 _MARK = "_diffuse_compress_wrapped"
 _MODULAR_INDEX = "modular_model_index.json"
@@ -35,6 +37,9 @@ def wrap_save_pretrained(cls: type, preparing: Callable[[Any], AbstractContextMa
     @functools.wraps(stock)
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         with preparing(self):
+            if not _staging(save_directory):
+                given = arguments_of(stock, self, save_directory, *args, **kwargs)
+                require_one_kind(self, Path(save_directory), given.get("variant"))
             if not _is_compressed(self):
                 return stock(self, save_directory, *args, **kwargs)
             if kwargs.get("safe_serialization") is False:
@@ -48,6 +53,30 @@ def wrap_save_pretrained(cls: type, preparing: Callable[[Any], AbstractContextMa
 
     setattr(save_pretrained, _MARK, True)
     cls.save_pretrained = save_pretrained  # type: ignore[attr-defined]
+
+
+def wrap_push_to_hub(cls: type) -> None:
+    """Wrap ``cls.push_to_hub`` once: compressed objects are not pushed beside weights that they would break."""
+    stock: Callable[..., Any] = getattr(cls, "push_to_hub", None)  # type: ignore[assignment]
+    if stock is None or getattr(stock, _MARK, False):
+        return
+
+    @functools.wraps(stock)
+    def push_to_hub(self: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if _is_compressed(self):
+            from huggingface_hub import create_repo
+
+            given = arguments_of(stock, self, repo_id, *args, **kwargs)
+            # As the stock function does: the repository is there, and its name has an owner.
+            repo_id = create_repo(
+                repo_id, private=given.get("private"), token=given.get("token"), exist_ok=True
+            ).repo_id
+            wanted = {key: given.get(key) for key in ("variant", "subfolder", "revision", "token")}
+            require_one_kind_on_hub(self, repo_id, **wanted)
+        return stock(self, repo_id, *args, **kwargs)
+
+    setattr(push_to_hub, _MARK, True)
+    cls.push_to_hub = push_to_hub  # type: ignore[attr-defined]
 
 
 def _is_compressed(obj: Any) -> bool:
@@ -128,15 +157,15 @@ def publish(staging: Path, target: Path) -> None:
 
 
 def _stale_weights(staging: Path, target: Path) -> Iterator[Path]:
-    # Variants ("model.fp16.safetensors") are other checkpoints and stay; .bin files lose to safetensors anyway.
-    endings, stems = (".safetensors", ".safetensors.index.json"), ("diffusion_pytorch_model", "model")
+    # Other variants are other checkpoints and stay; .bin files lose to safetensors anyway.
+    endings = re.compile(r"\.safetensors(\.index(\.[^.]+)?\.json)?$")
     written = {path.relative_to(staging) for path in staging.rglob("*") if path.is_file()}
-    folders = {path.parent for path in written if path.name.endswith(endings)}
-    for folder in folders:
+    saved = {(path.parent, variant_of(path.name)) for path in written if endings.search(path.name)}
+    for folder, variant in saved:
         here = target / folder
         for path in here.glob("*") if here.is_dir() else ():
-            ours = path.name.startswith(stems) and path.name.endswith(endings)
-            if ours and path.relative_to(target) not in written and "." not in path.name.split(".safetensors")[0]:
+            ours = endings.search(path.name) and variant_of(path.name) == variant
+            if ours and path.relative_to(target) not in written:
                 yield path
 
 
