@@ -14,9 +14,9 @@ and while it is loaded, mapped pages of the file included, within
 
     compressed bytes + bytes of the largest shard + 200 MiB        (without the compressed bytes on a GPU's host)
 
-where the GPU may hold compressed bytes + the largest layer + 200 MiB. transformers (--model t5) keeps every shard mapped
-until the last is read: those are clean pages of the file that the system takes back at will, so its private memory is
-held to the bound. The exit status is 1 if a bound is broken. Linux only (/proc).
+where the GPU may hold compressed bytes + the largest layer + 200 MiB. transformers (--model t5) keeps every shard
+mapped until the last is read: those are clean pages of the file that the system takes back at will, so its private
+memory is held to the bound. The exit status is 1 if a bound is broken. Linux only (/proc).
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def test_compress_memory_reports_and_holds_its_bound(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("model", "layers", "device"),
     [
-        ("pixart", 4, "cpu"),
+        pytest.param("pixart", 4, "cpu", marks=pytest.mark.slow),
         pytest.param("t5", 5, "cpu", marks=pytest.mark.slow),
         pytest.param("pixart", 8, "cuda", marks=pytest.mark.gpu),
         pytest.param("t5", 8, "cuda", marks=pytest.mark.gpu),

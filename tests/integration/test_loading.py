@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 import diffuse_compress as dc
 import tiny
 from diffuse_compress.integrations.component import get_state, quantized_layers
+from diffuse_compress.integrations.quantizer import QuantizerMixin
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -278,9 +280,20 @@ def test_sharded_pipeline(device_map: str | None, half: Saved, tmp_path: Path) -
     assert get_state(pipe.transformer).config == get_state(half.pipe.transformer).config
 
 
-def test_sharded_dense_model_quantized_on_its_way(tmp_path: Path) -> None:
-    dense = tiny.build("pixart")
+def test_sharded_dense_model_quantized_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, mapped = tiny.build("pixart"), []
     dense.save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    stock = QuantizerMixin._quantize_arrived
+
+    def spy(self: Any, *args: Any) -> None:
+        stock(self, *args)
+        if sys.platform.startswith("linux"):
+            lines = Path("/proc/self/maps").read_text().splitlines()
+            mapped.append({line.split()[-1] for line in lines if str(tmp_path) in line})
+
+    monkeypatch.setattr(QuantizerMixin, "_quantize_arrived", spy)
     loaded = type(dense).from_pretrained(tmp_path, quantization_config=dc.QuantizationConfig("w8a8"))
+    # What stays dense must not keep earlier shards in memory; eval/compress_memory.py --load measures the peak.
+    assert max(map(len, mapped), default=1) == 1
     assert_twice(lambda: output(loaded), output(dense.compress("w8a8", measure=False)))
