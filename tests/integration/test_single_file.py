@@ -223,6 +223,16 @@ def test_configuration_of_a_compressed_model_quantizes_a_single_file_alike(tmp_p
     assert torch.equal(output(loaded), output(dense))
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_file_of_a_compressed_model_is_refused(name: str, tmp_path: Path) -> None:
+    model = tiny.build(name).compress("w8a8", measure=False)
+    model.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    for arguments in ({}, {"quantization_config": CONFIG}):
+        with pytest.raises(dc.CheckpointError, match=r"needs a dense model's file.*from_pretrained\(folder\)"):
+            type(model).from_single_file(str(file), config=str(tmp_path), **arguments)
+
+
 def test_pipeline_from_a_single_file(tmp_path: Path) -> None:
     pipe = tiny.build_pipeline("stable_diffusion_xl")
     pipe.save_pretrained(tmp_path / "pipe")

@@ -9,8 +9,9 @@ from typing import Any
 from diffuse_compress.integrations.casting import wrap_from_pipe, wrap_half_and_float
 from diffuse_compress.integrations.compat import NO_PATCH_VARIABLE, may_patch, usable
 from diffuse_compress.integrations.component import get_state
+from diffuse_compress.integrations.copies import wrap_builders
 from diffuse_compress.integrations.doors import door
-from diffuse_compress.integrations.loading import wrap_from_pretrained
+from diffuse_compress.integrations.loading import wrap_from_pretrained, wrap_from_single_file
 from diffuse_compress.integrations.refresh import up_to_date
 from diffuse_compress.integrations.refusals import wrap_layerwise_casting
 from diffuse_compress.integrations.saving import wrap_push_to_hub, wrap_save_pretrained
@@ -44,6 +45,9 @@ def attach(methods: dict[str, Callable[..., Any]]) -> None:
         if cls.__name__ == "DiffusionPipeline":
             wrap_from_pretrained(cls)
             wrap_from_pipe(cls)
+        if cls.__name__ == "ModelMixin":
+            wrap_builders(cls)
+            wrap_from_single_file(import_module("diffusers.loaders.single_file_model").FromOriginalModelMixin)
         if cls.__name__ == "PreTrainedModel":
             wrap_half_and_float(cls)
         wrap_layerwise_casting(cls)

@@ -73,12 +73,14 @@ class ComponentState:
         layers: {qualified name: entry}; exact.
         report: the component's part of the report (see ``report.py``), or None if never measured.
         preview: pictures before and after, for the live report; never written.
+        merge_errors: {layer: error} of adapters fused into packed layers, as of the last save (see ``peft.py``).
     """
 
     config: QuantizationConfig
     layers: dict[str, LayerEntry]
     report: dict[str, Any] | None = field(default=None)
     preview: list[Any] = field(default_factory=list, repr=False, compare=False)
+    merge_errors: dict[str, float] = field(default_factory=dict, compare=False)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedConv2d]:
@@ -161,6 +163,8 @@ def metadata_of(state: ComponentState) -> dict[str, str]:
         "layers": layers,
         "report": state.report,
     }
+    if state.merge_errors:
+        content["merge_errors"] = state.merge_errors
     return {METADATA_KEY: json.dumps(content, separators=(",", ":"), sort_keys=True)}
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.integrations.component import align_tensors, get_state
+from diffuse_compress.errors import CheckpointError
+from diffuse_compress.integrations.component import align_tensors, get_state, read_metadata
 
-__all__ = ["restore_stored_dtypes", "wrap_from_pretrained"]
+__all__ = ["restore_stored_dtypes", "wrap_from_pretrained", "wrap_from_single_file"]
 
 _MARK = "_diffuse_compress_wrapped"
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -44,6 +45,26 @@ def wrap_from_pretrained(cls: type) -> None:
 
     setattr(from_pretrained, _MARK, True)
     cls.from_pretrained = classmethod(from_pretrained)  # type: ignore[attr-defined]
+
+
+def wrap_from_single_file(cls: type) -> None:
+    """Let no file of compressed weights be read as one of an original layout: each fails there in a way of its own."""
+    stock = cls.__dict__["from_single_file"].__func__
+    if getattr(stock, _MARK, False):
+        return
+
+    @functools.wraps(stock)
+    def from_single_file(cls: type, *args: Any, **kwargs: Any) -> Any:
+        file = args[0] if args else kwargs.get("pretrained_model_link_or_path_or_dict")
+        if isinstance(file, str | Path) and Path(file).is_file() and read_metadata([file]) is not None:
+            raise CheckpointError(
+                f"{cls.__name__}.from_single_file: needs a dense model's file, got {Path(file).name} of a compressed "
+                f"one, which its config.json belongs to. Load the folder: {cls.__name__}.from_pretrained(folder)."
+            )
+        return stock(cls, *args, **kwargs)
+
+    setattr(from_single_file, _MARK, True)
+    cls.from_single_file = classmethod(from_single_file)  # type: ignore[attr-defined]
 
 
 def restore_stored_dtypes(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from diffuse_compress.assignment import assign_layers, require_patterns_match, resolve_rules
 from diffuse_compress.errors import CheckpointError
 from diffuse_compress.integrations.component import ComponentState, align_tensors, layer_entries, quantized_layers
+from diffuse_compress.integrations.peft import restore_merge_errors
 from diffuse_compress.integrations.placement import require_free, require_memory
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.quantization.convert import quantize_module, replace_module
@@ -77,6 +78,7 @@ class QuantizerMixin:
                 f"be quantized, e.g. {next(iter(self.pending))}."
             )
         align_tensors(model)
+        restore_merge_errors(model, (self._metadata or {}).get("merge_errors", {}))
         config = self.quantization_config
         if not self.pre_quantized:
             config = QuantizationConfig.from_spec(config.spec.resolved(self._rules), dtype)

@@ -11,7 +11,7 @@ from torch import nn
 from diffuse_compress.errors import CheckpointError
 from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries, quantized_layers
 from diffuse_compress.integrations.doors import marks_of
-from diffuse_compress.integrations.peft import has_adapters
+from diffuse_compress.integrations.peft import has_adapters, merge_errors
 from diffuse_compress.integrations.placement import require_bytes
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.patterns import generalize
@@ -46,7 +46,8 @@ def up_to_date(obj: Any) -> Iterator[None]:
     if layers:
         require_bytes(obj)
         _require_no_adapters(obj)
-        _refresh(obj, get_state(obj) or _state_of_parts(obj))
+        state = _refresh(obj, get_state(obj) or _state_of_parts(obj))
+        state.merge_errors = merge_errors(obj)
     yield
 
 
@@ -59,12 +60,14 @@ def _require_no_adapters(model: Any) -> None:
         )
 
 
-def _refresh(model: Any, state: ComponentState) -> None:
+def _refresh(model: Any, state: ComponentState) -> ComponentState:
     entries, dtype = layer_entries(model), model.dtype
     if get_state(model) is state and entries == state.layers and dtype == state.config.compute_dtype:
-        return
+        return state
     config = QuantizationConfig.from_spec(state.config.spec, dtype)
-    marks_of(model)[0](model, ComponentState(config, entries, state.report, state.preview))
+    fresh = ComponentState(config, entries, state.report, state.preview)
+    marks_of(model)[0](model, fresh)
+    return fresh
 
 
 def _state_of_parts(model: nn.Module) -> ComponentState:
