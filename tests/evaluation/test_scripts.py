@@ -153,7 +153,7 @@ def test_import_cost_prints_medians(capsys: pytest.CaptureFixture[str]) -> None:
     assert "import diffuse_compress:" in capsys.readouterr().out
 
 
-def test_ecosystem_cost_rehearses_without_a_gpu(tmp_path: Path) -> None:
+def test_ecosystem_cost_rehearses_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script, out = load_script("ecosystem_cost"), tmp_path / "bench" / "lines.jsonl"
     modes = ["resident", "model", "sequential", "leaf", "lora", "lora-fused"]
     options = ["--tiny", "--device", "cpu", "--calls", "1", "--providers", "dense", "w4a8", "--modes", *modes]
@@ -164,3 +164,14 @@ def test_ecosystem_cost_rehearses_without_a_gpu(tmp_path: Path) -> None:
         (shape, provider, mode) for shape in script.TINY for provider in ("dense", "w4a8") for mode in modes
     }
     assert all(line["seconds"] > 0 for line in lines)
+    assert [line["provider"] for line in lines[: len(modes)]] == ["dense"] * len(modes), "the baseline comes first"
+    # What is there is not measured again; what failed, or is over time, does not stop the rest.
+    assert script.main([*options, "--out", str(out)]) == 0
+    assert len(out.read_text().splitlines()) == len(lines)
+    assert script.main([*options, "--providers", "w8a8", "--minutes", "0", "--out", str(out)]) == 0
+    assert len(out.read_text().splitlines()) == len(lines)
+    capsys.readouterr()
+    assert script.main([*options, "--models", "flux1_dev", "--providers", "nf4", "--out", str(out)]) == 0
+    (found,) = (json.loads(line) for line in out.read_text().splitlines()[len(lines) :])
+    assert found["provider"] == "nf4"
+    assert "bitsandbytes" in found["error"]
