@@ -183,10 +183,15 @@ def measure_load(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     import diffuse_compress as dc
+    from diffuse_compress.quantization.convert import quantize_module
 
     cls, preset, device = model_class(options), options.child, torch.device(options.device)
-    torch.nn.Linear(128, 128).to(device, torch.float32)(torch.zeros(2, 128, device=device))
+    # A first use allocates what libraries keep for good, and on a GPU loads kernels.
+    warm, spec = torch.nn.Linear(256, 256).to(device, getattr(torch, options.dtype)), dc.QuantizationConfig(preset).spec
+    quantize_module(warm, spec.scheme, spec.algorithm)
     arguments = {} if device.type == "cpu" else {"device_map": options.device}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     base, base_private = resident(), resident("RssAnon")
     started = time.perf_counter()
     with PeakMemory() as memory:

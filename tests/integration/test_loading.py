@@ -12,8 +12,10 @@ import diffusers
 import pytest
 import torch
 import transformers
+from diffusers.quantizers import auto as diffusers_auto
 from PIL import Image
 from torch import nn
+from transformers.quantizers import auto as transformers_auto
 
 import diffuse_compress as dc
 import tiny
@@ -279,6 +281,27 @@ def test_sharded_pipeline(device_map: str | None, half: Saved, tmp_path: Path) -
     pipe = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path, device_map=device_map))
     assert_twice(lambda: tiny.sample(pipe), half.picture)
     assert get_state(pipe.transformer).config == get_state(half.pipe.transformer).config
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w4a16", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_no_more_is_set_aside_on_a_gpu_than_the_compressed_model_takes(preset: str, dtype: torch.dtype) -> None:
+    """What both libraries' warm-up of the allocator computes, for models on meta as they see them."""
+    for name in ("flux", "llama"):
+        model = tiny.build(name, dtype=dtype)
+        dense = {key: (tensor.numel(), tensor.element_size()) for key, tensor in model.named_parameters()}
+        known = (diffusers_auto if name == "flux" else transformers_auto).AUTO_QUANTIZER_MAPPING
+        quantizer = known["diffuse_compress"](dc.QuantizationConfig(preset), pre_quantized=False)
+        quantizer._await_dense_weights(model)
+        if name == "flux":
+            quantizer.update_torch_dtype(dtype)
+            aside = sum(count for count, _ in dense.values()) // quantizer.get_cuda_warm_up_factor() * dtype.itemsize
+        else:
+            sizes = {key: quantizer.param_element_size(model, key, value) for key, value in model.named_parameters()}
+            aside = sum(count * sizes[key] for key, (count, _) in dense.items())
+        model.compress(preset, measure=False)
+        taken = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+        assert 0.25 * taken < aside <= taken
 
 
 def test_sharded_dense_model_quantized_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

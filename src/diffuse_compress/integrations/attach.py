@@ -47,7 +47,7 @@ def attach(methods: dict[str, Callable[..., Any]]) -> None:
             wrap_from_pipe(cls)
         if cls.__name__ == "ModelMixin":
             wrap_builders(cls)
-            wrap_from_single_file(import_module("diffusers.loaders.single_file_model").FromOriginalModelMixin)
+            wrap_from_single_file(import_module("diffusers.loaders").FromOriginalModelMixin)
         if cls.__name__ == "PreTrainedModel":
             wrap_half_and_float(cls)
         wrap_layerwise_casting(cls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -73,6 +74,11 @@ class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ign
         install_placeholders(model, layers)
         if self._loaded_keys is not None:
             require_keys(model, layers, self._loaded_keys)
+
+    def get_cuda_warm_up_factor(self) -> int:
+        """diffusers sets elements / this, in the model's dtype, aside on a GPU: no more than will be used."""
+        bits = min((scheme.weight.format.bits for scheme in self.pending.values()), default=8)
+        return max(1, math.ceil((self._dtype or torch.float32).itemsize * 8 / bits))
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Called with every shard. What stays dense is copied: as a view of the mapped file it would keep all of it."""

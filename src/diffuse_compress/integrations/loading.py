@@ -8,6 +8,7 @@ convolution.
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def wrap_from_single_file(cls: type) -> None:
     @functools.wraps(stock)
     def from_single_file(cls: type, *args: Any, **kwargs: Any) -> Any:
         file = args[0] if args else kwargs.get("pretrained_model_link_or_path_or_dict")
-        if isinstance(file, str | Path) and Path(file).is_file() and read_metadata([file]) is not None:
+        if isinstance(file, str | Path) and os.path.isfile(file) and read_metadata([file]) is not None:
             raise CheckpointError(
                 f"{cls.__name__}.from_single_file: needs a dense model's file, got {Path(file).name} of a compressed "
                 f"one, which its config.json belongs to. Load the folder: {cls.__name__}.from_pretrained(folder)."
