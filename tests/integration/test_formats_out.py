@@ -281,28 +281,6 @@ def test_a_dense_object_takes_no_format(tmp_path: Path) -> None:
         tiny.build("llama").save_pretrained(tmp_path / "out", format="torchao")
 
 
-def test_push_to_hub_takes_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    pushed: dict[str, Any] = {}
-
-    def upload(self: Any, folder: str, repo_id: str, *args: Any, **kwargs: Any) -> str:
-        pushed[repo_id] = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]["quant_method"]
-        return repo_id
-
-    hub = diffusers.utils.hub_utils
-    monkeypatch.setattr(hub, "create_repo", lambda repo_id, **kwargs: type("Repo", (), {"repo_id": repo_id}))
-    monkeypatch.setattr(
-        hub, "load_or_create_model_card", lambda *args, **kwargs: diffusers.utils.hub_utils.ModelCard("# a")
-    )
-    monkeypatch.setattr(diffusers.ModelMixin, "_upload_folder", upload)
-    model = tiny.build("pixart").compress("w8a16", measure=False)
-    model.push_to_hub("me/ours")
-    model.push_to_hub("me/torchao", format="torchao")
-    assert pushed == {"me/ours": "diffuse_compress", "me/torchao": "torchao"}
-    with pytest.raises(dc.ConfigError, match="torchao packs int4 codes"):
-        tiny.build("pixart").compress("w4a16", measure=False).push_to_hub("me/refused", format="torchao")
-    assert "me/refused" not in pushed
-
-
 def test_adapters_are_refused(tmp_path: Path) -> None:
     model = tiny.build("llama").compress("w8a16", measure=False)
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)

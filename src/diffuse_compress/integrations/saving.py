@@ -9,6 +9,7 @@ import errno
 import functools
 import inspect
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from diffuse_compress.integrations.component import get_state, quantized_layers
 from diffuse_compress.integrations.origin import forget_local_paths
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
 from diffuse_compress.integrations.torchao import require_exact, written_as_torchao
+from diffuse_compress.integrations.variants import arguments_of, require_one_kind, require_one_kind_on_hub, variant_of
 from diffuse_compress.logging import get_logger
 
 __all__ = ["FORMATS", "publish", "wrap_push_to_hub", "wrap_save_pretrained"]
@@ -61,6 +63,9 @@ def wrap_save_pretrained(
         **kwargs: Any,
     ) -> Any:
         with _requested(self, format), preparing(self):
+            if not _staging(save_directory):
+                given = arguments_of(stock, self, save_directory, *args, **kwargs)
+                require_one_kind(self, Path(save_directory), given.get("variant"))
             if not _is_compressed(self):
                 return stock(self, save_directory, *args, **kwargs)
             if kwargs.get("safe_serialization") is False:
@@ -78,18 +83,35 @@ def wrap_save_pretrained(
 
 
 def wrap_push_to_hub(cls: type) -> None:
-    """Let ``cls.push_to_hub`` take ``format=`` and hand it to the save inside it. Idempotent."""
+    """Wrap ``cls.push_to_hub`` once: it takes ``format=``, and does not push beside weights that it would break."""
     stock: Callable[..., Any] | None = getattr(cls, "push_to_hub", None)
     if stock is None or getattr(stock, _MARK, False):
         return
 
     @functools.wraps(stock)
-    def push_to_hub(self: Any, *args: Any, format: str | Mapping[str, str] | None = None, **kwargs: Any) -> Any:
+    def push_to_hub(
+        self: Any, repo_id: str, *args: Any, format: str | Mapping[str, str] | None = None, **kwargs: Any
+    ) -> Any:
         with _requested(self, format):
-            return stock(self, *args, **kwargs)
+            if _is_compressed(self):
+                repo_id = _require_one_kind_on_hub(stock, self, repo_id, args, kwargs)
+            return stock(self, repo_id, *args, **kwargs)
 
     setattr(push_to_hub, _MARK, True)
     cls.push_to_hub = push_to_hub  # type: ignore[attr-defined]
+
+
+def _require_one_kind_on_hub(
+    stock: Callable[..., Any], obj: Any, repo_id: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str:
+    """Full id of the repository, which is made if need be, as the stock function does; or an error."""
+    from huggingface_hub import create_repo
+
+    given = arguments_of(stock, obj, repo_id, *args, **kwargs)
+    made = create_repo(repo_id, private=given.get("private"), token=given.get("token"), exist_ok=True)
+    wanted = {key: given.get(key) for key in ("variant", "subfolder", "revision", "token")}
+    require_one_kind_on_hub(obj, made.repo_id, **wanted)
+    return str(made.repo_id)
 
 
 @contextmanager
@@ -226,15 +248,15 @@ def publish(staging: Path, target: Path) -> None:
 
 
 def _stale_weights(staging: Path, target: Path) -> Iterator[Path]:
-    # Variants ("model.fp16.safetensors") are other checkpoints and stay; .bin files lose to safetensors anyway.
-    endings, stems = (".safetensors", ".safetensors.index.json"), ("diffusion_pytorch_model", "model")
+    # Other variants are other checkpoints and stay; .bin files lose to safetensors anyway.
+    endings = re.compile(r"\.safetensors(\.index(\.[^.]+)?\.json)?$")
     written = {path.relative_to(staging) for path in staging.rglob("*") if path.is_file()}
-    folders = {path.parent for path in written if path.name.endswith(endings)}
-    for folder in folders:
+    saved = {(path.parent, variant_of(path.name)) for path in written if endings.search(path.name)}
+    for folder, variant in saved:
         here = target / folder
         for path in here.glob("*") if here.is_dir() else ():
-            ours = path.name.startswith(stems) and path.name.endswith(endings)
-            if ours and path.relative_to(target) not in written and "." not in path.name.split(".safetensors")[0]:
+            ours = endings.search(path.name) and variant_of(path.name) == variant
+            if ours and path.relative_to(target) not in written:
                 yield path
 
 
