@@ -1,27 +1,32 @@
 """Time and peak memory of one denoiser call under offloading, torch.compile and LoRA, at true shapes.
 
     python eval/ecosystem_cost.py --out bench/ecosystem.jsonl                      # SDXL and FLUX.1-dev, on a GPU
-    python eval/ecosystem_cost.py --shapes sdxl_base --providers dense w4a16 --modes resident leaf-stream compile
+    python eval/ecosystem_cost.py --out bench/ecosystem.jsonl --minutes 6 --calls 3 \\
+        --providers dense w8a8 w4a16 nf4 --modes resident lora model leaf-stream compile
+    python eval/ecosystem_cost.py --models sdxl_base --providers w4a16 --modes leaf
     python eval/ecosystem_cost.py --tiny --device cpu                              # a rehearsal without a GPU
 
-Weights are random: speed and memory, no quality. Providers are the dense model in bfloat16, presets, and bitsandbytes'
-NF4 where that is installed. Every line is {shape, provider, mode, seconds, peak_bytes, device, ...} of one process on
-one device; compare lines of one file only. Modes:
+Weights are random: speed and memory, no quality. Providers are the dense model in bfloat16, which comes first, presets,
+and last, in a process of its own, bitsandbytes' NF4 where that is installed. Every line is {shape, provider, mode,
+seconds, peak_bytes, device, ...} and is written as soon as it is measured; lines that --out has of this device are not
+measured again, so a run that --minutes or anything else ended goes on where it was. Compare lines of one device. Modes:
 
     resident       everything on the device
     model          enable_model_cpu_offload: moved there for the call and back
     sequential     enable_sequential_cpu_offload: layer by layer
     block, leaf, leaf-stream   enable_group_offload
-    compile        compile_repeated_blocks (whole model where the class names no blocks)
     lora, lora-fused   an adapter of rank 16 on the attention, live and fused
+    compile        compile_repeated_blocks (whole model where the class names no blocks)
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -52,13 +57,14 @@ TINY: dict[str, dict[str, Any]] = {
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=list(TINY), choices=list(TINY))
+    parser.add_argument("--models", "--shapes", dest="shapes", nargs="+", default=list(TINY), choices=list(TINY))
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--calls", type=int, default=5, help="timed calls, after two that are not")
     parser.add_argument("--tiny", action="store_true", help="small models and inputs, to see that everything runs")
-    parser.add_argument("--out", type=Path, help="append JSON lines here as well")
+    parser.add_argument("--minutes", type=float, help="start no measurement after that time")
+    parser.add_argument("--out", type=Path, help="append JSON lines here as well, and go on from those that are there")
     return parser.parse_args(arguments)
 
 
@@ -66,7 +72,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def build(shape: str, provider: str, device: torch.device, tiny: bool) -> nn.Module:
-    """The denoiser of a published pipeline with random weights, compressed on ``device``, then on the CPU."""
+    """The denoiser of a published pipeline with random weights, made and compressed on ``device``."""
     pipeline = published_config(shape)
     part = pipeline.components[pipeline.denoisers[0]]
     cls: Any = part.model_class()
@@ -79,26 +85,30 @@ def build(shape: str, provider: str, device: torch.device, tiny: bool) -> nn.Mod
     finally:
         torch.set_default_dtype(default)
     if provider == "nf4":
-        _to_nf4(model)
+        _to_nf4(model, device)
     elif provider != "dense":
         model.compress(provider, measure=False)
-    return model.to("cpu")
+    return model
 
 
-def _to_nf4(model: nn.Module) -> None:
+def _to_nf4(model: nn.Module, device: torch.device) -> None:
     import bitsandbytes as bnb
 
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
+            # On meta: it would draw random weights first, on the CPU.
             layer = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, module.bias is not None, torch.bfloat16, quant_type="nf4"
+                module.in_features,
+                module.out_features,
+                module.bias is not None,
+                compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+                device="meta",
             )
             layer.weight = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, quant_type="nf4")
             layer.bias = module.bias
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer)
-    # Quantized when it first comes to a device.
-    model.to("cuda")
+            setattr(model.get_submodule(parent), leaf, layer.to(device))  # which quantizes it
 
 
 def inputs_for(shape: str, model: Any, device: torch.device, tiny: bool) -> dict[str, Any]:
@@ -130,7 +140,7 @@ def inputs_for(shape: str, model: Any, device: torch.device, tiny: bool) -> dict
     )
 
 
-# --- modes: each puts a model that is on the CPU in place, and may return what to do after a call ---------------
+# --- modes: each puts a model in place, and may return what to do after a call ----------------------------------
 
 After = Callable[[], Any] | None
 
@@ -169,21 +179,25 @@ def _adapter(model: Any, device: torch.device, *, fused: bool = False) -> After:
     return None
 
 
+# The first take the model where it was made; the others want it on the CPU, and the last is what takes longest.
 MODES: dict[str, Callable[[Any, torch.device], After]] = {
     "resident": lambda model, device: model.to(device) and None,
-    "model": _model_offload,
-    "sequential": _sequential,
-    "block": _group(offload_type="block_level", num_blocks_per_group=1),
-    "leaf": _group(offload_type="leaf_level"),
-    "leaf-stream": _group(offload_type="leaf_level", use_stream=True),
-    "compile": _compile,
     "lora": _adapter,
     "lora-fused": lambda model, device: _adapter(model, device, fused=True),
+    "model": _model_offload,
+    "leaf-stream": _group(offload_type="leaf_level", use_stream=True),
+    "leaf": _group(offload_type="leaf_level"),
+    "block": _group(offload_type="block_level", num_blocks_per_group=1),
+    "sequential": _sequential,
+    "compile": _compile,
 }
+ON_DEVICE = ("resident", "lora", "lora-fused")
 
 
-def measure(model: Any, mode: str, inputs: dict[str, Any], device: torch.device, calls: int) -> dict[str, Any]:
-    """Median seconds of a call, and the most memory that was allocated on the device while calls ran."""
+def measure(
+    model: Any, mode: str, inputs: dict[str, Any], device: torch.device, calls: int, other_bytes: int = 0
+) -> dict[str, Any]:
+    """Median seconds of a call, and the most memory allocated on the device while calls ran, less ``other_bytes``."""
     on_gpu = device.type == "cuda"
     after = MODES[mode](model, device)
 
@@ -202,49 +216,121 @@ def measure(model: Any, mode: str, inputs: dict[str, Any], device: torch.device,
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         seconds = [call() for _ in range(calls)]
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
+    peak = torch.cuda.max_memory_allocated(device) - other_bytes if on_gpu else None
     return {"seconds": statistics.median(seconds), "peak_bytes": peak}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure everything that was asked for; a mode that fails is a line with its error."""
-    options = parse_arguments(arguments)
-    device = torch.device(options.device)
-    facts = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-        "tiny": options.tiny,
-    }
-    for shape in options.shapes:
-        for provider in options.providers:
-            line: dict[str, Any] = {"shape": shape, "provider": provider}
+class Bench:
+    """What is to be measured, what has been, and for how long there still is time."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.device = options, torch.device(options.device)
+        self.until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+        self.facts = {
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            "torch": torch.__version__,
+            "date": date.today().isoformat(),
+            "tiny": options.tiny,
+        }
+        self.done = {self._key(line) for line in self._lines() if "seconds" in line}
+
+    def _lines(self) -> list[dict[str, Any]]:
+        out = self.options.out
+        return [json.loads(text) for text in out.read_text().splitlines()] if out is not None and out.exists() else []
+
+    def _key(self, line: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(line.get(name) for name in ("shape", "provider", "mode", "device", "torch", "tiny"))
+
+    @property
+    def over(self) -> bool:
+        """No time is left."""
+        return self.until is not None and time.monotonic() >= self.until
+
+    def missing(self, shape: str, provider: str) -> list[str]:
+        """Modes that are still to be measured, in the order of ``MODES``."""
+        line = {"shape": shape, "provider": provider, **self.facts}
+        return [
+            mode for mode in MODES if mode in self.options.modes and self._key({**line, "mode": mode}) not in self.done
+        ]
+
+    def write(self, **line: Any) -> None:
+        """Print a line and append it to the file, there and then."""
+        text, out = json.dumps({**line, **self.facts}), self.options.out
+        print(text, flush=True)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with out.open("a") as file:
+                file.write(text + "\n")
+
+    def run(self, shape: str, provider: str) -> None:
+        """Every mode of one model; whatever fails is a line with its error."""
+        modes = self.missing(shape, provider)
+        if not modes or self.over:
+            return
+        try:
+            master = build(shape, provider, self.device, self.options.tiny)
+            inputs = inputs_for(shape, master, self.device, self.options.tiny)
+        except Exception as error:
+            self.write(shape=shape, provider=provider, error=_text(error))
+            return
+        for mode in modes:
+            if self.over:
+                break
             try:
-                master = build(shape, provider, device, options.tiny)
-            except (ImportError, RuntimeError) as error:
-                _write({**line, "error": f"{type(error).__name__}: {error}", **facts}, options.out)
-                continue
-            inputs = inputs_for(shape, master, device, options.tiny)
-            for mode in options.modes:
-                model = copy.deepcopy(master)
-                try:
-                    found = measure(model, mode, inputs, device, options.calls)
-                except Exception as error:  # one mode must not cost the others
-                    found = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-                _write({**line, "mode": mode, **found, **facts}, options.out)
-                del model
-                torch._dynamo.reset()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+                if mode not in ON_DEVICE:
+                    master.to("cpu")
+                    self._free()
+                # The last one needs no copy, which of FLUX.1 takes as long as some of the measurements.
+                model = master if mode == modes[-1] else copy.deepcopy(master)
+                other = _bytes_on(master, self.device) if model is not master else 0
+                found = measure(model, mode, inputs, self.device, self.options.calls, other)
+            except Exception as error:  # one mode must not cost the others
+                found = {"error": _text(error)}
+            self.write(shape=shape, provider=provider, mode=mode, **found)
+            model = None
+            torch._dynamo.reset()
+            self._free()
+
+    def _free(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def _bytes_on(model: nn.Module, device: torch.device) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.device.type == device.type)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure everything that was asked for and is not there yet, the dense model first."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse_arguments(arguments)
+    bench = Bench(options)
+    others = [provider for provider in PROVIDERS if provider in options.providers and provider != "nf4"]
+    for shape in options.shapes:
+        for provider in others:
+            bench.run(shape, provider)
+            bench._free()
+    if "nf4" in options.providers and not others:
+        for shape in options.shapes:
+            bench.run(shape, "nf4")
+    elif "nf4" in options.providers and not bench.over:
+        # A foreign CUDA library: what it does to its process must not be done to this one.
+        command = [sys.executable, __file__, *arguments, "--providers", "nf4"]
+        left = None if bench.until is None else bench.until - time.monotonic()
+        command += [] if left is None else ["--minutes", str(left / 60)]
+        try:
+            status = subprocess.run(command, timeout=None if left is None else left + 120).returncode
+        except subprocess.TimeoutExpired as error:
+            status = _text(error)
+        if status != 0:
+            bench.write(provider="nf4", error=f"its process ended with {status}")
     return 0
-
-
-def _write(line: dict[str, Any], out: Path | None) -> None:
-    print(json.dumps(line), flush=True)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

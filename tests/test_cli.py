@@ -53,6 +53,18 @@ def test_compress_writes_what_python_would(dense: Path, compressed: Path) -> Non
     assert (compressed / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
+def test_compress_writes_torchao_where_it_is_exact(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compress", str(dense), "--no-measure", "--format", "torchao", "--out"]
+    assert main([*command, str(tmp_path / "int8"), "--recipe", "w8a16"]) == 0
+    content = json.loads((tmp_path / "int8" / "transformer" / "config.json").read_text())
+    assert content["quantization_config"]["quant_method"] == "torchao"
+    assert main([*command, str(tmp_path / "int4"), "--recipe", "w4a16"]) != 0
+    assert "torchao packs int4 codes in other layouts" in capsys.readouterr().err
+    assert not (tmp_path / "int4").exists()
+
+
 def test_compress_again_says_that_nothing_is_changed(compressed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compress", str(compressed), "--recipe", "w4a8", "--report", str(compressed / "again.json")]) == 0
     assert "already compressed this way; nothing is changed" in capsys.readouterr().err

@@ -28,6 +28,7 @@ from diffuse_compress.errors import (
     ModelStateError,
     UnsupportedHardwareError,
 )
+from diffuse_compress.importing import import_quantized
 from diffuse_compress.integrations.attach import attach, register_quantizers
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.logging import (
@@ -92,6 +93,7 @@ __all__ = [
     "compression_report",
     "compression_stats",
     "decompress",
+    "import_quantized",
     "set_verbosity_debug",
     "set_verbosity_error",
     "set_verbosity_info",

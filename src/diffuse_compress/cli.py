@@ -23,6 +23,7 @@ from diffuse_compress.components import SELF, model_components
 from diffuse_compress.demo import PROMPTS, run_demo
 from diffuse_compress.errors import ConfigError, UnsupportedHardwareError
 from diffuse_compress.integrations.component import get_state, quantized_layers
+from diffuse_compress.integrations.saving import FORMATS
 from diffuse_compress.plan import stored_bytes
 from diffuse_compress.plan_text import align, format_bytes
 from diffuse_compress.quantization.algorithms.base import algorithm_from_dict, algorithm_to_dict
@@ -160,6 +161,11 @@ def _add_compress(verbs: Any) -> None:
     )
     verb.add_argument("--out", metavar="DIR", help="folder for the compressed pipeline or model")
     verb.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="of --out and --push: torchao for plain diffusers and transformers, int8 and float8 only",
+    )
+    verb.add_argument(
         "--push", metavar="REPO", help="push to this repository of the Hub (the token of `hf auth login`)"
     )
     verb.add_argument("--private", action="store_true", help="with --push: make a private repository")
@@ -210,8 +216,10 @@ def _compress(args: argparse.Namespace) -> None:
         print(f"{args.model}: already compressed this way; nothing is changed.", file=sys.stderr)
     report = compression_report(target)
     if args.out:
-        target.save_pretrained(args.out)
-    pushed = None if args.push is None else str(target.push_to_hub(args.push, private=args.private or None))
+        target.save_pretrained(args.out, format=args.format)
+    pushed = None
+    if args.push:
+        pushed = str(target.push_to_hub(args.push, private=args.private or None, format=args.format))
     if args.report:
         report.save(args.report)
     if args.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from diffuse_compress import model_card
 from diffuse_compress.components import model_components
 from diffuse_compress.integrations.component import get_state
 from diffuse_compress.integrations.hub import remote_text
+from diffuse_compress.integrations.quantization_config import QUANT_METHOD
 from diffuse_compress.pipelines import shim
 
 __all__ = ["complete_save", "complete_upload"]
@@ -16,10 +18,10 @@ __all__ = ["complete_save", "complete_upload"]
 
 def complete_save(obj: Any, staging: Path, target: Path) -> None:
     """Write both into ``staging``, whose files are about to be moved to ``target``; the user's own there stay."""
-    card = _text(target / model_card.FILE_NAME)
+    card, ours = _text(target / model_card.FILE_NAME), _is_ours(staging)
     if card is None or model_card.is_ours(card):
-        _write(staging / model_card.FILE_NAME, model_card.model_card(obj, existing=card))
-    pipeline = shim.shim_for(obj)
+        _write(staging / model_card.FILE_NAME, model_card.model_card(obj, existing=card, needs_package=ours))
+    pipeline = shim.shim_for(obj) if ours else None
     if pipeline is not None and _may_replace(_text(target / shim.FILE_NAME)):
         _write(staging / shim.FILE_NAME, pipeline)
 
@@ -36,10 +38,20 @@ def complete_upload(obj: Any, folder: Path, repo_id: str, *, at_root: bool, toke
     if not at_root:
         readme.unlink(missing_ok=True)
         return
-    _write(readme, model_card.model_card(obj, existing=_text(readme), repo_id=repo_id, token=token))
+    existing, ours = _text(readme), _is_ours(folder)
+    _write(readme, model_card.model_card(obj, existing=existing, repo_id=repo_id, token=token, needs_package=ours))
     pipeline = folder / shim.FILE_NAME
     if pipeline.is_file() and not _may_replace(remote_text(repo_id, shim.FILE_NAME, token)):
         pipeline.unlink()
+
+
+def _is_ours(folder: Path) -> bool:
+    """False for a save of ``format="torchao"`` throughout, which plain diffusers and transformers load."""
+    for file in [folder / "config.json", *folder.glob("*/config.json")]:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
+            return True
+    return False
 
 
 def _may_replace(text: str | None) -> bool:

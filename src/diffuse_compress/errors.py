@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 __all__ = [
     "CheckpointError",
@@ -16,6 +16,7 @@ __all__ = [
     "ModelStateError",
     "UnsupportedHardwareError",
     "nearest",
+    "reasons_text",
 ]
 
 
@@ -61,3 +62,14 @@ def nearest(word: str, choices: Iterable[str], limit: int = 3) -> str:
     close = difflib.get_close_matches(word.lower(), known, n=limit, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(name) for name in close)}? " if close else ""
     return f"{hint}Available: {', '.join(known)}"
+
+
+def reasons_text(reasons: Mapping[str, str]) -> str:
+    """{layer: reason} as text, layers of one reason together: ``a, b, c and 5 more: reason; d: another``."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    return "; ".join(
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {reason}"
+        for reason, names in by_reason.items()
+    )

@@ -28,7 +28,12 @@ _HOME = "https://github.com/diffuse-compress/diffuse-compress"
 
 
 def model_card(
-    obj: Any, *, existing: str | None = None, repo_id: str | None = None, token: str | bool | None = None
+    obj: Any,
+    *,
+    existing: str | None = None,
+    repo_id: str | None = None,
+    token: str | bool | None = None,
+    needs_package: bool = True,
 ) -> str:
     """Text of the card of a compressed object.
 
@@ -38,6 +43,7 @@ def model_card(
         repo_id: Hub id it is pushed to. The base model's card is fetched for its licence then; for a save on disk
             only one that is there already is read.
         token: for the base model's card.
+        needs_package: False for a checkpoint in a format that the libraries load by themselves.
     """
     card = _card(_without_form(existing or ""))
     bases = _base_models(obj)
@@ -49,7 +55,7 @@ def model_card(
             setattr(card.data, key, value)
     if bases and card.data.base_model in (bases, bases[0]):
         card.data.base_model_relation = "quantized"
-    card.text = _merged(card.text, _section(obj, bases, repo_id), _title(obj, bases, repo_id))
+    card.text = _merged(card.text, _section(obj, bases, repo_id, needs_package), _title(obj, bases, repo_id))
     return str(card)
 
 
@@ -97,7 +103,7 @@ def _title(obj: Any, bases: list[str], repo_id: str | None) -> str:
     return f"{bases[0].rpartition('/')[2]}, compressed" if bases else f"{_class_of(obj).__name__}, compressed"
 
 
-def _section(obj: Any, bases: list[str], repo_id: str | None) -> str:
+def _section(obj: Any, bases: list[str], repo_id: str | None, needs_package: bool) -> str:
     report = report_of(obj).to_dict()
     origin = " and ".join(f"[{base}](https://huggingface.co/{base})" for base in bases)
     origin = f" of {origin}" if origin else ""
@@ -110,13 +116,13 @@ def _section(obj: Any, bases: list[str], repo_id: str | None) -> str:
     blocks = [
         "## Compression",
         f"`{_class_of(obj).__name__}`{origin}, compressed with [diffuse_compress]({_HOME}).",
-        _load_snippet(obj, repo_id or _UNKNOWN_REPO),
+        _load_snippet(obj, repo_id or _UNKNOWN_REPO, needs_package),
         tables,
     ]
     return "\n\n".join(blocks) + (f"\nMade with {made}.\n" if made else "")
 
 
-def _load_snippet(obj: Any, where: str) -> str:
+def _load_snippet(obj: Any, where: str, needs_package: bool) -> str:
     if is_pipeline(obj):
         library, cls = "diffusers", "DiffusionPipeline"
         if stock_class_of(obj) is None:
@@ -126,17 +132,17 @@ def _load_snippet(obj: Any, where: str) -> str:
     name = "pipe" if is_pipeline(obj) else "model"
     lines = [
         "```bash",
-        INSTALL_COMMAND,
+        INSTALL_COMMAND if needs_package else f"pip install {library} torchao",
         "```",
         "",
         "```python",
-        "import diffuse_compress",
+        *(["import diffuse_compress"] if needs_package else []),
         f"from {library} import {cls}",
         "",
         f'{name} = {cls}.from_pretrained("{where}")',
         "```",
     ]
-    if stock_class_of(obj) is not None:
+    if needs_package and stock_class_of(obj) is not None:
         lines += [
             "",
             "Or, with the package installed and no import of it in your code: "

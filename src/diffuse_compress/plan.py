@@ -325,7 +325,7 @@ def _is_present(name: str, model: nn.Module, config: QuantizationConfig) -> bool
     if foreign is not None:
         raise ModelStateError(
             f"{where}: its weights are already quantized by {foreign}. Load the dense checkpoint, or compress other "
-            "components."
+            "components; import_quantized() takes over layers of torchao, GGUF and BFL with their codes."
         )
     state = get_state(model)
     if state is None:

@@ -24,10 +24,18 @@ from diffuse_compress.integrations.peft import merge_errors
 from diffuse_compress.measurement import LayerMeasurement, PipelineProbe, PreviewPair
 from diffuse_compress.plan import ComponentPlan, PlanRow, stored_bytes, tensor_rows
 from diffuse_compress.plan_text import group_rows, shrink_hint
+from diffuse_compress.quantization.spec import QuantizationSpec
 from diffuse_compress.report_html import render_fragment, render_page
 from diffuse_compress.report_text import render_markdown, render_text
 
-__all__ = ["CompressionReport", "component_report", "installed_versions", "report_kind", "report_of"]
+__all__ = [
+    "CompressionReport",
+    "component_report",
+    "imported_report",
+    "installed_versions",
+    "report_kind",
+    "report_of",
+]
 
 SCHEMA_VERSION = 1
 MOST_SENSITIVE = 10
@@ -80,6 +88,7 @@ class CompressionReport:
              "components": {name: {
                 "schema_version": 1, "class", "preset": name or null, "scheme", "algorithm": text,
                 "measured": true if written by compress, false if only what the layers tell is known,
+                "imported": {source: layers},            # only of models that import_quantized made
                 "parameters": count of the dense component,
                 "disk_bytes": {"before", "after"},       # exact tensor bytes of a checkpoint, headers excluded
                 "memory_bytes": {"before", "after"},     # parameters and all buffers
@@ -195,6 +204,22 @@ def component_report(
             "versions": installed_versions(),
         },
     }
+
+
+def imported_report(model: nn.Module, spec: QuantizationSpec, sources: Mapping[str, int]) -> dict[str, Any]:
+    """What is stored with a component whose layers were imported.
+
+    Args:
+        model: the component.
+        spec: its formats.
+        sources: {what the layers were before: how many}.
+    """
+    origin = ", ".join(f"{count} layers of {source}" for source, count in sources.items())
+    report = _facts(model, None, spec.scheme.name, f"import of {origin}", {})
+    report["output_error"]["note"] = (
+        "not measured: codes and scales are those of the source; bytes before are those of the compute dtype"
+    )
+    return report | {"imported": dict(sources)}
 
 
 def report_kind(path: str | Path) -> str:

@@ -24,6 +24,7 @@ from diffuse_compress.integrations.component import (
     read_metadata,
 )
 from diffuse_compress.integrations.doors import marks_of
+from diffuse_compress.integrations.peft import restore_merge_errors
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
 
 __all__ = ["load", "local_folder", "model_class", "read_skeleton", "stored_dtype"]
@@ -159,6 +160,7 @@ def _meta_model(folder: Path, cls: Any, dtype: torch.dtype | None) -> nn.Module:
         install_placeholders(model, layers_of_checkpoint(model, config.spec, metadata, dtype))
         mark, _ = marks_of(model)
         mark(model, ComponentState(config, layer_entries(model), (metadata or {}).get("report")))
+        restore_merge_errors(model, (metadata or {}).get("merge_errors", {}))
     return model
 
 

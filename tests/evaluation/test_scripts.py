@@ -121,13 +121,39 @@ def test_compress_memory_reports_and_holds_its_bound(capsys: pytest.CaptureFixtu
     assert result["bound_bytes"] == result["dense_bytes"] + result["largest_layer_bytes"] + 200 * 2**20
 
 
+@pytest.mark.parametrize(
+    ("model", "layers", "device"),
+    [
+        pytest.param("pixart", 4, "cpu", marks=pytest.mark.slow),
+        pytest.param("t5", 5, "cpu", marks=pytest.mark.slow),
+        pytest.param("pixart", 8, "cuda", marks=pytest.mark.gpu),
+        pytest.param("t5", 8, "cuda", marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_quantizing_while_loading_never_holds_the_dense_model(
+    model: str, layers: int, device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Peak of a process of its own: compressed bytes, one shard (on a GPU the largest layer) and a little."""
+    script, allowance = load_script("compress_memory"), 48 if device == "cpu" else 320
+    shape = ["--layers", str(layers), "--heads", "8" if device == "cpu" else "16", "--shard-size", "32MB"]
+    options = ["--load", "--model", model, "--device", device, "--presets", "w8a8", "--json", *shape]
+    status = script.main([*options, "--allowance", str(allowance)])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    spare = found["dense_bytes"] - found["largest_shard_bytes"] - found["largest_layer_bytes"]
+    assert spare > (allowance + 16) << 20, "or the bounds show nothing"
+    assert found["peak_bytes"] <= found["bound_bytes"], found
+    assert found.get("device_peak_bytes", 0) <= found.get("device_bound_bytes", 0), found
+    assert status == 0
+
+
 @pytest.mark.slow  # imports both libraries, twice
 def test_import_cost_prints_medians(capsys: pytest.CaptureFixture[str]) -> None:
     assert load_script("import_cost").main(["--runs", "1", "--limit", "60"]) == 0
     assert "import diffuse_compress:" in capsys.readouterr().out
 
 
-def test_ecosystem_cost_rehearses_without_a_gpu(tmp_path: Path) -> None:
+def test_ecosystem_cost_rehearses_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script, out = load_script("ecosystem_cost"), tmp_path / "bench" / "lines.jsonl"
     modes = ["resident", "model", "sequential", "leaf", "lora", "lora-fused"]
     options = ["--tiny", "--device", "cpu", "--calls", "1", "--providers", "dense", "w4a8", "--modes", *modes]
@@ -138,3 +164,14 @@ def test_ecosystem_cost_rehearses_without_a_gpu(tmp_path: Path) -> None:
         (shape, provider, mode) for shape in script.TINY for provider in ("dense", "w4a8") for mode in modes
     }
     assert all(line["seconds"] > 0 for line in lines)
+    assert [line["provider"] for line in lines[: len(modes)]] == ["dense"] * len(modes), "the baseline comes first"
+    # What is there is not measured again; what failed, or is over time, does not stop the rest.
+    assert script.main([*options, "--out", str(out)]) == 0
+    assert len(out.read_text().splitlines()) == len(lines)
+    assert script.main([*options, "--providers", "w8a8", "--minutes", "0", "--out", str(out)]) == 0
+    assert len(out.read_text().splitlines()) == len(lines)
+    capsys.readouterr()
+    assert script.main([*options, "--models", "flux1_dev", "--providers", "nf4", "--out", str(out)]) == 0
+    (found,) = (json.loads(line) for line in out.read_text().splitlines()[len(lines) :])
+    assert found["provider"] == "nf4"
+    assert "bitsandbytes" in found["error"]

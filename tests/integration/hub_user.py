@@ -58,6 +58,14 @@ def push(folder: Path) -> dict[str, Any]:
     )
     onload.push_to_hub("me/onload")
 
+    pipe.push_to_hub("me/torchao", format={"text_encoder": "torchao"})
+    native = transformers.T5EncoderModel.from_pretrained("me/torchao", subfolder="text_encoder")
+    found["torchao"] = type(native.hf_quantizer).__name__
+    try:
+        pipe.push_to_hub("base/sharded", variant="w4a8")
+    except dc.CheckpointError as error:
+        found["refused"] = str(error)
+
     llama = tiny.build("llama").compress("w8a16")
     llama.push_to_hub("me/llama", commit_message="a language model", private=True)
     reloaded = transformers.AutoModelForCausalLM.from_pretrained("me/llama")

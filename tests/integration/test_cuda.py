@@ -153,6 +153,31 @@ def test_offload_gives_the_plain_bits_and_puts_packed_tensors_back(preset: str, 
             assert packed_devices(one.unet) == {"cpu"}, "after the call"
 
 
+@pytest.mark.parametrize(
+    ("name", "preset"), [*((name, "w8a8") for name in tiny.PIPELINES), *(("flux", preset) for preset in PRESETS[1:5])]
+)
+def test_sequential_offload_of_every_pipeline(name: str, preset: str, tmp_path: Path) -> None:
+    """Loaded from its folder; between calls every tensor is on meta, and without the hooks all are there again."""
+    pipe = tiny.build_pipeline(name, dtype=torch.bfloat16)
+    denoiser = "unet" if hasattr(pipe, "unet") else "transformer"
+    pipe.compress({denoiser: preset, "text_encoder": "w8a16"}, device="cuda", measure=False)
+    pipe.save_pretrained(tmp_path / "saved")
+    expected = tiny.sample(pipe.to("cuda")).cpu()
+    offloaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    offloaded.set_progress_bar_config(disable=True)
+    offloaded.enable_sequential_cpu_offload()
+    model = getattr(offloaded, denoiser)
+    for _ in range(2):
+        assert torch.equal(tiny.sample(offloaded).cpu(), expected)
+        assert packed_devices(model) == {"meta"}
+    with pytest.raises(dc.CheckpointError, match=r"found a meta tensor.*remove_all_hooks\(\)"):
+        offloaded.save_pretrained(tmp_path / "again")
+    offloaded.remove_all_hooks()
+    assert packed_devices(model) == {"cpu"}
+    offloaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(tiny.sample(offloaded.to("cuda")).cpu(), expected)
+
+
 @pytest.mark.parametrize("preset", ["w8a8", "w4a8"])
 def test_compress_under_model_offload_and_not_under_sequential(preset: str) -> None:
     expected, _ = sample_and_watch(compressed_pipeline(preset).to("cuda"))

@@ -206,3 +206,27 @@ def test_two_pipelines_of_one_transformer() -> None:
     assert torch.equal(tiny.sample(first), tiny.sample(second))
     second.decompress()
     assert not quantized_layers(first.unet)
+
+
+# --- what a class keeps in float32 ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*tiny.DENOISERS, "hunyuan_video", "cogvideox", "qwenimage", "t5_encoder"])
+def test_dtype_in_half_precision_is_that_of_the_dense_model(name: str) -> None:
+    for dtype in HALF:
+        model = tiny.build(name, dtype=dtype)
+        before = model.dtype
+        assert model.compress("w8a8", measure=False).dtype == before == dtype
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=["bf16", "fp16"])
+def test_wan_in_half_precision_runs_saves_and_reloads(dtype: torch.dtype, tmp_path: Path) -> None:
+    # Its first parameter, the modulation table, stays float32; the pipeline casts latents to the model's dtype.
+    pipe = tiny.build_pipeline("wan", dtype=dtype).compress("w8a8", measure=False)
+    expected = tiny.sample(pipe)
+    assert torch.equal(tiny.sample(pipe), expected)
+    pipe.save_pretrained(tmp_path)
+    reloaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    reloaded.set_progress_bar_config(disable=True)
+    assert reloaded.transformer.scale_shift_table.dtype == torch.float32
+    assert torch.equal(tiny.sample(reloaded), expected)

@@ -50,6 +50,9 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
         files = {p.relative_to(folder / "base").as_posix(): p for p in (folder / "base").rglob("*") if p.is_file()}
         hub.add("base/pixart", {name: path.read_bytes() for name, path in files.items()})
         hub.add("base/pixart", {"README.md": BASE_CARD.encode()})
+        tiny.build("pixart").save_pretrained(folder / "sharded", max_shard_size="60KB")
+        shards = [path for path in (folder / "sharded").iterdir() if path.is_file()]
+        hub.add("base/sharded", {f"transformer/{path.name}": path.read_bytes() for path in shards})
         hub.add("me/with-card", {"README.md": OWNERS_CARD.encode(), "pipeline.py": OWNERS_PIPELINE})
 
         def user(what: str) -> dict[str, Any]:
@@ -88,6 +91,16 @@ def test_parts_and_language_models_are_pushed_too(session: Session) -> None:
         "transformer/diffusion_pytorch_model.safetensors",
     }
     assert "pipeline.py" not in session.hub.files("me/transformer")
+
+
+def test_format_and_variant(session: Session) -> None:
+    assert session.pushed["torchao"] == "TorchAoHfQuantizer"
+    config = json.loads(session.hub.files("me/torchao")["transformer/config.json"])
+    assert config["quantization_config"]["quant_method"] == "diffuse_compress"
+    assert "variant" in session.pushed["refused"]
+    names = set(session.hub.files("base/sharded"))
+    assert len(names) > 3
+    assert not any("w4a8" in name for name in names)
 
 
 def test_arguments_pass_through(session: Session) -> None:
@@ -171,6 +184,15 @@ def test_card_is_brought_up_to_date_not_doubled() -> None:
     assert second.count("diffuse_compress: begin") == second.count("diffuse_compress: end") == 1
     assert "Words before." in second
     assert second.rstrip().endswith("Words after.")
+
+
+def test_card_of_a_torchao_checkpoint_asks_for_torchao_only(tmp_path: Path) -> None:
+    pipe = tiny.build_pipeline("pixart").compress("w8a16", measure=False)
+    pipe.save_pretrained(tmp_path, format="torchao")
+    text = (tmp_path / "README.md").read_text()
+    assert "pip install diffusers torchao" in text
+    assert "import diffuse_compress" not in text
+    assert not (tmp_path / "pipeline.py").exists()
 
 
 def test_a_form_that_was_filled_in_stays() -> None:

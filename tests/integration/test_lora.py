@@ -12,7 +12,9 @@ from torch import nn
 
 import diffuse_compress as dc
 import tiny
+from diffuse_compress.api import compression_report
 from diffuse_compress.integrations.component import get_state, quantized_layers
+from diffuse_compress.skeleton import read_skeleton
 from tolerance import relative_rms
 
 peft = pytest.importorskip("peft")
@@ -149,6 +151,11 @@ def test_fusing_one_after_the_other_is_fusing_both() -> None:
     assert_same(*(packed(pipe.transformer) for pipe in pipes))
 
 
+def fused_adapters(target: Any, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = compression_report(target).to_dict()["components"][name]["fused_adapters"]
+    return found
+
+
 def test_fused_and_unloaded_saves_and_reloads(tmp_path: Path) -> None:
     pipe = tiny.build_pipeline("flux").compress("w4a8", measure=False)
     pipe.load_lora_weights(adapter("flux"), adapter_name="one")
@@ -158,11 +165,52 @@ def test_fused_and_unloaded_saves_and_reloads(tmp_path: Path) -> None:
     expected = tiny.sample(pipe)
     pipe.unload_lora_weights()
     assert torch.equal(tiny.sample(pipe), expected)
-    assert "fused_adapters" in pipe.compression_report().to_dict()["components"]["transformer"]
+    fused = fused_adapters(pipe, "transformer")
+    assert fused["worst_error"] > 0
     pipe.save_pretrained(tmp_path / "fused")
     reloaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "fused")
     reloaded.set_progress_bar_config(disable=True)
     assert torch.equal(tiny.sample(reloaded), expected)
+    assert fused_adapters(reloaded, "transformer") == fused
+    assert "quantizing these anew lost up to" in str(reloaded.compression_report())
+    reloaded.save_pretrained(tmp_path / "again", max_shard_size="100KB")
+    again = read_skeleton(tmp_path / "again")
+    assert fused_adapters(again, "transformer") == fused
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again")
+    assert fused_adapters(again, "transformer") == fused
+
+
+def test_error_of_a_fused_adapter_goes_with_the_adapter(tmp_path: Path) -> None:
+    """Fused anew after a reload, in a text encoder too; taken back, it is gone from what is saved next."""
+    pipe = tiny.build_pipeline("stable_diffusion")
+    pipe.compress({"unet": "w8a8", "text_encoder": "w4a16"}, measure=False)
+    words = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    peft.inject_adapter_in_model(words, pipe.text_encoder)
+    for module in pipe.text_encoder.modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            module.merge()
+    pipe.load_lora_weights(adapter("stable_diffusion"), adapter_name="one")
+    pipe.fuse_lora(components=["unet"])
+    states = {name: fused_adapters(pipe, name) for name in ("unet", "text_encoder")}
+    assert all(state["layers"] > 0 for state in states.values())
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "fused")
+    reloaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "fused", safety_checker=None)
+    assert fused_adapters(reloaded, "unet") == states["unet"]
+    assert fused_adapters(reloaded, "text_encoder") == states["text_encoder"]
+    reloaded.load_lora_weights(adapter("stable_diffusion", seed=2), adapter_name="two")
+    reloaded.fuse_lora(components=["unet"])
+    assert fused_adapters(reloaded, "unet") != states["unet"]
+    reloaded.unfuse_lora(components=["unet"])
+    assert fused_adapters(reloaded, "unet") == states["unet"], "what was fused before stays"
+    pipe = tiny.build_pipeline("flux").compress("w8a8", measure=False)
+    pipe.load_lora_weights(adapter("flux"), adapter_name="one")
+    pipe.fuse_lora()
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "plain")
+    plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "plain").compression_report().to_dict()
+    assert "fused_adapters" not in plain["components"]["transformer"]
 
 
 def test_loaded_compressed_and_unloaded_saves_and_reloads(tmp_path: Path) -> None:

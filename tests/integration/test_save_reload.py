@@ -112,6 +112,15 @@ def test_load_without_our_import_stops(tmp_path: Path) -> None:
         assert expected in result, f"{folder}: {result}"
 
 
+def test_a_cast_between_two_saves_is_written(tmp_path: Path) -> None:
+    """Saving turns the entry of a diffusers config into a dict; what is marked afterwards must still be what counts."""
+    model = tiny.build("pixart").compress("w8a16", measure=False)
+    model.save_pretrained(tmp_path / "fp32")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    content = json.loads((tmp_path / "bf16" / "config.json").read_text())
+    assert content["quantization_config"]["compute_dtype"] == "bfloat16"
+
+
 def test_pipeline_reloads_each_component_in_the_dtype_it_was_saved_in(tmp_path: Path) -> None:
     pipe = tiny.build_pipeline("pixart", dtype=torch.bfloat16)
     pipe.vae.to(torch.float32)

@@ -51,6 +51,7 @@ WEIGHTS = {
         )
     },
     "int4 two-level": WeightScheme(FMT.INT4, TwoLevel()),
+    "int4 additive": WeightScheme(FMT.INT4, PerGroup(32, pad=True), symmetric=False, additive_zero_point=True),
     "int4 hqq": WeightScheme(FMT.INT4, PerGroup(64, pad=True), symmetric=False, float_zero_point=True),
     "fp8 channel": WeightScheme(FMT.FLOAT8_E4M3),
     "fp8 tensor": WeightScheme(FMT.FLOAT8_E4M3, PerTensor()),

@@ -42,6 +42,7 @@ SCHEMES = {
     "w3a8 grouped": Scheme(WeightScheme(FMT.INT3, PerGroup(32)), INT8),
     "w4a4": Scheme(WeightScheme(FMT.INT4), ActivationScheme(FMT.INT4)),
     "hqq": Scheme(WeightScheme(FMT.INT4, PerGroup(64, pad=True), symmetric=False, float_zero_point=True), None),
+    "additive": Scheme(WeightScheme(FMT.INT4, PerGroup(32), symmetric=False, additive_zero_point=True), None),
     "fp8": Scheme(WeightScheme(FMT.FLOAT8_E4M3), ActivationScheme(FMT.FLOAT8_E4M3)),
 }
 K, N, RANK = 192, 40, 5

@@ -10,6 +10,7 @@ import torch
 
 from diffuse_compress.errors import ConfigError, IncompatibleShapeError, ModelStateError
 from diffuse_compress.quantization import numerics
+from diffuse_compress.quantization.algorithms.hqq import HQQConfig
 from diffuse_compress.quantization.numerics import (
     MIN_SCALE,
     QParams,
@@ -32,6 +33,7 @@ from diffuse_compress.quantization.scheme import (
     PerTensor,
     PerToken,
     ScaleRule,
+    Scheme,
     TwoLevel,
     WeightScheme,
 )
@@ -142,6 +144,26 @@ def test_quantize_weight_equals_float64_loop(scheme: WeightScheme) -> None:
             offset = 0 if scheme.float_zero_point else zero
             assert codes[i].item() == min(max(round(exact) + offset, qmin), qmax) or _near_tie(exact)
             assert values[i].item() == pytest.approx(scale * (codes[i].item() - zero), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("fmt", INTEGERS)
+def test_additive_zero_point_is_the_weight_of_code_0(fmt: NumberFormat) -> None:
+    """w = scale * q + zero_point, one rounding each: against a loop in Python, and the error is half a step."""
+    scheme = WeightScheme(fmt, PerGroup(32, pad=True), symmetric=False, additive_zero_point=True)
+    weight = torch.randn(3, 80) + 2
+    quantized = quantize_weight(weight, scheme)
+    assert quantized.zero_point is not None
+    assert quantized.zero_point.dtype == torch.float32
+    codes, values = _codes(quantized), dequantize(quantized)
+    for place, members in _elements(scheme, *weight.shape).items():
+        scale, zero = quantized.scale[place], quantized.zero_point[place]
+        for i in members:
+            assert values[i] == scale * codes[i].float() + zero
+            assert (values[i] - weight[i]).abs() <= scale * 0.5001
+    assert Scheme.from_dict(Scheme(scheme).to_dict()) == Scheme(scheme)
+    # HQQ's equations are those of a zero point among the codes.
+    with pytest.raises(ConfigError, match="got additive_zero_point=True"):
+        HQQConfig().check(scheme)
 
 
 def test_scale_rules_differ_as_named() -> None:

@@ -47,6 +47,7 @@ WEIGHTS = {
     "int4-channel": WeightScheme(INT4),
     "int4-group128-asymmetric": WeightScheme(INT4, PerGroup(128, pad=True), False),
     "int4-group64-half": WeightScheme(INT4, PerGroup(64, pad=True), scale_rule=ScaleRule.AMAX_OVER_HALF_RANGE),
+    "int3-group32-additive-zero": WeightScheme(INT3, PerGroup(32, pad=True), False, additive_zero_point=True),
     "int3-group32-float-zero": WeightScheme(INT3, PerGroup(32, pad=True), False, float_zero_point=True),
     "int2-channel-asymmetric": WeightScheme(INT2, PerChannel(), False),
     "two-level": WeightScheme(INT4, TwoLevel()),

@@ -126,6 +126,10 @@ def test_from_dict_other_bad_input_is_refused() -> None:
         (lambda: WeightScheme(NumberFormat.FLOAT8_E4M3, PerGroup()), "float8 weights are symmetric"),
         (lambda: WeightScheme(NumberFormat.FLOAT8_E4M3, symmetric=False), "float8 weights are symmetric"),
         (lambda: WeightScheme(NumberFormat.INT4, float_zero_point=True), "float_zero_point=True needs symmetric=False"),
+        (
+            lambda: WeightScheme(NumberFormat.INT4, symmetric=False, float_zero_point=True, additive_zero_point=True),
+            "additive_zero_point=True needs symmetric=False and float_zero_point=False",
+        ),
         (lambda: ActivationScheme(NumberFormat.INT3), "must be int8, int4 or float8_e4m3fn, got int3"),
         (lambda: ActivationScheme(NumberFormat.INT8, PerChannel()), "must be PerTensor or PerToken"),
         (lambda: ActivationScheme(NumberFormat.INT8, PerToken(), dynamic=False), "static scales are per tensor"),

@@ -10,12 +10,13 @@ from typing import Any
 from diffuse_compress.integrations.casting import wrap_from_pipe, wrap_half_and_float
 from diffuse_compress.integrations.compat import NO_PATCH_VARIABLE, may_patch, usable
 from diffuse_compress.integrations.component import get_state
+from diffuse_compress.integrations.copies import wrap_builders
 from diffuse_compress.integrations.doors import door
 from diffuse_compress.integrations.hub import Prepare, wrap_upload
-from diffuse_compress.integrations.loading import wrap_model_loading, wrap_register_modules
+from diffuse_compress.integrations.loading import wrap_from_single_file, wrap_model_loading, wrap_register_modules
 from diffuse_compress.integrations.refresh import up_to_date
 from diffuse_compress.integrations.refusals import wrap_layerwise_casting
-from diffuse_compress.integrations.saving import wrap_save_pretrained
+from diffuse_compress.integrations.saving import wrap_push_to_hub, wrap_save_pretrained
 
 __all__ = ["NO_PATCH_VARIABLE", "attach", "register_quantizers"]
 
@@ -48,12 +49,15 @@ def attach(
             if not hasattr(cls, name):
                 setattr(cls, name, function)
         wrap_save_pretrained(cls, up_to_date, complete_save)
+        wrap_push_to_hub(cls)
         wrap_upload(cls, complete_upload)
         if cls.__name__ == "DiffusionPipeline":
             wrap_register_modules(cls)
             wrap_from_pipe(cls)
         if cls.__name__ == "ModelMixin":
             wrap_model_loading(cls)
+            wrap_builders(cls)
+            wrap_from_single_file(import_module("diffusers.loaders").FromOriginalModelMixin)
         if cls.__name__ == "PreTrainedModel":
             wrap_half_and_float(cls)
         wrap_layerwise_casting(cls)
@@ -78,22 +82,29 @@ def _wrap_dtype(cls: type) -> None:
     stock = cls.__dict__["dtype"]
     if getattr(stock.fget, _MARK, False):
         return
+    # diffusers' property passes over what a class keeps in float32 (Wan's modulation table), transformers' does not.
+    kept = "_keep_in_fp32_modules" if cls.__name__ == "ModelMixin" else ""
 
     def dtype(self: Any) -> Any:
         state = get_state(self)
-        return stock.fget(self) if state is None else compute_dtype(self, stock.fget)
+        return stock.fget(self) if state is None else compute_dtype(self, stock.fget, kept)
 
     setattr(dtype, _MARK, True)
     cls.dtype = property(dtype, doc=stock.__doc__)  # type: ignore[attr-defined]
 
 
-def compute_dtype(model: Any, stock: Callable[[Any], Any]) -> Any:
-    """dtype of a compressed model's first layer that computes: its own, or a quantized layer's ``compute_dtype``."""
-    for module in model.modules():
-        found = getattr(module, "compute_dtype", None)
-        if found is not None:
-            return found
-        for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point():
-                return parameter.dtype
+def compute_dtype(model: Any, stock: Callable[[Any], Any], kept: str = "") -> Any:
+    """dtype of a compressed model's first layer that computes: its own, or a quantized layer's ``compute_dtype``.
+
+    ``kept`` is the attribute with the parts of names that stay in float32 whatever the model's dtype.
+    """
+    passed_over = getattr(model, kept, None) or () if kept else ()
+    for name, module in model.named_modules():
+        own = getattr(module, "compute_dtype", None)
+        parameters = module.named_parameters(recurse=False)
+        found = {leaf: parameter.dtype for leaf, parameter in parameters} if own is None else {"qweight": own}
+        for leaf, dtype in found.items():
+            here = f"{name}.{leaf}"
+            if dtype.is_floating_point and not any(part in here for part in passed_over):
+                return dtype
     return stock(model)

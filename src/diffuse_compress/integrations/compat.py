@@ -17,6 +17,7 @@ __all__ = [
     "mixin_bases",
     "remove_from_diffusers_config",
     "require",
+    "torchao_classes",
     "usable",
 ]
 
@@ -63,6 +64,17 @@ def require(package: str, purpose: str) -> Any:
         ) from error
 
 
+def torchao_classes(library: str) -> tuple[Any, Any]:
+    """(TorchAoConfig, its quantizer) of diffusers or transformers; torchao must be there."""
+    if library == "diffusers":
+        from diffusers import TorchAoConfig
+        from diffusers.quantizers.torchao import TorchAoHfQuantizer
+    else:
+        from transformers import TorchAoConfig
+        from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+    return TorchAoConfig, TorchAoHfQuantizer
+
+
 def mixin_bases() -> tuple[type, ...]:
     """QuantizationConfigMixin of the libraries that are installed, transformers' first (it has ``to_diff_dict``)."""
     bases: list[type] = []
@@ -79,24 +91,27 @@ def mixin_bases() -> tuple[type, ...]:
 
 def add_to_diffusers_config(model: Any, key: str, value: Any) -> None:
     """Set ``key`` of a diffusers config."""
-    _replace_diffusers_config(model, {**model._internal_dict, key: value})
+    _replace_diffusers_config(model, {**model._internal_dict, key: value}, key)
 
 
 def remove_from_diffusers_config(model: Any, key: str) -> None:
     """Drop ``key`` from a diffusers config; ``register_to_config`` can only add."""
-    if key in model._internal_dict:
-        _replace_diffusers_config(model, {name: val for name, val in model._internal_dict.items() if name != key})
+    if key in model._internal_dict or key in vars(model._internal_dict):
+        _replace_diffusers_config(model, {name: val for name, val in model._internal_dict.items() if name != key}, key)
 
 
-def _replace_diffusers_config(model: Any, entries: dict[str, Any]) -> None:
+def _replace_diffusers_config(model: Any, entries: dict[str, Any], changed: str) -> None:
     """A config of these entries, and of the attributes that were set on the old one without being entries.
 
-    ``load_ip_adapter`` sets such, and ``register_to_config`` loses them: the adapter would silently be off.
+    ``load_ip_adapter`` sets such, and ``register_to_config`` loses them: the adapter would silently be off. Of the key
+    ``changed`` only the entry counts: saving makes a plain dict of it, beside which the old attribute still stands.
     """
     from diffusers.configuration_utils import FrozenDict
 
     old = model._internal_dict
     model._internal_dict = FrozenDict(entries)
     for name, value in vars(old).items():
+        if name == changed:
+            continue
         if name not in old or (name in entries and old[name] is not value):
             setattr(model._internal_dict, name, value)

@@ -77,6 +77,7 @@ class ComponentState:
         preview: pictures before and after, for the live report; never written.
         base_model: Hub id of the dense model, None where it is not known. ``ASK_THE_MODEL`` where weights were
             quantized on their way in: both libraries tell the model its name after that.
+        merge_errors: {layer: error} of adapters fused into packed layers, as of the last save (see ``peft.py``).
     """
 
     config: QuantizationConfig
@@ -84,6 +85,7 @@ class ComponentState:
     report: dict[str, Any] | None = field(default=None)
     preview: list[Any] = field(default_factory=list, repr=False, compare=False)
     base_model: str | None = None
+    merge_errors: dict[str, float] = field(default_factory=dict, compare=False)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedConv2d]:
@@ -168,6 +170,8 @@ def metadata_of(state: ComponentState) -> dict[str, str]:
     }
     if state.base_model:
         content["base_model"] = state.base_model
+    if state.merge_errors:
+        content["merge_errors"] = state.merge_errors
     return {METADATA_KEY: json.dumps(content, separators=(",", ":"), sort_keys=True)}
 
 
@@ -258,9 +262,15 @@ def install_placeholders(model: nn.Module, layers: Mapping[str, LayerEntry]) -> 
 
 def require_keys(model: nn.Module, layers: Iterable[str], present: Iterable[str]) -> None:
     """Raise CheckpointError if a tensor of ``layers`` is not among the ``present`` keys (the model's own names)."""
-    have = set(present)
+    have, layers = set(present), list(layers)
     needed = (f"{name}.{leaf}" for name in layers for leaf in model.get_submodule(name).state_dict())
     missing = [key for key in needed if key not in have]
+    if layers and not any(f"{name}.scale" in have for name in layers):
+        raise CheckpointError(
+            f"{type(model).__name__}: needs the compressed weights that config.json tells of, found a file of dense "
+            "ones. They are of another variant than the one that was compressed last, and saved over config.json with "
+            "it. Load with the variant= that is compressed (or without), or put the dense model's config.json back."
+        )
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from diffuse_compress.integrations.component import (
     install_placeholders,
     layers_of_checkpoint,
     metadata_of,
+    quantized_layers,
     read_metadata,
     require_keys,
 )
@@ -35,7 +37,7 @@ class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ign
 
     def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        # from_single_file never says so, but only a stored checkpoint has resolved rules.
+        # from_single_file does not say whether it is; its tensors do, in _process_model_before_weight_loading.
         stored = bool(kwargs.get("pre_quantized", True))
         self.pre_quantized = stored and quantization_config.spec.rules is not None
         self._setup()
@@ -54,10 +56,17 @@ class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ign
         return loaded_keys
 
     def _process_model_before_weight_loading(
-        self, model: Any, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
+        self,
+        model: Any,
+        keep_in_fp32_modules: list[str] | None = None,
+        state_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         spec = self.quantization_config.spec
-        if keep_in_fp32_modules is not None:
+        if state_dict is not None:  # from_single_file
+            self.pre_quantized = False
+        # from_single_file hands over the class's own list, which must stay as it is.
+        if keep_in_fp32_modules is not None and keep_in_fp32_modules is not model._keep_in_fp32_modules:
             keep_in_fp32_modules.extend([*(model._keep_in_fp32_modules or ()), *FP32_PARAMETER_NAMES])
         if not self.pre_quantized:
             self._await_dense_weights(model)
@@ -66,6 +75,17 @@ class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ign
         install_placeholders(model, layers)
         if self._loaded_keys is not None:
             require_keys(model, layers, self._loaded_keys)
+
+    def get_cuda_warm_up_factor(self) -> int:
+        """diffusers sets elements / this, in the model's dtype, aside on a GPU: no more than will be used."""
+        bits = min((scheme.weight.format.bits for scheme in self.pending.values()), default=8)
+        return max(1, math.ceil((self._dtype or torch.float32).itemsize * 8 / bits))
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Called with every shard. What stays dense is copied: as a view of the mapped file it would keep all of it."""
+        if not self.pending:
+            return state_dict
+        return {key: value if self._is_awaited(key) else value.clone() for key, value in state_dict.items()}
 
     def check_if_quantized_param(
         self, model: Any, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -85,6 +105,11 @@ class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ign
         self._quantize_arrived(model, param_name, param_value, target_device)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for layer in quantized_layers(model).values():
+            # diffusers casts all that stands in a module which the class keeps in fp32 (Wan's time_embedder), float8
+            # codes too. The way back is exact.
+            if not layer.scheme.weight.format.is_integer and layer.qweight.dtype == torch.float32:
+                layer.qweight.data = layer.qweight.data.to(torch.float8_e4m3fn)
         _mark(model, self, self._loaded_state(model, self._dtype or model.dtype))
         return model
 

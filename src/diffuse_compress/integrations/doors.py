@@ -11,7 +11,7 @@ from torch import nn
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.integrations.compat import usable
 
-__all__ = ["door", "marks_of"]
+__all__ = ["door", "library_of", "marks_of"]
 
 
 def marks_of(model: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -20,10 +20,15 @@ def marks_of(model: nn.Module) -> tuple[Callable[..., None], Callable[..., None]
     Raises:
         ConfigError: the model is neither a diffusers ModelMixin nor a transformers PreTrainedModel.
     """
+    ours = door(library_of(model))
+    return ours.mark_compressed, ours.unmark
+
+
+def library_of(model: nn.Module) -> str:
+    """ "diffusers" or "transformers". Raises ConfigError for a model of neither."""
     for library, base in (("diffusers", "ModelMixin"), ("transformers", "PreTrainedModel")):
         if usable(library) and isinstance(model, getattr(import_module(library), base)):
-            ours = door(library)
-            return ours.mark_compressed, ours.unmark
+            return library
     raise ConfigError(
         f"compress needs a diffusers ModelMixin or a transformers PreTrainedModel, got {type(model).__name__}. For a "
         "plain torch module, convert its layers with diffuse_compress.quantization.convert.quantize_module."

@@ -8,16 +8,19 @@ convolution.
 from __future__ import annotations
 
 import functools
+import os
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffuse_compress.integrations.component import align_tensors, get_state
+from diffuse_compress.errors import CheckpointError
+from diffuse_compress.integrations.component import align_tensors, get_state, read_metadata
 from diffuse_compress.integrations.origin import folder_of
 
-__all__ = ["restore_stored_dtypes", "wrap_model_loading", "wrap_register_modules"]
+__all__ = ["restore_stored_dtypes", "wrap_from_single_file", "wrap_model_loading", "wrap_register_modules"]
 
 _MARK = "_diffuse_compress_wrapped"
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -76,6 +79,26 @@ def _home(part: nn.Module) -> Any:
     """The pipeline's folder that a component was loaded from."""
     folder = folder_of(part)
     return None if folder is None else folder.resolve().parent
+
+
+def wrap_from_single_file(cls: type) -> None:
+    """Let no file of compressed weights be read as one of an original layout: each fails there in a way of its own."""
+    stock = cls.__dict__["from_single_file"].__func__
+    if getattr(stock, _MARK, False):
+        return
+
+    @functools.wraps(stock)
+    def from_single_file(cls: type, *args: Any, **kwargs: Any) -> Any:
+        file = args[0] if args else kwargs.get("pretrained_model_link_or_path_or_dict")
+        if isinstance(file, str | Path) and os.path.isfile(file) and read_metadata([file]) is not None:
+            raise CheckpointError(
+                f"{cls.__name__}.from_single_file: needs a dense model's file, got {Path(file).name} of a compressed "
+                f"one, which its config.json belongs to. Load the folder: {cls.__name__}.from_pretrained(folder)."
+            )
+        return stock(cls, *args, **kwargs)
+
+    setattr(from_single_file, _MARK, True)
+    cls.from_single_file = classmethod(from_single_file)  # type: ignore[attr-defined]
 
 
 def restore_stored_dtypes(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from diffuse_compress.integrations.component import quantized_layers
 from diffuse_compress.quantization.convert import requantize
 from diffuse_compress.quantization.layer_base import QuantizedLayer
 
-__all__ = ["has_adapters", "merge_errors", "support_adapters"]
+__all__ = ["has_adapters", "merge_errors", "restore_merge_errors", "support_adapters"]
 
 _MARK = "_diffuse_compress_wrapped"
 _UNMERGED = "_diffuse_compress_unmerged"
@@ -52,8 +52,18 @@ def has_adapters(model: nn.Module) -> bool:
 
 def merge_errors(model: nn.Module) -> dict[str, float]:
     """{layer: error} of layers that an adapter is fused into: RMS of what quantizing anew lost over what it changed."""
-    layers = quantized_layers(model).items()
+    layers = ((name.removesuffix(".base_layer"), layer) for name, layer in quantized_layers(model).items())
     return {name: layer.__dict__[_MERGE_ERROR] for name, layer in layers if _MERGE_ERROR in layer.__dict__}
+
+
+def restore_merge_errors(model: nn.Module, errors: Mapping[str, float]) -> None:
+    """What :func:`merge_errors` gave of the model that was saved, whose names may have had another prefix."""
+    layers = quantized_layers(model)
+    for saved, error in errors.items():
+        same = (name for name in layers if saved == name or saved.endswith(f".{name}") or name.endswith(f".{saved}"))
+        name = saved if saved in layers else next(same, None)
+        if name is not None:
+            layers[name].__dict__[_MERGE_ERROR] = error
 
 
 # --- merging ----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from diffuse_compress.integrations.component import (
     layer_entries,
     quantized_layers,
 )
+from diffuse_compress.integrations.peft import restore_merge_errors
 from diffuse_compress.integrations.placement import require_free, require_memory
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.logging import get_logger
@@ -93,6 +94,7 @@ class QuantizerMixin:
         align_tensors(model)
         verb = "loaded" if self.pre_quantized else "quantized while loading"
         _logger.info("%s: %d layers %s", type(model).__name__, len(quantized_layers(model)), verb)
+        restore_merge_errors(model, (self._metadata or {}).get("merge_errors", {}))
         if not self.pre_quantized:
             spec = self.quantization_config.spec.resolved(self._rules)
             config = QuantizationConfig.from_spec(spec, dtype)

@@ -13,7 +13,7 @@ from diffuse_compress.errors import CheckpointError
 from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries, quantized_layers
 from diffuse_compress.integrations.doors import marks_of
 from diffuse_compress.integrations.origin import base_model_of
-from diffuse_compress.integrations.peft import has_adapters
+from diffuse_compress.integrations.peft import has_adapters, merge_errors
 from diffuse_compress.integrations.placement import require_bytes
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.patterns import generalize
@@ -48,7 +48,8 @@ def up_to_date(obj: Any) -> Iterator[None]:
     if layers:
         require_bytes(obj)
         _require_no_adapters(obj)
-        _refresh(obj, get_state(obj) or _state_of_parts(obj))
+        state = _refresh(obj, get_state(obj) or _state_of_parts(obj))
+        state.merge_errors = merge_errors(obj)
     yield
 
 
@@ -61,14 +62,16 @@ def _require_no_adapters(model: Any) -> None:
         )
 
 
-def _refresh(model: Any, state: ComponentState) -> None:
+def _refresh(model: Any, state: ComponentState) -> ComponentState:
     entries, dtype = layer_entries(model), model.dtype
     base_model = base_model_of(model, state)
     same = entries == state.layers and dtype == state.config.compute_dtype and base_model == state.base_model
     if get_state(model) is state and same:
-        return
+        return state
     config = QuantizationConfig.from_spec(state.config.spec, dtype)
-    marks_of(model)[0](model, replace(state, config=config, layers=entries, base_model=base_model))
+    fresh = replace(state, config=config, layers=entries, base_model=base_model)
+    marks_of(model)[0](model, fresh)
+    return fresh
 
 
 def _state_of_parts(model: nn.Module) -> ComponentState:

@@ -1,4 +1,7 @@
-"""``save_pretrained`` of compressed objects: written beside, synced, then moved into place file by file."""
+"""``save_pretrained`` of compressed objects: written beside, synced, then moved into place file by file.
+
+``format="torchao"`` (a name, or ``{component or group: name}``) writes components as torchao tensors instead of ours.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,35 @@ import errno
 import functools
 import inspect
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from diffuse_compress.errors import CheckpointError
-from diffuse_compress.integrations.component import get_state
+from diffuse_compress.components import model_components, resolve_names
+from diffuse_compress.errors import CheckpointError, ConfigError, nearest
+from diffuse_compress.integrations.component import get_state, quantized_layers
 from diffuse_compress.integrations.origin import forget_local_paths
+from diffuse_compress.integrations.quantization_config import QUANT_METHOD
+from diffuse_compress.integrations.torchao import require_exact, written_as_torchao
+from diffuse_compress.integrations.variants import arguments_of, require_one_kind, require_one_kind_on_hub, variant_of
 from diffuse_compress.logging import get_logger
 
-__all__ = ["publish", "wrap_save_pretrained"]
+__all__ = ["FORMATS", "publish", "wrap_push_to_hub", "wrap_save_pretrained"]
 
 _logger = get_logger(__name__)
 _MARK = "_diffuse_compress_wrapped"
 _MODULAR_INDEX = "modular_model_index.json"
 # Written last: a reader that finds these finds everything they point to.
 _LAST = ("model_index.json", _MODULAR_INDEX)
+_TORCHAO = "torchao"
+FORMATS = (QUANT_METHOD, _TORCHAO)
+# ids of the models that the save in progress writes as torchao tensors.
+_as_torchao: ContextVar[frozenset[int]] = ContextVar("diffuse_compress_as_torchao", default=frozenset())
 
 
 def wrap_save_pretrained(
@@ -42,8 +55,17 @@ def wrap_save_pretrained(
         return
 
     @functools.wraps(stock)
-    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        with preparing(self):
+    def save_pretrained(
+        self: Any,
+        save_directory: str | os.PathLike[str],
+        *args: Any,
+        format: str | Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        with _requested(self, format), preparing(self):
+            if not _staging(save_directory):
+                given = arguments_of(stock, self, save_directory, *args, **kwargs)
+                require_one_kind(self, Path(save_directory), given.get("variant"))
             if not _is_compressed(self):
                 return stock(self, save_directory, *args, **kwargs)
             if kwargs.get("safe_serialization") is False:
@@ -52,11 +74,89 @@ def wrap_save_pretrained(
                     "Leave it out; pickled files would lack the layer map."
                 )
             if _staging(save_directory):
-                return stock(self, save_directory, *args, **kwargs)
+                with _written(self):
+                    return stock(self, save_directory, *args, **kwargs)
             return _save(stock, self, Path(save_directory), complete, args, kwargs)
 
     setattr(save_pretrained, _MARK, True)
     cls.save_pretrained = save_pretrained  # type: ignore[attr-defined]
+
+
+def wrap_push_to_hub(cls: type) -> None:
+    """Wrap ``cls.push_to_hub`` once: it takes ``format=``, and does not push beside weights that it would break."""
+    stock: Callable[..., Any] | None = getattr(cls, "push_to_hub", None)
+    if stock is None or getattr(stock, _MARK, False):
+        return
+
+    @functools.wraps(stock)
+    def push_to_hub(
+        self: Any, repo_id: str, *args: Any, format: str | Mapping[str, str] | None = None, **kwargs: Any
+    ) -> Any:
+        with _requested(self, format):
+            if _is_compressed(self):
+                repo_id = _require_one_kind_on_hub(stock, self, repo_id, args, kwargs)
+            return stock(self, repo_id, *args, **kwargs)
+
+    setattr(push_to_hub, _MARK, True)
+    cls.push_to_hub = push_to_hub  # type: ignore[attr-defined]
+
+
+def _require_one_kind_on_hub(
+    stock: Callable[..., Any], obj: Any, repo_id: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str:
+    """Full id of the repository, which is made if need be, as the stock function does; or an error."""
+    from huggingface_hub import create_repo
+
+    given = arguments_of(stock, obj, repo_id, *args, **kwargs)
+    made = create_repo(repo_id, private=given.get("private"), token=given.get("token"), exist_ok=True)
+    wanted = {key: given.get(key) for key in ("variant", "subfolder", "revision", "token")}
+    require_one_kind_on_hub(obj, made.repo_id, **wanted)
+    return str(made.repo_id)
+
+
+@contextmanager
+def _requested(obj: Any, format: str | Mapping[str, str] | None) -> Iterator[None]:
+    """While it lasts, saves inside follow ``format``; None leaves what an outer call asked for."""
+    if format is None:
+        yield
+        return
+    token = _as_torchao.set(frozenset(id(model) for model in _torchao_models(obj, format)))
+    try:
+        yield
+    finally:
+        _as_torchao.reset(token)
+
+
+def _torchao_models(obj: Any, format: str | Mapping[str, str]) -> list[Any]:
+    """The models of ``obj`` to be written as torchao tensors, all of which can be.
+
+    Raises:
+        ConfigError: an unknown format or component, nothing compressed, or layers that torchao cannot hold exactly.
+    """
+    models = model_components(obj)
+    compressed = {name for name, model in models.items() if quantized_layers(model)}
+    if isinstance(format, Mapping):
+        wanted = [(name, format[key]) for key, names in resolve_names(format, obj).items() for name in names]
+        named = {name for name in format if name in models}
+    else:
+        wanted, named = [(name, format) for name in compressed], set()
+    for value in format.values() if isinstance(format, Mapping) else [format]:
+        if value not in FORMATS:
+            raise ConfigError(f"save_pretrained: format={value!r}: {nearest(str(value), FORMATS)}.")
+    chosen = [name for name, value in wanted if value == _TORCHAO and name in compressed | named]
+    dense = sorted(named - compressed) if compressed else [type(obj).__name__]
+    if dense:
+        raise ConfigError(
+            f"save_pretrained: format= needs compressed components, got {', '.join(dense)}, which is dense. Leave it "
+            "out, or compress it first."
+        )
+    for name in chosen:
+        require_exact(name or type(models[name]).__name__, models[name])
+    return [models[name] for name in chosen]
+
+
+def _written(obj: Any) -> AbstractContextManager[None]:
+    return written_as_torchao(obj) if id(obj) in _as_torchao.get() else nullcontext()
 
 
 def _is_compressed(obj: Any) -> bool:
@@ -92,7 +192,8 @@ def _save(
         push = False
     staging = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
     try:
-        result = stock(obj, str(staging), *args, **kwargs)
+        with _written(obj):
+            result = stock(obj, str(staging), *args, **kwargs)
         if is_modular:
             _point_index_at(target, obj, staging)
         forget_local_paths(staging)
@@ -147,15 +248,15 @@ def publish(staging: Path, target: Path) -> None:
 
 
 def _stale_weights(staging: Path, target: Path) -> Iterator[Path]:
-    # Variants ("model.fp16.safetensors") are other checkpoints and stay; .bin files lose to safetensors anyway.
-    endings, stems = (".safetensors", ".safetensors.index.json"), ("diffusion_pytorch_model", "model")
+    # Other variants are other checkpoints and stay; .bin files lose to safetensors anyway.
+    endings = re.compile(r"\.safetensors(\.index(\.[^.]+)?\.json)?$")
     written = {path.relative_to(staging) for path in staging.rglob("*") if path.is_file()}
-    folders = {path.parent for path in written if path.name.endswith(endings)}
-    for folder in folders:
+    saved = {(path.parent, variant_of(path.name)) for path in written if endings.search(path.name)}
+    for folder, variant in saved:
         here = target / folder
         for path in here.glob("*") if here.is_dir() else ():
-            ours = path.name.startswith(stems) and path.name.endswith(endings)
-            if ours and path.relative_to(target) not in written and "." not in path.name.split(".safetensors")[0]:
+            ours = endings.search(path.name) and variant_of(path.name) == variant
+            if ours and path.relative_to(target) not in written:
                 yield path
 
 

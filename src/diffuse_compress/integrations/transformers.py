@@ -128,6 +128,12 @@ class DiffuseCompressHfQuantizer(QuantizerMixin, HfQuantizer):  # type: ignore[m
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return self._is_awaited(param_name)
 
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Bytes of an element once it is loaded; transformers sets the sum aside on a GPU before it loads any."""
+        if self._is_awaited(param_name):
+            return self.pending[param_name.rpartition(".")[0]].weight.format.bits / 8
+        return float(super().param_element_size(model, param_name, param))
+
     def get_quantize_ops(self) -> _QuantizeOnLoad:
         return _QuantizeOnLoad(self)
 

@@ -280,7 +280,7 @@ def _kind_of_path(
 def _suits_int4(scheme: Scheme, dtype: torch.dtype) -> bool:
     """True for weight-only int4 with integer zero points and 16-bit inputs."""
     weight = scheme.weight
-    if scheme.activation is not None or weight.format is not NumberFormat.INT4 or weight.float_zero_point:
+    if scheme.activation is not None or weight.format is not NumberFormat.INT4 or weight.stores_float_zero_point:
         return False
     return not isinstance(weight.granularity, TwoLevel) and dtype in (torch.bfloat16, torch.float16)
 

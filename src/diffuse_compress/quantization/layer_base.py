@@ -82,7 +82,7 @@ def _weight_shapes(scheme: WeightScheme, outputs: int, columns: int) -> dict[str
         "scale": (scale_shape, torch.float32),
     }
     if not scheme.symmetric:
-        shapes["zero_point"] = (scale_shape, torch.float32 if scheme.float_zero_point else torch.int8)
+        shapes["zero_point"] = (scale_shape, torch.float32 if scheme.stores_float_zero_point else torch.int8)
     if isinstance(scheme.granularity, TwoLevel):
         shapes["group_scale"] = ((outputs, groups), torch.int8)
     return shapes

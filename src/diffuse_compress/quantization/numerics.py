@@ -6,7 +6,8 @@ run of ``group_size`` columns of a row, so qparams have shape [1, 1], [N, 1] or 
 
     q = clamp(round(w / scale) + zero_point),    w = scale * (q - zero_point)
 
-with codes and integer zero points in the signed domain (int4: -8..7). A float zero point is added before rounding.
+with codes and integer zero points in the signed domain (int4: -8..7). A float zero point is added before rounding; an
+additive one is part of the weight's domain: ``w = scale * q + zero_point``.
 Two-level weights are ``w = scale[n] * (group_scale[n, g] * q)``: the bracket is exact in int8, so dequantizing here
 and rescaling the int32 sums of a GEMM with one scale per row use the very same integers.
 """
@@ -66,7 +67,8 @@ class QParams:
 
     Attributes:
         scale: fp32, at least ``MIN_SCALE``.
-        zero_point: None if symmetric, else int8 (fp32 with ``float_zero_point``) of ``scale``'s shape.
+        zero_point: None if symmetric, else int8 (fp32 with ``float_zero_point`` or ``additive_zero_point``) of
+            ``scale``'s shape.
         group_scale: int8 [N, G] in 1..16 for two-level scales, else None.
     """
 
@@ -142,7 +144,7 @@ def qparams_from_range(low: torch.Tensor, high: torch.Tensor, scheme: WeightSche
 
     Symmetric integers follow ``scheme.scale_rule`` (activations: AMAX_OVER_QMAX); float8 maps the largest magnitude
     to 448. Asymmetric: scale = (high - low) / (2**bits - 1) and zero_point = qmin - low / scale, rounded and clamped
-    to the code range unless ``float_zero_point``.
+    to the code range unless ``float_zero_point``; additive: zero_point = low - qmin * scale.
     """
     fmt = scheme.format
     rule = scheme.scale_rule if isinstance(scheme, WeightScheme) else ScaleRule.AMAX_OVER_QMAX
@@ -150,6 +152,8 @@ def qparams_from_range(low: torch.Tensor, high: torch.Tensor, scheme: WeightSche
         steps = fmt.qmax - fmt.qmin
         # Divided one by one: the difference of two large values could overflow.
         scale = (high / steps - low / steps).clamp_(min=MIN_SCALE)
+        if isinstance(scheme, WeightScheme) and scheme.additive_zero_point:
+            return QParams(scale, low - fmt.qmin * scale)
         zero_point = fmt.qmin - low / scale
         if isinstance(scheme, WeightScheme) and scheme.float_zero_point:
             return QParams(scale, zero_point)
@@ -286,6 +290,9 @@ def _in_steps(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -> t
     """fp32 codes before clamping: round(w / scale) + zero_point (float8: w / scale, not rounded)."""
     size = scheme.group_size
     steps = weight.detach().to(torch.float32, copy=True)
+    if scheme.additive_zero_point and qparams.zero_point is not None:
+        _per_group_(steps, qparams.zero_point, size, torch.Tensor.sub_)
+        return _per_group_(steps, qparams.scale, size, torch.Tensor.div_).round_()
     _per_group_(steps, effective_scale(qparams), size, torch.Tensor.div_)
     if not scheme.format.is_integer:
         return steps
@@ -373,6 +380,9 @@ def _codes_to_values(codes: torch.Tensor, scheme: WeightScheme, qparams: QParams
     if qparams.group_scale is not None:
         return _per_group_(codes, qparams.group_scale, size, torch.Tensor.mul_).float().mul_(qparams.scale)
     values = codes.to(torch.float32)
+    if scheme.additive_zero_point and qparams.zero_point is not None:
+        _per_group_(values, qparams.scale, size, torch.Tensor.mul_)
+        return _per_group_(values, qparams.zero_point, size, torch.Tensor.add_)
     if qparams.zero_point is not None:
         _per_group_(values, qparams.zero_point.float(), size, torch.Tensor.sub_)
     return _per_group_(values, qparams.scale, size, torch.Tensor.mul_)

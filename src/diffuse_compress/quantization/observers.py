@@ -146,6 +146,8 @@ class MSEObserver:
         step = effective_scale(qparams)
         low, high = self.scheme.range if self.scheme.format.is_integer else (-FLOAT8_MAX, FLOAT8_MAX)
         zero_point = 0.0 if qparams.zero_point is None else qparams.zero_point.float()
+        if self.scheme.additive_zero_point:
+            return step * low + zero_point, step * high + zero_point
         return step * (low - zero_point), step * (high - zero_point)
 
     def qparams(self) -> QParams:
@@ -226,10 +228,11 @@ class MSEObserver:
         scale = qparams.scale.unsqueeze(-1)
         steps = torch.div(split_groups(weight, self.scheme), scale).float()
         if qparams.zero_point is not None:
-            steps.add_(qparams.zero_point.unsqueeze(-1))
+            zero_point = qparams.zero_point.unsqueeze(-1)
+            steps.sub_(zero_point / scale) if self.scheme.additive_zero_point else steps.add_(zero_point)
         error = steps.round().clamp_(*self.scheme.range).sub_(steps)
         error = error.square_() if self.norm == 2 else error.abs_().pow_(self.norm)
-        valid = valid_columns(weight, self.scheme) if self.scheme.float_zero_point else None
+        valid = valid_columns(weight, self.scheme) if self.scheme.stores_float_zero_point else None
         if valid is not None:
             error.mul_(valid)
         return error.sum(dim=-1).mul_((qparams.scale / unit).pow(self.norm))

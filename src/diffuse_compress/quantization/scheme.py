@@ -2,8 +2,8 @@
 
 A :class:`Scheme` says how a layer's weight is stored and, if its inputs are quantized too, how. It knows no
 tensor, no device and no model; ``to_dict`` is the vocabulary of compressed-tensors' ``QuantizationScheme``
-("weights", "input_activations", "num_bits", "strategy", ...) with three additions of ours, each under its own
-key: ``scale_rule``, ``pad`` and the strategy ``two_level``.
+("weights", "input_activations", "num_bits", "strategy", ...) with additions of ours, each under its own key:
+``scale_rule``, ``pad``, ``float_zero_point``, ``additive_zero_point`` and the strategy ``two_level``.
 """
 
 from __future__ import annotations
@@ -144,6 +144,8 @@ class WeightScheme:
         symmetric: False stores a ``zero_point`` of ``scale``'s shape; ``w = scale * (q - zero_point)``.
         scale_rule: the symmetric rule; asymmetric, float8 and two-level formats have one rule and refuse another.
         float_zero_point: keep ``zero_point`` in fp32 instead of rounding it to int8 (HQQ).
+        additive_zero_point: ``w = scale * q + zero_point``, with ``zero_point`` in fp32: the minimum of GGUF's Q4_1,
+            the scaled zeros of AWQ kernels. Neither is a multiple of ``scale``, so no other form holds it exactly.
     """
 
     format: NumberFormat
@@ -151,6 +153,7 @@ class WeightScheme:
     symmetric: bool = True
     scale_rule: ScaleRule = ScaleRule.AMAX_OVER_QMAX
     float_zero_point: bool = False
+    additive_zero_point: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", NumberFormat(self.format))
@@ -170,6 +173,16 @@ class WeightScheme:
             )
         if self.float_zero_point and self.symmetric:
             raise ConfigError("WeightScheme: float_zero_point=True needs symmetric=False.")
+        if self.additive_zero_point and (self.symmetric or self.float_zero_point):
+            raise ConfigError(
+                "WeightScheme: additive_zero_point=True needs symmetric=False and float_zero_point=False: it is a form "
+                "of its own, in fp32 already."
+            )
+
+    @property
+    def stores_float_zero_point(self) -> bool:
+        """True if ``zero_point`` is fp32, False if it is int8 or absent."""
+        return self.float_zero_point or self.additive_zero_point
 
     @property
     def group_size(self) -> int | None:
@@ -275,7 +288,7 @@ class Scheme:
         if isinstance(gran, TwoLevel):
             total += rows * weight.num_groups(cols)
         if not weight.symmetric:
-            total += num_scales * (4 if weight.float_zero_point else 1)
+            total += num_scales * (4 if weight.stores_float_zero_point else 1)
         return total
 
     def to_dict(self) -> dict[str, Any]:
@@ -283,8 +296,9 @@ class Scheme:
         weights = _args_to_dict(self.weight.format, self.weight.granularity, self.weight.symmetric, dynamic=False)
         if self.weight.format.is_integer and self.weight.symmetric:
             weights["scale_rule"] = self.weight.scale_rule.value
-        if self.weight.float_zero_point:
-            weights["float_zero_point"] = True
+        for name in ("float_zero_point", "additive_zero_point"):
+            if getattr(self.weight, name):
+                weights[name] = True
         act = self.activation
         inputs = None if act is None else _args_to_dict(act.format, act.granularity, act.symmetric, dynamic=act.dynamic)
         return {"weights": weights, "input_activations": inputs}
@@ -299,6 +313,7 @@ class Scheme:
         weight = WeightScheme(
             scale_rule=_scale_rule_from(weights.pop("scale_rule", ScaleRule.AMAX_OVER_QMAX.value)),
             float_zero_point=bool(weights.pop("float_zero_point", False)),
+            additive_zero_point=bool(weights.pop("additive_zero_point", False)),
             **_args_from_dict(weights),
         )
         inputs = data.get("input_activations")

@@ -72,6 +72,11 @@ class HQQConfig(AlgorithmConfig):
                 'point, which a symmetric scheme does not have. Use symmetric=False (the preset "w4a16" is), or '
                 "RTNConfig()."
             )
+        if scheme.additive_zero_point:
+            raise ConfigError(
+                "HQQ: needs a zero point in the domain of the codes, got additive_zero_point=True. Its equations move "
+                "the codes' zero. Use float_zero_point=True, or RTNConfig()."
+            )
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or not 0 < self.lp_norm <= 1 or self.beta <= 0 or self.kappa < 1:

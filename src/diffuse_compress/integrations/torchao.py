@@ -1,0 +1,227 @@
+"""Writing a compressed component as torchao tensors, so that stock libraries load it without this package.
+
+A layer is written so only if torchao's tensor holds its codes and scales as they are, and its product means the same
+weight. The live model keeps our layers: while it is saved, its quantizer and its config are torchao's.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.errors import ConfigError, reasons_text
+from diffuse_compress.integrations.compat import add_to_diffusers_config, require, torchao_classes
+from diffuse_compress.integrations.component import quantized_layers
+from diffuse_compress.integrations.doors import library_of
+from diffuse_compress.integrations.peft import has_adapters
+from diffuse_compress.patterns import generalize
+from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
+from diffuse_compress.quantization.scheme import (
+    NumberFormat,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Scheme,
+)
+
+__all__ = ["config_for", "inexact_layers", "require_exact", "written_as_torchao"]
+
+_FP8_MULTIPLE = 16
+_QPARAMS = ("scale", "act_pre_scale")
+
+
+# --- what can be written ----------------------------------------------------------------------------------------
+
+
+def inexact_layers(model: nn.Module) -> dict[str, str]:
+    """{layer: reason} of the layers that no torchao tensor holds exactly."""
+    reasons = {name: _reason(layer) for name, layer in quantized_layers(model).items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def require_exact(where: str, model: nn.Module) -> None:
+    """Raise ConfigError naming every layer that cannot be written, or MissingDependencyError without torchao."""
+    require("torchao", 'save_pretrained(format="torchao")')
+    if has_adapters(model):
+        raise ConfigError(
+            f'{where}: format="torchao" needs a model without adapters, found peft layers. Fuse or unload them first.'
+        )
+    reasons = inexact_layers(model)
+    if not reasons:
+        return
+    raise ConfigError(
+        f'{where}: format="torchao" needs layers that torchao\'s tensors hold exactly, got {len(reasons)} of '
+        f"{len(quantized_layers(model))} that they do not. {reasons_text(reasons)}. Nothing was written. Leave format= "
+        'out, or name the components that can be: format={"text_encoder": "torchao"}.'
+    )
+
+
+def _reason(layer: QuantizedLinear | QuantizedConv2d) -> str | None:
+    scheme = layer.scheme
+    if isinstance(layer, QuantizedConv2d):
+        return "a convolution; torchao's loaders know linear layers only"
+    if layer.low_rank_down is not None:
+        return f"{scheme.name} with a low-rank branch, which torchao's tensors do not have"
+    if scheme.activation is not None and not scheme.activation.dynamic:
+        return f"{scheme.name} with static inputs, whose scales transformers does not read back"
+    if not scheme.weight.format.is_integer:
+        return _float8_reason(layer)
+    if scheme.weight.format is not NumberFormat.INT8:
+        return f"{scheme.name}; torchao packs {scheme.weight.format.value} codes in other layouts, for some GPUs only"
+    return _int8_reason(layer)
+
+
+def _int8_reason(layer: QuantizedLinear) -> str | None:
+    scheme, weight = layer.scheme, layer.scheme.weight
+    if not weight.symmetric:
+        return f"{scheme.name} with zero points, which torchao's int8 products ignore"
+    if scheme.activation is not None and scheme.activation.format is not NumberFormat.INT8:
+        return f"{scheme.name}; torchao quantizes no inputs to {scheme.activation.format.value}"
+    if isinstance(weight.granularity, PerGroup):
+        if scheme.activation is not None:
+            return f"{scheme.name} with a scale per group; torchao's product of int8 inputs takes one per row"
+        if layer.in_features % weight.granularity.group_size:
+            return f"{scheme.name} with a last group that is not full, which torchao does not have"
+    if layer.act_pre_scale is not None and scheme.activation is None:
+        return f"{scheme.name} with smoothed inputs; torchao smooths only inputs that it quantizes"
+    return None
+
+
+def _float8_reason(layer: QuantizedLinear) -> str | None:
+    scheme, act = layer.scheme, layer.scheme.activation
+    if layer.act_pre_scale is not None:
+        return f"{scheme.name} with smoothed inputs, which torchao's float8 tensors do not have"
+    if act is None:
+        return None
+    if isinstance(scheme.weight.granularity, PerChannel) != isinstance(act.granularity, PerToken):
+        return f"{scheme.name} with scales per row on one side only, for which torchao has no product"
+    if layer.compute_dtype != torch.bfloat16 and isinstance(act.granularity, PerToken):
+        return (
+            f"{scheme.name} in {layer.compute_dtype}; torchao's row-wise product is bfloat16: .to(torch.bfloat16) first"
+        )
+    if layer.in_features % _FP8_MULTIPLE or layer.out_features % _FP8_MULTIPLE:
+        return f"{scheme.name} of sides that are no multiples of {_FP8_MULTIPLE}, which torchao's product needs"
+    return None
+
+
+# --- tensors and configs ----------------------------------------------------------------------------------------
+
+
+def _tensor(layer: QuantizedLinear) -> torch.Tensor:
+    """The layer's weight as torchao's tensor; shares its bytes."""
+    from torchao.float8.inference import Float8MMConfig
+    from torchao.quantization import Float8Tensor, Int8Tensor
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs, QuantizeTensorToInt8Kwargs
+
+    scheme, act = layer.scheme, layer.scheme.activation
+    rows, columns = layer.out_features, layer.in_features
+    granularity = scheme.weight.granularity
+    block = [rows if isinstance(granularity, PerTensor) else 1, scheme.weight.group_size or columns]
+    codes, scale, dtype = layer.qweight.detach(), layer.scale.detach(), layer.compute_dtype
+    if scheme.weight.format.is_integer:
+        given = None if act is None else QuantizeTensorToInt8Kwargs(_ao_granularity(act.granularity))
+        smooth = None if layer.act_pre_scale is None else layer.act_pre_scale.detach()
+        return Int8Tensor(codes, scale, block, dtype, act_pre_scale=smooth, act_quant_kwargs=given)  # type: ignore[no-any-return]
+    if act is None:
+        return Float8Tensor(codes, scale, block, dtype=dtype)  # type: ignore[no-any-return]
+    inputs = QuantizeTensorToFloat8Kwargs(granularity=_ao_granularity(act.granularity))
+    mm_config = Float8MMConfig(use_fast_accum=True)
+    return Float8Tensor(codes, scale, block, mm_config, inputs, dtype=dtype)  # type: ignore[no-any-return]
+
+
+def _ao_granularity(granularity: Any) -> Any:
+    from torchao.quantization import PerGroup as AoPerGroup
+    from torchao.quantization import PerRow as AoPerRow
+    from torchao.quantization import PerTensor as AoPerTensor
+
+    if isinstance(granularity, PerGroup):
+        return AoPerGroup(granularity.group_size)
+    return AoPerTensor() if isinstance(granularity, PerTensor) else AoPerRow()
+
+
+def _ao_config(scheme: Scheme) -> Any:
+    """The config with which torchao itself would quantize a layer to this format."""
+    from torchao import quantization as ao
+
+    weight, act = scheme.weight, scheme.activation
+    granularity = _ao_granularity(weight.granularity)
+    if act is None:
+        kind = ao.Int8WeightOnlyConfig if weight.format.is_integer else ao.Float8WeightOnlyConfig
+        return kind(granularity=granularity)
+    both = [_ao_granularity(act.granularity), granularity]
+    if weight.format.is_integer:
+        return ao.Int8DynamicActivationInt8WeightConfig(granularity=both)
+    return ao.Float8DynamicActivationFloat8WeightConfig(granularity=both)
+
+
+def config_for(model: nn.Module) -> Any:
+    """The library's TorchAoConfig that describes ``model``: its formats by layer name, and what stayed dense."""
+    from torchao.quantization import FqnToConfig
+
+    schemes = {name: layer.scheme for name, layer in quantized_layers(model).items()}
+    linears = {name: schemes.get(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if len(set(schemes.values())) == 1:
+        described = _ao_config(next(iter(schemes.values())))
+    else:
+        described = FqnToConfig(
+            OrderedDict((rule, _ao_config(scheme)) for rule, scheme in generalize(linears) if scheme)
+        )
+    # Both libraries take a name as a piece of text: one that stands inside a packed layer's would keep that dense too.
+    dense = [
+        name
+        for name, scheme in linears.items()
+        if scheme is None and not any(f"{name}." in f"{packed}.weight" for packed in schemes)
+    ]
+    config_class, _ = torchao_classes(library_of(model))
+    return config_class(described, modules_to_not_convert=dense or None)
+
+
+def _torchao_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``state_dict`` as torchao writes it: (plain tensors, safetensors metadata)."""
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    tensors = dict(state_dict)
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, QuantizedLinear):
+            del tensors[f"{name}.qweight"]
+            for leaf in _QPARAMS:
+                tensors.pop(f"{name}.{leaf}", None)
+            tensors[f"{name}.weight"] = _tensor(layer)
+    return flatten_tensor_state_dict(tensors)  # type: ignore[no-any-return]
+
+
+# --- while saving -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def written_as_torchao(model: Any) -> Iterator[None]:
+    """While it lasts, the stock ``save_pretrained`` of ``model`` writes torchao tensors. The layers stay ours."""
+    library = library_of(model)
+    config = config_for(model)
+    _, quantizer_class = torchao_classes(library)
+    quantizer = quantizer_class(config, pre_quantized=True)
+    quantizer.offload = False
+    writers: dict[str, Callable[..., Any]] = {
+        "diffusers": lambda state_dict, safe_serialization=True: _torchao_state_dict(model, state_dict),
+        "transformers": lambda whole: _torchao_state_dict(model, whole.state_dict()),
+    }
+    quantizer.get_state_dict_and_metadata = writers[library]
+    marks = {name: model.__dict__[name] for name in ("hf_quantizer", "_internal_dict") if name in model.__dict__}
+    ours = model.config.quantization_config
+    model.hf_quantizer = quantizer
+    try:
+        if library == "diffusers":
+            add_to_diffusers_config(model, "quantization_config", config)
+        else:
+            model.config.quantization_config = config
+        yield
+    finally:
+        model.__dict__.update(marks)
+        if library == "transformers":
+            model.config.quantization_config = ours
