@@ -16,6 +16,7 @@ from diffuse_compress.api import (
     compression_stats,
     decompress,
 )
+from diffuse_compress.compare import PairedComparison, compare
 from diffuse_compress.errors import (
     CheckpointError,
     CompressionConflictError,
@@ -65,6 +66,7 @@ __all__ = [
     "MissingDependencyError",
     "ModelStateError",
     "NumberFormat",
+    "PairedComparison",
     "PerChannel",
     "PerGroup",
     "PerTensor",
@@ -78,6 +80,7 @@ __all__ = [
     "TwoLevel",
     "UnsupportedHardwareError",
     "WeightScheme",
+    "compare",
     "compress",
     "compression_plan",
     "compression_recipe",

@@ -1,4 +1,4 @@
-"""``diffuse-compress eval``: generate, fid, report."""
+"""``diffuse-compress eval``: generate, paired, fid, report."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ from diffuse_compress.evaluation.features import (
     ClipExtractor,
     FeatureExtractor,
     InceptionExtractor,
+    load_classifier,
 )
 from diffuse_compress.evaluation.fid import METRICS, SetScorer, default_metrics, save_statistics
 from diffuse_compress.evaluation.generation import generate
+from diffuse_compress.evaluation.paired import CLIP, score_pairs
 from diffuse_compress.evaluation.record_report import write_report
 from diffuse_compress.evaluation.records import Metric, Record, load_record
 from diffuse_compress.evaluation.samples import RECORD, PictureSet, open_pictures
@@ -47,6 +49,9 @@ _GENERATE_EXAMPLES = """examples:
 
 an interrupted run goes on with the same command.
 """
+_PAIRED_EXAMPLES = """examples:
+  diffuse-compress eval paired runs/dense runs/w8a8 runs/w4a8          # into their records
+"""
 _FID_EXAMPLES = """examples:
   diffuse-compress eval fid runs/dense runs/w8a8 runs/w4a8             # FID-to-dense and KID, into their records
   diffuse-compress eval fid coco_stats.npz runs/w4a8 --preprocessing torch-fidelity
@@ -67,6 +72,7 @@ def add_eval(verbs: Any) -> None:
     )
     parts = verb.add_subparsers(dest="eval_verb", required=True, metavar="COMMAND")
     _add_generate(parts)
+    _add_paired(parts)
     _add_fid(parts)
     _add_report(parts)
     for part in parts.choices.values():
@@ -116,6 +122,16 @@ def _add_generate(parts: Any) -> None:
     verb.add_argument("--device", help="default: cuda if there is one")
     verb.add_argument("--out", required=True, metavar="DIR", help="each pipeline with each recipe gets a folder in it")
     verb.set_defaults(run=_generate)
+
+
+def _add_paired(parts: Any) -> None:
+    verb = _parser_of(parts, "paired", "PSNR, SSIM, LPIPS, CLIP-I and flicker of runs against a run", _PAIRED_EXAMPLES)
+    verb.add_argument("reference", metavar="REFERENCE", help="run of eval generate, mostly the dense pipeline's")
+    verb.add_argument("samples", nargs="+", metavar="SAMPLES", help="runs of the same prompts and seeds")
+    verb.add_argument("--clip", default=CLIP, metavar="PATH", help="CLIP model on this machine")
+    verb.add_argument("--classifier", metavar="PATH", help="classifier.py or its folder, which is run: names pictures")
+    verb.add_argument("--out", metavar="DIR", help="write records there, not into the runs")
+    verb.set_defaults(run=_paired)
 
 
 def _add_fid(parts: Any) -> None:
@@ -222,6 +238,26 @@ def _call_options(args: argparse.Namespace) -> dict[str, Any]:
         except ValueError:
             options[name] = text
     return options
+
+
+# --- paired -----------------------------------------------------------------------------------------------------
+
+
+def _paired(args: argparse.Namespace) -> None:
+    reference = open_pictures(args.reference)
+    classifier = None if args.classifier is None else load_classifier(args.classifier)
+    if args.classifier is not None and classifier is None:
+        raise ConfigError(f"{args.classifier}: need a classifier.py with load_classifier(folder).")
+    results = {}
+    for path in args.samples:
+        pictures = open_pictures(path)
+        metrics, absent = score_pairs(reference, pictures, clip=args.clip, classifier=classifier)
+        results[pictures.name] = _keep(pictures, metrics, torch.device("cpu"), None, args.out)
+        if not args.json:
+            lines = [f"{pictures.name} against {reference.name}", *(f"  {metric}" for metric in metrics)]
+            print("\n".join([*lines, *(f"  {name}: not measured: {reason}" for name, reason in absent.items())]))
+    if args.json:
+        print(json.dumps({name: record.to_dict() for name, record in results.items()}, indent=1))
 
 
 # --- fid --------------------------------------------------------------------------------------------------------

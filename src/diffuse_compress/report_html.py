@@ -203,10 +203,14 @@ def _pictures(report: dict[str, Any], preview: Sequence[Any]) -> list[dict[str, 
     ]
 
 
-def data_uri(picture: Any) -> str:
-    """A PIL picture as ``data:`` address: PNG of small pictures, JPEG of large ones."""
+def data_uri(picture: Any, more_frames: Sequence[Any] = (), milliseconds: int = 125) -> str:
+    """A PIL picture as ``data:`` address: PNG of small pictures, JPEG of large ones; of a clip, an animated PNG."""
     buffer = io.BytesIO()
-    if max(picture.size) <= _PNG_UP_TO:
+    if more_frames:
+        animation = {"save_all": True, "append_images": list(more_frames), "duration": milliseconds, "loop": 0}
+        picture.save(buffer, format="PNG", **animation)
+        kind = "png"
+    elif max(picture.size) <= _PNG_UP_TO:
         picture.save(buffer, format="PNG", optimize=True)
         kind = "png"
     else:

@@ -94,7 +94,8 @@ class InceptionExtractor:
             )
         self.device, self.preprocessing, self.dims, self.spatial = torch.device(device), preprocessing, dims, spatial
         network, digest = load_inception(find_weights(weights))
-        self._network = network.to(self.device, memory_format=torch.channels_last)
+        module: Any = network  # torch's stubs do not list memory_format alone
+        self._network = module.to(device=self.device, memory_format=torch.channels_last)
         published = digest == WEIGHTS_SHA256
         self.is_published = published and dims == 2048
         kind = "pt_inception-2015-12-05" if published else f"other weights than FID's ({digest})"

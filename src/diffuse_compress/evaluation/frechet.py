@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,14 +53,15 @@ class GaussianStatistics:
         Beside them lie ``count`` and ``extractor``, and ``mu_s`` and ``sigma_s`` of ``spatial`` features, as in
         guided-diffusion's files.
         """
-        arrays = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance.cpu().numpy()}
+        arrays: dict[str, Any] = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance.cpu().numpy()}
         if spatial is not None:
             arrays |= {"mu_s": spatial.mean.cpu().numpy(), "sigma_s": spatial.covariance.cpu().numpy()}
+        arrays["extractor"] = np.str_(self.extractor)
         if self.count is not None:
             arrays["count"] = np.int64(self.count)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with Path(path).open("wb") as file:
-            np.savez_compressed(file, extractor=np.str_(self.extractor), **arrays)
+            np.savez_compressed(file, **arrays)
 
 
 def load_statistics(path: str | Path, *, spatial: bool = False) -> GaussianStatistics:

@@ -160,7 +160,8 @@ class _Run:
     ) -> None:
         self.folder, self.record, self.conditions, self.options = folder, record, conditions, options
         self.device, self.state = device, state
-        self.rank, self.world = (0, 1) if state is None else (state.process_index, state.num_processes)
+        self.rank: int = 0 if state is None else state.process_index
+        self.world: int = 1 if state is None else state.num_processes
         starts = range(0, len(conditions), batch_size)
         self.batches = [range(start, min(start + batch_size, len(conditions))) for start in starts]
 
