@@ -25,7 +25,7 @@ from diffuse_compress.evaluation.features import ClassifierExtractor, load_class
 from diffuse_compress.evaluation.fid import SetScorer
 from diffuse_compress.evaluation.generation import generate
 from diffuse_compress.evaluation.paired import score_pairs
-from diffuse_compress.evaluation.record_report import comparison_table, write_report
+from diffuse_compress.evaluation.record_report import comparison_table, table_notes, write_report
 from diffuse_compress.evaluation.records import Record, load_record
 from diffuse_compress.evaluation.samples import open_pictures
 from diffuse_compress.quantization.presets import PRESETS
@@ -146,10 +146,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point."""
     options = parse_arguments(arguments)
     command = command_line("python eval/reference_results.py", sys.argv[1:] if arguments is None else arguments)
-    parts = []
+    parts, notes = [], {}
     for name in options.models:
-        parts.append(f"### {name}\n\n{comparison_table(run_model(name, options, command))}")
-    text = "\n".join(parts)
+        records = run_model(name, options, command)
+        parts.append(f"### {name}\n\n{comparison_table(records)}")
+        notes |= dict.fromkeys(table_notes(records))
+    text = "\n".join([*parts, *(f"- {note}" for note in notes)]) + "\n"
     if options.markdown:
         put(options.markdown, text)
     print(text)

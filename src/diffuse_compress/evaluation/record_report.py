@@ -14,7 +14,7 @@ from diffuse_compress.evaluation.samples import write_atomically
 from diffuse_compress.plan_text import format_bytes
 from diffuse_compress.report_html import render_template
 
-__all__ = ["comparison_table", "pareto_front", "pareto_plot", "write_report"]
+__all__ = ["comparison_table", "pareto_front", "pareto_plot", "table_notes", "write_report"]
 
 _WIDTH, _HEIGHT = 620.0, 320.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 74.0, 20.0, 16.0, 44.0
@@ -43,6 +43,7 @@ def write_report(
     if not records or twice:
         raise ConfigError(f"eval report: need records of different names, got {', '.join(twice) or 'none'}.")
     folder, table = Path(out), comparison_table(records)
+    notes = "\n".join(f"- {note}" for note in table_notes(records))
     chosen = _quality_column(records, quality)
     plots = [plot for kind in _COSTS if chosen and (plot := pareto_plot(records, chosen, kind)) is not None]
     header, *rows = _cells(records)
@@ -53,20 +54,19 @@ def write_report(
         rows=rows,
         plots=plots,
         records=[record.to_dict() for record in records],
-        notes=_notes(records),
+        notes=table_notes(records),
     )
     whole = json.dumps([record.to_dict() for record in records], indent=1, ensure_ascii=False) + "\n"
-    contents = {"report.md": f"# {title}\n\n{table}", "report.html": page, "records.json": whole}
+    contents = {"report.md": f"# {title}\n\n{table}\n{notes}\n", "report.html": page, "records.json": whole}
     for name, text in contents.items():
         write_atomically(folder / name, text)
     return [folder / name for name in contents]
 
 
 def comparison_table(records: Sequence[Record]) -> str:
-    """A markdown table, a row for each record, and below it what the scores are."""
+    """A markdown table, a row for each record; :func:`table_notes` say what the scores are."""
     header, *rows = _cells(records)
-    lines = [_row(header), "|" + "---|" * len(header), *map(_row, rows), ""]
-    return "\n".join([*lines, *(f"- {note}" for note in _notes(records))]) + "\n"
+    return "\n".join([_row(header), "|" + "---|" * len(header), *map(_row, rows)]) + "\n"
 
 
 def pareto_front(points: Sequence[tuple[float, float]], *, higher_is_better: bool) -> list[int]:
@@ -162,9 +162,7 @@ def _metric(record: Record, column: tuple[Any, ...]) -> Metric | None:
 
 def _cells(records: Sequence[Record]) -> list[list[str]]:
     columns = _columns(records)
-    names = [str(column[0]) for column in columns]
-    # Two columns of one name differ in implementation or reference: the note below the table tells them apart.
-    headings = [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    headings = _headings(columns)
     units = [next((m.unit for r in records for m in r.metrics if m.key == column), "") for column in columns]
     header = ["", "N", *(f"{h}, {unit}" if unit else h for h, unit in zip(headings, units, strict=True))]
     rows = [[record.name, str(record.samples), *(_value(_metric(record, c)) for c in columns)] for record in records]
@@ -180,15 +178,22 @@ def _cells(records: Sequence[Record]) -> list[list[str]]:
     return [header, *rows]
 
 
-def _notes(records: Sequence[Record]) -> list[str]:
+def _headings(columns: Sequence[tuple[Any, ...]]) -> list[str]:
+    """Names of columns; of one name are those that differ in implementation or reference, and they get numbers."""
+    names = [str(column[0]) for column in columns]
+    return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def table_notes(records: Sequence[Record]) -> list[str]:
     """What the columns are, and where the rows come from; what rows share is said once."""
     notes = []
-    for index, column in enumerate(_columns(records)):
+    columns = _columns(records)
+    for heading, column in zip(_headings(columns), columns, strict=True):
         metric = next(m for record in records for m in record.metrics if m.key == column)
         reference = metric.reference or {}
         against = f"; against {reference['name']}, N={reference.get('count')}" if reference else ""
         better = "higher" if metric.higher_is_better else "lower"
-        notes.append(f"({index + 1}) {metric.name}: {metric.implementation}{against}; {better} is better.")
+        notes.append(f"{heading}: {metric.implementation}{against}; {better} is better.")
     notes.append("In brackets: 95 % bootstrap interval.")
     sources: dict[str, list[str]] = {}
     for record in records:
@@ -209,9 +214,9 @@ def _value(metric: Metric | None) -> str:
 
 
 def _digits(metric: Metric) -> int:
-    """Decimals so that the interval, or the value, has two or three digits that count."""
+    """Decimals so that the interval, or the value, has one or two digits that count."""
     scale = (metric.high - metric.low) if metric.low is not None and metric.high is not None else abs(metric.value) / 10
-    return 4 if scale <= 0 else max(0, min(6, 2 - math.floor(math.log10(scale))))
+    return 4 if scale <= 0 else max(0, min(6, 1 - math.floor(math.log10(scale))))
 
 
 def _row(cells: Sequence[str]) -> str:
