@@ -23,6 +23,12 @@ _COSTS: dict[str, tuple[str, Callable[[Record], float | None]]] = {
     "latency": ("seconds a sample", lambda record: _scaled(record.cost.get("seconds_per_sample"), 1.0)),
 }
 
+_COST_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "on disk": ("disk_bytes", format_bytes),
+    "s a sample": ("seconds_per_sample", "{:.3g}".format),
+    "peak memory": ("peak_memory_bytes", format_bytes),
+}
+
 
 def write_report(
     records: Sequence[Record], out: str | Path, *, quality: str | None = None, title: str = "Evaluation"
@@ -63,9 +69,14 @@ def write_report(
     return [folder / name for name in contents]
 
 
-def comparison_table(records: Sequence[Record]) -> str:
-    """A markdown table, a row for each record; :func:`table_notes` say what the scores are."""
-    header, *rows = _cells(records)
+def comparison_table(records: Sequence[Record], costs: Sequence[str] = tuple(_COST_COLUMNS)) -> str:
+    """A markdown table, a row for each record; :func:`table_notes` say what the scores are.
+
+    Args:
+        records: rows.
+        costs: which of "on disk", "s a sample" and "peak memory" get a column.
+    """
+    header, *rows = _cells(records, costs)
     return "\n".join([_row(header), "|" + "---|" * len(header), *map(_row, rows)]) + "\n"
 
 
@@ -160,17 +171,15 @@ def _metric(record: Record, column: tuple[Any, ...]) -> Metric | None:
     return next((metric for metric in record.metrics if metric.key == column), None)
 
 
-def _cells(records: Sequence[Record]) -> list[list[str]]:
+def _cells(records: Sequence[Record], costs: Sequence[str] = tuple(_COST_COLUMNS)) -> list[list[str]]:
     columns = _columns(records)
     headings = _headings(columns)
     units = [next((m.unit for r in records for m in r.metrics if m.key == column), "") for column in columns]
     header = ["", "N", *(f"{h}, {unit}" if unit else h for h, unit in zip(headings, units, strict=True))]
     rows = [[record.name, str(record.samples), *(_value(_metric(record, c)) for c in columns)] for record in records]
-    for title, cells in (
-        ("on disk", [_bytes(record.cost.get("disk_bytes")) for record in records]),
-        ("s a sample", [_number(record.cost.get("seconds_per_sample")) for record in records]),
-        ("peak memory", [_bytes(record.cost.get("peak_memory_bytes")) for record in records]),
-    ):
+    for title in costs:
+        key, shown = _COST_COLUMNS[title]
+        cells = ["–" if record.cost.get(key) is None else shown(record.cost[key]) for record in records]
         if any(cell != "–" for cell in cells):
             header.append(title)
             for row, cell in zip(rows, cells, strict=True):
@@ -221,14 +230,6 @@ def _digits(metric: Metric) -> int:
 
 def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _bytes(value: Any) -> str:
-    return "–" if value is None else format_bytes(value)
-
-
-def _number(value: Any) -> str:
-    return "–" if value is None else f"{value:.3g}"
 
 
 def _scaled(value: Any, factor: float) -> float | None:
