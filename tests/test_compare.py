@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 import diffuse_compress as dc
 import tiny
@@ -120,3 +121,15 @@ def test_compare_refuses_what_makes_no_comparison(dense: Any, small: Any, tmp_pa
     wide = tiny.build_pipeline("wan")
     with pytest.raises(dc.ConfigError, match="cannot be asked for classes"):
         dc.compare(wide, small, [3], out=None, num_inference_steps=1)
+
+
+def test_compare_of_unconditional_and_class_pipelines(tmp_path: Path) -> None:
+    models = Path(__file__).resolve().parents[1] / "examples" / "reference_models"
+    for name, asked, text in (("emoji_ddim", None, ">seed 7<"), ("emoji_dit", [3], "class 3, seed 7")):
+        dense, small = (DiffusionPipeline.from_pretrained(models / name) for _ in range(2))
+        small.compress("w8a8", measure=False)
+        out = tmp_path / f"{name}.html"
+        found = dc.compare(dense, small, asked, seeds=[7, 8], out=out, num_inference_steps=2)
+        assert 20 < found["PSNR"].value < 100
+        assert len(found.latent_error) == 2
+        assert text in out.read_text()

@@ -72,7 +72,7 @@ class PairedComparison:
 def compare(
     a: Any,
     b: Any,
-    prompts: str | Sequence[str] | Sequence[int],
+    prompts: str | Sequence[str] | Sequence[int] | None,
     seeds: Iterable[int] = range(4),
     out: str | Path | None = "compare.html",
     *,
@@ -92,7 +92,7 @@ def compare(
     Args:
         a: the reference, mostly the uncompressed pipeline: a diffusers pipeline, a folder or a Hub id.
         b: the other one. Pipelines are run where they are and left as they were.
-        prompts: texts, or class labels of a class-conditional pipeline.
+        prompts: texts, class labels of a class-conditional pipeline, or None for an unconditional one.
         seeds: of each prompt's samples.
         out: HTML page with all pictures side by side; None writes none.
         batch_size: samples a call.
@@ -106,8 +106,7 @@ def compare(
         ConfigError: nothing to compare, other sizes or numbers of frames on the two sides, or arguments that are set
             here.
     """
-    conditions = [Condition(p) if isinstance(p, str) else Condition(class_label=int(p)) for p in _listed(prompts)]
-    numbers = [int(seed) for seed in seeds]
+    conditions, numbers = [_condition(p) for p in _listed(prompts)], [int(seed) for seed in seeds]
     reserved = sorted(RESERVED & set(pipe_kwargs))
     if not conditions or not numbers or reserved or batch_size < 1 or a is b:
         what = f"no {', '.join(reserved)}" if reserved else "two pipelines, prompts, seeds and batch_size >= 1"
@@ -120,29 +119,32 @@ def compare(
     for side, title in zip((a, b), titles, strict=True):
         with _loaded(side, device, dtype) as pipe:
             sides.append(_draw(pipe, conditions, numbers, batch_size, pipe_kwargs, title))
-    first, second = sides
+    result = _result(sides[0], sides[1], (len(conditions), len(numbers)), titles, clip, out)
+    if result.out is not None:
+        write_atomically(result.out, _page(result, sides[0], sides[1], conditions, numbers))
+    return result
+
+
+def _result(
+    first: _Side, second: _Side, shape: tuple[int, int], titles: tuple[str, str], clip: str, out: str | Path | None
+) -> PairedComparison:
     if first.pictures.shape != second.pictures.shape:
         raise ConfigError(
             f"compare: both sides must give pictures of one size, got {list(first.pictures.shape[1:])} and "
             f"{list(second.pictures.shape[1:])}. Give height= and width= (num_frames=)."
         )
-    shape = (len(conditions), len(numbers))
     values, absent = _measure(first, second, clip)
     per_sample = {name: value.double().cpu().reshape(shape) for name, value in values.items()}
-    metrics = [paired_metric(name, value, titles[0]) for name, value in per_sample.items()]
     errors = _latent_errors(first, second)
-    result = PairedComparison(
+    return PairedComparison(
         titles,
-        tuple(metrics),
+        tuple(paired_metric(name, value, titles[0]) for name, value in per_sample.items()),
         absent,
         per_sample,
         () if errors is None else tuple(errors.mean(dim=1).tolist()),
         (first.seconds, second.seconds),
         None if out is None else Path(out),
     )
-    if result.out is not None:
-        write_atomically(result.out, _page(result, first, second, conditions, numbers))
-    return result
 
 
 @dataclass
@@ -155,7 +157,11 @@ class _Side:
 
 
 def _listed(prompts: Any) -> list[Any]:
-    return [prompts] if isinstance(prompts, str | int) else list(prompts)
+    return [prompts] if prompts is None or isinstance(prompts, str | int) else list(prompts)
+
+
+def _condition(prompt: Any) -> Condition:
+    return Condition(prompt) if prompt is None or isinstance(prompt, str) else Condition(class_label=int(prompt))
 
 
 def _names(a: Any, b: Any) -> tuple[str, str]:
@@ -262,7 +268,7 @@ def _page(
     worst = min(range(len(decibels)), key=decibels.__getitem__)
     pictures = [
         {
-            "prompt": f"{condition.prompt or f'class {condition.class_label}'}, seed {seed}",
+            "prompt": f"{_title(condition)}seed {seed}",
             "psnr_db": None if decibels[i] >= PSNR_CAP_DB else decibels[i],
             "is_worst": i == worst and len(asked) > 1,
             "before": _picture_uri(first.pictures[i]),
@@ -283,6 +289,11 @@ def _page(
         latent_error=[{"error": e, "width": 100 * e / largest if largest else 0} for e in result.latent_error],
         pictures=pictures,
     )
+
+
+def _title(condition: Condition) -> str:
+    asked = {"prompts": condition.prompt, "classes": f"class {condition.class_label}", "unconditional": ""}
+    return f"{asked[condition.kind]}, " if asked[condition.kind] else ""
 
 
 def _picture_uri(values: torch.Tensor) -> str:
