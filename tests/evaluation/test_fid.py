@@ -117,7 +117,7 @@ def test_intervals_cover_the_value_of_other_samples(tmp_path: Path, classifier: 
     values, widths = [], []
     reference = open_pictures(write_pictures(tmp_path / "real", 4, 0))
     for _ in range(30):
-        scorer = SetScorer(reference, extractor, ["fid"])
+        scorer = SetScorer(reference, extractor, ["fid"], resamples=40)
         x, y = torch.randn(300, 6, generator=rng), torch.randn(300, 6, generator=rng) * 1.3 + 0.5
         value = frechet_distance(feature_statistics(x), feature_statistics(y))
         resampled = scorer._resampled_frechet(x, feature_statistics(x), y, paired=False)

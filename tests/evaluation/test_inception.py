@@ -18,7 +18,7 @@ from diffuse_compress.evaluation.features import (
     extract_features,
     inception_input,
 )
-from diffuse_compress.evaluation.fid import SetScorer
+from diffuse_compress.evaluation.fid import SetScorer, save_statistics
 from diffuse_compress.evaluation.inception import WEIGHTS_FILE, find_weights, load_inception
 from diffuse_compress.evaluation.samples import open_pictures
 
@@ -121,6 +121,24 @@ def write_noise(folder: Path, count: int, seed: int, size: tuple[int, int] = (48
         smooth = generator.random((6, 5, 3)) * 255
         Image.fromarray(smooth.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC).save(folder / f"{i:03d}.png")
     return folder
+
+
+@pytest.mark.slow  # eigenvalues of 2048 x 2048, four times
+def test_inception_scores_sets_and_their_statistics_files(weights: Path, tmp_path: Path) -> None:
+    one, two = (open_pictures(write_noise(tmp_path / name, 4, seed)) for seed, name in enumerate(("a", "b")))
+    extractor = InceptionExtractor(weights=weights, spatial=True)
+    metrics = SetScorer(one, extractor, ["fid", "sfid", "is"], resamples=0).score(two)
+    label = "2048 Inception features, other weights than FID's"
+    assert [metric.name for metric in metrics] == [
+        f"Fréchet distance, {label}",
+        f"Fréchet distance of spatial features, {label}",
+        f"Exponentiated class divergence, {label}",
+    ]
+    assert metrics[0].value > 0
+    assert metrics[0].statistics_sha256 != metrics[1].statistics_sha256
+    save_statistics(one, extractor, tmp_path / "a.npz")
+    through = SetScorer(tmp_path / "a.npz", extractor, ["fid", "sfid"], resamples=0).score(two)
+    assert [metric.value for metric in through] == pytest.approx([metric.value for metric in metrics[:2]], rel=1e-9)
 
 
 @pytest.mark.skipif(not has_pytorch_fid, reason="torchvision and pytorch-fid are not installed")
