@@ -12,7 +12,13 @@ import pytest
 
 from diffuse_compress.cli import main
 from diffuse_compress.errors import CheckpointError, ConfigError
-from diffuse_compress.evaluation.record_report import comparison_table, pareto_front, pareto_plot, write_report
+from diffuse_compress.evaluation.record_report import (
+    comparison_table,
+    pareto_front,
+    pareto_plot,
+    table_notes,
+    write_report,
+)
 from diffuse_compress.evaluation.records import Metric, Record, eval_results, load_record, record_schema, validate
 
 
@@ -142,6 +148,9 @@ def test_comparison_table_lines_up_metrics_that_compare() -> None:
     lines = table.splitlines()
     assert lines[0] == ("|  | N | FID-to-dense (1) | FID-to-dense (2) | on disk | s a sample | peak memory |")
     assert lines[2] == "| dense | 5000 | – | – | 3.00 MiB | 0.25 | 9.00 MiB |"
+    notes = table_notes(records)
+    assert notes[0] == "FID-to-dense (1): Inception; lower is better."
+    assert notes[-1].startswith("All rows: PixArt-alpha/PixArt-XL-2-1024-MS, coco.json, a processor, 2026-11-26, torch")
     assert lines[3] == "| w8a8 | 5000 | 3.1 [2.1, 4.1] | – | 3.00 MiB | 0.25 | 9.00 MiB |"
     assert lines[4] == "| w4\\|a8 | 5000 | 7.5 [6.5, 8.5] | 8.5 [7.5, 9.5] | – | – | – |"
 

@@ -200,15 +200,18 @@ def table_notes(records: Sequence[Record]) -> list[str]:
     for heading, column in zip(_headings(columns), columns, strict=True):
         metric = next(m for record in records for m in record.metrics if m.key == column)
         reference = metric.reference or {}
-        against = f"; against {reference['name']}, N={reference.get('count')}" if reference else ""
+        other_count = f", N={reference.get('count')}" if reference.get("count") != metric.count else ""
+        against = f"; against {reference['name']}{other_count}" if reference else ""
         better = "higher" if metric.higher_is_better else "lower"
         notes.append(f"{heading}: {metric.implementation}{against}; {better} is better.")
-    notes.append("In brackets: 95 % bootstrap interval.")
+    notes.append("In brackets: 95 % intervals.")
     sources: dict[str, list[str]] = {}
     for record in records:
         versions = ", ".join(f"{k} {v}" for k, v in record.versions.items() if k in ("torch", "diffusers"))
         about = f"{record.model['id']}, {record.data['name']}, {record.device['name']}, {record.date}, {versions}"
         sources.setdefault(f"{about}; `{record.command}`", []).append(record.name)
+    if len(sources) == 1:
+        return [*notes, f"All rows: {next(iter(sources))}"]
     return notes + [f"{', '.join(names)}: {source}" for source, names in sources.items()]
 
 
