@@ -74,6 +74,10 @@ def test_sample_i_is_what_the_pipeline_draws_with_seed_plus_i(pipe: Any, tmp_pat
         expected = pipe(samples[index].prompt, generator=generator, **OPTIONS).images[0]
         found = Image.open(folder / samples[index].file)
         assert np.array_equal(np.asarray(found), np.asarray(expected))
+    together = generate([arm_of(pipe, "4")], prompts(3), tmp_path, seed=11, repetitions=2, options=OPTIONS)["4"]
+    for one, other in zip(open_pictures(folder).files, open_pictures(together).files, strict=True):
+        difference = np.asarray(Image.open(one)).astype(int) - np.asarray(Image.open(other))
+        assert np.abs(difference).max() <= 1  # batched products may round otherwise
     record = load_record(folder)
     assert record.samples == 6
     assert record.seeds["base"] == 11

@@ -211,7 +211,7 @@ def table_notes(records: Sequence[Record]) -> list[str]:
         about = f"{record.model['id']}, {record.data['name']}, {record.device['name']}, {record.date}, {versions}"
         sources.setdefault(f"{about}; `{record.command}`", []).append(record.name)
     if len(sources) == 1:
-        return [*notes, f"All rows: {next(iter(sources))}"]
+        return [*notes, f"Made with {next(iter(sources))}"]
     return notes + [f"{', '.join(names)}: {source}" for source, names in sources.items()]
 
 
