@@ -208,7 +208,8 @@ def _draw(
         for batch in track(batches, f"{title}: batches", None, None, {}):
             seen.clear()
             pictures.append(draw_batch(pipe, [c for c, _ in batch], [s for _, s in batch], options))
-            latents.append([step for step in seen if step.shape[0] == len(batch)])
+            # DiT takes its steps on both halves of guidance, which are equal.
+            latents.append([step[: len(batch)] for step in seen if step.shape[0] % len(batch) == 0])
     seconds = (time.perf_counter() - started) / len(asked)
     whole = len({len(steps) for steps in latents}) == 1
     joined = [torch.cat([steps[i] for steps in latents]) for i in range(len(latents[0]))] if whole else []
