@@ -1,6 +1,6 @@
 """What every preset costs the small trained pipelines in examples/: the command of docs/results.md.
 
-    python eval/reference_results.py --out bench/reference                             # all presets, a quarter of an hour
+    python eval/reference_results.py --out bench/reference                             # all presets, tens of minutes
     python eval/reference_results.py --out bench/reference --markdown docs/results.md  # and put the tables there
 
 Every pipeline draws the same prompts, classes or seeds as it is stored and with every preset, and is scored against

@@ -51,7 +51,8 @@ def test_compare_measures_what_plain_calls_show(dense: Any, small: Any, tmp_path
     errors = [float((x - y).norm() / x.norm()) for x, y in zip(*steps, strict=True)]
     assert found.per_sample["Latent error"][1, 1].item() == pytest.approx(errors[-1], rel=0.02)
     assert len(found.latent_error) == 3
-    assert all(0 < error < 0.2 for error in found.latent_error)
+    assert all(0 < error.low < error.value < error.high < 0.2 for error in found.latent_error)
+    assert found.latent_error[-1].value == found["Latent error"].value
 
     metric = found["PSNR"]
     assert metric.value == pytest.approx(float(found.per_sample["PSNR"].mean()))
@@ -75,7 +76,7 @@ def test_compare_of_a_pipeline_with_its_copy_is_exact(dense: Any, small: Any) ->
     found = dc.compare(dense, tiny.build_pipeline("pixart"), PROMPTS[0], seeds=[0], out=None, **OPTIONS)
     assert found["PSNR"].value == 100
     assert found["SSIM"].value == pytest.approx(1)
-    assert found.latent_error == (0.0, 0.0, 0.0)
+    assert [error.value for error in found.latent_error] == [0.0, 0.0, 0.0]
     assert found["PSNR"].low is None  # one sample has no interval
     assert found.out is None
     worse = dc.compare(dense, small, PROMPTS, seeds=[0], out=None, batch_size=1, **OPTIONS)

@@ -17,9 +17,10 @@ from diffuse_compress.errors import ConfigError
 from diffuse_compress.evaluation.conditions import Condition
 from diffuse_compress.evaluation.images import RESERVED, draw_batch
 from diffuse_compress.evaluation.metrics import PSNR_CAP_DB
-from diffuse_compress.evaluation.paired import CLIP, paired_metric, paired_values
+from diffuse_compress.evaluation.paired import CLIP, paired_interval, paired_metric, paired_values
 from diffuse_compress.evaluation.records import Metric
 from diffuse_compress.evaluation.samples import write_atomically
+from diffuse_compress.evaluation.statistics import Interval
 from diffuse_compress.pipeline_call import untouched
 from diffuse_compress.progress import track
 from diffuse_compress.report_html import data_uri, render_template
@@ -39,7 +40,7 @@ class PairedComparison:
         metrics: means with intervals, in the order of the page.
         absent: {metric: why it could not be measured here}.
         per_sample: {metric: [prompts, seeds] float64}.
-        latent_error: relative error of the latents after each step, mean over samples; empty if absent.
+        latent_error: relative error of the latents after each step, with its interval; empty if absent.
         seconds: a sample, of each side, the first call included.
         out: the page, or None.
     """
@@ -48,7 +49,7 @@ class PairedComparison:
     metrics: tuple[Metric, ...]
     absent: dict[str, str]
     per_sample: dict[str, torch.Tensor] = field(repr=False)
-    latent_error: tuple[float, ...]
+    latent_error: tuple[Interval, ...]
     seconds: tuple[float, float]
     out: Path | None
 
@@ -64,7 +65,7 @@ class PairedComparison:
         lines += [f"  {metric}" for metric in self.metrics]
         lines += [f"  {name}: not measured: {reason}" for name, reason in self.absent.items()]
         if self.latent_error:
-            lines.append("  latent error by step: " + " ".join(f"{error:.3g}" for error in self.latent_error))
+            lines.append("  latent error by step: " + " ".join(f"{error.value:.3g}" for error in self.latent_error))
         lines.append(f"  seconds a sample: {self.seconds[0]:.3g} and {self.seconds[1]:.3g}, first call included")
         return "\n".join([*lines, f"  pictures: {self.out}"] if self.out else lines)
 
@@ -141,7 +142,7 @@ def _result(
         tuple(paired_metric(name, value, titles[0]) for name, value in per_sample.items()),
         absent,
         per_sample,
-        () if errors is None else tuple(errors.mean(dim=1).tolist()),
+        () if errors is None else tuple(paired_interval(step.reshape(shape)) for step in errors),
         (first.seconds, second.seconds),
         None if out is None else Path(out),
     )
@@ -263,7 +264,7 @@ def _latent_errors(first: _Side, second: _Side) -> torch.Tensor | None:
 def _page(
     result: PairedComparison, first: _Side, second: _Side, conditions: Sequence[Condition], seeds: Sequence[int]
 ) -> str:
-    largest = max(result.latent_error, default=0.0)
+    largest = max((error.value for error in result.latent_error), default=0.0)
     decibels = result.per_sample["PSNR"].flatten().tolist()
     asked = [(condition, seed) for condition in conditions for seed in seeds]
     worst = min(range(len(decibels)), key=decibels.__getitem__)
@@ -287,7 +288,10 @@ def _page(
         metrics=result.metrics,
         absent=result.absent,
         seconds=result.seconds,
-        latent_error=[{"error": e, "width": 100 * e / largest if largest else 0} for e in result.latent_error],
+        latent_error=[
+            {"error": e.value, "interval": str(e), "width": 100 * e.value / largest if largest else 0}
+            for e in result.latent_error
+        ],
         pictures=pictures,
     )
 

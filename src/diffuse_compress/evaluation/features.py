@@ -122,11 +122,13 @@ class ClipExtractor:
     PUBLISHED = "openai/clip-vit-large-patch14-336"
 
     def __init__(self, model: str = PUBLISHED, device: str | torch.device = "cpu") -> None:
-        from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+        from transformers import CLIPVisionModelWithProjection
 
         self.device = torch.device(device)
         try:
             self._model = CLIPVisionModelWithProjection.from_pretrained(model, local_files_only=True)
+            from transformers import CLIPImageProcessor  # its import warns where torchvision is absent
+
             processor = CLIPImageProcessor.from_pretrained(model, local_files_only=True)
         except OSError as error:
             raise ConfigError(

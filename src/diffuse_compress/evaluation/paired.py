@@ -22,7 +22,7 @@ from diffuse_compress.evaluation.statistics import (
     wilson_interval,
 )
 
-__all__ = ["CLIP", "naming_metrics", "paired_metric", "paired_values", "score_pairs"]
+__all__ = ["CLIP", "naming_metrics", "paired_interval", "paired_metric", "paired_values", "score_pairs"]
 
 CLIP = "openai/clip-vit-large-patch14"
 """CLIP-I is mostly given of this model."""
@@ -193,13 +193,18 @@ def paired_metric(name: str, values: torch.Tensor, reference: str) -> Metric:
         reference: name of the first set.
     """
     how, higher, unit = _HOW[name]
+    interval = paired_interval(values)
+    return Metric.from_interval(
+        name, interval, how, higher_is_better=higher, unit=unit, reference={"name": reference, "count": interval.count}
+    )
+
+
+def paired_interval(values: torch.Tensor) -> Interval:
+    """Mean of [prompts, seeds] values, and its interval: see :func:`paired_metric`."""
     by_prompt = values.mean(dim=1)
     units = by_prompt if len(by_prompt) > 1 else values.flatten()
     value = float(values.mean())
-    interval = Interval(value, float("-inf"), float("inf"), values.numel())
-    if len(units) > 1:
-        found = bootstrap_mean(units)
-        interval = Interval(value, found.low, found.high, values.numel())
-    return Metric.from_interval(
-        name, interval, how, higher_is_better=higher, unit=unit, reference={"name": reference, "count": values.numel()}
-    )
+    if len(units) < 2:
+        return Interval(value, float("-inf"), float("inf"), values.numel())
+    found = bootstrap_mean(units)
+    return Interval(value, found.low, found.high, values.numel())
