@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffuse_compress.quantization import dispatch
+from diffuse_compress.quantization import dispatch, measured
 from diffuse_compress.quantization.dispatch import (
     DEQUANTIZE_TOLERANCE,
     Geometry,
@@ -231,7 +231,7 @@ def test_compute_path_follows_the_cpu(fast: bool, monkeypatch: pytest.MonkeyPatc
 
 def test_speed_is_told_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     scheme = Scheme(WEIGHTS["int8 PerChannel sym"], ACTIVATIONS["int8 token"])
-    monkeypatch.setattr(dispatch.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(measured.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     for fast, dtype, faster in (
         (True, torch.float32, True),
@@ -240,16 +240,17 @@ def test_speed_is_told_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatc
         (False, torch.bfloat16, True),
         (False, torch.float16, None),
     ):
+        monkeypatch.setattr(measured, "has_fast_int8", lambda fast=fast: fast)
         monkeypatch.setattr(dispatch, "has_fast_int8", lambda fast=fast: fast)
         assert compute_path(scheme, "cpu", dtype).faster_than_dense is faster
     assert compute_path(scheme, "cpu", kind="conv2d").faster_than_dense is None
-    monkeypatch.setattr(dispatch.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(measured.platform, "machine", lambda: "aarch64")
     assert compute_path(scheme, "cpu").faster_than_dense is None
 
 
 def test_speed_on_a_gpu_is_told_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(dispatch, "has_fast_int4", lambda device: True)
+    monkeypatch.setattr(measured, "has_fast_int4", lambda device: True)
     monkeypatch.setattr(dispatch, "_has_fast_int4", lambda device: True)
     w8a8 = Scheme(WEIGHTS["int8 PerChannel sym"], ACTIVATIONS["int8 token"])
     w4a16 = Scheme(WEIGHTS["int4 PerGroup asym"], None)
@@ -269,7 +270,7 @@ def test_speed_on_a_gpu_is_told_only_where_it_was_measured(monkeypatch: pytest.M
 def test_speed_of_convolutions_is_told_by_their_window(monkeypatch: pytest.MonkeyPatch) -> None:
     w8a8 = Scheme(WEIGHTS["int8 PerChannel sym"], ACTIVATIONS["int8 token"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(dispatch, "has_fast_int4", lambda device: True)
+    monkeypatch.setattr(measured, "has_fast_int4", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
 
     def faster(geometry: Geometry | None, dtype: torch.dtype = torch.bfloat16) -> bool | None:

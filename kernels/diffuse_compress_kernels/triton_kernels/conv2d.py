@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diffuse_compress_kernels.triton_kernels.conv_geometry import ConvConfig, ConvShape, box_width, tiles_of_pixels
 from diffuse_compress_kernels.triton_kernels.grid import sum_parts
-from diffuse_compress_kernels.triton_kernels.launch import Unsuitable, _counters, on_device_of
+from diffuse_compress_kernels.triton_kernels.launch import Unsuitable, _counters
+from diffuse_compress_kernels.triton_kernels.start import Matrix, variant
 
 __all__ = ["conv2d", "conv2d_kernel"]
 
@@ -187,16 +187,16 @@ def _inputs(codes: torch.Tensor, weight: torch.Tensor, shape: ConvShape, config:
     if config.mode == "gather":
         return codes, weight
     channels, (rows, columns) = shape.stored_channels, shape.pitch
-    w_desc = TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [config.block_n, config.block_k])
+    w_desc = Matrix(weight, tuple(weight.shape), weight.stride(), (config.block_n, config.block_k))
     if config.mode == "shift":
-        sizes, strides, block = [shape.pixels, channels], [channels, 1], [config.block_m, config.block_k]
-        return TensorDescriptor(codes, sizes, strides, block), w_desc
+        sizes, strides, block = (shape.pixels, channels), (channels, 1), (config.block_m, config.block_k)
+        return Matrix(codes, sizes, strides, block), w_desc
     block_w = box_width(shape.out, config.block_m)
-    sizes = [shape.samples, shape.height, shape.width, channels]
-    strides = [rows * columns * channels, columns * channels, channels, 1]
-    block = [1, config.block_m // block_w, block_w, config.block_k]
+    sizes = (shape.samples, shape.height, shape.width, channels)
+    strides = (rows * columns * channels, columns * channels, channels, 1)
+    block = (1, config.block_m // block_w, block_w, config.block_k)
     pictures = codes.view(-1)[shape.lead * channels :]
-    return TensorDescriptor(pictures, sizes, strides, block), w_desc
+    return Matrix(pictures, sizes, strides, block), w_desc
 
 
 def conv2d(
@@ -239,19 +239,22 @@ def conv2d(
     if config.split_k > 1:
         size = tiles * config.split_k * config.block_m * config.block_n
         parts, counters = torch.empty(size, dtype=torch.int32, device=codes.device), _counters(tiles, codes.device)
-    with on_device_of(codes):
-        conv2d_kernel[(tiles, config.split_k)](
-            *_inputs(codes, weight, shape, config), out, x_scale, w_scale, offset, bias, parts, counters,
-            shape.samples, height, width, height * width, outputs, shape.stored_channels, *shape.pitch,
-            shape.first, top, left, tiles_m, weight.stride(0), out.stride(0), out.stride(1), out.stride(3),
-            TAPS=shape.taps, KW=shape.kernel[1], SH=shape.stride[0], SW=shape.stride[1],
-            DH=shape.dilation[0], DW=shape.dilation[1],
-            X_SCALES="none" if x_scale is None else "samples" if x_scale.numel() > 1 else "one",
-            W_SCALES="none" if x_scale is None or w_scale is None else "rows" if w_scale.numel() > 1 else "one",
-            MODE=config.mode, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            BLOCK_W=box_width(shape.out, config.block_m), GROUP_M=config.group_m, SPLIT_K=config.split_k,
-            WEIGHT_LEFT=config.weight_left, EVEN_C=shape.stored_channels % config.block_k == 0,
-            # Unfused, as the CPU's epilogue is.
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
-        )  # fmt: skip
+    chosen = variant(
+        conv2d_kernel,
+        TAPS=shape.taps, KW=shape.kernel[1], SH=shape.stride[0], SW=shape.stride[1],
+        DH=shape.dilation[0], DW=shape.dilation[1],
+        X_SCALES="none" if x_scale is None else "samples" if x_scale.numel() > 1 else "one",
+        W_SCALES="none" if x_scale is None or w_scale is None else "rows" if w_scale.numel() > 1 else "one",
+        MODE=config.mode, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        BLOCK_W=box_width(shape.out, config.block_m), GROUP_M=config.group_m, SPLIT_K=config.split_k,
+        WEIGHT_LEFT=config.weight_left, EVEN_C=shape.stored_channels % config.block_k == 0,
+        # Unfused, as the CPU's epilogue is.
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
+    )  # fmt: skip
+    chosen.start(
+        codes.device, (tiles, config.split_k, 1),
+        (*_inputs(codes, weight, shape, config), out, x_scale, w_scale, offset, bias, parts, counters),
+        (shape.samples, height, width, height * width, outputs, shape.stored_channels, *shape.pitch,
+         shape.first, top, left, tiles_m, weight.stride(0), out.stride(0), out.stride(1), out.stride(3)),
+    )  # fmt: skip
     return out

@@ -17,8 +17,8 @@ import triton.language as tl
 
 from diffuse_compress_kernels.triton_kernels.conv_geometry import ConvShape
 from diffuse_compress_kernels.triton_kernels.divide import larger, largest_magnitude, quotient
-from diffuse_compress_kernels.triton_kernels.launch import INTERPRETED, on_device_of
 from diffuse_compress_kernels.triton_kernels.rows import row_scale
+from diffuse_compress_kernels.triton_kernels.start import INTERPRETED, variant
 
 __all__ = ["pictures_kernel", "quantize_pictures", "runs_kernel", "sample_maxima_kernel"]
 
@@ -182,10 +182,9 @@ def _maxima(x: torch.Tensor, pre_scale: torch.Tensor | None) -> torch.Tensor:
     part_size = -(-size // (parts * ALIGNMENT)) * ALIGNMENT
     maxima = torch.empty(samples, parts, dtype=torch.int32, device=x.device)
     inner = x.shape[2] * x.shape[3] if x.is_contiguous() else 1
-    with on_device_of(x):
-        sample_maxima_kernel[(parts, samples)](
-            x, pre_scale, maxima, size, inner, channels, part_size, PARTS=parts, BLOCK=RANGE_BLOCK, num_warps=8
-        )
+    variant(sample_maxima_kernel, PARTS=parts, BLOCK=RANGE_BLOCK, num_warps=8).start(
+        x.device, (parts, samples, 1), (x, pre_scale, maxima), (size, inner, channels, part_size)
+    )
     return maxima
 
 
@@ -226,11 +225,8 @@ def quantize_pictures(
         "enable_fp_fusion": False,
     }
     last = not x.is_contiguous() or x.shape[1] == 1 or x.shape[2] * x.shape[3] == 1
-    with on_device_of(x):
-        if last and shape.stored_channels == x.shape[1]:
-            _write_runs(x, shape, pointers, constants)
-        else:
-            _write_tiles(x, shape, pointers, constants)
+    write = _write_runs if last and shape.stored_channels == x.shape[1] else _write_tiles
+    write(x, shape, pointers, constants)
     return codes, measured
 
 
@@ -248,10 +244,13 @@ def _write_runs(x: torch.Tensor, shape: ConvShape, pointers: Any, constants: dic
     chunks = -(-length // RUN_BLOCK)
     block_c = min(256, triton.next_power_of_2(channels))
     block_p = RUN_BLOCK // block_c
-    runs_kernel[(chunks, runs + -(-_gap_programs(shape, block_p) // (chunks * samples)), samples)](
-        *pointers, samples, height, width, channels, gap_h, gap_w, runs, size, length,
-        (width + gap_w) * channels, EXACT=length % RUN_BLOCK == 0, BLOCK=RUN_BLOCK, BLOCK_P=block_p, BLOCK_C=block_c,
-        num_warps=4, **constants,
+    chosen = variant(
+        runs_kernel, EXACT=length % RUN_BLOCK == 0, BLOCK=RUN_BLOCK, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
+        **constants,
+    )  # fmt: skip
+    chosen.start(
+        x.device, (chunks, runs + -(-_gap_programs(shape, block_p) // (chunks * samples)), samples),
+        pointers, (samples, height, width, channels, gap_h, gap_w, runs, size, length, (width + gap_w) * channels),
     )  # fmt: skip
 
 
@@ -262,7 +261,9 @@ def _write_tiles(x: torch.Tensor, shape: ConvShape, pointers: Any, constants: di
     # Read along pixels, written along channels: a square tile turns in shared memory.
     block_p = block_c = 64
     tiles_p, tiles_c = -(-pixels // block_p), -(-stored // block_c)
-    pictures_kernel[(tiles_p, tiles_c + -(-_gap_programs(shape, block_p) // (tiles_p * samples)), samples)](
-        *pointers, samples, channels, height, width, pixels, stored, *shape.gap, channels * pixels, *strides,
-        tiles_c, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **constants,
+    chosen = variant(pictures_kernel, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **constants)
+    chosen.start(
+        x.device, (tiles_p, tiles_c + -(-_gap_programs(shape, block_p) // (tiles_p * samples)), samples),
+        pointers,
+        (samples, channels, height, width, pixels, stored, *shape.gap, channels * pixels, *strides, tiles_c),
     )  # fmt: skip

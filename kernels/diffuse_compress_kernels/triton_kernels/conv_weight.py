@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from diffuse_compress_kernels.triton_kernels.launch import on_device_of
+from diffuse_compress_kernels.triton_kernels.start import variant
 
 __all__ = ["taps_last", "taps_last_kernel"]
 
@@ -48,8 +48,7 @@ def taps_last(weight: torch.Tensor, kernel: tuple[int, int], stored: int) -> tor
             return weight.permute(0, 2, 3, 1).reshape(outputs, -1)
     out = torch.empty(outputs, taps * stored, dtype=torch.int8, device=weight.device)
     block = min(MAX_BLOCK, triton.next_power_of_2(stored))
-    with on_device_of(weight):
-        taps_last_kernel[(outputs, -(-stored // block))](
-            weight.contiguous(), out, channels, stored, TAPS=taps, BLOCK_C=block, num_warps=4
-        )
+    variant(taps_last_kernel, TAPS=taps, BLOCK_C=block, num_warps=4).start(
+        weight.device, (outputs, -(-stored // block), 1), (weight.contiguous(), out), (channels, stored)
+    )
     return out

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from diffuse_compress_kernels.triton_kernels.launch import INTERPRETED, on_device_of
+from diffuse_compress_kernels.triton_kernels.start import INTERPRETED, variant
 
 __all__ = ["largest_of", "quantize_rows", "quantize_rows_kernel", "row_blocks", "row_scale", "store_codes", "warps_for"]
 
@@ -203,24 +203,17 @@ def quantize_rows(
     if x.stride(1) != 1:
         x = x.contiguous()
     first, second, whole = row_blocks(columns, max_block)
-    with on_device_of(x):
-        quantize_rows_kernel[(rows,)](
-            x,
-            codes,
-            measured,
-            scale,
-            zero_point,
-            pre_scale,
-            columns,
-            x.stride(0),
-            codes.stride(0),
-            QMIN=qmin,
-            QMAX=int(qmax),
-            FIRST=first,
-            SECOND=second,
-            WHOLE=whole,
-            FMA=fma,
-            num_warps=warps_for(first),
-            enable_fp_fusion=False,
-        )
+    chosen = variant(
+        quantize_rows_kernel,
+        QMIN=qmin,
+        QMAX=int(qmax),
+        FIRST=first,
+        SECOND=second,
+        WHOLE=whole,
+        FMA=fma,
+        num_warps=warps_for(first),
+        enable_fp_fusion=False,
+    )
+    pointers = (x, codes, measured, scale, zero_point, pre_scale)
+    chosen.start(x.device, (rows, 1, 1), pointers, (columns, x.stride(0), columns))
     return codes, measured

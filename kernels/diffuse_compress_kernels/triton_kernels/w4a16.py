@@ -138,6 +138,8 @@ def w4a16_kernel(
     bias_ptr,
     parts_ptr,
     counters_ptr,
+    group_scale_ptr,
+    zero_ptr,
     M,
     N,
     K,
@@ -145,8 +147,6 @@ def w4a16_kernel(
     stride_wn,
     stride_ym,
     programs,
-    group_scale_ptr,
-    zero_ptr,
     stride_gn,
     X_SCALES: tl.constexpr,
     W_SCALES: tl.constexpr,
@@ -226,11 +226,7 @@ def w4a16(
         zero_point = zero_point.expand(packed.shape[0], 1)
     values = zero_point if group_size == 0 else scale
     operands = Operands(x, packed.view(torch.uint8), x.shape[1], None, row_scale, None, bias, out, x.dtype)
-    constants = {
-        "group_scale_ptr": None if group_size == 0 else scale,
-        "zero_ptr": zero_point,
-        "stride_gn": 0 if values is None else values.stride(0),
-        "GROUP_SIZE": group_size,
-        "ASM": asm,
-    }
-    return launch(w4a16_kernel, operands, config, constants, torch.float32, x_columns=64, weight_columns=64)
+    constants = (("GROUP_SIZE", group_size), ("ASM", asm))
+    pointers = (None if group_size == 0 else scale, zero_point)
+    stride_gn = 0 if values is None else values.stride(0)
+    return launch(w4a16_kernel, operands, config, constants, torch.float32, pointers, (stride_gn,), 64, 64)

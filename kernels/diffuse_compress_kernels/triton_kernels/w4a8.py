@@ -97,6 +97,7 @@ def w4a8_kernel(
     bias_ptr,
     parts_ptr,
     counters_ptr,
+    group_scale_ptr,
     M,
     N,
     K,
@@ -104,7 +105,6 @@ def w4a8_kernel(
     stride_wn,
     stride_ym,
     programs,
-    group_scale_ptr,
     stride_gn,
     X_SCALES: tl.constexpr,
     W_SCALES: tl.constexpr,
@@ -184,10 +184,6 @@ def w4a8(
         asm: unpack with inline assembly; False is slower and works in the interpreter too.
     """
     operands = Operands(codes, packed.view(torch.uint8), codes.shape[1], x_scale, w_scale, offset, bias, out, dtype)
-    constants = {
-        "group_scale_ptr": group_scale,
-        "stride_gn": 0 if group_scale is None else group_scale.stride(0),
-        "TWO_LEVEL": group_scale is not None,
-        "ASM": asm,
-    }
-    return launch(w4a8_kernel, operands, config, constants, torch.int32, x_columns=64, weight_columns=64)
+    constants = (("TWO_LEVEL", group_scale is not None), ("ASM", asm))
+    stride_gn = 0 if group_scale is None else group_scale.stride(0)
+    return launch(w4a8_kernel, operands, config, constants, torch.int32, (group_scale,), (stride_gn,), 64, 64)
