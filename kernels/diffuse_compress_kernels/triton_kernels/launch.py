@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 
+from diffuse_compress_kernels.triton_kernels.conv_geometry import ConvConfig
+from diffuse_compress_kernels.triton_kernels.plans import plan_for, start_and_keep
 from diffuse_compress_kernels.triton_kernels.start import Matrix, Pointer, Variant, variant
 from diffuse_compress_kernels.triton_kernels.tiles import TileConfig
 
-__all__ = ["Operands", "Unsuitable", "forget_counters", "launch", "multiprocessors"]
+__all__ = ["Operands", "Unsuitable", "forget_counters", "key_of", "launch", "multiprocessors", "planned", "scratch_for"]
 
 TMA_ALIGNMENT = 16
 COUNTERS = 1 << 20
+# x, the weight and y; y is not described if its rows are unaligned.
+DESCRIPTORS = 3
+SCRATCH_PLACE = 8
 
 
 class Unsuitable(ValueError):
@@ -23,7 +28,7 @@ class Unsuitable(ValueError):
 
 @dataclass(slots=True)
 class Operands:
-    """Tensors of one product; ``weight`` may be packed, ``depth`` is K."""
+    """Tensors of one product; ``weight`` may be packed, ``depth`` is K. Under ``key`` the call leaves a plan."""
 
     codes: torch.Tensor
     weight: torch.Tensor
@@ -34,6 +39,7 @@ class Operands:
     bias: torch.Tensor | None
     out: torch.Tensor | None
     dtype: torch.dtype
+    key: tuple[Any, ...] | None = None
 
     def result(self) -> torch.Tensor:
         """``out``, or a new one."""
@@ -82,14 +88,50 @@ def launch(
         matrices = _described(operands, y, config, x_columns or config.block_k, weight_columns or config.block_k)
     else:
         matrices = (x, weight, y, None)
-    scratch = _scratch(config, tiles, parts_dtype, device) if config.split_k > 1 else (None, None)
-    chosen.start(
-        device,
-        (programs, config.split_k, 1),
-        (*matrices, operands.x_scale, operands.w_scale, operands.offset, operands.bias, *scratch, *pointers),
-        (rows, outputs, depth, x.stride(0), weight.stride(0), y.stride(0), programs, *numbers),
-    )
+    scratch = scratch_for(config, tiles, parts_dtype, device) if config.split_k > 1 else (None, None)
+    grid = (programs, config.split_k, 1)
+    numbers = (rows, outputs, depth, x.stride(0), weight.stride(0), y.stride(0), programs, *numbers)
+    scales_and_bias = (operands.x_scale, operands.w_scale, operands.offset, operands.bias)
+    pointers = (*matrices, *scales_and_bias, *scratch, *pointers)
+    room = (SCRATCH_PLACE, partial(scratch_for, config, tiles, parts_dtype, device)) if config.split_k > 1 else None
+    start_and_keep(operands.key, chosen, device, grid, pointers, numbers, room)
     return y
+
+
+def key_of(
+    kind: str,
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    *more: Any,
+) -> tuple[Any, ...]:
+    """All that a product is decided by, besides that addresses are multiples of 16."""
+    described = (x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype, x.device.index)
+    scales = (None if x_scale is None else x_scale.shape, w_scale.shape, None if bias is None else bias.dtype)
+    return (kind, dtype, described, scales, w_scale.dtype, more)
+
+
+def planned(
+    key: tuple[Any, ...],
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    *pointers: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """y by the plan of an earlier :func:`launch` with this key; None if there is none, or it does not fit."""
+    plan = plan_for(key, x.device)
+    if plan is None:
+        return None
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=dtype, device=x.device)
+    y_described = y if len(plan.matrices) == DESCRIPTORS else None
+    tensors = (x, weight, y, y_described, x_scale, w_scale, None, bias, None, None, *pointers)
+    return y if plan.run(x.device.index, tensors) else None
 
 
 _VARIANTS: dict[tuple[Any, ...], Variant] = {}
@@ -131,8 +173,8 @@ def _described(
     return x_desc, _descriptor(operands.weight, config.block_n, weight_columns), y, y_desc
 
 
-def _scratch(
-    config: TileConfig, tiles: int, dtype: torch.dtype, device: torch.device
+def scratch_for(
+    config: TileConfig | ConvConfig, tiles: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Room for partial sums, and the counters of their arrival, where several programs share a tile."""
     count = tiles * config.split_k * config.block_m * config.block_n

@@ -13,7 +13,7 @@ import torch
 from diffuse_compress_kernels.triton_kernels import capability
 from diffuse_compress_kernels.triton_kernels.expand import expand_codes, expand_to_float, expand_to_int8
 from diffuse_compress_kernels.triton_kernels.gemv import w4a16_gemv
-from diffuse_compress_kernels.triton_kernels.launch import multiprocessors
+from diffuse_compress_kernels.triton_kernels.launch import key_of, multiprocessors, planned
 from diffuse_compress_kernels.triton_kernels.rows import quantize_rows
 from diffuse_compress_kernels.triton_kernels.tables import Table, choose, for_groups, load_table, table_for
 from diffuse_compress_kernels.triton_kernels.tiles import GemvConfig, TileConfig
@@ -103,8 +103,14 @@ def int8_linear_codes(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """As the operator of that name; ``offset`` int32 [N] is subtracted from the sums."""
+    key = None
+    if offset is None:
+        key = key_of("w8a8", codes, scale, weight, weight_scale, bias, dtype)
+        y = planned(key, codes, scale, weight, weight_scale, bias, dtype)
+        if y is not None:
+            return y
     config = config_for("w8a8-int8", codes, weight)
-    return w8a8(codes, scale, weight, weight_scale, config, offset=offset, bias=bias, dtype=dtype)
+    return w8a8(codes, scale, weight, weight_scale, config, offset=offset, bias=bias, dtype=dtype, key=key)
 
 
 def fp8_linear_codes(
@@ -210,9 +216,25 @@ def w4a8_linear_codes(
     expand = group_scale is not None and codes.numel() >= EXPAND_TWO_LEVEL_ELEMENTS
     if expand and codes.shape[1] % ALIGNMENT == 0:
         return w4a8_expanded(codes, scale, offset, packed, weight_scale, group_scale, bias, dtype)
+    key = None
+    if offset is None:
+        groups = None if group_scale is None else group_scale.stride()
+        key = key_of("w4a8", codes, scale, packed, weight_scale, bias, dtype, groups)
+        y = planned(key, codes, scale, packed, weight_scale, bias, dtype, group_scale)
+        if y is not None:
+            return y
     config = config_for("w4a8", codes, packed)
     return w4a8(
-        codes, scale, packed, weight_scale, config, group_scale=group_scale, offset=offset, bias=bias, dtype=dtype
+        codes,
+        scale,
+        packed,
+        weight_scale,
+        config,
+        group_scale=group_scale,
+        offset=offset,
+        bias=bias,
+        dtype=dtype,
+        key=key,
     )
 
 
@@ -230,8 +252,15 @@ def w4a16_linear(
     if x.shape[0] <= GEMV_TOKENS and group_size == 128:
         config = GEMV_CONFIG_MANY_OUTPUTS if packed.shape[0] >= MANY_OUTPUTS else GEMV_CONFIG
         return w4a16_gemv(x, packed, scale, zero_point, config, bias=bias)
+    key = None
+    if group_size:
+        zero = None if zero_point is None else (zero_point.dtype, zero_point.stride())
+        key = key_of("w4a16", x, None, packed, scale, bias, x.dtype, group_size, scale.stride(), zero)
+        y = planned(key, x, None, packed, None, bias, x.dtype, scale, zero_point)
+        if y is not None:
+            return y
     tile = for_groups(config_for("w4a16", x, packed), group_size)
-    return w4a16(x, packed, scale, zero_point, group_size, tile, bias=bias)
+    return w4a16(x, packed, scale, zero_point, group_size, tile, bias=bias, key=key)
 
 
 def w8a16_linear(
@@ -245,5 +274,9 @@ def w8a16_linear(
     """As the operator of that name, for bf16 and fp16."""
     if x.shape[0] >= EXPAND_WEIGHT_ONLY_TOKENS or zero_point is not None or group_size:
         return _expanded(x, weight, scale, zero_point, group_size, bias, expand_codes)
+    key = key_of("w8a16", x, None, weight, scale, bias, x.dtype)
+    y = planned(key, x, None, weight, scale, bias, x.dtype)
+    if y is not None:
+        return y
     # Tiles as for int4 weights, which differ in nothing that decides here.
-    return w8a8(x, None, weight, scale, config_for("w4a16", x, weight), bias=bias, dtype=x.dtype)
+    return w8a8(x, None, weight, scale, config_for("w4a16", x, weight), bias=bias, dtype=x.dtype, key=key)

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import triton
 from triton import knobs
+from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["INTERPRETED", "Matrix", "Number", "Pointer", "Variant", "variant"]
+__all__ = ["INTERPRETED", "Matrix", "Number", "Pointer", "Started", "Variant", "somebody_listens", "variant"]
 
 # Read when triton is imported, as triton does.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -53,6 +54,39 @@ Pointer = torch.Tensor | Matrix | None
 Number = int | float
 
 
+class Started:
+    """A compiled kernel, and how it is called: as Triton calls it, or, in versions known from inside, what that calls.
+
+    Triton 3.6 walks over all arguments in Python to put descriptors in their place; its own C function takes them.
+    """
+
+    __slots__ = ("descriptors", "fixed", "launch")
+
+    def __init__(self, compiled: Any) -> None:
+        launcher = compiled.run
+        self.launch = launcher
+        self.fixed: tuple[Any, ...] = (compiled.function, compiled.packed_metadata, None, None, None)
+        self.descriptors: list[Any] | None = None
+        if _VERSION != (3, 6) or launcher.global_scratch_size or launcher.profile_scratch_size:
+            return
+        inner, kept = launcher.launch, {}
+        if getattr(inner, "__closure__", None):
+            kept = {
+                name: cell.cell_contents
+                for name, cell in zip(inner.__code__.co_freevars, inner.__closure__, strict=True)
+            }
+        self.descriptors = kept.get("tensordesc_meta", [])
+        self.launch = kept.get("launcher", inner)
+        before = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
+        self.fixed = (*before, compiled.packed_metadata, None, None, None)
+
+    def described(self, matrix: Matrix, place: int) -> tuple[Any, ...]:
+        """The arguments that stand for a descriptor, the ``place``-th of the kernel."""
+        if self.descriptors is None:
+            return (matrix,)
+        return tuple(make_tensordesc_arg(matrix, self.descriptors[place]))
+
+
 class Variant:
     """A kernel with its compile-time arguments.
 
@@ -67,7 +101,7 @@ class Variant:
         self.constants = constants
         count = sum(name not in OPTIONS for name in constants)
         self.tail = tuple(constants[name] for name in kernel.arg_names[len(kernel.arg_names) - count :])
-        self.compiled: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
+        self.compiled: dict[tuple[Any, ...], Started] = {}
 
     def start(
         self,
@@ -75,8 +109,8 @@ class Variant:
         grid: tuple[int, int, int],
         pointers: tuple[Pointer, ...],
         numbers: tuple[Number, ...],
-    ) -> None:
-        """Run on the current stream of ``device``.
+    ) -> Started | None:
+        """Run on the current stream of ``device``; what ran, if it was not started by Triton.
 
         Args:
             device: of the tensors; it need not be the current one.
@@ -87,35 +121,40 @@ class Variant:
         index = device.index
         if INTERPRETED or index is None:
             self._start_by_triton(grid, pointers, numbers)
-            return
+            return None
         if index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self.start(device, grid, pointers, numbers)
-            return
+                return self.start(device, grid, pointers, numbers)
         # What Triton compiles anew for: dtypes, addresses that are no multiples of 16, blocks of descriptors, and what
         # _kinds sees in numbers.
-        key: list[Any] = [index, _kinds(numbers)]
-        values: list[Any] = []
+        kinds: list[Any] = [index, _kinds(numbers)]
         for each in pointers:
             if each is None:
-                key.append(None)
-                values.append(None)
+                kinds.append(None)
             elif isinstance(each, Matrix):
-                key.append((each.base.dtype, each.block_shape))
-                values.append(each)
+                kinds.append((each.base.dtype, each.block_shape))
             else:
-                address = each.data_ptr()
-                key.append((each.dtype,) if address % ALIGNMENT else each.dtype)
-                values.append(address)
-        found = self.compiled.get(tuple(key))
-        if found is None or _somebody_listens():
+                kinds.append((each.dtype,) if each.data_ptr() % ALIGNMENT else each.dtype)
+        key = tuple(kinds)
+        found = self.compiled.get(key)
+        if found is None or somebody_listens():
             compiled = self._start_by_triton(grid, pointers, numbers)
             if _is_known(compiled):
-                self.compiled[tuple(key)] = (compiled.run, compiled.function, compiled.packed_metadata)
-            return
-        run, function, metadata = found
+                self.compiled[key] = Started(compiled)
+            return None
+        values: list[Any] = []
+        place = 0
+        for each in pointers:
+            if each is None:
+                values.append(None)
+            elif isinstance(each, Matrix):
+                values += found.described(each, place)
+                place += 1
+            else:
+                values.append(each.data_ptr())
         stream = torch._C._cuda_getCurrentRawStream(index)
-        run(*grid, stream, function, metadata, None, None, None, *values, *numbers, *self.tail)
+        found.launch(*grid, stream, *found.fixed, *values, *numbers, *self.tail)
+        return found
 
     def _start_by_triton(
         self, grid: tuple[int, int, int], pointers: tuple[Pointer, ...], numbers: tuple[Number, ...]
@@ -139,7 +178,7 @@ def _kinds(numbers: tuple[Number, ...]) -> tuple[Any, ...]:
     )
 
 
-def _somebody_listens() -> bool:
+def somebody_listens() -> bool:
     """True if a profiler has hooked itself into Triton's launches: those hooks are called by Triton's own way only."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))

@@ -9,6 +9,8 @@ the left of the dot: with the weight there, few tokens become the narrow side of
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -162,6 +164,7 @@ def w8a8(
     out: torch.Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
     asm: bool = not INTERPRETED,
+    key: tuple[Any, ...] | None = None,
 ) -> torch.Tensor:
     """y [M, N]; equation in the module docstring.
 
@@ -176,8 +179,9 @@ def w8a8(
         out: where to write, [M, N] with contiguous rows; int32 with no scales holds the accumulators.
         dtype: of the result if ``out`` is None.
         asm: convert codes with inline assembly; False is slower and works in the interpreter too.
+        key: under which the call leaves a plan for calls like it.
     """
-    operands = Operands(codes, weight, codes.shape[1], x_scale, w_scale, offset, bias, out, dtype)
+    operands = Operands(codes, weight, codes.shape[1], x_scale, w_scale, offset, bias, out, dtype, key)
     integer = codes.dtype == torch.int8
     kind = (("INTEGER", integer), ("BLOCK_K", config.block_k), ("WEIGHT_LEFT", config.weight_left))
     constants = (*kind, ("ASM", asm and codes.dtype != weight.dtype))
