@@ -13,6 +13,8 @@ one device; compare lines of one file only. Modes:
     sequential     enable_sequential_cpu_offload: layer by layer
     block, leaf, leaf-stream   enable_group_offload
     compile        compile_repeated_blocks (whole model where the class names no blocks)
+    graph          resident, replayed as a CUDA graph: what the GPU takes, without what starting kernels costs the host
+    compile-graph  both
     lora, lora-fused   an adapter of rank 16 on the attention, live and fused
 """
 
@@ -26,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +180,25 @@ MODES: dict[str, Callable[[Any, torch.device], After]] = {
     "leaf": _group(offload_type="leaf_level"),
     "leaf-stream": _group(offload_type="leaf_level", use_stream=True),
     "compile": _compile,
+    "graph": lambda model, device: model.to(device) and None,
+    "compile-graph": _compile,
     "lora": _adapter,
     "lora-fused": lambda model, device: _adapter(model, device, fused=True),
 }
+
+
+def _replay(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def measure(model: Any, mode: str, inputs: dict[str, Any], device: torch.device, calls: int) -> dict[str, Any]:
@@ -187,9 +206,13 @@ def measure(model: Any, mode: str, inputs: dict[str, Any], device: torch.device,
     on_gpu = device.type == "cuda"
     after = MODES[mode](model, device)
 
+    run = partial(model, **inputs, return_dict=False)
+    if mode.endswith("graph"):
+        run = _replay(run)
+
     def call() -> float:
         started = time.perf_counter()
-        model(**inputs, return_dict=False)
+        run()
         if after is not None:
             after()
         if on_gpu:

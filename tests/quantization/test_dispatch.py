@@ -262,6 +262,8 @@ def test_speed_on_a_gpu_is_told_only_where_it_was_measured(monkeypatch: pytest.M
     ):
         monkeypatch.setattr(dispatch.torch.cuda, "get_device_name", lambda device, name=name: name)
         assert compute_path(scheme, "cuda", dtype).faster_than_dense is faster
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert [compute_path(w8a8, "cuda", outputs=outputs).faster_than_dense for outputs in (1280, 1536)] == [False, True]
     assert compute_path(w4a16, "cuda", torch.float16).name == "int4-cuda"
     assert compute_path(w4a16, "cuda", torch.float32).name == "dequantize"
     assert compute_path(w8a8, "cuda", kind="conv2d").faster_than_dense is None

@@ -128,18 +128,22 @@ def fp8_linear_codes(
     if pad_depth or pad_outputs:
         codes = _pad(codes, pad_depth, 0)
         weight = _pad(weight, pad_depth, pad_outputs)
-    weight_row = weight_scale.reshape(1, -1).expand(1, outputs)
+    weight_row = weight_scale.reshape(1, -1)
+    if weight_row.shape[1] != outputs:
+        weight_row = weight_row.expand(1, outputs)
     if dtype == torch.bfloat16:
         if pad_outputs:
             weight_row = torch.nn.functional.pad(weight_row, (0, pad_outputs))
         y = torch._scaled_mm(
             codes,
             weight.t(),
-            scale_a=scale.expand(rows, 1).contiguous(),
+            scale_a=scale if scale.shape[0] == rows else scale.expand(rows, 1).contiguous(),
             scale_b=weight_row.contiguous(),
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
-        )[:, :outputs]
+        )
+        if pad_outputs:
+            y = y[:, :outputs]
         return y if bias is None else y + bias.to(y.dtype)
     one = torch.ones((), dtype=torch.float32, device=codes.device)
     acc = torch._scaled_mm(codes, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)[:, :outputs]

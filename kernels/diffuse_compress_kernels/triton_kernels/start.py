@@ -1,8 +1,8 @@
 """Starting a compiled kernel: what Triton's launcher does, without what it finds out anew at every call.
 
-``kernel[grid](...)`` binds arguments by name, inspects each, makes a key of strings and calls hooks: 50 to 80 us on the
-host, more than many products take on the device. A :class:`Variant` holds a kernel with its compile-time arguments; it
-inspects only what a compiled kernel depends on (dtypes, alignment, integers that are 1 or multiples of 16) and calls
+``kernel[grid](...)`` binds arguments by name, inspects each, makes a key of strings and calls hooks: on the host that
+takes longer than many products take on the device. A :class:`Variant` holds a kernel with its compile-time arguments.
+It inspects only what a compiled kernel depends on (dtypes, alignment, integers that are 1 or multiples of 16) and calls
 what Triton compiled. The first call of every combination takes Triton's own way, and so do all where its internals are
 not those known here, where somebody listens to its hooks, and in the interpreter.
 """

@@ -140,6 +140,7 @@ def compute_path(
     kind: str = "linear",
     groups: int = 1,
     geometry: Geometry | None = None,
+    outputs: int | None = None,
 ) -> ComputePath:
     """The path of a layer with this scheme.
 
@@ -150,6 +151,7 @@ def compute_path(
         kind: "linear" or "conv2d".
         groups: of a convolution; grouped ones have no integer path.
         geometry: of a convolution: what was measured depends on it.
+        outputs: out_features of a linear layer, likewise; None judges layers of all sizes together.
     """
     device = torch.device(device)
     chosen = _kind_of_path(scheme, device, kind, groups, dtype)
@@ -164,7 +166,7 @@ def compute_path(
     if kind == "linear" and device.type == "cpu":
         faster = measured_on_cpu(name, scheme, dtype)
     elif kind == "linear" and device.type == "cuda":
-        faster = measured_on_gpu(name, scheme, device, dtype)
+        faster = measured_on_gpu(name, scheme, device, dtype, outputs)
     elif geometry is not None and device.type == "cuda":
         faster = measured_conv(name, scheme, device, dtype, geometry.kernel, geometry.stride)
     return ComputePath(name, chosen == "int8", _DESCRIPTIONS[name], faster)

@@ -306,7 +306,8 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     def compute_path(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ComputePath:
         """How this layer is computed there (default: where it is, in its compute dtype)."""
-        return compute_path(self.scheme, device or self.qweight.device, dtype or self.compute_dtype)
+        device, dtype = device or self.qweight.device, dtype or self.compute_dtype
+        return compute_path(self.scheme, device, dtype, outputs=self.out_features)
 
     def to_dense(self) -> nn.Linear:
         """A stock layer with the weight rounded to the grid, same device, compute dtype and training mode."""
