@@ -52,17 +52,17 @@ def matrix(tensor: torch.Tensor) -> Matrix:
 
 
 def test_a_plan_puts_addresses_descriptors_and_scratch_in_their_places(stream: int) -> None:
-    x, y, scratch, started = torch.zeros(16, 32), torch.zeros(64), torch.zeros(4), Started()
-    room = (2, lambda: (scratch,))
-    plan = Plan(started, (3, 1, 1), (matrix(x), None, None, y), (7,), ("tail",), room)  # type: ignore[arg-type]
-    assert plan.run(0, (x, None, None, y))
-    described = (f"map 0 {x.data_ptr()}", 16, 32)
+    x, w, y, scratch, started = torch.zeros(16, 32), torch.zeros(32, 16), torch.zeros(64), torch.zeros(4), Started()
+    pointers, room = (matrix(x), matrix(w), None, None, y), (3, lambda: (scratch,))
+    plan = Plan(started, (3, 1, 1), pointers, (7,), ("tail",), room)  # type: ignore[arg-type]
+    assert plan.run(0, (x, w, None, None, y))
+    described = (f"map 0 {x.data_ptr()}", 16, 32, f"map 1 {w.data_ptr()}", 32, 16)
     expected = (3, 1, 1, stream, "fixed", *described, None, scratch.data_ptr(), y.data_ptr(), 7, "tail")
     assert started.calls == [expected]
-    assert plan.run(0, (x, None, None, y))
-    assert started.made == 1, "a descriptor of an address is made once"
-    assert plan.run(0, (torch.zeros(16, 32), None, None, y))
-    assert started.made == 2
+    assert plan.run(0, (x, w, None, None, y))
+    assert started.made == 2, "a descriptor of an address is made once"
+    assert plan.run(0, (torch.zeros(16, 32), w, None, None, y))
+    assert started.made == 3
 
 
 def test_a_plan_refuses_unaligned_addresses(stream: int) -> None:
