@@ -207,7 +207,6 @@ def test_dense_weight_folds_everything() -> None:
         (Scheme(WEIGHTS["int8 PerChannel sym"], ACTIVATIONS["int8 token"]), "cuda", "int8-cuda"),
         (Scheme(WEIGHTS["int4 two-level"], ACTIVATIONS["int4 token"]), "cuda", "int8-cuda"),
         (Scheme(WEIGHTS["int8 PerChannel sym"], ACTIVATIONS["int8 token"]), "meta", "int8-cpu"),
-        (Scheme(WEIGHTS["int8 PerChannel sym"], None), "cuda", "dequantize"),
         (Scheme(WEIGHTS["int4 PerGroup sym"], ACTIVATIONS["int8 token"]), "cpu", "dequantize"),
         (Scheme(WEIGHTS["fp8 channel"], None), "cpu", "dequantize"),
         (Scheme(WEIGHTS["fp8 channel"], ACTIVATIONS["fp8 token"]), "cpu", "dequantize-weight-only"),
@@ -220,6 +219,24 @@ def test_compute_path_names(scheme: Scheme, device: str, name: str) -> None:
     assert path.description
     if device == "meta" or not torch.cuda.is_available():
         assert device == "cpu" or path.faster_than_dense is None
+
+
+@pytest.mark.parametrize(
+    ("weight", "dtype", "has_kernels", "has_fp8", "name"),
+    [
+        ("int8 PerChannel sym", torch.bfloat16, True, False, "w8a16-cuda"),
+        ("int8 PerChannel sym", torch.bfloat16, False, True, "dequantize"),
+        ("int8 PerChannel sym", torch.float32, True, True, "dequantize"),
+        ("fp8 channel", torch.float16, True, True, "w8a16-cuda"),
+        ("fp8 channel", torch.float16, True, False, "dequantize"),
+    ],
+)
+def test_compute_path_of_8_bit_weight_only_layers(
+    weight: str, dtype: torch.dtype, has_kernels: bool, has_fp8: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_has_fast_int4", lambda device: has_kernels)
+    monkeypatch.setattr(dispatch, "_has_fp8_matmul", lambda device: has_fp8)
+    assert compute_path(Scheme(WEIGHTS[weight], None), "cuda", dtype).name == name
 
 
 @pytest.mark.parametrize("fast", [True, False])
