@@ -74,6 +74,7 @@ bench: $(STAMP)  ## the measurements of docs/benchmarks.md, into bench/
 	$(BIN)/python -m diffuse_compress_kernels.benchmarks.cpu_linear --rows 1 64 256 1024 4096 --out bench/cpu_linear.jsonl
 	$(BIN)/python eval/compress_memory.py --presets w8a8 w4a8 --measure
 	$(BIN)/python eval/import_cost.py
+	$(BIN)/python eval/reference_results.py --out bench/reference
 
 wheel: $(STAMP)  ## build the sdist, and the wheel from it, into dist/
 	rm -rf dist

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -38,7 +37,9 @@ from tqdm.auto import tqdm
 
 import diffuse_compress as dc
 from diffuse_compress.evaluation.comparison import Reference, psnr_difference
+from diffuse_compress.evaluation.environment import command_line, device_name
 from diffuse_compress.evaluation.fake_quantize import to_fake_quantized
+from diffuse_compress.evaluation.features import load_classifier
 from diffuse_compress.evaluation.images import accepted_options, generate_pictures
 from diffuse_compress.evaluation.macs import count_macs, share_at_scheme
 from diffuse_compress.evaluation.outliers import add_outlier_channels
@@ -90,19 +91,6 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def load_classifier(folder: Path) -> Any:
-    """The classifier of a model folder, or None without one."""
-    path = folder / "classifier.py"
-    if not path.exists():
-        return None
-    spec = importlib.util.spec_from_file_location("reference_classifier", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.load_classifier(folder)
-
-
 def weights_digest(folder: Path) -> str:
     """Hash of every weight file of the pipeline, so that no run is resumed on another model."""
     digest = hashlib.sha256()
@@ -120,29 +108,15 @@ def environment(options: argparse.Namespace) -> dict[str, Any]:
     changed = subprocess.run(
         [*git, "status", "--porcelain", "-uno", "src", "kernels"], capture_output=True, text=True
     ).stdout.strip()
-    on_gpu = torch.device(options.device).type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(options.device) if on_gpu else _cpu_name(),
+        "device": device_name(options.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit + ("+changes" if changed else ""),
         "date": datetime.date.today().isoformat(),
-        "command": "python eval/quantization_presets.py " + " ".join(_shown(arg) for arg in sys.argv[1:]),
+        "command": command_line("python eval/quantization_presets.py", sys.argv[1:]),
     }
-
-
-def _shown(argument: str) -> str:
-    """An argument of the command without the folders of this machine."""
-    return os.path.relpath(argument) if os.path.isabs(argument) else argument
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 class Study:

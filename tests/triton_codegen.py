@@ -99,11 +99,13 @@ def _loop_length(sass: str) -> int:
 
 
 def compile_product(kind: str, config: TileConfig, capability: int, tmp_path: Path, **options: Any) -> Code:
-    """A product's kernel; ``kind`` as in the tables, "w4a8-two-level" besides."""
-    kernel = {"w8a8": w8a8_kernel, "w4a8": w4a8_kernel, "w4a16": w4a16_kernel}[kind.split("-")[0]]
-    packed = not kind.startswith("w8a8")
-    x_type = {"w8a8-fp8": "fp8e4nv", "w4a16": "bf16"}.get(kind, "i8")
-    w_type, columns = ("u8", 64) if packed else (x_type, config.block_k)
+    """A product's kernel; ``kind`` as in the tables, "w4a8-two-level" and "w8a16" besides."""
+    kernel = (
+        w8a8_kernel if kind.startswith("w8") else {"w4a8": w4a8_kernel, "w4a16": w4a16_kernel}[kind[:5].rstrip("-")]
+    )
+    packed = kind.startswith("w4")
+    x_type = {"w8a8-fp8": "fp8e4nv", "w4a16": "bf16", "w8a16": "bf16"}.get(kind, "i8")
+    w_type, columns = ("u8", 64) if packed else ("i8" if kind == "w8a16" else x_type, config.block_k)
     sizes = ("M", "N", "K", "stride_xm", "stride_wn", "stride_ym", "programs")
     signature = {"y_ptr": "*bf16", "bias_ptr": "*bf16", **dict.fromkeys(sizes, "i32")}
     if config.tma:
@@ -112,14 +114,16 @@ def compile_product(kind: str, config: TileConfig, capability: int, tmp_path: Pa
         signature["y_desc"] = f"tensordesc<bf16[{config.block_m}, {config.block_n}]>"
     else:
         signature |= {"x": f"*{x_type}", "w": f"*{w_type}"}
-    scales = "none" if kind == "w4a16" else "rows"
-    if kind != "w4a16":
-        signature |= {"x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32"}
+    x_scales = "none" if kind.endswith("a16") else "rows"
+    w_scales = "none" if kind == "w4a16" else "rows"
+    for name, scales in (("x_scale_ptr", x_scales), ("w_scale_ptr", w_scales)):
+        if scales != "none":
+            signature[name] = "*fp32"
     if config.split_k > 1:
         signature |= {"parts_ptr": "*fp32" if x_type != "i8" else "*i32", "counters_ptr": "*i32"}
     constants: dict[str, Any] = {
-        "X_SCALES": scales,
-        "W_SCALES": scales,
+        "X_SCALES": x_scales,
+        "W_SCALES": w_scales,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "GROUP_M": config.group_m,
@@ -130,6 +134,7 @@ def compile_product(kind: str, config: TileConfig, capability: int, tmp_path: Pa
     }
     if not packed:
         constants |= {"BLOCK_K": config.block_k, "WEIGHT_LEFT": config.weight_left, "INTEGER": x_type == "i8"}
+        constants["ASM"] = kind == "w8a16"
     else:
         constants["ASM"] = options.get("asm", True)
         signature["stride_gn"] = "i32"

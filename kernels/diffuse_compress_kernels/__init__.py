@@ -6,7 +6,7 @@ Needs torch alone; with triton installed, CUDA devices of compute capability 8.0
 Importing registers the operators and initialises no device.
 """
 
-from diffuse_compress_kernels.fp8_linear import fp8_linear, has_fp8_matmul
+from diffuse_compress_kernels.fp8_linear import fp8_linear, fp8_linear_codes, has_fp8_matmul, quantize_rows_fp8
 from diffuse_compress_kernels.int4_linear import has_fast_int4, w4a8_linear, w4a8_linear_codes, w4a16_linear
 from diffuse_compress_kernels.int8_conv2d import int8_conv2d
 from diffuse_compress_kernels.int8_linear import (
@@ -15,12 +15,17 @@ from diffuse_compress_kernels.int8_linear import (
     int8_linear_codes,
     int_matmul,
     quantize_rows,
+    quantized_once,
 )
 from diffuse_compress_kernels.producers import activation_quantize, norm_quantize
+from diffuse_compress_kernels.weight_only import can_expand, expand_weight, w8a16_linear
 
 __all__ = [
     "activation_quantize",
+    "can_expand",
+    "expand_weight",
     "fp8_linear",
+    "fp8_linear_codes",
     "has_fast_int4",
     "has_fast_int8",
     "has_fp8_matmul",
@@ -30,7 +35,10 @@ __all__ = [
     "int_matmul",
     "norm_quantize",
     "quantize_rows",
+    "quantize_rows_fp8",
+    "quantized_once",
     "w4a8_linear",
     "w4a8_linear_codes",
     "w4a16_linear",
+    "w8a16_linear",
 ]

@@ -17,6 +17,7 @@ from diffuse_compress.api import (
     decompress,
 )
 from diffuse_compress.companions import complete_save, complete_upload
+from diffuse_compress.compare import PairedComparison, compare
 from diffuse_compress.errors import (
     CheckpointError,
     CompressionConflictError,
@@ -74,6 +75,7 @@ __all__ = [
     "MissingDependencyError",
     "ModelStateError",
     "NumberFormat",
+    "PairedComparison",
     "PerChannel",
     "PerGroup",
     "PerTensor",
@@ -87,6 +89,7 @@ __all__ = [
     "TwoLevel",
     "UnsupportedHardwareError",
     "WeightScheme",
+    "compare",
     "compress",
     "compression_plan",
     "compression_recipe",

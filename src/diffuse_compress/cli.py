@@ -1,4 +1,4 @@
-"""``diffuse-compress``: compress, info, demo."""
+"""``diffuse-compress``: compress, info, demo, bench, eval."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import torch
 from diffuse_compress import __version__
 from diffuse_compress.anatomy import GENERIC, model_anatomy, step_behaviour
 from diffuse_compress.api import compress, compression_plan, compression_report
+from diffuse_compress.cli_eval import add_eval
 from diffuse_compress.components import SELF, model_components
 from diffuse_compress.demo import PROMPTS, run_demo
 from diffuse_compress.errors import ConfigError, UnsupportedHardwareError
@@ -33,7 +34,7 @@ from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.recipe import Recipe
 from diffuse_compress.report import installed_versions, report_kind, report_of
 from diffuse_compress.report_text import SPEED, format_count, headline
-from diffuse_compress.skeleton import load, local_folder, read_skeleton, stored_dtype
+from diffuse_compress.skeleton import default_dtype, load, local_folder, read_skeleton
 from diffuse_compress_kernels import has_fast_int4
 
 __all__ = ["main"]
@@ -121,7 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", help="where to run, e.g. cuda (default: cpu)")
     demo.set_defaults(run=_demo)
     _add_bench(verbs)
-    for verb in verbs.choices.values():
+    add_eval(verbs)
+    for name, verb in verbs.choices.items():
+        if name == "eval":
+            continue  # its commands have the option
         verb.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser
 
@@ -204,7 +208,7 @@ def _compress(args: argparse.Namespace) -> None:
         "device": args.device,
     }
     folder = local_folder(args.model, weights=not args.dry_run)
-    dtype = _dtype(args.dtype, folder, args.device)
+    dtype = default_dtype(args.dtype, folder, args.device)
     if args.dry_run:
         plan = compression_plan(read_skeleton(folder, dtype), *methods, **options)
         print(json.dumps(plan.to_dict(), indent=2) if args.json else plan)
@@ -270,14 +274,6 @@ def _methods(recipe: str | None, components: str | None) -> tuple[Any, ...]:
             )
         chosen[name] = None if value.lower() == "none" else value
     return (chosen,)
-
-
-def _dtype(name: str, folder: Path, device: str | None) -> torch.dtype | None:
-    if name != "auto":
-        return getattr(torch, name)
-    stored = stored_dtype(folder)
-    on_cpu = device is None or torch.device(device).type == "cpu"
-    return torch.float32 if stored is torch.float16 and on_cpu else stored
 
 
 # --- info -------------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ __all__ = [
     "accepted_arguments",
     "cheap_arguments",
     "default_prompt",
+    "named_arguments",
+    "outputs_of",
     "picture_of",
     "prompt_arguments",
     "seeded",
@@ -93,6 +95,11 @@ def accepted_arguments(pipe: Any) -> set[str] | None:
     return set(_parameters(pipe))
 
 
+def named_arguments(pipe: Any) -> set[str]:
+    """Names that a call of ``pipe`` lists, whatever else it may swallow."""
+    return set(_parameters(pipe))
+
+
 def prompt_arguments(pipe: Any, prompt: str) -> dict[str, Any]:
     """Arguments that generate a picture for ``prompt`` in the pipeline's default size and number of steps."""
     arguments: dict[str, Any] = {"prompt": prompt}
@@ -135,17 +142,21 @@ def untouched(pipe: Any) -> Iterator[None]:
 
 def picture_of(output: Any) -> Any:
     """The first picture of a pipeline's output as a PIL image, of a video its middle frame; None if it has none."""
-    values = getattr(output, "values", None)
-    source = values if isinstance(values, dict) else vars(output) if hasattr(output, "__dict__") else {}
-    found = next((source[name] for name in ("images", "frames", "videos") if source.get(name) is not None), None)
-    if found is None and isinstance(output, tuple | list):
-        found = output[0]
+    found = outputs_of(output)
     if found is None or len(found) == 0:
         return None
     first = found[0]
     if isinstance(first, list | tuple) or getattr(first, "ndim", 0) == 4:
         first = first[len(first) // 2]
     return first if hasattr(first, "convert") else _from_array(first)
+
+
+def outputs_of(output: Any) -> Any:
+    """All pictures or clips of a pipeline's output, in whatever form it gives them; None if it has none."""
+    values = getattr(output, "values", None)
+    source = values if isinstance(values, dict) else vars(output) if hasattr(output, "__dict__") else {}
+    found = next((source[name] for name in ("images", "frames", "videos") if source.get(name) is not None), None)
+    return output[0] if found is None and isinstance(output, tuple | list) else found
 
 
 def _from_array(array: Any) -> Any:

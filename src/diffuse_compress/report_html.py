@@ -22,7 +22,7 @@ from diffuse_compress.report_text import (
     worst_preview,
 )
 
-__all__ = ["error_plot", "render_fragment", "render_page"]
+__all__ = ["data_uri", "error_plot", "render_fragment", "render_page", "render_template"]
 
 _PNG_UP_TO = 512
 _JPEG_QUALITY = 92
@@ -130,7 +130,8 @@ def _block_of(name: str) -> str:
     return parts[0] if number is None else ".".join(parts[: number + 1])
 
 
-def _render(template: str, report: dict[str, Any], preview: Sequence[Any]) -> str:
+def render_template(template: str, **values: Any) -> str:
+    """A template of the package, with the filters that reports use."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -147,9 +148,17 @@ def _render(template: str, report: dict[str, Any], preview: Sequence[Any]) -> st
         "percent": format_share,
         "speed": SPEED.__getitem__,
     }
+    return environment.get_template(template).render(**values)
+
+
+def _render(template: str, report: dict[str, Any], preview: Sequence[Any]) -> str:
     components = [_component(name, part) for name, part in report["components"].items()]
-    return environment.get_template(template).render(
-        report=report, headline=headline(report), components=components, pictures=_pictures(report, preview)
+    return render_template(
+        template,
+        report=report,
+        headline=headline(report),
+        components=components,
+        pictures=_pictures(report, preview),
     )
 
 
@@ -186,18 +195,22 @@ def _pictures(report: dict[str, Any], preview: Sequence[Any]) -> list[dict[str, 
             "prompt": pair.prompt,
             "psnr_db": item["psnr_db"],
             "is_worst": item is worst and len(preview) > 1,
-            "before": _data_uri(pair.before),
-            "after": _data_uri(pair.after),
+            "before": data_uri(pair.before),
+            "after": data_uri(pair.after),
             "pixelated": max(pair.before.size) <= 128,
         }
         for pair, item in zip(preview, report["preview"], strict=True)
     ]
 
 
-def _data_uri(picture: Any) -> str:
-    """PNG of small pictures, JPEG of large ones."""
+def data_uri(picture: Any, more_frames: Sequence[Any] = (), milliseconds: int = 125) -> str:
+    """A PIL picture as ``data:`` address: PNG of small pictures, JPEG of large ones; of a clip, an animated PNG."""
     buffer = io.BytesIO()
-    if max(picture.size) <= _PNG_UP_TO:
+    if more_frames:
+        animation = {"save_all": True, "append_images": list(more_frames), "duration": milliseconds, "loop": 0}
+        picture.save(buffer, format="PNG", **animation)
+        kind = "png"
+    elif max(picture.size) <= _PNG_UP_TO:
         picture.save(buffer, format="PNG", optimize=True)
         kind = "png"
     else:

@@ -27,7 +27,7 @@ from diffuse_compress.integrations.doors import marks_of
 from diffuse_compress.integrations.peft import restore_merge_errors
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
 
-__all__ = ["load", "local_folder", "model_class", "read_skeleton", "stored_dtype"]
+__all__ = ["default_dtype", "load", "local_folder", "model_class", "read_skeleton", "stored_dtype"]
 
 _PIPELINE_INDEX = "model_index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -145,6 +145,16 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
         if counts:
             return _DTYPES[max(counts, key=counts.__getitem__)]
     return None
+
+
+def default_dtype(name: str, folder: Path, device: str | torch.device | None) -> torch.dtype | None:
+    """The dtype to load in: one of torch's by name, or for "auto" what is stored, but float32 for float16 on a CPU."""
+    if name != "auto":
+        found: torch.dtype = getattr(torch, name)
+        return found
+    stored = stored_dtype(folder)
+    on_cpu = device is None or torch.device(device).type == "cpu"
+    return torch.float32 if stored is torch.float16 and on_cpu else stored
 
 
 def _meta_model(folder: Path, cls: Any, dtype: torch.dtype | None) -> nn.Module:

@@ -22,6 +22,7 @@ def load_script(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up their annotations
     spec.loader.exec_module(module)
     return module
 
@@ -175,3 +176,20 @@ def test_ecosystem_cost_rehearses_without_a_gpu(tmp_path: Path, capsys: pytest.C
     (found,) = (json.loads(line) for line in out.read_text().splitlines()[len(lines) :])
     assert found["provider"] == "nf4"
     assert "bitsandbytes" in found["error"]
+
+
+def test_reference_results_fill_the_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script, document = load_script("reference_results"), tmp_path / "results.md"
+    document.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
+    options = ["--models", "emoji_ddim", "--presets", "w8a8", "--count", "3", "--steps", "2", "--batch-size", "3"]
+    script.main([*options, "--out", str(tmp_path / "runs"), "--markdown", str(document)])
+    text = document.read_text()
+    assert text.startswith(f"before\n{script.BEGIN}\n### emoji_ddim\n")
+    assert text.endswith(f"{script.END}\nafter\n")
+    assert "old" not in text
+    assert "| w8a8 | 3 |" in text
+    assert "Fréchet distance to dense, emoji classifier features" in text
+    assert "FID" not in text
+    assert (tmp_path / "runs" / "emoji_ddim" / "report" / "report.html").is_file()
+    with pytest.raises(SystemExit, match="the tables go between them"):
+        script.put(tmp_path / "runs" / "emoji_ddim" / "report" / "report.md", "x")

@@ -166,6 +166,28 @@ def test_save_of_weights_that_are_elsewhere_is_refused(mode: str, message: str, 
     assert not (tmp_path / "saved").exists() or not list((tmp_path / "saved").iterdir())
 
 
+@pytest.mark.parametrize("name", sorted(tiny.PIPELINES))
+def test_pipeline_under_sequential_hooks(name: str, tmp_path: Path) -> None:
+    """accelerate's hooks as ``enable_sequential_cpu_offload`` sets them; diffusers itself asks for a GPU there."""
+    pipe = tiny.build_pipeline(name, dtype=torch.bfloat16)
+    denoiser = "unet" if hasattr(pipe, "unet") else "transformer"
+    pipe.compress({denoiser: "w8a8", "text_encoder": "w8a16"}, measure=False)
+    expected = tiny.sample(pipe)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            accelerate.cpu_offload(part, torch.device("cpu"), offload_buffers=len(part._parameters) > 0)
+    for _ in range(2):
+        assert torch.equal(tiny.sample(pipe), expected)
+        layers = quantized_layers(getattr(pipe, denoiser)).values()
+        assert {parameter.device.type for layer in layers for parameter in layer.parameters()} == {"meta"}
+    with pytest.raises(dc.CheckpointError, match=r"found a meta tensor.*remove_all_hooks\(\)"):
+        pipe.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    pipe.remove_all_hooks()
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(tiny.sample(diffusers.DiffusionPipeline.from_pretrained(tmp_path)), expected)
+
+
 # --- device maps ------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import torch
 from diffuse_compress.quantization.numerics import quantize_activation
 from diffuse_compress.quantization.scheme import ActivationScheme, NumberFormat
 from diffuse_compress_kernels import fp8_linear, has_fp8_matmul
-from diffuse_compress_kernels.fp8_linear.op import _quantize
+from diffuse_compress_kernels.fp8_linear.op import quantize_rows_fp8
 from tolerance import Tolerance, assert_close
 
 FLOAT8 = torch.float8_e4m3fn
@@ -32,7 +32,7 @@ def test_cpu_has_no_float8_matmul() -> None:
 def test_codes_are_those_of_numerics(dtype: torch.dtype) -> None:
     x = operands(9, 4, 50, dtype)[0]
     expected, scale, _ = quantize_activation(x, ActivationScheme(NumberFormat.FLOAT8_E4M3))
-    codes, got_scale = _quantize(x, None, None)
+    codes, got_scale = quantize_rows_fp8(x, None, None)
     assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
     assert torch.equal(got_scale, scale)
 
@@ -54,7 +54,7 @@ def test_fp8_linear_matches_reference(rows: int, outputs: int, depth: int, stati
     pre_scale = torch.rand(depth, device="cuda") + 0.5
     given = torch.tensor([0.1], device="cuda") if static else None
     y = fp8_linear(x, weight, weight_scale, bias, input_scale=given, pre_scale=pre_scale)
-    codes, scale = _quantize(x, given, pre_scale)
+    codes, scale = quantize_rows_fp8(x, given, pre_scale)
     expected = (codes.double() * scale) @ (weight.double() * weight_scale).t() + bias
     assert y.dtype == dtype
     assert_close(y, expected, ACCUMULATOR)

@@ -43,6 +43,7 @@ HOPPER = {
     "w4a8": ("w4a8", TileConfig(128, 128, 128, 4, 3), INT8_WGMMA, 170),
     "w4a8 two-level": ("w4a8-two-level", TileConfig(128, 128, 128, 4, 3), INT8_WGMMA, 275),
     "w4a8 few tokens": ("w4a8", TileConfig(16, 64, 128, 4, 5, split_k=4), r"m64n16k32\.s32\.s8\.s8", 105),
+    "w8a16 few tokens": ("w8a16", TileConfig(16, 64, 128, 4, 5, split_k=4), r"m64n16k16\.f32\.bf16\.bf16", 320),
     "w4a16": ("w4a16", TileConfig(256, 128, 128, 8, 3, tma=True), r"m64n256k16\.f32\.bf16\.bf16", 370),
 }
 
@@ -69,7 +70,9 @@ def test_hopper_code(kind: str, config: TileConfig, instruction: str, budget: in
     code = compile_product(kind, config, 90, tmp_path)
     assert re.search(r"wgmma\.mma_async\S*" + instruction, code.ptx)
     assert "mma.sync" not in code.ptx
-    assert bool(re.search(REGISTER_OPERAND, code.ptx)) == kind.startswith("w4"), "where the left operand comes from"
+    assert bool(re.search(REGISTER_OPERAND, code.ptx)) == (kind not in ("w8a8-int8", "w8a8-fp8")), (
+        "where the left operand comes from"
+    )
     assert "STS.U8" not in code.sass, "8-bit operands are stored byte by byte"
     assert 0 < code.loop <= budget
     assert_fits(code, 90)

@@ -15,7 +15,7 @@ from diffuse_compress.quantization.packing import pack
 from diffuse_compress_kernels import int_matmul
 from diffuse_compress_kernels.int8_linear import cpu
 from diffuse_compress_kernels.int8_linear.reference import linear_codes_reference
-from diffuse_compress_kernels.triton_kernels.expand import expand_to_float, expand_to_int8
+from diffuse_compress_kernels.triton_kernels.expand import expand_codes, expand_to_float, expand_to_int8
 from diffuse_compress_kernels.triton_kernels.gemv import w4a16_gemv
 from diffuse_compress_kernels.triton_kernels.reference import int8_weight_reference, w4a16_reference
 from diffuse_compress_kernels.triton_kernels.rows import quantize_rows
@@ -81,6 +81,15 @@ def test_w8a8_epilogue(dtype: torch.dtype, one_scale: bool) -> None:
     for config in (CONFIGS["tile per program"], CONFIGS["weight on the right"], CONFIGS["parts of K"]):
         y = w8a8(x, x_scale, weight, w_scale, config, offset=offset, bias=bias, dtype=dtype)
         assert_close(y, linear_codes_reference(x, x_scale, zero_point, weight, w_scale, bias), dtype)
+
+
+@pytest.mark.parametrize("name", ["tile per program", pytest.param("parts of K", marks=SLOW)])
+def test_w8a8_takes_inputs_of_16_bits(name: str) -> None:
+    rows, outputs, depth = 20, 70, 200
+    x, weight = torch.randn(rows, depth).half(), codes(outputs, depth, low=-128)
+    scale, bias = torch.rand(outputs, 1) * 0.01, torch.randn(outputs)
+    y = w8a8(x, None, weight, scale, CONFIGS[name], bias=bias, dtype=x.dtype)
+    assert_close(y, x.double() @ (weight.double() * scale.double()).t() + bias.double(), torch.float16)
 
 
 @pytest.mark.parametrize("two_level", [False, True])
@@ -168,6 +177,18 @@ def test_expanded_weights_are_exact(outputs: int, depth: int) -> None:
             if zero_point is not None:
                 values -= zero_point.float().repeat_interleave(repeats, dim=1)[:, :depth]
             assert torch.equal(got, values * scale.repeat_interleave(repeats, dim=1)[:, :depth])
+
+
+@pytest.mark.parametrize("group_size", [0, 32])
+def test_expanded_codes_are_exact(group_size: int) -> None:
+    weight = codes(33, 272, low=-128)
+    groups = -(-272 // group_size) if group_size else 1
+    scale, zero_point = torch.rand(33, groups), codes(33, groups)
+    out = torch.full((33, 272), float("nan"), dtype=torch.float16)
+    spread = group_size or 272
+    values = weight.float() - zero_point.float().repeat_interleave(spread, dim=1)[:, :272]
+    values *= scale.repeat_interleave(spread, dim=1)[:, :272]
+    assert torch.equal(expand_codes(weight, scale, zero_point, group_size, out), values.half())
 
 
 def test_descriptors_refuse_parts_of_k_and_unaligned_rows() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffuse_compress.quantization import dispatch
+from diffuse_compress.quantization import dispatch, measured
 from diffuse_compress.quantization.dispatch import (
     DEQUANTIZE_TOLERANCE,
     Geometry,
@@ -208,7 +208,6 @@ def test_dense_weight_folds_everything() -> None:
         (Scheme(WEIGHTS["int8 PerChannel sym"], ACTIVATIONS["int8 token"]), "cuda", "int8-cuda"),
         (Scheme(WEIGHTS["int4 two-level"], ACTIVATIONS["int4 token"]), "cuda", "int8-cuda"),
         (Scheme(WEIGHTS["int8 PerChannel sym"], ACTIVATIONS["int8 token"]), "meta", "int8-cpu"),
-        (Scheme(WEIGHTS["int8 PerChannel sym"], None), "cuda", "dequantize"),
         (Scheme(WEIGHTS["int4 PerGroup sym"], ACTIVATIONS["int8 token"]), "cpu", "dequantize"),
         (Scheme(WEIGHTS["fp8 channel"], None), "cpu", "dequantize"),
         (Scheme(WEIGHTS["fp8 channel"], ACTIVATIONS["fp8 token"]), "cpu", "dequantize-weight-only"),
@@ -223,6 +222,24 @@ def test_compute_path_names(scheme: Scheme, device: str, name: str) -> None:
         assert device == "cpu" or path.faster_than_dense is None
 
 
+@pytest.mark.parametrize(
+    ("weight", "dtype", "has_kernels", "has_fp8", "name"),
+    [
+        ("int8 PerChannel sym", torch.bfloat16, True, False, "w8a16-cuda"),
+        ("int8 PerChannel sym", torch.bfloat16, False, True, "dequantize"),
+        ("int8 PerChannel sym", torch.float32, True, True, "dequantize"),
+        ("fp8 channel", torch.float16, True, True, "w8a16-cuda"),
+        ("fp8 channel", torch.float16, True, False, "dequantize"),
+    ],
+)
+def test_compute_path_of_8_bit_weight_only_layers(
+    weight: str, dtype: torch.dtype, has_kernels: bool, has_fp8: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_has_fast_int4", lambda device: has_kernels)
+    monkeypatch.setattr(dispatch, "_has_fp8_matmul", lambda device: has_fp8)
+    assert compute_path(Scheme(WEIGHTS[weight], None), "cuda", dtype).name == name
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_compute_path_follows_the_cpu(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "has_fast_int8", lambda: fast)
@@ -232,7 +249,7 @@ def test_compute_path_follows_the_cpu(fast: bool, monkeypatch: pytest.MonkeyPatc
 
 def test_speed_is_told_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     scheme = Scheme(WEIGHTS["int8 PerChannel sym"], ACTIVATIONS["int8 token"])
-    monkeypatch.setattr(dispatch.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(measured.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     for fast, dtype, faster in (
         (True, torch.float32, True),
@@ -241,16 +258,17 @@ def test_speed_is_told_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatc
         (False, torch.bfloat16, True),
         (False, torch.float16, None),
     ):
+        monkeypatch.setattr(measured, "has_fast_int8", lambda fast=fast: fast)
         monkeypatch.setattr(dispatch, "has_fast_int8", lambda fast=fast: fast)
         assert compute_path(scheme, "cpu", dtype).faster_than_dense is faster
     assert compute_path(scheme, "cpu", kind="conv2d").faster_than_dense is None
-    monkeypatch.setattr(dispatch.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(measured.platform, "machine", lambda: "aarch64")
     assert compute_path(scheme, "cpu").faster_than_dense is None
 
 
 def test_speed_on_a_gpu_is_told_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(dispatch, "has_fast_int4", lambda device: True)
+    monkeypatch.setattr(measured, "has_fast_int4", lambda device: True)
     monkeypatch.setattr(dispatch, "_has_fast_int4", lambda device: True)
     w8a8 = Scheme(WEIGHTS["int8 PerChannel sym"], ACTIVATIONS["int8 token"])
     w4a16 = Scheme(WEIGHTS["int4 PerGroup asym"], None)
@@ -262,6 +280,8 @@ def test_speed_on_a_gpu_is_told_only_where_it_was_measured(monkeypatch: pytest.M
     ):
         monkeypatch.setattr(dispatch.torch.cuda, "get_device_name", lambda device, name=name: name)
         assert compute_path(scheme, "cuda", dtype).faster_than_dense is faster
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert [compute_path(w8a8, "cuda", outputs=outputs).faster_than_dense for outputs in (1280, 1536)] == [False, True]
     assert compute_path(w4a16, "cuda", torch.float16).name == "int4-cuda"
     assert compute_path(w4a16, "cuda", torch.float32).name == "dequantize"
     assert compute_path(w8a8, "cuda", kind="conv2d").faster_than_dense is None
@@ -270,7 +290,7 @@ def test_speed_on_a_gpu_is_told_only_where_it_was_measured(monkeypatch: pytest.M
 def test_speed_of_convolutions_is_told_by_their_window(monkeypatch: pytest.MonkeyPatch) -> None:
     w8a8 = Scheme(WEIGHTS["int8 PerChannel sym"], ACTIVATIONS["int8 token"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(dispatch, "has_fast_int4", lambda device: True)
+    monkeypatch.setattr(measured, "has_fast_int4", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
 
     def faster(geometry: Geometry | None, dtype: torch.dtype = torch.bfloat16) -> bool | None:

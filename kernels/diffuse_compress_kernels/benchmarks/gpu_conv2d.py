@@ -15,6 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from diffuse_compress_kernels.triton_kernels.conv2d import conv2d
 from diffuse_compress_kernels.triton_kernels.conv_candidates import conv_candidates
 from diffuse_compress_kernels.triton_kernels.conv_geometry import ConvConfig, ConvShape
 from diffuse_compress_kernels.triton_kernels.conv_quantize import quantize_pictures
+from diffuse_compress_kernels.triton_kernels.conv_tables import choose_conv
 from diffuse_compress_kernels.triton_kernels.conv_weight import taps_last
 from diffuse_compress_kernels.triton_kernels.launch import forget_counters
 from diffuse_compress_kernels.triton_kernels.timing import time_arms
@@ -51,7 +53,7 @@ def _geometry(convolution: Convolution, *, gaps: bool = True) -> ConvShape:
 
 def _for_mode(shape: ConvShape, mode: str) -> ConvShape:
     """Pictures that "box" loads need no gaps."""
-    return ConvShape(**{**shape.__dict__, "gaps": mode != "box" and any(shape.padding)})
+    return replace(shape, gaps=mode != "box" and any(shape.padding))
 
 
 # --- checks -----------------------------------------------------------------------------------------------------
@@ -149,7 +151,7 @@ def check_weight(device: str) -> None:
                 raise ValueError(f"wrong order of {list(form.shape)}")
 
 
-def _checks(convolutions: list[Convolution], device: str) -> list[tuple[str, str, tuple[Any, ...]]]:
+def _checks(convolutions: list[Convolution], device: str, chosen: bool) -> list[tuple[str, str, tuple[Any, ...]]]:
     checks: dict[str, tuple[str, str, tuple[Any, ...]]] = {"weight": ("weight", f"{HERE}:check_weight", (device,))}
     for layout in ("last", "first"):
         for gaps in (True, False):
@@ -158,7 +160,7 @@ def _checks(convolutions: list[Convolution], device: str) -> list[tuple[str, str
                 checks[name] = (name, f"{HERE}:check_quantize", (layout, gaps, given, device))
     for convolution in convolutions:
         shape = _geometry(convolution)
-        for config in conv_candidates(shape):
+        for config in _candidates(shape, convolution[3], chosen):
             name = f"{shape.kernel[0]}x{shape.kernel[0]}s{shape.stride[0]} {config.name}"
             checks[name] = (name, f"{HERE}:check_config", (config, shape.kernel[0], shape.stride[0], device))
     return list(checks.values())
@@ -272,22 +274,33 @@ class _Buffers:
         }
 
 
-def time_convolution(label: str, convolution: Convolution, verdicts: dict[str, str], rounds: int) -> dict[str, Any]:
+def _candidates(shape: ConvShape, outputs: int, chosen: bool) -> list[ConvConfig]:
+    """All configurations, or the one that the operator takes."""
+    if not chosen:
+        return conv_candidates(shape)
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return [choose_conv(shape, outputs, capability, zero_point=False)]
+
+
+def time_convolution(
+    label: str, convolution: Convolution, verdicts: dict[str, str], rounds: int, chosen: bool
+) -> dict[str, Any]:
     """The record of one convolution."""
     start = time.perf_counter()
     buffers = _Buffers(convolution)
     shape = buffers.shape
     failures: dict[str, str] = {}
     family = f"{shape.kernel[0]}x{shape.kernel[0]}s{shape.stride[0]}"
-    configs = {c.name: c for c in conv_candidates(shape) if verdicts.get(f"{family} {c.name}") == "ok"}
+    candidates = _candidates(shape, convolution[3], chosen)
+    configs = {c.name: c for c in candidates if verdicts.get(f"{family} {c.name}") == "ok"}
     arms = buffers.baselines() | {name: buffers.product(config) for name, config in configs.items()}
     times = time_arms(arms, buffers.sets, rounds=rounds, failures=failures)
     ranked = sorted((name for name in configs if name in times), key=times.__getitem__)
     finalists: dict[str, Callable[[int], object]] = {"bf16": arms["bf16"], "bf16 nchw": arms["bf16 nchw"]}
     # The fastest of each kind of load: gaps cost time in the quantization.
-    chosen = ranked[:FINALISTS] + [next((n for n in ranked if n.startswith(m)), "") for m in ("shift", "gather")]
+    fastest = ranked[:FINALISTS] + [next((n for n in ranked if n.startswith(m)), "") for m in ("shift", "gather")]
     at_size = {}
-    for name in dict.fromkeys(name for name in chosen if name):
+    for name in dict.fromkeys(name for name in fastest if name):
         at_size[name] = buffers.check(configs[name])
         finalists[f"whole {name}"] = buffers.whole(configs[name], last=True)
         finalists[f"whole nchw {name}"] = buffers.whole(configs[name], last=False)
@@ -359,6 +372,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=6, help="stop before the first shape after this time")
     parser.add_argument("--out", type=Path, default=Path("gpu_conv2d.json"), help="results, rewritten after each shape")
     parser.add_argument("--only", nargs="+", help="labels of shapes that contain one of these words")
+    parser.add_argument("--chosen", action="store_true", help="time only the configurations that the operator takes")
     parser.add_argument("--rounds", type=int, default=9, help="timed replays per arm")
     parser.add_argument("--dry-run", action="store_true", help="checks alone, on the CPU: TRITON_INTERPRET=1")
     options = parser.parse_args(arguments)
@@ -369,7 +383,7 @@ def main(arguments: list[str] | None = None) -> None:
     convolutions = {**SDXL_CONVOLUTIONS, **SD15_CONVOLUTIONS}
     if options.only:
         convolutions = {k: v for k, v in convolutions.items() if any(word in k for word in options.only)}
-    record["checks"] = run_checks(_checks(list(convolutions.values()), device), device)
+    record["checks"] = run_checks(_checks(list(convolutions.values()), device, options.chosen), device)
     options.out.write_text(json.dumps(record, indent=1))
     if options.dry_run:
         return
@@ -378,7 +392,7 @@ def main(arguments: list[str] | None = None) -> None:
         if time.perf_counter() > end:
             print("out of time", flush=True)
             break
-        record["shapes"].append(time_convolution(label, convolution, record["checks"], options.rounds))
+        record["shapes"].append(time_convolution(label, convolution, record["checks"], options.rounds, options.chosen))
         record["summary"] = _summary(record["shapes"])
         options.out.write_text(json.dumps(record, indent=1))
     print(json.dumps(record.get("summary")), flush=True)

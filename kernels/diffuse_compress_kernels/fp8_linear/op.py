@@ -15,8 +15,9 @@ import torch
 
 from diffuse_compress_kernels import triton_kernels
 from diffuse_compress_kernels.int8_linear.op import is_plain, is_traced_for_cuda
+from diffuse_compress_kernels.registration import operator
 
-__all__ = ["fp8_linear", "has_fp8_matmul"]
+__all__ = ["fp8_linear", "fp8_linear_codes", "has_fp8_matmul", "quantize_rows_fp8"]
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
@@ -40,8 +41,7 @@ def _has_fp8_matmul(index: int) -> bool:
     return torch.cuda.get_device_capability(index) >= (8, 9)
 
 
-@torch.library.custom_op("diffuse_compress::fp8_linear", mutates_args=())
-def _fp8_linear(
+def _fp8_linear_now(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
@@ -52,8 +52,7 @@ def _fp8_linear(
     return _run(x, weight, weight_scale, bias, input_scale, pre_scale)
 
 
-@_fp8_linear.register_fake
-def _(
+def _fp8_linear_fake(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
@@ -62,6 +61,9 @@ def _(
     pre_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+_fp8_linear = operator("fp8_linear", _fp8_linear_now, _fp8_linear_fake)
 
 
 def fp8_linear(
@@ -91,11 +93,10 @@ def fp8_linear(
             f"fp8_linear: need x [M, K] and float8_e4m3fn weight [N, K], got {list(x.shape)} and "
             f"{weight.dtype} {list(weight.shape)}."
         )
-    if is_plain(x):
-        return _run(x.detach(), weight, weight_scale, bias, input_scale, pre_scale)
-    if is_traced_for_cuda(x):
-        # Plain operations, which the compiler fuses into what computes x.
-        return _run(x.detach(), weight, weight_scale, bias, input_scale, pre_scale)
+    x, bias = x.detach(), None if bias is None else bias.detach()
+    # Traced for CUDA, the plain operations of _run are fused into what computes x.
+    if is_plain(x) or is_traced_for_cuda(x):
+        return _run(x, weight, weight_scale, bias, input_scale, pre_scale)
     return cast(torch.Tensor, _fp8_linear(x, weight, weight_scale, bias, input_scale, pre_scale))
 
 
@@ -107,37 +108,55 @@ def _run(
     input_scale: torch.Tensor | None,
     pre_scale: torch.Tensor | None,
 ) -> torch.Tensor:
-    rows, outputs = x.shape[0], weight.shape[0]
+    codes, scale = quantize_rows_fp8(x, input_scale, pre_scale)
+    return fp8_linear_codes(codes, scale, weight, weight_scale, bias, x.dtype)
+
+
+def fp8_linear_codes(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """:func:`fp8_linear` for an input that :func:`quantize_rows_fp8` has quantized already; result in ``dtype``."""
+    rows, outputs = codes.shape[0], weight.shape[0]
     if rows == 0 or outputs == 0:
-        return x.new_zeros(rows, outputs)
-    codes, scale = _quantize(x, input_scale, pre_scale)
-    pad_depth, pad_outputs = -x.shape[1] % ALIGNMENT, -outputs % ALIGNMENT
+        return torch.zeros(rows, outputs, dtype=dtype, device=codes.device)
+    pad_depth, pad_outputs = -codes.shape[1] % ALIGNMENT, -outputs % ALIGNMENT
     if pad_depth or pad_outputs:
         codes = _pad(codes, pad_depth, 0)
         weight = _pad(weight, pad_depth, pad_outputs)
-    weight_row = weight_scale.reshape(1, -1).expand(1, outputs)
-    if x.dtype == torch.bfloat16:
+    weight_row = weight_scale.reshape(1, -1)
+    if weight_row.shape[1] != outputs:
+        weight_row = weight_row.expand(1, outputs)
+    if dtype == torch.bfloat16:
         if pad_outputs:
             weight_row = torch.nn.functional.pad(weight_row, (0, pad_outputs))
         y = torch._scaled_mm(
             codes,
             weight.t(),
-            scale_a=scale.expand(rows, 1).contiguous(),
+            scale_a=scale if scale.shape[0] == rows else scale.expand(rows, 1).contiguous(),
             scale_b=weight_row.contiguous(),
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
-        )[:, :outputs]
+        )
+        if pad_outputs:
+            y = y[:, :outputs]
         return y if bias is None else y + bias.to(y.dtype)
-    one = torch.ones((), dtype=torch.float32, device=x.device)
+    one = torch.ones((), dtype=torch.float32, device=codes.device)
     acc = torch._scaled_mm(codes, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)[:, :outputs]
     y = acc * scale * weight_row
-    return (y if bias is None else y + bias).to(x.dtype)
+    return (y if bias is None else y + bias).to(dtype)
 
 
-def _quantize(
-    x: torch.Tensor, scale: torch.Tensor | None, pre_scale: torch.Tensor | None
+def quantize_rows_fp8(
+    x: torch.Tensor, scale: torch.Tensor | None = None, pre_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not torch.compiler.is_compiling() and triton_kernels.usable(x.device):
+    """float8_e4m3fn codes [M, K] and fp32 scale, [M, 1] measured or [1, 1] given; arguments as :func:`fp8_linear`."""
+    x = x.detach()
+    if is_plain(x) and triton_kernels.usable(x.device):
         run = triton_kernels.module("products").quantize_rows
         return cast(
             tuple[torch.Tensor, torch.Tensor], run(x, -int(FLOAT8_MAX), int(FLOAT8_MAX), scale, None, pre_scale)

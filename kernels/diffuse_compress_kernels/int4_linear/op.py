@@ -13,6 +13,7 @@ import torch
 from diffuse_compress_kernels import triton_kernels
 from diffuse_compress_kernels.int4_linear import fallback
 from diffuse_compress_kernels.int8_linear.op import contiguous_rows, is_plain, quantize_rows
+from diffuse_compress_kernels.registration import operator
 
 __all__ = ["has_fast_int4", "w4a8_linear", "w4a8_linear_codes", "w4a16_linear"]
 
@@ -52,8 +53,7 @@ def _run_w4a8(
     return cast(torch.Tensor, run(codes, scale, zero_point, packed, weight_scale, group_scale, bias, dtype))
 
 
-@torch.library.custom_op("diffuse_compress::w4a8_linear_codes", mutates_args=())
-def _w4a8_linear_codes(
+def _w4a8_linear_codes_now(
     codes: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
@@ -66,8 +66,7 @@ def _w4a8_linear_codes(
     return _run_w4a8(codes, scale, zero_point, packed, weight_scale, group_scale, bias, dtype)
 
 
-@_w4a8_linear_codes.register_fake
-def _(
+def _w4a8_linear_codes_fake(
     codes: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
@@ -78,6 +77,9 @@ def _(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     return codes.new_empty((codes.shape[0], packed.shape[0]), dtype=dtype)
+
+
+_w4a8_linear_codes = operator("w4a8_linear_codes", _w4a8_linear_codes_now, _w4a8_linear_codes_fake)
 
 
 def w4a8_linear_codes(
@@ -103,8 +105,8 @@ def w4a8_linear_codes(
         dtype: of the result.
     """
     _check_packed("w4a8_linear_codes", codes, packed)
+    bias = None if bias is None else bias.detach()
     if is_plain(codes):
-        bias = None if bias is None else bias.detach()
         return _run_w4a8(codes, scale, zero_point, packed, weight_scale, group_scale, bias, dtype)
     y = _w4a8_linear_codes(codes, scale, zero_point, packed, weight_scale, group_scale, bias, dtype)
     return cast(torch.Tensor, y)
@@ -167,8 +169,7 @@ def _run_w4a16(
     return fallback.w4a16_linear(x, packed, scale, zero_point, group_size, bias)
 
 
-@torch.library.custom_op("diffuse_compress::w4a16_linear", mutates_args=())
-def _w4a16_linear(
+def _w4a16_linear_now(
     x: torch.Tensor,
     packed: torch.Tensor,
     scale: torch.Tensor,
@@ -179,8 +180,7 @@ def _w4a16_linear(
     return _run_w4a16(x, packed, scale, zero_point, group_size, bias)
 
 
-@_w4a16_linear.register_fake
-def _(
+def _w4a16_linear_fake(
     x: torch.Tensor,
     packed: torch.Tensor,
     scale: torch.Tensor,
@@ -189,6 +189,9 @@ def _(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], packed.shape[0])
+
+
+_w4a16_linear = operator("w4a16_linear", _w4a16_linear_now, _w4a16_linear_fake)
 
 
 def w4a16_linear(
@@ -219,7 +222,7 @@ def w4a16_linear(
             f"w4a16_linear: need group_size in {GROUP_SIZES} and scale [N, {groups}], got {group_size} and "
             f"{list(scale.shape)}."
         )
+    x, bias = x.detach(), None if bias is None else bias.detach()
     if is_plain(x):
-        bias = None if bias is None else bias.detach()
-        return _run_w4a16(x.detach(), packed, scale, zero_point, group_size, bias)
+        return _run_w4a16(x, packed, scale, zero_point, group_size, bias)
     return cast(torch.Tensor, _w4a16_linear(x, packed, scale, zero_point, group_size, bias))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
@@ -21,30 +22,44 @@ Geometry = tuple[list[int], list[int], list[int], list[int]]
 
 def _shape(x: torch.Tensor, geometry: Geometry) -> ConvShape:
     kernel, stride, padding, dilation = geometry
-    return ConvShape(
-        x.shape[0],
-        x.shape[2],
-        x.shape[3],
-        x.shape[1],
-        (kernel[0], kernel[1]),
-        (stride[0], stride[1]),
-        (padding[0], padding[1], padding[2], padding[3]),
-        (dilation[0], dilation[1]),
-    )
+    return _shape_of(x.shape, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
+
+
+@lru_cache(maxsize=4096)
+def _shape_of(
+    size: torch.Size,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+) -> ConvShape:
+    """One object for equal convolutions: it keeps what follows from its sizes."""
+    samples, channels, height, width = size
+    return ConvShape(samples, height, width, channels, kernel, stride, padding, dilation)
 
 
 def suits(x: torch.Tensor, outputs: int, geometry: Geometry) -> bool:
     """True if :func:`conv2d` can run it."""
     if not triton_kernels.usable(x.device) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    shape = _shape(x, geometry)
+    return _suits(_shape(x, geometry), outputs)
+
+
+@lru_cache(maxsize=4096)
+def _suits(shape: ConvShape, outputs: int) -> bool:
     largest = max(
         shape.pixels * shape.stored_channels,
-        x.numel(),
+        shape.samples * shape.channels * shape.height * shape.width,
         shape.samples * outputs * shape.out[0] * shape.out[1],
         outputs * shape.taps * shape.stored_channels,
     )
-    return largest < MAX_ELEMENTS and shape.taps <= MAX_TAPS and min(geometry[2]) >= 0
+    return largest < MAX_ELEMENTS and shape.taps <= MAX_TAPS and min(shape.padding) >= 0
+
+
+@lru_cache(maxsize=4096)
+def _laid_out(shape: ConvShape, mode: str) -> ConvShape:
+    """With gaps where its loads need them: "box" loads read what is outside of a picture as 0."""
+    return replace(shape, gaps=mode != "box" and any(shape.padding))
 
 
 def conv2d(
@@ -80,8 +95,7 @@ def run(
     out: torch.Tensor,
 ) -> None:
     """The same with a given configuration."""
-    # "box" loads read what is outside of a picture as 0, so that it needs no gaps.
-    shape = replace(shape, gaps=config.mode != "box" and any(shape.padding))
+    shape = _laid_out(shape, config.mode)
     quantize = triton_kernels.module("conv_quantize").quantize_pictures
     codes, scale = quantize(x, shape, *code_range, input_scale, zero_point, pre_scale)
     offset = None

@@ -20,6 +20,7 @@ import torch
 from diffuse_compress_kernels.int8_conv2d import cuda as triton_path
 from diffuse_compress_kernels.int8_linear import cpu, cuda
 from diffuse_compress_kernels.int8_linear.op import is_plain
+from diffuse_compress_kernels.registration import operator
 
 __all__ = ["int8_conv2d", "output_size"]
 
@@ -35,8 +36,7 @@ def output_size(
     return height, width
 
 
-@torch.library.custom_op("diffuse_compress::int8_conv2d", mutates_args=())
-def _int8_conv2d(
+def _int8_conv2d_now(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
@@ -55,8 +55,7 @@ def _int8_conv2d(
     return _run(x, weight, weight_scale, bias, geometry, (qmin, qmax), input_scale, input_zero_point, pre_scale)
 
 
-@_int8_conv2d.register_fake
-def _(
+def _int8_conv2d_fake(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
@@ -74,6 +73,9 @@ def _(
     height, width = output_size((x.shape[2], x.shape[3]), kernel, stride, padding, dilation)
     y = x.new_empty(x.shape[0], weight.shape[0], height, width)
     return y.contiguous(memory_format=_layout(x))
+
+
+_int8_conv2d = operator("int8_conv2d", _int8_conv2d_now, _int8_conv2d_fake)
 
 
 def _layout(x: torch.Tensor) -> torch.memory_format:
@@ -126,10 +128,9 @@ def int8_conv2d(
             f"{list(x.shape)} and {weight.dtype} {list(weight.shape)}."
         )
     geometry = (list(kernel), list(stride), list(padding), list(dilation))
+    x, bias = x.detach(), None if bias is None else bias.detach()
     if is_plain(x):
-        return _run(
-            x.detach(), weight, weight_scale, bias, geometry, (qmin, qmax), input_scale, input_zero_point, pre_scale
-        )
+        return _run(x, weight, weight_scale, bias, geometry, (qmin, qmax), input_scale, input_zero_point, pre_scale)
     y = _int8_conv2d(x, weight, weight_scale, bias, *geometry, qmin, qmax, input_scale, input_zero_point, pre_scale)
     return cast(torch.Tensor, y)
 

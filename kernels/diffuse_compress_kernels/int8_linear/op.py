@@ -12,6 +12,7 @@ from typing import cast
 import torch
 
 from diffuse_compress_kernels.int8_linear import cpu, cuda
+from diffuse_compress_kernels.registration import operator
 
 __all__ = ["int8_linear", "int8_linear_codes", "int_matmul", "is_plain", "is_traced_for_cuda", "quantize_rows"]
 
@@ -49,14 +50,15 @@ def _implementation(x: torch.Tensor) -> ModuleType:
 # --- int32 accumulators -----------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("diffuse_compress::int_matmul", mutates_args=())
-def _int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _int_matmul_now(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return cast(torch.Tensor, _implementation(a).int_matmul(a, b.t()).contiguous())
 
 
-@_int_matmul.register_fake
-def _(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _int_matmul_fake(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.new_empty(a.shape[0], b.shape[0], dtype=torch.int32)
+
+
+_int_matmul = operator("int_matmul", _int_matmul_now, _int_matmul_fake)
 
 
 def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -77,8 +79,7 @@ def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 # --- quantization of rows ---------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("diffuse_compress::quantize_rows", mutates_args=())
-def _quantize_rows(
+def _quantize_rows_now(
     x: torch.Tensor,
     qmin: int,
     qmax: int,
@@ -90,8 +91,7 @@ def _quantize_rows(
     return codes, row_scale.clone() if scale is not None else row_scale
 
 
-@_quantize_rows.register_fake
-def _(
+def _quantize_rows_fake(
     x: torch.Tensor,
     qmin: int,
     qmax: int,
@@ -101,6 +101,9 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = x.shape[0] if scale is None else 1
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((rows, 1), dtype=torch.float32)
+
+
+_quantize_rows = operator("quantize_rows", _quantize_rows_now, _quantize_rows_fake)
 
 
 def quantize_rows(
@@ -129,15 +132,14 @@ def quantize_rows(
     elif is_traced_for_cuda(x):
         codes, row_scale = cuda.quantize_rows_in_torch(x.detach(), qmin, qmax, scale, zero_point, pre_scale)
     else:
-        codes, row_scale = _quantize_rows(x, qmin, qmax, scale, zero_point, pre_scale)
+        codes, row_scale = _quantize_rows(x.detach(), qmin, qmax, scale, zero_point, pre_scale)
     return codes, row_scale
 
 
 # --- linear -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("diffuse_compress::int8_linear", mutates_args=())
-def _int8_linear(
+def _int8_linear_now(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
@@ -152,8 +154,7 @@ def _int8_linear(
     return cast(torch.Tensor, run(x, weight, weight_scale, bias, qmin, qmax, input_scale, input_zero_point, pre_scale))
 
 
-@_int8_linear.register_fake
-def _(
+def _int8_linear_fake(
     x: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
@@ -165,6 +166,9 @@ def _(
     pre_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+_int8_linear = operator("int8_linear", _int8_linear_now, _int8_linear_fake)
 
 
 def int8_linear(
@@ -203,8 +207,9 @@ def int8_linear(
             f"int8_linear: need x [M, K] and int8 weight [N, K], got {list(x.shape)} and "
             f"{weight.dtype} {list(weight.shape)}."
         )
+    x, bias = _detached(x), None if bias is None else _detached(bias)
     if is_plain(x):
-        x, bias, run = _detached(x), None if bias is None else _detached(bias), _implementation(x).linear
+        run = _implementation(x).linear
         return cast(
             torch.Tensor, run(x, weight, weight_scale, bias, qmin, qmax, input_scale, input_zero_point, pre_scale)
         )
@@ -215,8 +220,7 @@ def int8_linear(
     return cast(torch.Tensor, y)
 
 
-@torch.library.custom_op("diffuse_compress::int8_linear_codes", mutates_args=())
-def _int8_linear_codes(
+def _int8_linear_codes_now(
     codes: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
@@ -229,8 +233,7 @@ def _int8_linear_codes(
     return cast(torch.Tensor, run(codes, scale, zero_point, weight, weight_scale, bias, dtype))
 
 
-@_int8_linear_codes.register_fake
-def _(
+def _int8_linear_codes_fake(
     codes: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
@@ -240,6 +243,9 @@ def _(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype)
+
+
+_int8_linear_codes = operator("int8_linear_codes", _int8_linear_codes_now, _int8_linear_codes_fake)
 
 
 def int8_linear_codes(
@@ -252,9 +258,9 @@ def int8_linear_codes(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """:func:`int8_linear` for an input that :func:`quantize_rows` has quantized already; result in ``dtype``."""
+    bias = None if bias is None else _detached(bias)
     if is_plain(codes):
         run = _implementation(codes).linear_codes
-        bias = None if bias is None else _detached(bias)
         return cast(torch.Tensor, run(codes, scale, zero_point, weight, weight_scale, bias, dtype))
     return cast(torch.Tensor, _int8_linear_codes(codes, scale, zero_point, weight, weight_scale, bias, dtype))
 

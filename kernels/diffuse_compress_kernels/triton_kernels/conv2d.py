@@ -10,20 +10,24 @@ three ways to load a tile of them are in ``conv_geometry.py``.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from diffuse_compress_kernels.triton_kernels.conv_geometry import ConvConfig, ConvShape, box_width, tiles_of_pixels
 from diffuse_compress_kernels.triton_kernels.grid import sum_parts
-from diffuse_compress_kernels.triton_kernels.launch import Unsuitable, _counters, on_device_of
+from diffuse_compress_kernels.triton_kernels.launch import Unsuitable, scratch_for
+from diffuse_compress_kernels.triton_kernels.plans import plan_for, start_and_keep
+from diffuse_compress_kernels.triton_kernels.start import Matrix, Variant, variant
 
 __all__ = ["conv2d", "conv2d_kernel"]
 
 MAX_ELEMENTS = 1 << 31
+SCRATCH_PLACE = 7
+NONE = (None, None)
 
 
 @triton.jit
@@ -187,16 +191,16 @@ def _inputs(codes: torch.Tensor, weight: torch.Tensor, shape: ConvShape, config:
     if config.mode == "gather":
         return codes, weight
     channels, (rows, columns) = shape.stored_channels, shape.pitch
-    w_desc = TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [config.block_n, config.block_k])
+    w_desc = Matrix(weight, tuple(weight.shape), weight.stride(), (config.block_n, config.block_k))
     if config.mode == "shift":
-        sizes, strides, block = [shape.pixels, channels], [channels, 1], [config.block_m, config.block_k]
-        return TensorDescriptor(codes, sizes, strides, block), w_desc
+        sizes, strides, block = (shape.pixels, channels), (channels, 1), (config.block_m, config.block_k)
+        return Matrix(codes, sizes, strides, block), w_desc
     block_w = box_width(shape.out, config.block_m)
-    sizes = [shape.samples, shape.height, shape.width, channels]
-    strides = [rows * columns * channels, columns * channels, channels, 1]
-    block = [1, config.block_m // block_w, block_w, config.block_k]
+    sizes = (shape.samples, shape.height, shape.width, channels)
+    strides = (rows * columns * channels, columns * channels, channels, 1)
+    block = (1, config.block_m // block_w, block_w, config.block_k)
     pictures = codes.view(-1)[shape.lead * channels :]
-    return TensorDescriptor(pictures, sizes, strides, block), w_desc
+    return Matrix(pictures, sizes, strides, block), w_desc
 
 
 def conv2d(
@@ -227,31 +231,44 @@ def conv2d(
     Raises:
         Unsuitable: the configuration cannot run this shape.
     """
+    scales = (
+        "none" if x_scale is None else "samples" if x_scale.numel() > 1 else "one",
+        "none" if x_scale is None or w_scale is None else "rows" if w_scale.numel() > 1 else "one",
+    )
+    absent = (x_scale is None, w_scale is None, offset is None, None if bias is None else bias.dtype)
+    key = ("conv2d", shape, config, weight.shape, scales, absent, out.stride(), out.dtype, codes.device.index)
+    plan = plan_for(key, codes.device)
+    tensors = (codes, weight, out, x_scale, w_scale, offset, bias, None, None)
+    if plan is not None and plan.run(codes.device.index, tensors):
+        return out
     if not shape.fits(config.mode) or (config.mode == "box" and offset is not None and any(shape.padding)):
         raise Unsuitable(f"{config.name} cannot load {shape}.")
     if max(codes.numel(), out.numel(), weight.numel()) >= MAX_ELEMENTS:
         raise Unsuitable(f"offsets are 32 bits wide, got {list(codes.shape)} and {list(out.shape)}.")
-    outputs, (height, width) = weight.shape[0], shape.out
-    left, _, top, _ = shape.padding
+    (height, width), left, top = shape.out, shape.padding[0], shape.padding[2]
     tiles_m = tiles_of_pixels(shape, config)
-    tiles = tiles_m * -(-outputs // config.block_n)
-    parts, counters = None, None
-    if config.split_k > 1:
-        size = tiles * config.split_k * config.block_m * config.block_n
-        parts, counters = torch.empty(size, dtype=torch.int32, device=codes.device), _counters(tiles, codes.device)
-    with on_device_of(codes):
-        conv2d_kernel[(tiles, config.split_k)](
-            *_inputs(codes, weight, shape, config), out, x_scale, w_scale, offset, bias, parts, counters,
-            shape.samples, height, width, height * width, outputs, shape.stored_channels, *shape.pitch,
-            shape.first, top, left, tiles_m, weight.stride(0), out.stride(0), out.stride(1), out.stride(3),
-            TAPS=shape.taps, KW=shape.kernel[1], SH=shape.stride[0], SW=shape.stride[1],
-            DH=shape.dilation[0], DW=shape.dilation[1],
-            X_SCALES="none" if x_scale is None else "samples" if x_scale.numel() > 1 else "one",
-            W_SCALES="none" if x_scale is None or w_scale is None else "rows" if w_scale.numel() > 1 else "one",
-            MODE=config.mode, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            BLOCK_W=box_width(shape.out, config.block_m), GROUP_M=config.group_m, SPLIT_K=config.split_k,
-            WEIGHT_LEFT=config.weight_left, EVEN_C=shape.stored_channels % config.block_k == 0,
-            # Unfused, as the CPU's epilogue is.
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
-        )  # fmt: skip
+    tiles = tiles_m * -(-weight.shape[0] // config.block_n)
+    room = partial(scratch_for, config, tiles, torch.int32, codes.device) if config.split_k > 1 else None
+    start_and_keep(
+        # The descriptor of pictures with a lead does not begin where the codes do.
+        None if config.mode == "box" and shape.lead else key,
+        _variant_for(shape, config, scales), codes.device, (tiles, config.split_k, 1),
+        (*_inputs(codes, weight, shape, config), out, x_scale, w_scale, offset, bias, *(room() if room else NONE)),
+        (shape.samples, height, width, height * width, weight.shape[0], shape.stored_channels, *shape.pitch,
+         shape.first, top, left, tiles_m, weight.stride(0), out.stride(0), out.stride(1), out.stride(3)),
+        (SCRATCH_PLACE, room) if room else None,
+    )  # fmt: skip
     return out
+
+
+def _variant_for(shape: ConvShape, config: ConvConfig, scales: tuple[str, str]) -> Variant:
+    return variant(
+        conv2d_kernel,
+        TAPS=shape.taps, KW=shape.kernel[1], SH=shape.stride[0], SW=shape.stride[1],
+        DH=shape.dilation[0], DW=shape.dilation[1], X_SCALES=scales[0], W_SCALES=scales[1],
+        MODE=config.mode, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        BLOCK_W=box_width(shape.out, config.block_m), GROUP_M=config.group_m, SPLIT_K=config.split_k,
+        WEIGHT_LEFT=config.weight_left, EVEN_C=shape.stored_channels % config.block_k == 0,
+        # Unfused, as the CPU's epilogue is.
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
+    )  # fmt: skip

@@ -13,7 +13,7 @@ the pixel: a convolution is a sum of matrix products over the same codes, shifte
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 __all__ = ["ConvConfig", "ConvShape", "box_width", "tiles_of_pixels"]
@@ -87,7 +87,16 @@ class ConvShape:
     dilation: tuple[int, int] = (1, 1)
     gaps: bool = True
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Shapes are keys of what is decided by them, at every call."""
+        return hash((self.samples, self.height, self.width, self.channels, self.kernel, self.stride, self.padding,
+                     self.dilation, self.gaps))  # fmt: skip
+
+    @cached_property
     def out(self) -> tuple[int, int]:
         """(Ho, Wo)."""
         left, right, top, bottom = self.padding
@@ -95,38 +104,38 @@ class ConvShape:
         width = (self.width + left + right - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1
         return height, width
 
-    @property
+    @cached_property
     def stored_channels(self) -> int:
         """C in memory: rows of a multiple of 16 bytes."""
         return -(-self.channels // CHANNEL_ALIGNMENT) * CHANNEL_ALIGNMENT
 
-    @property
+    @cached_property
     def taps(self) -> int:
         """Positions of the window."""
         return self.kernel[0] * self.kernel[1]
 
-    @property
+    @cached_property
     def gap(self) -> tuple[int, int]:
         """(rows between samples, pixels between rows)."""
         left, right, top, bottom = self.padding
         return (max(top, bottom), max(left, right)) if self.gaps else (0, 0)
 
-    @property
+    @cached_property
     def pitch(self) -> tuple[int, int]:
         """(rows of a sample, pixels of a row), gaps included."""
         return self.height + self.gap[0], self.width + self.gap[1]
 
-    @property
+    @cached_property
     def lead(self) -> int:
         """Pixels before the first sample."""
         return self.gap[0] * self.pitch[1] + self.gap[1]
 
-    @property
+    @cached_property
     def pixels(self) -> int:
         """Pixels in memory."""
         return self.lead + self.samples * self.pitch[0] * self.pitch[1]
 
-    @property
+    @cached_property
     def first(self) -> int:
         """Where the window of the first output begins, in pixels; negative if that is outside of the memory."""
         left, _, top, _ = self.padding

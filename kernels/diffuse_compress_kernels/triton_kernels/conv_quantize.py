@@ -17,8 +17,9 @@ import triton.language as tl
 
 from diffuse_compress_kernels.triton_kernels.conv_geometry import ConvShape
 from diffuse_compress_kernels.triton_kernels.divide import larger, largest_magnitude, quotient
-from diffuse_compress_kernels.triton_kernels.launch import INTERPRETED, on_device_of
+from diffuse_compress_kernels.triton_kernels.plans import plan_for, start_and_keep
 from diffuse_compress_kernels.triton_kernels.rows import row_scale
+from diffuse_compress_kernels.triton_kernels.start import INTERPRETED, variant
 
 __all__ = ["pictures_kernel", "quantize_pictures", "runs_kernel", "sample_maxima_kernel"]
 
@@ -173,20 +174,27 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _maxima(x: torch.Tensor, pre_scale: torch.Tensor | None) -> torch.Tensor:
+def _maxima(x: torch.Tensor, pre_scale: torch.Tensor | None, key: tuple[Any, ...]) -> torch.Tensor:
     """int32 [B, parts]: bits of the largest magnitudes."""
-    samples, channels = x.shape[:2]
-    size = x[0].numel()
-    parts = min(MAX_PARTS, triton.next_power_of_2(-(-size // LEAST_PART)))
+    samples, channels, height, width = x.shape
+    size = channels * height * width
+    parts = _parts(size)
+    maxima = torch.empty(samples, parts, dtype=torch.int32, device=x.device)
+    pointers, key = (x, pre_scale, maxima), ("maxima", *key)
+    plan = plan_for(key, x.device)
+    if plan is not None and plan.run(x.device.index, pointers):
+        return maxima
     # Aligned starts take the widest loads.
     part_size = -(-size // (parts * ALIGNMENT)) * ALIGNMENT
-    maxima = torch.empty(samples, parts, dtype=torch.int32, device=x.device)
-    inner = x.shape[2] * x.shape[3] if x.is_contiguous() else 1
-    with on_device_of(x):
-        sample_maxima_kernel[(parts, samples)](
-            x, pre_scale, maxima, size, inner, channels, part_size, PARTS=parts, BLOCK=RANGE_BLOCK, num_warps=8
-        )
+    inner = height * width if x.is_contiguous() else 1
+    chosen = variant(sample_maxima_kernel, PARTS=parts, BLOCK=RANGE_BLOCK, num_warps=8)
+    start_and_keep(key, chosen, x.device, (parts, samples, 1), pointers, (size, inner, channels, part_size))
     return maxima
+
+
+def _parts(size: int) -> int:
+    """Programs for a sample of ``size`` elements."""
+    return min(MAX_PARTS, 1 << (-(-size // LEAST_PART) - 1).bit_length())
 
 
 def quantize_pictures(
@@ -211,13 +219,18 @@ def quantize_pictures(
     """
     x = _dense(x)
     codes = torch.empty(shape.pixels, shape.stored_channels, dtype=torch.int8, device=x.device)
+    absent = (scale is None, zero_point is None, pre_scale is None)
+    key = ("pictures", shape, x.stride(), x.dtype, qmin, qmax, absent, x.device.index)
     maxima = None
     if scale is None:
         measured = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-        maxima = _maxima(x, pre_scale)
+        maxima = _maxima(x, pre_scale, key)
     else:
         measured = scale.reshape(1)
     pointers = (x, codes, measured, maxima, scale, zero_point, pre_scale)
+    plan = plan_for(key, x.device)
+    if plan is not None and plan.run(x.device.index, pointers):
+        return codes, measured
     constants = {
         "QMIN": qmin,
         "QMAX": qmax,
@@ -226,11 +239,8 @@ def quantize_pictures(
         "enable_fp_fusion": False,
     }
     last = not x.is_contiguous() or x.shape[1] == 1 or x.shape[2] * x.shape[3] == 1
-    with on_device_of(x):
-        if last and shape.stored_channels == x.shape[1]:
-            _write_runs(x, shape, pointers, constants)
-        else:
-            _write_tiles(x, shape, pointers, constants)
+    write = _write_runs if last and shape.stored_channels == x.shape[1] else _write_tiles
+    write(x, shape, pointers, constants, key)
     return codes, measured
 
 
@@ -239,30 +249,35 @@ def _gap_programs(shape: ConvShape, per_program: int) -> int:
     return -(-gaps // per_program)
 
 
-def _write_runs(x: torch.Tensor, shape: ConvShape, pointers: Any, constants: dict[str, Any]) -> None:
+def _write_runs(x: torch.Tensor, shape: ConvShape, pointers: Any, constants: dict[str, Any], key: Any) -> None:
     samples, channels, height, width = x.shape
     gap_h, gap_w = shape.gap
-    size = x[0].numel()
+    size = channels * height * width
     runs = height if gap_w else 1
     length = size // runs
     chunks = -(-length // RUN_BLOCK)
     block_c = min(256, triton.next_power_of_2(channels))
     block_p = RUN_BLOCK // block_c
-    runs_kernel[(chunks, runs + -(-_gap_programs(shape, block_p) // (chunks * samples)), samples)](
-        *pointers, samples, height, width, channels, gap_h, gap_w, runs, size, length,
-        (width + gap_w) * channels, EXACT=length % RUN_BLOCK == 0, BLOCK=RUN_BLOCK, BLOCK_P=block_p, BLOCK_C=block_c,
-        num_warps=4, **constants,
+    chosen = variant(
+        runs_kernel, EXACT=length % RUN_BLOCK == 0, BLOCK=RUN_BLOCK, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
+        **constants,
+    )  # fmt: skip
+    start_and_keep(
+        key, chosen, x.device, (chunks, runs + -(-_gap_programs(shape, block_p) // (chunks * samples)), samples),
+        pointers, (samples, height, width, channels, gap_h, gap_w, runs, size, length, (width + gap_w) * channels),
     )  # fmt: skip
 
 
-def _write_tiles(x: torch.Tensor, shape: ConvShape, pointers: Any, constants: dict[str, Any]) -> None:
+def _write_tiles(x: torch.Tensor, shape: ConvShape, pointers: Any, constants: dict[str, Any], key: Any) -> None:
     samples, channels, height, width = x.shape
     pixels, stored = height * width, shape.stored_channels
     strides = (pixels, 1) if x.is_contiguous() else (1, channels)
     # Read along pixels, written along channels: a square tile turns in shared memory.
     block_p = block_c = 64
     tiles_p, tiles_c = -(-pixels // block_p), -(-stored // block_c)
-    pictures_kernel[(tiles_p, tiles_c + -(-_gap_programs(shape, block_p) // (tiles_p * samples)), samples)](
-        *pointers, samples, channels, height, width, pixels, stored, *shape.gap, channels * pixels, *strides,
-        tiles_c, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **constants,
+    chosen = variant(pictures_kernel, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **constants)
+    start_and_keep(
+        key, chosen, x.device, (tiles_p, tiles_c + -(-_gap_programs(shape, block_p) // (tiles_p * samples)), samples),
+        pointers,
+        (samples, channels, height, width, pixels, stored, *shape.gap, channels * pixels, *strides, tiles_c),
     )  # fmt: skip

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from diffuse_compress_kernels.triton_kernels.launch import on_device_of
+from diffuse_compress_kernels.triton_kernels.plans import plan_for, start_and_keep
+from diffuse_compress_kernels.triton_kernels.start import variant
 
 __all__ = ["taps_last", "taps_last_kernel"]
 
@@ -46,10 +47,13 @@ def taps_last(weight: torch.Tensor, kernel: tuple[int, int], stored: int) -> tor
             return weight.reshape(outputs, -1)
         if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
             return weight.permute(0, 2, 3, 1).reshape(outputs, -1)
-    out = torch.empty(outputs, taps * stored, dtype=torch.int8, device=weight.device)
+    out, weight = torch.empty(outputs, taps * stored, dtype=torch.int8, device=weight.device), weight.contiguous()
+    key = ("taps", weight.shape, kernel, stored, weight.device.index)
+    plan = plan_for(key, weight.device)
+    if plan is not None and plan.run(weight.device.index, (weight, out)):
+        return out
     block = min(MAX_BLOCK, triton.next_power_of_2(stored))
-    with on_device_of(weight):
-        taps_last_kernel[(outputs, -(-stored // block))](
-            weight.contiguous(), out, channels, stored, TAPS=taps, BLOCK_C=block, num_warps=4
-        )
+    chosen = variant(taps_last_kernel, TAPS=taps, BLOCK_C=block, num_warps=4)
+    grid = (outputs, -(-stored // block), 1)
+    start_and_keep(key, chosen, weight.device, grid, (weight, out), (channels, stored))
     return out

@@ -1,4 +1,4 @@
-"""Packed int4 weights written out as int8 or 16-bit matrices, a block of rows at a time.
+"""Quantized weights written out: packed int4 as int8, any as float matrices, a block of rows at a time.
 
 With many tokens a product is bound by its arithmetic, and unpacking once, at memory speed, costs less than unpacking
 in front of every tensor-core instruction. The matrix lives for one call, in chunks of rows that bound it.
@@ -10,14 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
-from diffuse_compress_kernels.triton_kernels.launch import on_device_of
+from diffuse_compress_kernels.triton_kernels.start import variant
 
-__all__ = ["expand_to_float", "expand_to_int8"]
+__all__ = ["expand_codes", "expand_to_float", "expand_to_int8"]
 
 HALF = tl.constexpr(64)
 GROUP = tl.constexpr(128)
 BLOCK_N = 32
 WARPS = 4
+CODES_BLOCK_N, CODES_BLOCK_K = 16, 256
 
 
 @triton.jit
@@ -104,22 +105,49 @@ def expand_to_float_kernel(
     tl.store(places + HALF, (high * scale_high).to(dtype), mask=mask & (k[None, :] < K - HALF))
 
 
+@triton.jit
+def expand_codes_kernel(
+    codes_ptr,
+    scale_ptr,
+    zero_ptr,
+    out_ptr,
+    N,
+    K,
+    stride_cn,
+    stride_sn,
+    stride_zn,
+    stride_on,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Program (rows, columns): scale * (code - zero point) in fp32, rounded once. GROUP_SIZE 0: a scale per row."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    rows = tl.minimum(n, N - 1).to(tl.int64)
+    mask = (n < N)[:, None] & (k < K)[None, :]
+    values = tl.load(codes_ptr + (rows * stride_cn)[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    if GROUP_SIZE == 0:
+        if zero_ptr is not None:
+            values -= tl.load(zero_ptr + rows * stride_zn).to(tl.float32)[:, None]
+        values *= tl.load(scale_ptr + rows * stride_sn)[:, None]
+    else:
+        group = (tl.minimum(k, K - 1) // GROUP_SIZE)[None, :]
+        if zero_ptr is not None:
+            values -= tl.load(zero_ptr + (rows * stride_zn)[:, None] + group).to(tl.float32)
+        values *= tl.load(scale_ptr + (rows * stride_sn)[:, None] + group)
+    tl.store(out_ptr + (rows * stride_on)[:, None] + k[None, :], values.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 def expand_to_int8(packed: torch.Tensor, group_scale: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
     """``out`` int8 [N, K] = codes of packed int8 [N, ceil(K / 128) * 64], times group_scale int8 [N, ceil(K / 128)]."""
     outputs, columns = out.shape
-    with on_device_of(packed):
-        expand_to_int8_kernel[(triton.cdiv(outputs, BLOCK_N), triton.cdiv(columns, 128))](
-            packed.view(torch.uint8),
-            group_scale,
-            out,
-            outputs,
-            columns,
-            packed.stride(0),
-            0 if group_scale is None else group_scale.stride(0),
-            out.stride(0),
-            BLOCK_N=BLOCK_N,
-            num_warps=WARPS,
-        )
+    variant(expand_to_int8_kernel, BLOCK_N=BLOCK_N, num_warps=WARPS).start(
+        packed.device,
+        (-(-outputs // BLOCK_N), -(-columns // 128), 1),
+        (packed.view(torch.uint8), group_scale, out),
+        (outputs, columns, packed.stride(0), 0 if group_scale is None else group_scale.stride(0), out.stride(0)),
+    )
     return out
 
 
@@ -128,20 +156,32 @@ def expand_to_float(
 ) -> torch.Tensor:
     """``out`` [N, K], any float dtype = scale * (codes - zero_point); ``group_size`` 0 is one scale per row."""
     outputs, columns = out.shape
-    with on_device_of(packed):
-        expand_to_float_kernel[(triton.cdiv(outputs, BLOCK_N), triton.cdiv(columns, 128))](
-            packed.view(torch.uint8),
-            scale,
-            zero_point,
-            out,
-            outputs,
-            columns,
-            packed.stride(0),
-            0 if scale.shape[0] == 1 else scale.stride(0),
-            0 if zero_point is None or zero_point.shape[0] == 1 else zero_point.stride(0),
-            out.stride(0),
-            GROUP_SIZE=group_size,
-            BLOCK_N=BLOCK_N,
-            num_warps=WARPS,
-        )
+    variant(expand_to_float_kernel, GROUP_SIZE=group_size, BLOCK_N=BLOCK_N, num_warps=WARPS).start(
+        packed.device,
+        (-(-outputs // BLOCK_N), -(-columns // 128), 1),
+        (packed.view(torch.uint8), scale, zero_point, out),
+        (outputs, columns, packed.stride(0), _row_stride(scale), _row_stride(zero_point), out.stride(0)),
+    )
+    return out
+
+
+def _row_stride(qparam: torch.Tensor | None) -> int:
+    """0 where all rows share what the first has."""
+    return 0 if qparam is None or qparam.shape[0] == 1 else qparam.stride(0)
+
+
+def expand_codes(
+    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, group_size: int, out: torch.Tensor
+) -> torch.Tensor:
+    """``out`` [N, K], any float dtype = scale * (codes - zero_point) of int8 or float8_e4m3fn codes [N, K]."""
+    outputs, columns = out.shape
+    chosen = variant(
+        expand_codes_kernel, GROUP_SIZE=group_size, BLOCK_N=CODES_BLOCK_N, BLOCK_K=CODES_BLOCK_K, num_warps=WARPS
+    )
+    chosen.start(
+        codes.device,
+        (-(-outputs // CODES_BLOCK_N), -(-columns // CODES_BLOCK_K), 1),
+        (codes, scale, zero_point, out),
+        (outputs, columns, codes.stride(0), _row_stride(scale), _row_stride(zero_point), out.stride(0)),
+    )
     return out

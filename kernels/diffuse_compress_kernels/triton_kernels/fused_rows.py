@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 from diffuse_compress_kernels.triton_kernels.divide import largest_magnitude, quotient
-from diffuse_compress_kernels.triton_kernels.launch import INTERPRETED, on_device_of
 from diffuse_compress_kernels.triton_kernels.rows import row_scale
+from diffuse_compress_kernels.triton_kernels.start import INTERPRETED, variant
 
 __all__ = ["MAX_COLUMNS", "Quantization", "activation_kernel", "activation_rows", "norm_kernel", "norm_rows"]
 
@@ -361,15 +361,17 @@ def norm_rows(
         return codes, row_scale, kept
     head, tail = blocks_for(columns)
     samples = next((part.shape[0] for part in (scale, shift) if part is not None), 1)
-    with on_device_of(x):
-        norm_kernel[(rows,)](
-            x, weight, bias, scale, shift, kept, codes, row_scale, how.scale, how.zero_point, how.pre_scale,
-            columns, eps, rows // samples, x.stride(0),
-            0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0),
-            RMS=rms, WORK=_TRITON[work_dtype or x.dtype], OUT=_TRITON[x.dtype], QMIN=how.qmin, QMAX=how.qmax,
-            HEAD=head, TAIL=tail, EXACT=head + tail == columns, COMPILED=not INTERPRETED,
-            num_warps=num_warps or warps_for(columns), enable_fp_fusion=False,
-        )  # fmt: skip
+    chosen = variant(
+        norm_kernel, RMS=rms, WORK=_TRITON[work_dtype or x.dtype], OUT=_TRITON[x.dtype], QMIN=how.qmin, QMAX=how.qmax,
+        HEAD=head, TAIL=tail, EXACT=head + tail == columns, COMPILED=not INTERPRETED,
+        num_warps=num_warps or warps_for(columns), enable_fp_fusion=False,
+    )  # fmt: skip
+    chosen.start(
+        x.device, (rows, 1, 1),
+        (x, weight, bias, scale, shift, kept, codes, row_scale, how.scale, how.zero_point, how.pre_scale),
+        (columns, float(eps), rows // samples, x.stride(0),
+         0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0)),
+    )  # fmt: skip
     return codes, row_scale, kept
 
 
@@ -395,12 +397,13 @@ def activation_rows(
     if codes.numel() == 0:
         return codes, row_scale, kept
     head, tail = blocks_for(columns)
-    with on_device_of(x):
-        activation_kernel[(rows,)](
-            x, other, kept, codes, row_scale, how.scale, how.zero_point, how.pre_scale,
-            columns, x.stride(0), 0 if other is None else other.stride(0),
-            KIND=kind, OUT=_TRITON[x.dtype], QMIN=how.qmin, QMAX=how.qmax,
-            HEAD=head, TAIL=tail, EXACT=head + tail == columns, COMPILED=not INTERPRETED,
-            num_warps=num_warps or warps_for(columns), enable_fp_fusion=False,
-        )  # fmt: skip
+    chosen = variant(
+        activation_kernel, KIND=kind, OUT=_TRITON[x.dtype], QMIN=how.qmin, QMAX=how.qmax,
+        HEAD=head, TAIL=tail, EXACT=head + tail == columns, COMPILED=not INTERPRETED,
+        num_warps=num_warps or warps_for(columns), enable_fp_fusion=False,
+    )  # fmt: skip
+    chosen.start(
+        x.device, (rows, 1, 1), (x, other, kept, codes, row_scale, how.scale, how.zero_point, how.pre_scale),
+        (columns, x.stride(0), 0 if other is None else other.stride(0)),
+    )  # fmt: skip
     return codes, row_scale, kept

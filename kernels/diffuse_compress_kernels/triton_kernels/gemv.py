@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from diffuse_compress_kernels.triton_kernels.launch import INTERPRETED, on_device_of
+from diffuse_compress_kernels.triton_kernels.start import INTERPRETED, variant
 from diffuse_compress_kernels.triton_kernels.tiles import GemvConfig
 
 __all__ = ["w4a16_gemv", "w4a16_gemv_kernel"]
@@ -215,24 +215,18 @@ def w4a16_gemv(
         out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     if rows == 0 or outputs == 0:
         return out
-    with on_device_of(x):
-        w4a16_gemv_kernel[(triton.cdiv(outputs, config.block_n), rows)](
-            x,
-            packed.view(torch.int32),
-            scale,
-            zero_point,
-            bias,
-            out,
-            outputs,
-            x.shape[1],
-            x.stride(0),
-            packed.stride(0) // 4,
-            scale.stride(0),
-            out.stride(0),
-            BLOCK_N=config.block_n,
-            THREADS=config.threads,
-            EVEN_K=x.shape[1] % (config.threads * COLUMNS_PER_THREAD) == 0,
-            ASM=asm,
-            num_warps=config.threads // 32,
-        )
+    chosen = variant(
+        w4a16_gemv_kernel,
+        BLOCK_N=config.block_n,
+        THREADS=config.threads,
+        EVEN_K=x.shape[1] % (config.threads * COLUMNS_PER_THREAD) == 0,
+        ASM=asm,
+        num_warps=config.threads // 32,
+    )
+    chosen.start(
+        x.device,
+        (-(-outputs // config.block_n), rows, 1),
+        (x, packed.view(torch.int32), scale, zero_point, bias, out),
+        (outputs, x.shape[1], x.stride(0), packed.stride(0) // 4, scale.stride(0), out.stride(0)),
+    )
     return out

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from diffuse_compress_kernels.triton_kernels import capability
-from diffuse_compress_kernels.triton_kernels.expand import expand_to_float, expand_to_int8
+from diffuse_compress_kernels.triton_kernels.expand import expand_codes, expand_to_float, expand_to_int8
 from diffuse_compress_kernels.triton_kernels.gemv import w4a16_gemv
-from diffuse_compress_kernels.triton_kernels.launch import multiprocessors
+from diffuse_compress_kernels.triton_kernels.launch import key_of, multiprocessors, planned
 from diffuse_compress_kernels.triton_kernels.rows import quantize_rows
 from diffuse_compress_kernels.triton_kernels.tables import Table, choose, for_groups, load_table, table_for
 from diffuse_compress_kernels.triton_kernels.tiles import GemvConfig, TileConfig
@@ -32,6 +32,7 @@ __all__ = [
     "w4a8_linear_codes",
     "w4a16_expanded",
     "w4a16_linear",
+    "w8a16_linear",
 ]
 
 ALIGNMENT = 16
@@ -39,7 +40,7 @@ ALIGNMENT = 16
 # int8 products that holds for two-level weights only, and also depends on what else reading a row of x costs: from so
 # many elements of x on.
 EXPAND_TWO_LEVEL_ELEMENTS = 8 << 20
-EXPAND_W4A16_TOKENS = 65
+EXPAND_WEIGHT_ONLY_TOKENS = 65
 # Up to so many tokens, reading the weight for each of them costs less than idle rows of tensor-core instructions.
 GEMV_TOKENS = 1
 GEMV_CONFIG = GemvConfig(16, 64)
@@ -102,8 +103,14 @@ def int8_linear_codes(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """As the operator of that name; ``offset`` int32 [N] is subtracted from the sums."""
+    key = None
+    if offset is None:
+        key = key_of("w8a8", codes, scale, weight, weight_scale, bias, dtype)
+        y = planned(key, codes, scale, weight, weight_scale, bias, dtype)
+        if y is not None:
+            return y
     config = config_for("w8a8-int8", codes, weight)
-    return w8a8(codes, scale, weight, weight_scale, config, offset=offset, bias=bias, dtype=dtype)
+    return w8a8(codes, scale, weight, weight_scale, config, offset=offset, bias=bias, dtype=dtype, key=key)
 
 
 def fp8_linear_codes(
@@ -155,6 +162,28 @@ def w4a8_expanded(
     return y
 
 
+def _expanded(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    group_size: int,
+    bias: torch.Tensor | None,
+    expand: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """The weight is written out in the dtype of x, then multiplied by the vendor's dense product."""
+    outputs, depth = qweight.shape[0], x.shape[1]
+    y = torch.empty(x.shape[0], outputs, dtype=x.dtype, device=x.device)
+    for part in _chunks(outputs, depth * x.element_size()):
+        weight = torch.empty(part.stop - part.start, depth, dtype=x.dtype, device=x.device)
+        expand(qweight[part], _rows(scale, part), _rows(zero_point, part), group_size, weight)
+        if bias is None:
+            torch.mm(x, weight.t(), out=y[:, part])
+        else:
+            torch.addmm(bias[part].to(x.dtype), x, weight.t(), out=y[:, part])
+    return y
+
+
 def w4a16_expanded(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -163,17 +192,8 @@ def w4a16_expanded(
     group_size: int,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The weight is written out in the dtype of x, then multiplied by the vendor's dense product."""
-    outputs, depth = packed.shape[0], x.shape[1]
-    y = torch.empty(x.shape[0], outputs, dtype=x.dtype, device=x.device)
-    for part in _chunks(outputs, depth * x.element_size()):
-        weight = torch.empty(part.stop - part.start, depth, dtype=x.dtype, device=x.device)
-        expand_to_float(packed[part], _rows(scale, part), _rows(zero_point, part), group_size, weight)  # type: ignore[arg-type]
-        if bias is None:
-            torch.mm(x, weight.t(), out=y[:, part])
-        else:
-            torch.addmm(bias[part].to(x.dtype), x, weight.t(), out=y[:, part])
-    return y
+    """:func:`w4a16_linear` for many tokens."""
+    return _expanded(x, packed, scale, zero_point, group_size, bias, expand_to_float)
 
 
 def w4a8_linear_codes(
@@ -196,9 +216,25 @@ def w4a8_linear_codes(
     expand = group_scale is not None and codes.numel() >= EXPAND_TWO_LEVEL_ELEMENTS
     if expand and codes.shape[1] % ALIGNMENT == 0:
         return w4a8_expanded(codes, scale, offset, packed, weight_scale, group_scale, bias, dtype)
+    key = None
+    if offset is None:
+        groups = None if group_scale is None else group_scale.stride()
+        key = key_of("w4a8", codes, scale, packed, weight_scale, bias, dtype, groups)
+        y = planned(key, codes, scale, packed, weight_scale, bias, dtype, group_scale)
+        if y is not None:
+            return y
     config = config_for("w4a8", codes, packed)
     return w4a8(
-        codes, scale, packed, weight_scale, config, group_scale=group_scale, offset=offset, bias=bias, dtype=dtype
+        codes,
+        scale,
+        packed,
+        weight_scale,
+        config,
+        group_scale=group_scale,
+        offset=offset,
+        bias=bias,
+        dtype=dtype,
+        key=key,
     )
 
 
@@ -211,10 +247,36 @@ def w4a16_linear(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """As the operator of that name, for bf16 and fp16."""
-    if x.shape[0] >= EXPAND_W4A16_TOKENS:
+    if x.shape[0] >= EXPAND_WEIGHT_ONLY_TOKENS:
         return w4a16_expanded(x, packed, scale, zero_point, group_size, bias)
     if x.shape[0] <= GEMV_TOKENS and group_size == 128:
         config = GEMV_CONFIG_MANY_OUTPUTS if packed.shape[0] >= MANY_OUTPUTS else GEMV_CONFIG
         return w4a16_gemv(x, packed, scale, zero_point, config, bias=bias)
+    key = None
+    if group_size:
+        zero = None if zero_point is None else (zero_point.dtype, zero_point.stride())
+        key = key_of("w4a16", x, None, packed, scale, bias, x.dtype, group_size, scale.stride(), zero)
+        y = planned(key, x, None, packed, None, bias, x.dtype, scale, zero_point)
+        if y is not None:
+            return y
     tile = for_groups(config_for("w4a16", x, packed), group_size)
-    return w4a16(x, packed, scale, zero_point, group_size, tile, bias=bias)
+    return w4a16(x, packed, scale, zero_point, group_size, tile, bias=bias, key=key)
+
+
+def w8a16_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    group_size: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """As the operator of that name, for bf16 and fp16."""
+    if x.shape[0] >= EXPAND_WEIGHT_ONLY_TOKENS or zero_point is not None or group_size:
+        return _expanded(x, weight, scale, zero_point, group_size, bias, expand_codes)
+    key = key_of("w8a16", x, None, weight, scale, bias, x.dtype)
+    y = planned(key, x, None, weight, scale, bias, x.dtype)
+    if y is not None:
+        return y
+    # Tiles as for int4 weights, which differ in nothing that decides here.
+    return w8a8(x, None, weight, scale, config_for("w4a16", x, weight), bias=bias, dtype=x.dtype, key=key)

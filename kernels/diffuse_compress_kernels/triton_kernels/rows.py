@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from diffuse_compress_kernels.triton_kernels.launch import INTERPRETED, on_device_of
+from diffuse_compress_kernels.triton_kernels.plans import plan_for, start_and_keep
+from diffuse_compress_kernels.triton_kernels.start import INTERPRETED, variant
 
 __all__ = ["largest_of", "quantize_rows", "quantize_rows_kernel", "row_blocks", "row_scale", "store_codes", "warps_for"]
 
@@ -192,35 +193,32 @@ def quantize_rows(
         max_block: longest row that is kept in registers; longer ones take steps of at most ``STEP``.
         fma: divide with fused multiply-adds; False is slower and as exact.
     """
-    rows, columns = x.shape
-    dtype = torch.float8_e4m3fn if qmax == FLOAT8_MAX else torch.int8
-    codes = torch.empty(rows, columns, dtype=dtype, device=x.device)
-    measured = torch.empty(rows, 1, dtype=torch.float32, device=x.device) if scale is None else scale.reshape(1, 1)
+    (rows, columns), device = x.shape, x.device
+    codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn if qmax == FLOAT8_MAX else torch.int8, device=device)
+    measured = torch.empty(rows, 1, dtype=torch.float32, device=device) if scale is None else scale.reshape(1, 1)
     if rows == 0 or columns == 0:
         if scale is None:
             measured.fill_(torch.finfo(torch.float32).tiny)
         return codes, measured
     if x.stride(1) != 1:
         x = x.contiguous()
+    pointers = (x, codes, measured, scale, zero_point, pre_scale)
+    absent = (scale is None, zero_point is None, pre_scale is None)
+    key = ("rows", x.shape, x.stride(), x.dtype, qmin, qmax, absent, max_block, fma, device.index)
+    plan = plan_for(key, device)
+    if plan is not None and plan.run(device.index, pointers):
+        return codes, measured
     first, second, whole = row_blocks(columns, max_block)
-    with on_device_of(x):
-        quantize_rows_kernel[(rows,)](
-            x,
-            codes,
-            measured,
-            scale,
-            zero_point,
-            pre_scale,
-            columns,
-            x.stride(0),
-            codes.stride(0),
-            QMIN=qmin,
-            QMAX=int(qmax),
-            FIRST=first,
-            SECOND=second,
-            WHOLE=whole,
-            FMA=fma,
-            num_warps=warps_for(first),
-            enable_fp_fusion=False,
-        )
+    chosen = variant(
+        quantize_rows_kernel,
+        QMIN=qmin,
+        QMAX=int(qmax),
+        FIRST=first,
+        SECOND=second,
+        WHOLE=whole,
+        FMA=fma,
+        num_warps=warps_for(first),
+        enable_fp_fusion=False,
+    )
+    start_and_keep(key, chosen, device, (rows, 1, 1), pointers, (columns, x.stride(0), columns))
     return codes, measured

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["to_float", "to_int8_scaled", "to_int8_times_16"]
+__all__ = ["codes_to_float", "to_float", "to_int8_scaled", "to_int8_times_16"]
 
 
 @triton.jit
@@ -123,3 +123,45 @@ def to_float(packed, BFLOAT16: tl.constexpr, ASM: tl.constexpr):
         low = ((packed & 0x0F).to(tl.uint16) ^ magic).to(dtype, bitcast=True)
         high = ((packed >> 4).to(tl.uint16) ^ magic).to(dtype, bitcast=True)
     return low, high
+
+
+@triton.jit
+def codes_to_float(codes, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """8-bit codes as bf16 or fp16, exact. int8: seven bits end the mantissa of 128 (fp16: 1024), the sign bit that of
+    what is subtracted: 0x4300 | 0x80 is 256 in bf16, 0x6400 | 0x80 is 1152 in fp16."""
+    if ASM and codes.dtype == tl.int8:
+        if DTYPE == tl.bfloat16:
+            values = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 a, c;
+                cvt.u32.u16 a, $1;
+                prmt.b32 a, a, 0, 0x4140;
+                lop3.b32 c, a, 0x00800080, 0x43004300, 0xEA;
+                lop3.b32 a, a, 0x007F007F, 0x43004300, 0xEA;
+                fma.rn.bf16x2 $0, c, $2, a;
+                }""",
+                "=r,h,r",
+                [codes, tl.full(codes.shape, -1.0, tl.bfloat16)],
+                dtype=tl.bfloat16,
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            values = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 a, c;
+                cvt.u32.u16 a, $1;
+                prmt.b32 a, a, 0, 0x4140;
+                lop3.b32 c, a, 0x00800080, 0x64006400, 0xEA;
+                lop3.b32 a, a, 0x007F007F, 0x64006400, 0xEA;
+                sub.rn.f16x2 $0, a, c;
+                }""",
+                "=r,h",
+                [codes],
+                dtype=tl.float16,
+                is_pure=True,
+                pack=2,
+            )
+    else:
+        values = codes.to(DTYPE)
+    return values

@@ -10,6 +10,8 @@ programs share a tile's K and add their sums in a fixed order.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -138,6 +140,8 @@ def w4a16_kernel(
     bias_ptr,
     parts_ptr,
     counters_ptr,
+    group_scale_ptr,
+    zero_ptr,
     M,
     N,
     K,
@@ -145,8 +149,6 @@ def w4a16_kernel(
     stride_wn,
     stride_ym,
     programs,
-    group_scale_ptr,
-    zero_ptr,
     stride_gn,
     X_SCALES: tl.constexpr,
     W_SCALES: tl.constexpr,
@@ -207,6 +209,7 @@ def w4a16(
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     asm: bool = True,
+    key: tuple[Any, ...] | None = None,
 ) -> torch.Tensor:
     """y [M, N] in the dtype of x; equation in the module docstring.
 
@@ -220,17 +223,14 @@ def w4a16(
         bias: [N], any float dtype.
         out: where to write, [M, N] in the dtype of x with contiguous rows.
         asm: unpack with inline assembly; False is slower and works in the interpreter too.
+        key: under which the call leaves a plan for calls like it.
     """
     row_scale = scale if group_size == 0 else None
     if group_size == 0 and zero_point is not None:
         zero_point = zero_point.expand(packed.shape[0], 1)
     values = zero_point if group_size == 0 else scale
-    operands = Operands(x, packed.view(torch.uint8), x.shape[1], None, row_scale, None, bias, out, x.dtype)
-    constants = {
-        "group_scale_ptr": None if group_size == 0 else scale,
-        "zero_ptr": zero_point,
-        "stride_gn": 0 if values is None else values.stride(0),
-        "GROUP_SIZE": group_size,
-        "ASM": asm,
-    }
-    return launch(w4a16_kernel, operands, config, constants, torch.float32, x_columns=64, weight_columns=64)
+    operands = Operands(x, packed.view(torch.uint8), x.shape[1], None, row_scale, None, bias, out, x.dtype, key)
+    constants = (("GROUP_SIZE", group_size), ("ASM", asm))
+    pointers = (None if group_size == 0 else scale, zero_point)
+    stride_gn = 0 if values is None else values.stride(0)
+    return launch(w4a16_kernel, operands, config, constants, torch.float32, pointers, (stride_gn,), 64, 64)

@@ -9,6 +9,8 @@ register operand; on the right they would pass through shared memory. Tokens are
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -97,6 +99,7 @@ def w4a8_kernel(
     bias_ptr,
     parts_ptr,
     counters_ptr,
+    group_scale_ptr,
     M,
     N,
     K,
@@ -104,7 +107,6 @@ def w4a8_kernel(
     stride_wn,
     stride_ym,
     programs,
-    group_scale_ptr,
     stride_gn,
     X_SCALES: tl.constexpr,
     W_SCALES: tl.constexpr,
@@ -167,6 +169,7 @@ def w4a8(
     out: torch.Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
     asm: bool = True,
+    key: tuple[Any, ...] | None = None,
 ) -> torch.Tensor:
     """y [M, N]; equations in the module docstring.
 
@@ -182,12 +185,11 @@ def w4a8(
         out: where to write, [M, N] with contiguous rows; int32 with no scales holds the accumulators.
         dtype: of the result if ``out`` is None.
         asm: unpack with inline assembly; False is slower and works in the interpreter too.
+        key: under which the call leaves a plan for calls like it.
     """
-    operands = Operands(codes, packed.view(torch.uint8), codes.shape[1], x_scale, w_scale, offset, bias, out, dtype)
-    constants = {
-        "group_scale_ptr": group_scale,
-        "stride_gn": 0 if group_scale is None else group_scale.stride(0),
-        "TWO_LEVEL": group_scale is not None,
-        "ASM": asm,
-    }
-    return launch(w4a8_kernel, operands, config, constants, torch.int32, x_columns=64, weight_columns=64)
+    operands = Operands(
+        codes, packed.view(torch.uint8), codes.shape[1], x_scale, w_scale, offset, bias, out, dtype, key
+    )
+    constants = (("TWO_LEVEL", group_scale is not None), ("ASM", asm))
+    stride_gn = 0 if group_scale is None else group_scale.stride(0)
+    return launch(w4a8_kernel, operands, config, constants, torch.int32, (group_scale,), (stride_gn,), 64, 64)

@@ -14,7 +14,17 @@ import torch.nn.functional as F
 
 from diffuse_compress.errors import IncompatibleShapeError
 
-__all__ = ["PSNR_CAP_DB", "SSIM_SIGMA", "SSIM_WINDOW", "as_pictures", "bounding_box", "psnr", "ssim"]
+__all__ = [
+    "PSNR_CAP_DB",
+    "SSIM_SIGMA",
+    "SSIM_WINDOW",
+    "as_clips",
+    "as_pictures",
+    "bounding_box",
+    "flicker",
+    "psnr",
+    "ssim",
+]
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 PSNR_CAP_DB = 100.0
@@ -36,6 +46,30 @@ def as_pictures(images: Any) -> torch.Tensor:
     arrays = [np.asarray(image.convert("RGB") if hasattr(image, "convert") else image) for image in images]
     stacked = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
     return as_pictures(stacked)
+
+
+def as_clips(clips: Any) -> torch.Tensor:
+    """Clips as [B, F, 3, H, W] float32 in [0, 1], on the CPU.
+
+    Args:
+        clips: a tensor [B, F, 3, H, W] as of :func:`as_pictures`, or a sequence of clips, each a tensor [F, 3, H, W] or
+            a sequence of PIL pictures or of arrays [H, W, 3].
+    """
+    if isinstance(clips, torch.Tensor):
+        return as_pictures(clips)
+    return torch.stack([as_pictures(clip) for clip in clips])
+
+
+def flicker(clips: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of neighbouring frames, of each clip: [B] float64, in the units of the values.
+
+    Args:
+        clips: [B, F, C, H, W] with F >= 2.
+    """
+    if clips.dim() != 5 or clips.shape[1] < 2:
+        raise IncompatibleShapeError(f"flicker: need clips [B, F, C, H, W] with F >= 2, got {list(clips.shape)}.")
+    frames = clips.double()
+    return (frames[:, 1:] - frames[:, :-1]).abs().mean(dim=(1, 2, 3, 4))
 
 
 def bounding_box(

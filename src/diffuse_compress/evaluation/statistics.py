@@ -15,7 +15,14 @@ import numpy as np
 
 from diffuse_compress.errors import ConfigError
 
-__all__ = ["Interval", "bootstrap_mean", "paired_bootstrap", "paired_proportion_difference", "wilson_interval"]
+__all__ = [
+    "Interval",
+    "bootstrap_mean",
+    "paired_bootstrap",
+    "paired_proportion_difference",
+    "standard_interval",
+    "wilson_interval",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,8 @@ class Interval:
     count: int
 
     def __str__(self) -> str:
+        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+            return f"{self.value:.4g}"
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
@@ -85,6 +94,24 @@ def paired_bootstrap(
     if a.size != b.size:
         raise ConfigError(f"paired_bootstrap: need pairs, got {a.size} and {b.size} values.")
     return bootstrap_mean(b - a, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def standard_interval(value: float, resampled: Sequence[float] | Any, count: int, confidence: float = 0.95) -> Interval:
+    """An estimate with the interval of its bootstrap standard error, ``value ± z s``.
+
+    Source: Efron & Tibshirani 1993, chapter 13.3. For distances between sets, whose bootstrap values lie above the
+    estimate (a set drawn with replacement repeats samples): their spread is right, their place is not. It says how far
+    the estimate would move with other samples of the same number, and nothing of its bias at that number.
+
+    Args:
+        value: the estimate on the set itself.
+        resampled: [n] estimates on resampled sets; under two, the interval is unknown (infinite).
+        count: number of samples.
+        confidence: of the interval.
+    """
+    data = np.asarray(resampled, dtype=np.float64).reshape(-1)
+    half = NormalDist().inv_cdf(0.5 + confidence / 2) * float(data.std(ddof=1)) if data.size > 1 else math.inf
+    return Interval(value, value - half, value + half, count)
 
 
 def wilson_interval(successes: int, count: int, confidence: float = 0.95) -> Interval:

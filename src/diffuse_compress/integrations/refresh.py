@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from diffuse_compress.components import is_pipeline, model_components
 from diffuse_compress.errors import CheckpointError
 from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries, quantized_layers
 from diffuse_compress.integrations.doors import marks_of
@@ -33,6 +34,10 @@ def up_to_date(obj: Any) -> Iterator[None]:
         CheckpointError: it holds quantized layers of which nothing is known here, or that are offloaded.
     """
     if not isinstance(obj, nn.Module):
+        # Before the first component is written: a dense one among offloaded ones would fail in a way of its own.
+        for model in model_components(obj).values() if is_pipeline(obj) else ():
+            if quantized_layers(model):
+                require_bytes(model)
         yield
         return
     layers = quantized_layers(obj)

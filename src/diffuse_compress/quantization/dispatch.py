@@ -5,7 +5,7 @@ There are four kinds of path:
 * integer: codes of weight and input are multiplied and summed exactly in int32, equal bit for bit on every device;
   one fp32 epilogue. All schemes with ``Scheme.has_integer_path``.
 * float8: ``torch._scaled_mm``.
-* int4 weight-only on CUDA: codes are unpacked in registers, in front of a 16-bit tensor-core product.
+* weight-only on CUDA: codes are unpacked in registers, in front of a 16-bit tensor-core product.
 * dequantizing: the weight is expanded to the input's dtype, a bounded block of rows at a time, and multiplied by
   ``torch.nn.functional.linear``. Inputs with an activation scheme are quantized and dequantized first. The result is
   within ``DEQUANTIZE_TOLERANCE`` (relative RMS) of the same codes and scales multiplied in float32: the weight and, if
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from diffuse_compress.errors import UnsupportedHardwareError
+from diffuse_compress.quantization.measured import measured_conv, measured_on_cpu, measured_on_gpu
 from diffuse_compress.quantization.numerics import (
     choose_activation_qparams,
     dequantize,
@@ -34,7 +35,9 @@ from diffuse_compress.quantization.numerics import (
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import ActivationScheme, NumberFormat, PerTensor, Scheme, TwoLevel
 from diffuse_compress_kernels import (
-    fp8_linear,
+    can_expand,
+    expand_weight,
+    fp8_linear_codes,
     has_fast_int4,
     has_fast_int8,
     has_fp8_matmul,
@@ -42,8 +45,11 @@ from diffuse_compress_kernels import (
     int8_linear,
     int8_linear_codes,
     quantize_rows,
-    w4a8_linear,
+    quantize_rows_fp8,
+    quantized_once,
+    w4a8_linear_codes,
     w4a16_linear,
+    w8a16_linear,
 )
 
 __all__ = [
@@ -68,7 +74,8 @@ class ComputePath:
     """How a layer is computed.
 
     Attributes:
-        name: "int8-vnni", "int8-cpu", "int8-cuda", "fp8-cuda", "int4-cuda", "dequantize" or "dequantize-weight-only".
+        name: "int8-vnni", "int8-cpu", "int8-cuda", "fp8-cuda", "int4-cuda", "w8a16-cuda", "dequantize" or
+            "dequantize-weight-only".
         is_integer: exact int32 sums; equal on every device that takes an integer path.
         description: one line for reports.
         faster_than_dense: measured against a dense layer in the input's dtype at 64 rows or more; None means
@@ -81,7 +88,7 @@ class ComputePath:
     faster_than_dense: bool | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class InputQuantization:
     """What a layer knows of its input.
 
@@ -119,90 +126,10 @@ _DESCRIPTIONS = {
     "int8-cuda": "int8 tensor-core GEMM, exact int32 sums",
     "fp8-cuda": "float8 tensor-core GEMM, row-wise scales",
     "int4-cuda": "int4 weights unpacked in registers, 16-bit tensor-core GEMM",
+    "w8a16-cuda": "8-bit weights converted in registers, 16-bit tensor-core GEMM; from 65 tokens on written out first",
     "dequantize": "weight dequantized in blocks, then a dense product",
     "dequantize-weight-only": "weight dequantized in blocks, input left alone: this device has no float8 matmul",
 }
-
-_FP32, _BF16 = torch.float32, torch.bfloat16
-# Speed against the dense layer in the input's dtype: geometric mean over the PixArt-XL linear layers at 64 and 1024
-# rows (w8a8 on "vnni" and "amx": PixArt-XL and SDXL, 64 to 4096 rows), one thread, by
-# `python -m diffuse_compress_kernels.benchmarks.cpu_linear`, 2026-11. Key: path, CPU, 8-bit weight, input dtype.
-# "plain": Zen 3 (AVX2), torch 2.13, a busy machine. "amx": Sapphire Rapids, torch 2.11. "vnni": the same with oneDNN
-# held to AVX512_CORE_BF16. Its dense bf16 is slower than its fp32 then, which no real CPU with bf16 instructions
-# shares: integer products with bf16 inputs stay unmeasured there. So does everything else without an entry.
-_MEASURED: dict[tuple[str, str, bool, torch.dtype], float] = {
-    ("int8-cpu", "plain", True, _FP32): 0.80,
-    ("int8-cpu", "plain", True, _BF16): 4.97,
-    ("int8-cpu", "plain", False, _FP32): 0.74,
-    ("int8-cpu", "plain", False, _BF16): 4.47,
-    ("int8-vnni", "vnni", True, _FP32): 2.38,
-    ("int8-vnni", "vnni", False, _FP32): 1.67,
-    ("int8-vnni", "amx", True, _FP32): 3.15,
-    ("int8-vnni", "amx", True, _BF16): 0.97,
-    ("dequantize", "plain", True, _FP32): 0.93,
-    ("dequantize", "plain", True, _BF16): 6.04,
-    ("dequantize", "plain", False, _FP32): 0.99,
-    ("dequantize", "plain", False, _BF16): 4.90,
-    ("dequantize", "vnni", True, _FP32): 0.81,
-    ("dequantize", "vnni", True, _BF16): 0.77,
-    ("dequantize", "vnni", False, _FP32): 0.71,
-    ("dequantize", "vnni", False, _BF16): 0.71,
-    ("dequantize-weight-only", "plain", True, _FP32): 0.55,
-    ("dequantize-weight-only", "plain", True, _BF16): 3.20,
-    ("dequantize-weight-only", "vnni", True, _FP32): 0.36,
-    ("dequantize-weight-only", "vnni", True, _BF16): 0.43,
-}
-
-
-# The same against cuBLAS bf16 on GPUs, input quantization included: geometric mean over the 24 layers of many tokens in
-# the kernels' benchmarks/shapes.py, by `python -m diffuse_compress_kernels.benchmarks.gpu_layers`, torch 2.11, triton
-# 3.6, 2026-11. Key: name of the device, path, weight bits.
-_MEASURED_GPU: dict[tuple[str, str, int], float] = {
-    ("NVIDIA H200", "int8-cuda", 8): 1.28,
-    ("NVIDIA H200", "int8-cuda", 4): 1.21,
-    ("NVIDIA H200", "fp8-cuda", 8): 1.46,
-    ("NVIDIA H200", "int4-cuda", 4): 0.93,
-}
-
-
-def _measured_faster_on_gpu(path: str, scheme: Scheme, device: torch.device, dtype: torch.dtype) -> bool | None:
-    """What was measured on this GPU, for linear layers with the Triton kernels."""
-    if dtype != _BF16 or not torch.cuda.is_available() or not has_fast_int4(device):
-        return None
-    ratio = _MEASURED_GPU.get((torch.cuda.get_device_name(device), path, scheme.weight.format.bits))
-    return None if ratio is None else ratio > 1
-
-
-# Convolutions with int8 weights against cuDNN bf16 with its bias, both channels-last, input quantization and order of
-# the weight included: geometric means over the convolutions of SDXL, by
-# `python -m diffuse_compress_kernels.benchmarks.gpu_conv2d`, same device and versions. Key: device, 1x1, stride 1.
-_MEASURED_CONV: dict[tuple[str, bool, bool], float] = {
-    ("NVIDIA H200", False, True): 1.32,
-    ("NVIDIA H200", False, False): 0.88,
-    ("NVIDIA H200", True, True): 0.91,
-}
-
-
-def _measured_faster_conv(
-    path: str, scheme: Scheme, device: torch.device, dtype: torch.dtype, geometry: Geometry | None
-) -> bool | None:
-    """What was measured on this GPU, for convolutions with the Triton kernel."""
-    if geometry is None or path != "int8-cuda" or dtype != _BF16 or scheme.weight.format.bits != 8:
-        return None
-    if not torch.cuda.is_available() or not has_fast_int4(device):
-        return None
-    key = (torch.cuda.get_device_name(device), geometry.kernel == (1, 1), geometry.stride == (1, 1))
-    ratio = _MEASURED_CONV.get(key)
-    return None if ratio is None else ratio > 1
-
-
-def _measured_faster(path: str, scheme: Scheme, dtype: torch.dtype) -> bool | None:
-    """What was measured on this kind of CPU, for linear layers."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return None
-    cpu = "amx" if torch.cpu._is_amx_tile_supported() else "vnni" if has_fast_int8() else "plain"
-    ratio = _MEASURED.get((path, cpu, scheme.weight.format.bits == 8, dtype))
-    return None if ratio is None else ratio > 1
 
 
 def compute_path(
@@ -213,6 +140,7 @@ def compute_path(
     kind: str = "linear",
     groups: int = 1,
     geometry: Geometry | None = None,
+    outputs: int | None = None,
 ) -> ComputePath:
     """The path of a layer with this scheme.
 
@@ -223,6 +151,7 @@ def compute_path(
         kind: "linear" or "conv2d".
         groups: of a convolution; grouped ones have no integer path.
         geometry: of a convolution: what was measured depends on it.
+        outputs: out_features of a linear layer, likewise; None judges layers of all sizes together.
     """
     device = torch.device(device)
     chosen = _kind_of_path(scheme, device, kind, groups, dtype)
@@ -232,14 +161,14 @@ def compute_path(
         else:
             name = "int8-vnni" if device.type == "cpu" and has_fast_int8() else "int8-cpu"
     else:
-        name = f"{chosen}-cuda" if chosen in ("fp8", "int4") else chosen
+        name = f"{chosen}-cuda" if chosen in ("fp8", "int4", "w8a16") else chosen
     faster = None
     if kind == "linear" and device.type == "cpu":
-        faster = _measured_faster(name, scheme, dtype)
+        faster = measured_on_cpu(name, scheme, dtype)
     elif kind == "linear" and device.type == "cuda":
-        faster = _measured_faster_on_gpu(name, scheme, device, dtype)
-    elif kind == "conv2d" and device.type == "cuda":
-        faster = _measured_faster_conv(name, scheme, device, dtype, geometry)
+        faster = measured_on_gpu(name, scheme, device, dtype, outputs)
+    elif geometry is not None and device.type == "cuda":
+        faster = measured_conv(name, scheme, device, dtype, geometry.kernel, geometry.stride)
     return ComputePath(name, chosen == "int8", _DESCRIPTIONS[name], faster)
 
 
@@ -265,11 +194,14 @@ _has_fast_int4 = torch.compiler.assume_constant_result(has_fast_int4)
 def _kind_of_path(
     scheme: Scheme, device: torch.device, kind: str, groups: int = 1, dtype: torch.dtype = torch.bfloat16
 ) -> str:
-    """ "int8", "fp8", "int4", "dequantize" or "dequantize-weight-only"."""
+    """ "int8", "fp8", "int4", "w8a16", "dequantize" or "dequantize-weight-only"."""
     if scheme.has_integer_path and groups == 1:
         return "int8"
-    if kind == "linear" and _suits_int4(scheme, dtype) and _has_fast_int4(device):
-        return "int4"
+    if kind == "linear" and scheme.activation is None and device.type == "cuda" and _has_fast_int4(device):
+        if _suits_int4(scheme, dtype):
+            return "int4"
+        if _suits_w8a16(scheme, dtype) and (scheme.weight.format.is_integer or _has_fp8_matmul(device)):
+            return "w8a16"
     if scheme.weight.format.is_integer or scheme.activation is None:
         return "dequantize"
     if kind == "linear" and device.type == "cuda" and _has_fp8_matmul(device):
@@ -280,9 +212,15 @@ def _kind_of_path(
 def _suits_int4(scheme: Scheme, dtype: torch.dtype) -> bool:
     """True for weight-only int4 with integer zero points and 16-bit inputs."""
     weight = scheme.weight
-    if scheme.activation is not None or weight.format is not NumberFormat.INT4 or weight.stores_float_zero_point:
+    if weight.format is not NumberFormat.INT4 or weight.stores_float_zero_point:
         return False
     return not isinstance(weight.granularity, TwoLevel) and dtype in (torch.bfloat16, torch.float16)
+
+
+def _suits_w8a16(scheme: Scheme, dtype: torch.dtype) -> bool:
+    """True for weight-only 8-bit codes and 16-bit inputs."""
+    weight = scheme.weight
+    return weight.format.bits == 8 and not weight.additive_zero_point and dtype in (torch.bfloat16, torch.float16)
 
 
 # --- linear -----------------------------------------------------------------------------------------------------
@@ -308,38 +246,45 @@ def linear(
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     path = _kind_of_path(scheme, x.device, "linear", dtype=x.dtype)
     if path == "int8":
-        y = _integer_linear(rows, weight, scheme, bias, inputs)
+        y = _integer_linear(x, rows, weight, scheme, bias, inputs)
     elif path == "fp8":
-        scale = _given_scale(rows, scheme.activation, inputs)
-        y = fp8_linear(rows, weight.qweight, weight.scale, bias, input_scale=scale, pre_scale=inputs.pre_scale)
-    elif path == "int4":
+        y = _fp8_linear(x, rows, weight, scheme, bias, inputs)
+    elif path in ("int4", "w8a16"):
         values = rows if inputs.pre_scale is None else (rows.float() * inputs.pre_scale).to(x.dtype)
+        multiply = w4a16_linear if path == "int4" else w8a16_linear
         group_size = scheme.weight.group_size or 0
-        y = w4a16_linear(values, weight.qweight, weight.scale, weight.zero_point, group_size, bias)
+        y = multiply(values, weight.qweight, weight.scale, weight.zero_point, group_size, bias)
     else:
         y = _dequantized_linear(rows, weight, scheme, bias, inputs, path)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _integer_linear(
-    x: torch.Tensor, weight: QuantizedWeight, scheme: Scheme, bias: torch.Tensor | None, inputs: InputQuantization
+    source: torch.Tensor,
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    scheme: Scheme,
+    bias: torch.Tensor | None,
+    inputs: InputQuantization,
 ) -> torch.Tensor:
+    """``x`` is ``source`` as rows."""
     qmin, qmax = _code_range(scheme.activation)
     scale = _given_scale(x, scheme.activation, inputs)
+    zero_point, packed = inputs.zero_point, scheme.weight.format is NumberFormat.INT4
+    if source.is_cuda and (not packed or _has_fast_int4(x.device)) and scheme.weight.format.bits in (4, 8):
+
+        def quantize() -> tuple[torch.Tensor, torch.Tensor]:
+            return quantize_rows(x, qmin, qmax, scale, zero_point, inputs.pre_scale)
+
+        own = scale is not None or inputs.pre_scale is not None
+        codes, code_scale = quantize() if own else quantized_once(source, weight.qweight, (qmin, qmax), quantize)
+        if packed:
+            group_scale = weight.group_scale
+            return w4a8_linear_codes(
+                codes, code_scale, zero_point, weight.qweight, weight.scale, group_scale, bias, x.dtype
+            )
+        return int8_linear_codes(codes, code_scale, zero_point, weight.qweight, weight.scale, bias, x.dtype)
     outputs = weight.qweight.shape[0]
-    if scheme.weight.format is NumberFormat.INT4 and _has_fast_int4(x.device):
-        return w4a8_linear(
-            x,
-            weight.qweight,
-            weight.scale,
-            weight.group_scale,
-            bias,
-            qmin=qmin,
-            qmax=qmax,
-            input_scale=scale,
-            input_zero_point=inputs.zero_point,
-            pre_scale=inputs.pre_scale,
-        )
     blocks = list(_row_blocks(outputs, weight.in_features)) if scheme.weight.format.bits != 8 else [slice(0, outputs)]
     if len(blocks) == 1:
         return int8_linear(
@@ -369,6 +314,25 @@ def _integer_linear(
     return torch.cat(parts, dim=1)
 
 
+def _fp8_linear(
+    source: torch.Tensor,
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    scheme: Scheme,
+    bias: torch.Tensor | None,
+    inputs: InputQuantization,
+) -> torch.Tensor:
+    """``x`` is ``source`` as rows."""
+    scale = _given_scale(x, scheme.activation, inputs)
+    own = scale is not None or inputs.pre_scale is not None
+
+    def quantize() -> tuple[torch.Tensor, torch.Tensor]:
+        return quantize_rows_fp8(x, scale, inputs.pre_scale)
+
+    codes, code_scale = quantize() if own else quantized_once(source, weight.qweight, ("fp8",), quantize)
+    return fp8_linear_codes(codes, code_scale, weight.qweight, weight.scale, bias, x.dtype)
+
+
 def _dequantized_linear(
     x: torch.Tensor,
     weight: QuantizedWeight,
@@ -392,9 +356,18 @@ def _dense_rows(
     weight: QuantizedWeight, dtype: torch.dtype, pre_scale: torch.Tensor | None, rows: slice | None
 ) -> torch.Tensor:
     """Rows of the dequantized weight, with ``pre_scale`` [K] folded in; fp32 arithmetic, one rounding."""
-    if pre_scale is None:
+    if pre_scale is not None:
+        return (_dense_rows(weight, torch.float32, None, rows) * pre_scale).to(dtype)
+    scheme = weight.scheme
+    simple = scheme.format.bits in (4, 8) and weight.group_scale is None and not scheme.additive_zero_point
+    if not simple or not can_expand(weight.qweight):
         return dequantize(weight, dtype, rows)
-    return (dequantize(weight, torch.float32, rows) * pre_scale).to(dtype)
+    qweight, scale, zero_point = weight.qweight, weight.scale, weight.zero_point
+    if rows is not None:
+        qweight, scale = qweight[rows], _rows_of(scale, rows)
+        zero_point = None if zero_point is None else _rows_of(zero_point, rows)
+    out = torch.empty(qweight.shape[0], weight.in_features, dtype=dtype, device=qweight.device)
+    return expand_weight(qweight, scale, zero_point, scheme.group_size or 0, out, packed=scheme.format.bits == 4)
 
 
 def dense_weight(

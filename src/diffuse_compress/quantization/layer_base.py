@@ -174,7 +174,9 @@ class QuantizedLayer(nn.Module):
         return ", ".join(parts)
 
     def _needs_grad(self, x: torch.Tensor) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
+        if not torch.is_grad_enabled():
+            return False
+        return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     # --- moving and casting -------------------------------------------------------------------------------------
 

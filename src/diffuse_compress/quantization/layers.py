@@ -299,13 +299,15 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             )
         else:
             y = linear(x, self.quantized_weight(), self.scheme, self.bias, self._inputs())
-        if self.low_rank_down is not None and self.low_rank_up is not None:
-            y = y + F.linear(F.linear(x, self.low_rank_down.to(x.dtype)), self.low_rank_up.to(x.dtype))
+        low_rank = self._low_rank
+        if low_rank is not None:
+            y = y + F.linear(F.linear(x, low_rank[0].to(x.dtype)), low_rank[1].to(x.dtype))
         return y
 
     def compute_path(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ComputePath:
         """How this layer is computed there (default: where it is, in its compute dtype)."""
-        return compute_path(self.scheme, device or self.qweight.device, dtype or self.compute_dtype)
+        device, dtype = device or self.qweight.device, dtype or self.compute_dtype
+        return compute_path(self.scheme, device, dtype, outputs=self.out_features)
 
     def to_dense(self) -> nn.Linear:
         """A stock layer with the weight rounded to the grid, same device, compute dtype and training mode."""

@@ -35,7 +35,14 @@ TWO_LEVEL_MAX_GROUP_SCALE = 16
 
 
 class NumberFormat(str, Enum):
-    """Storage type of one element. Integers are signed two's complement."""
+    """Storage type of one element. Integers are signed two's complement.
+
+    Attributes:
+        bits: of one element.
+        is_integer: False for float8.
+        qmin: smallest integer code, e.g. -8 for int4 (integers only).
+        qmax: largest integer code, e.g. 7 for int4 (integers only).
+    """
 
     INT8 = "int8"
     INT4 = "int4"
@@ -43,23 +50,17 @@ class NumberFormat(str, Enum):
     INT2 = "int2"
     FLOAT8_E4M3 = "float8_e4m3fn"
 
-    @property
-    def bits(self) -> int:
-        return {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "float8_e4m3fn": 8}[self.value]
+    bits: int
+    is_integer: bool
+    qmin: int
+    qmax: int
 
-    @property
-    def is_integer(self) -> bool:
-        return self is not NumberFormat.FLOAT8_E4M3
-
-    @property
-    def qmin(self) -> int:
-        """Smallest integer code, e.g. -8 for int4 (integers only)."""
-        return -(1 << (self.bits - 1))
-
-    @property
-    def qmax(self) -> int:
-        """Largest integer code, e.g. 7 for int4 (integers only)."""
-        return (1 << (self.bits - 1)) - 1
+    def __init__(self, name: str | None) -> None:
+        # Plain attributes: layers read them at every call.
+        self.bits = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "float8_e4m3fn": 8}[str(name)]
+        self.is_integer = name != "float8_e4m3fn"
+        self.qmin = -(1 << (self.bits - 1))
+        self.qmax = (1 << (self.bits - 1)) - 1
 
 
 class ScaleRule(str, Enum):
@@ -247,9 +248,14 @@ class Scheme:
 
     weight: WeightScheme
     activation: ActivationScheme | None = None
+    has_integer_path: bool = dataclasses.field(init=False, repr=False, compare=False)
+    """True when the product can be summed exactly in int32: scales sit outside the sum over K."""
 
     def __post_init__(self) -> None:
         weight, act = self.weight, self.activation
+        per_row = isinstance(weight.granularity, PerTensor | PerChannel | TwoLevel)
+        exact = act is not None and weight.format.is_integer and weight.symmetric and per_row
+        object.__setattr__(self, "has_integer_path", exact)
         if act is not None and weight.format.is_integer != act.format.is_integer:
             raise ConfigError(
                 f"Scheme: {weight.format.value} weights with {act.format.value} activations have no matmul. "
@@ -263,12 +269,6 @@ class Scheme:
             return "fp8" if self.activation is not None else "fp8-weight-only"
         act = 16 if self.activation is None else self.activation.format.bits
         return f"w{self.weight.format.bits}a{act}"
-
-    @property
-    def has_integer_path(self) -> bool:
-        """True when the product can be summed exactly in int32: scales sit outside the sum over K."""
-        per_row = isinstance(self.weight.granularity, PerTensor | PerChannel | TwoLevel)
-        return self.activation is not None and self.weight.format.is_integer and self.weight.symmetric and per_row
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         """Stored bits per element of a weight [N, K], scales, zero points and padding included."""

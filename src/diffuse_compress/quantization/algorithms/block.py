@@ -45,8 +45,8 @@ class LayerWork:
         low_rank: (down [r, K], up [N, r]) that is added, on the input before ``act_pre_scale``, or None.
         weight: fp32 [N, K] that the codes are to stand for; None is that of ``dense`` with the two above taken out.
         quantized: codes, once decided.
-        range_is_chosen: codes are to span the whole range of ``target()``: what sticks out of a least-squares range are
-            channels that were scaled up because they matter, or it was clipped by their output error already.
+        ranges: fp32 [N, K] whose smallest and largest values the codes are to span, in each element of the granularity;
+            None leaves the choice to what chooses the codes.
     """
 
     name: str
@@ -56,7 +56,7 @@ class LayerWork:
     low_rank: LowRank | None = None
     weight: torch.Tensor | None = None
     quantized: QuantizedWeight | None = None
-    range_is_chosen: bool = False
+    ranges: torch.Tensor | None = None
 
     @property
     def column_scale(self) -> torch.Tensor | None:

@@ -1,0 +1,108 @@
+"""Pipelines of a comparison from what a command line says: a folder or Hub id, and what to compress it with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffuse_compress.api import compress
+from diffuse_compress.errors import ConfigError
+from diffuse_compress.evaluation.generation import Arm
+from diffuse_compress.quantization.algorithms.base import algorithm_from_dict
+from diffuse_compress.recipe import Recipe, as_recipe
+from diffuse_compress.skeleton import default_dtype, load, local_folder
+
+__all__ = ["DENSE", "load_pipeline", "make_arm", "make_arms", "weights_fingerprint"]
+
+DENSE = "dense"
+_BLOCK = 1 << 20
+
+
+def make_arms(
+    pipelines: Sequence[str], recipes: Sequence[str] = (), *, dtype: str = "auto", device: str | torch.device = "cpu"
+) -> list[Arm]:
+    """Every pipeline with every recipe, named after the recipe, the pipeline, or both where there are several.
+
+    Args:
+        pipelines: folders or Hub ids, as ``PATH`` or ``NAME=PATH``.
+        recipes: ``dense`` (as it is stored), presets, presets with an algorithm (``w4a4:rtn``), or files of recipes,
+            as ``RECIPE`` or ``NAME=RECIPE``; none means ``dense``.
+        dtype: "auto" (as stored; float16 becomes float32 on the CPU), "float32", "float16" or "bfloat16".
+        device: where to run.
+
+    Raises:
+        ConfigError: no pipeline, names that occur twice, or a folder or recipe that does not exist.
+    """
+    chosen = [
+        _named(text, Path(text).stem if _is_file(text) else text.replace(":", "-")) for text in recipes or (DENSE,)
+    ]
+    arms = []
+    for text in pipelines:
+        name, path = _named(text, Path(text.rstrip("/")).name)
+        for recipe_name, recipe in chosen:
+            parts = [name] if len(pipelines) > 1 or not recipes else []
+            parts += [recipe_name] if recipes else []
+            arms.append(make_arm("-".join(parts), path, recipe, dtype=dtype, device=device))
+    names = [arm.name for arm in arms]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not arms:
+        raise ConfigError(
+            f"arms: need pipelines of different names, got {', '.join(twice) or 'none'}. Write NAME=PATH."
+        )
+    return arms
+
+
+def make_arm(
+    name: str, path: str, recipe: str | Recipe = DENSE, *, dtype: str = "auto", device: str | torch.device = "cpu"
+) -> Arm:
+    """One pipeline with one recipe; arguments as :func:`make_arms`. Reads no weights."""
+    chosen = recipe if isinstance(recipe, Recipe) else None
+    if isinstance(recipe, str) and recipe != DENSE:
+        preset, _, kind = recipe.partition(":")
+        algorithm = algorithm_from_dict({"kind": kind}) if kind else None
+        chosen = Recipe.load(recipe) if _is_file(recipe) else as_recipe(preset, algorithm=algorithm)
+    folder = local_folder(path, weights=True)
+    loaded = default_dtype(dtype, folder, device)
+    model = {
+        "id": path if path.count("/") == 1 and not Path(path).exists() else folder.resolve().name,
+        "revision": folder.name if folder.parent.name == "snapshots" else None,
+        "dtype": None if loaded is None else str(loaded).removeprefix("torch."),
+        "weights_sha256": weights_fingerprint(folder),
+    }
+    loader = partial(load_pipeline, folder, chosen, loaded, device)
+    return Arm(name, loader, model, None if chosen is None else chosen.to_dict())
+
+
+def load_pipeline(folder: Path, recipe: Recipe | None, dtype: torch.dtype | None, device: str | torch.device) -> Any:
+    """The pipeline of a folder, compressed."""
+    pipe = load(folder, dtype, str(device))
+    if recipe is not None:
+        compress(pipe, recipe, measure=False)
+    return pipe
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """First 16 digits of a hash over every weight file's place, size, first and last MiB: quick for any size."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()}:{size}:".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_BLOCK))
+            file.seek(max(0, size - _BLOCK))
+            digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:16]
+
+
+def _named(text: str, default: str) -> tuple[str, str]:
+    name, separator, rest = text.partition("=")
+    return (name, rest) if separator and name and rest else (default, text)
+
+
+def _is_file(text: str) -> bool:
+    return text.endswith(".json") or Path(text).is_file()
