@@ -134,7 +134,9 @@ def test_config_round_trips_through_json(config: AlgorithmConfig) -> None:
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"unknown kind 'hq'; did you mean 'hqq'\? Available: awq, gptq, hqq, rtn, smoothquant"):
+    with pytest.raises(
+        ConfigError, match=r"unknown kind 'hq'; did you mean 'hqq'\? Available: awq, gptq, hqq, rtn, smoothquant"
+    ):
         algorithm_from_dict({"kind": "hq"})
     with pytest.raises(ConfigError, match="unknown kind None; "):
         algorithm_from_dict({"norm": 2.0})
@@ -152,7 +154,9 @@ def test_register_collisions_and_missing_quantizers_are_refused(monkeypatch: pyt
     def quantize(weight, scheme, config, generator=None):  # type: ignore[no-untyped-def]
         return quantize_weight(weight, scheme)
 
-    with pytest.raises(ConfigError, match=r"no quantizer for OtherConfig\. Available: awq, gptq, hqq, rtn, smoothquant"):
+    with pytest.raises(
+        ConfigError, match=r"no quantizer for OtherConfig\. Available: awq, gptq, hqq, rtn, smoothquant"
+    ):
         quantize_with(OtherConfig(), _weight(), INT4_CHANNEL)
     with pytest.raises(ConfigError, match=r"annotate config of .*quantize with an AlgorithmConfig class"):
         register(quantize)

@@ -117,8 +117,7 @@ def calibrate(work: BlockWork, config: AWQConfig) -> None:
         for layer in layers:
             rows = collectors[layer.name].rows()
             if rows is not None and not isinstance(layer.scheme.weight.granularity, PerTensor | TwoLevel):
-                layer.range_is_chosen = True
-                layer.weight = clip_weight(layer.target(), rows, layer.scheme.weight, config.clip_steps)
+                layer.ranges = clip_weight(layer.target(), rows, layer.scheme.weight, config.clip_steps)
 
 
 def _is_plain(layer: LayerWork) -> bool:
@@ -153,7 +152,8 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
     if best is not None and not torch.equal(best, torch.ones_like(best)):
         for layer in layers:
             layer.act_pre_scale = 1.0 / best
-            layer.range_is_chosen = True
+            # A least-squares range would clip the very channels that were scaled up because they matter.
+            layer.ranges = layer.target()
 
 
 def _relative_magnitude(layers: Sequence[LayerWork], weights: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -8,7 +8,7 @@ the authors' code does without activation order) or of the original ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -16,7 +16,14 @@ import torch
 from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
 from diffuse_compress.quantization.algorithms.block import BlockWork
-from diffuse_compress.quantization.numerics import FLOAT8, FLOAT8_MAX, QParams, effective_scale, quantize_weight
+from diffuse_compress.quantization.numerics import (
+    FLOAT8,
+    FLOAT8_MAX,
+    QParams,
+    choose_qparams,
+    effective_scale,
+    quantize_weight,
+)
 from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import PerGroup, WeightScheme
@@ -96,8 +103,7 @@ def calibrate(work: BlockWork, config: GPTQConfig) -> None:
         for name in collectors:
             layer = work.layers[name]
             hessian = collectors[shared[name]].hessian()
-            found = replace(config, observer="minmax") if layer.range_is_chosen else config
-            layer.quantized = quantize_columns(layer.target(), hessian, layer.scheme.weight, found)
+            layer.quantized = quantize_columns(layer.target(), hessian, layer.scheme.weight, config, layer.ranges)
             work.install(layer)
 
 
@@ -117,7 +123,11 @@ def _shared(work: BlockWork, names: tuple[str, ...], collectors: dict[str, Hessi
 
 
 def quantize_columns(
-    weight: torch.Tensor, hessian: torch.Tensor, scheme: WeightScheme, config: GPTQConfig
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    scheme: WeightScheme,
+    config: GPTQConfig,
+    ranges: torch.Tensor | None = None,
 ) -> QuantizedWeight:
     """Codes for a weight that minimise ``tr((W - What) H (W - What)^T)`` greedily.
 
@@ -126,6 +136,7 @@ def quantize_columns(
         hessian: fp32 [K, K], symmetric, positive semidefinite; overwritten.
         scheme: the format to reach.
         config: block size, damping, order of the columns.
+        ranges: fp32 [N, K] whose ranges the codes span; None chooses them as ``config`` says.
 
     Raises:
         ModelStateError: the Hessian cannot be inverted at any damping that is tried, or is not finite.
@@ -133,7 +144,7 @@ def quantize_columns(
     columns = weight.shape[1]
     dead = torch.diagonal(hessian) == 0
     torch.diagonal(hessian)[dead] = 1.0
-    grid = _Grid(weight, scheme, config)
+    grid = _Grid(weight, scheme, config, ranges)
     # A column that no input reaches costs nothing: its rounding error must not be passed on.
     kept = weight[:, dead].clone()
     order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True) if config.act_order else None
@@ -188,11 +199,16 @@ def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 class _Grid:
     """The codes a column may take: scales found once, or group by group from the weights as they are by then."""
 
-    def __init__(self, weight: torch.Tensor, scheme: WeightScheme, config: GPTQConfig) -> None:
+    def __init__(
+        self, weight: torch.Tensor, scheme: WeightScheme, config: GPTQConfig, ranges: torch.Tensor | None
+    ) -> None:
         self.scheme, self.config = scheme, config
         self.size = scheme.group_size
         self._dynamic = isinstance(scheme.granularity, PerGroup) and not (config.static_groups or config.act_order)
-        self._found = _qparams(weight, scheme, config)
+        if ranges is None:
+            self._found = _qparams(weight, scheme, config)
+        else:
+            self._dynamic, self._found = False, choose_qparams(ranges, scheme)
         self._set(self._found)
 
     def enter(self, column: int, rest: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register, register_block
 from diffuse_compress.quantization.algorithms.block import BlockWork
-from diffuse_compress.quantization.numerics import quantize_weight
+from diffuse_compress.quantization.numerics import choose_qparams, quantize_weight
 from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver, Observer
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import WeightScheme
@@ -57,8 +57,11 @@ def calibrate(work: BlockWork, config: RTNConfig) -> None:
     """Round every layer of a block that has no codes yet."""
     for layer in work.layers.values():
         if layer.quantized is None:
-            found = replace(config, observer="minmax") if layer.range_is_chosen else config
-            layer.quantized = quantize(layer.target(), layer.scheme.weight, found)
+            weight, scheme = layer.target(), layer.scheme.weight
+            if layer.ranges is None:
+                layer.quantized = quantize(weight, scheme, config)
+            else:
+                layer.quantized = quantize_weight(weight, scheme, choose_qparams(layer.ranges, scheme))
             work.install(layer)
 
 
