@@ -61,7 +61,18 @@ def test_environment_variable_sets_it(value: str, lines: int, monkeypatch: pytes
 
 def test_nothing_but_the_command_line_prints() -> None:
     for path in SOURCES.rglob("*.py"):
-        if path.name in ("cli.py", "demo.py"):
+        if path.name in ("cli.py", "cli_eval.py", "demo.py"):
             continue
         calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
         assert not any(isinstance(node.func, ast.Name) and node.func.id == "print" for node in calls), path
+
+
+def test_no_line_comes_twice_where_the_application_logs_itself() -> None:
+    code = (
+        "import logging, diffuse_compress.logging as l\n"
+        "l.set_verbosity_info(); l.get_logger().info('alone')\n"
+        "logging.basicConfig(level=logging.INFO, format='APP %(message)s'); l.get_logger().info('both')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.count("alone") == done.stderr.count("both") == 1
+    assert "APP both" in done.stderr

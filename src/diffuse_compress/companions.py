@@ -10,6 +10,7 @@ from diffuse_compress import model_card
 from diffuse_compress.components import model_components
 from diffuse_compress.integrations.component import get_state
 from diffuse_compress.integrations.hub import remote_text
+from diffuse_compress.integrations.origin import forget_local_paths
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
 from diffuse_compress.pipelines import shim
 
@@ -17,41 +18,56 @@ __all__ = ["complete_save", "complete_upload"]
 
 
 def complete_save(obj: Any, staging: Path, target: Path) -> None:
-    """Write both into ``staging``, whose files are about to be moved to ``target``; the user's own there stay."""
-    card, ours = _text(target / model_card.FILE_NAME), _is_ours(staging)
+    """Write both into ``staging``, whose files are about to be moved to ``target``; the user's own there stay.
+
+    Nothing is written where no weights of ours are: adapters are saved alone, for instance.
+    """
+    method = _method_in(staging)
+    if method is None:
+        return
+    card, native = _text(target / model_card.FILE_NAME), method != QUANT_METHOD
     if card is None or model_card.is_ours(card):
-        _write(staging / model_card.FILE_NAME, model_card.model_card(obj, existing=card, needs_package=ours))
-    pipeline = shim.shim_for(obj) if ours else None
-    if pipeline is not None and _may_replace(_text(target / shim.FILE_NAME)):
+        _write(staging / model_card.FILE_NAME, model_card.model_card(obj, existing=card, native=native))
+    pipeline, there = shim.shim_for(obj), target / shim.FILE_NAME
+    if native and there.is_file() and _may_replace(_text(there)):
+        there.unlink()  # of an earlier save in our format: nothing here needs it any more
+    elif not native and pipeline is not None and _may_replace(_text(there)):
         _write(staging / shim.FILE_NAME, pipeline)
 
 
 def complete_upload(obj: Any, folder: Path, repo_id: str, *, at_root: bool, token: str | bool | None) -> None:
-    """Bring ``folder`` to what the repository should hold; nothing for objects that are not compressed.
+    """Bring ``folder`` to what the repository should hold.
 
     Its README.md is that of the repository, or the libraries' form, for they write it after the save. A card
-    belongs at the root of a repository, and so does a ``pipeline.py`` that is the owner's.
+    belongs at the root of a repository, and so does a ``pipeline.py`` that is the owner's. Where a dense model replaces
+    a compressed one, the card no longer says otherwise.
     """
+    readme, method = folder / model_card.FILE_NAME, _method_in(folder)
+    existing = _text(readme)
     if all(get_state(model) is None for model in model_components(obj).values()):
+        if existing is not None and at_root and model_card.is_ours(existing):
+            _write(readme, model_card.without_section(existing))
         return
-    readme = folder / model_card.FILE_NAME
+    forget_local_paths(folder, uploading=True)
     if not at_root:
         readme.unlink(missing_ok=True)
         return
-    existing, ours = _text(readme), _is_ours(folder)
-    _write(readme, model_card.model_card(obj, existing=existing, repo_id=repo_id, token=token, needs_package=ours))
+    if method is None:
+        return
+    native = method != QUANT_METHOD
+    _write(readme, model_card.model_card(obj, existing=existing, repo_id=repo_id, token=token, native=native))
     pipeline = folder / shim.FILE_NAME
     if pipeline.is_file() and not _may_replace(remote_text(repo_id, shim.FILE_NAME, token)):
         pipeline.unlink()
 
 
-def _is_ours(folder: Path) -> bool:
-    """False for a save of ``format="torchao"`` throughout, which plain diffusers and transformers load."""
+def _method_in(folder: Path) -> str | None:
+    """Our ``quant_method`` if a model in ``folder`` has it, else another one that is there ("torchao"), else None."""
+    found = set()
     for file in [folder / "config.json", *folder.glob("*/config.json")]:
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
-            return True
-    return False
+        found.add((config.get("quantization_config") or {}).get("quant_method"))
+    return QUANT_METHOD if QUANT_METHOD in found else next((method for method in found if method), None)
 
 
 def _may_replace(text: str | None) -> bool:
@@ -59,7 +75,8 @@ def _may_replace(text: str | None) -> bool:
 
 
 def _text(file: Path) -> str | None:
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+    # Whatever bytes a file of the user's holds: it is only asked whether it is one of ours.
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
 
 
 def _write(file: Path, text: str) -> None:

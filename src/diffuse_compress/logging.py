@@ -27,6 +27,14 @@ _VARIABLE = "DIFFUSE_COMPRESS_VERBOSITY"
 _FORMAT = "[%(levelname)s|%(name)s] %(message)s"
 
 
+class _UntilOthers(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to standard error, and falls silent once the application has set up handlers: they get every line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            super().emit(record)
+
+
 def get_logger(name: str = _ROOT) -> logging.Logger:
     """Logger of a module of the package (``__name__``), or the one above all of them."""
     return logging.getLogger(name)
@@ -42,7 +50,7 @@ def set_verbosity(level: int) -> None:
     logger = get_logger()
     logger.setLevel(level)
     if not logger.hasHandlers():
-        handler = logging.StreamHandler()
+        handler = _UntilOthers()
         handler.setFormatter(logging.Formatter(_FORMAT))
         logger.addHandler(handler)
 

@@ -6,24 +6,30 @@ it again. No path of this machine and no prompt is ever written.
 
 from __future__ import annotations
 
-import inspect
 import re
 from pathlib import Path
 from typing import Any
 
-from diffuse_compress.components import is_pipeline, model_components
+import torch
+
+from diffuse_compress.components import GROUPS, is_pipeline, model_components
 from diffuse_compress.integrations.compat import INSTALL_COMMAND
 from diffuse_compress.integrations.component import get_state
-from diffuse_compress.integrations.origin import base_model_of, folder_of
+from diffuse_compress.integrations.doors import library_of
+from diffuse_compress.integrations.origin import base_model_of, folder_of, repository_of
+from diffuse_compress.pipeline_call import named_arguments
 from diffuse_compress.pipelines.shim import stock_class_of
 from diffuse_compress.report import report_of
 from diffuse_compress.report_text import render_markdown
 
-__all__ = ["FILE_NAME", "is_ours", "model_card"]
+__all__ = ["FILE_NAME", "is_ours", "model_card", "without_section"]
 
 FILE_NAME = "README.md"
 _BEGIN, _END = "<!-- diffuse_compress: begin -->", "<!-- diffuse_compress: end -->"
+# One section: a mark that lost its counterpart does not reach into the text around it.
+_SECTION = re.compile(f"{re.escape(_BEGIN)}(?:(?!{re.escape(_BEGIN)}).)*?{re.escape(_END)}", re.DOTALL)
 _UNKNOWN_REPO = "PATH_OR_REPO"
+_OUR_TAGS = ("diffuse_compress", "quantized")
 _HOME = "https://github.com/diffuse-compress/diffuse-compress"
 
 
@@ -33,7 +39,7 @@ def model_card(
     existing: str | None = None,
     repo_id: str | None = None,
     token: str | bool | None = None,
-    needs_package: bool = True,
+    native: bool = False,
 ) -> str:
     """Text of the card of a compressed object.
 
@@ -43,19 +49,28 @@ def model_card(
         repo_id: Hub id it is pushed to. The base model's card is fetched for its licence then; for a save on disk
             only one that is there already is read.
         token: for the base model's card.
-        needs_package: False for a checkpoint in a format that the libraries load by themselves.
+        native: it is in a format that the libraries load without this package.
     """
-    card = _card(_without_form(existing or ""))
+    card = _card(_without_form((existing or "").replace("\r\n", "\n")))
     bases = _base_models(obj)
-    base = _card_of_base(obj, bases, online=repo_id is not None, token=token)
-    for key, value in _metadata(obj, bases, base).items():
+    for key, value in _metadata(obj, bases, online=repo_id is not None, token=token).items():
         if key == "tags":
             card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *value]))
         elif not getattr(card.data, key, None):
             setattr(card.data, key, value)
     if bases and card.data.base_model in (bases, bases[0]):
         card.data.base_model_relation = "quantized"
-    card.text = _merged(card.text, _section(obj, bases, repo_id, needs_package), _title(obj, bases, repo_id))
+    card.text = _merged(card.text, _section(obj, bases, repo_id, native), _title(obj, bases, repo_id))
+    return str(card)
+
+
+def without_section(text: str) -> str:
+    """A card of a compressed model as that of the dense one which takes its place."""
+    card = _card(text)
+    card.text = _SECTION.sub("", card.text)
+    card.data.tags = [tag for tag in card.data.tags or () if tag not in _OUR_TAGS] or None
+    if getattr(card.data, "base_model_relation", None) == "quantized":
+        card.data.base_model_relation = None
     return str(card)
 
 
@@ -91,7 +106,7 @@ def _without_form(text: str) -> str:
 
 def _merged(text: str, section: str, title: str) -> str:
     block = f"{_BEGIN}\n{section.strip()}\n{_END}"
-    found = re.search(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", text, re.DOTALL)
+    found = _SECTION.search(text)
     if found:
         return text[: found.start()] + block + text[found.end() :]
     return f"{text.rstrip()}\n\n{block}\n" if text.strip() else f"\n# {title}\n\n{block}\n"
@@ -103,7 +118,7 @@ def _title(obj: Any, bases: list[str], repo_id: str | None) -> str:
     return f"{bases[0].rpartition('/')[2]}, compressed" if bases else f"{_class_of(obj).__name__}, compressed"
 
 
-def _section(obj: Any, bases: list[str], repo_id: str | None, needs_package: bool) -> str:
+def _section(obj: Any, bases: list[str], repo_id: str | None, native: bool) -> str:
     report = report_of(obj).to_dict()
     origin = " and ".join(f"[{base}](https://huggingface.co/{base})" for base in bases)
     origin = f" of {origin}" if origin else ""
@@ -111,38 +126,47 @@ def _section(obj: Any, bases: list[str], repo_id: str | None, needs_package: boo
     for part in report["components"].values():
         versions.update(part["volatile"].get("versions", {}))
     made = ", ".join(f"{name} {version}" for name, version in versions.items())
+    if native:  # how our layers compute says nothing about it
+        report["components"] = {name: {**part, "compute": []} for name, part in report["components"].items()}
     # Prompts of a preview are the user's own.
     tables = render_markdown({**report, "preview": [], "hint": ""})
     blocks = [
         "## Compression",
         f"`{_class_of(obj).__name__}`{origin}, compressed with [diffuse_compress]({_HOME}).",
-        _load_snippet(obj, repo_id or _UNKNOWN_REPO, needs_package),
+        _load_snippet(obj, repo_id or _UNKNOWN_REPO, native),
         tables,
     ]
     return "\n\n".join(blocks) + (f"\nMade with {made}.\n" if made else "")
 
 
-def _load_snippet(obj: Any, where: str, needs_package: bool) -> str:
-    if is_pipeline(obj):
-        library, cls = "diffusers", "DiffusionPipeline"
-        if stock_class_of(obj) is None:
-            cls = _class_of(obj).__name__
+def _load_snippet(obj: Any, where: str, native: bool) -> str:
+    is_modular = is_pipeline(obj) and stock_class_of(obj) is None and hasattr(obj, "load_components")
+    if is_modular:
+        library, cls, name = "diffusers", "ModularPipeline", "pipe"
+    elif is_pipeline(obj):
+        library, cls, name = "diffusers", "DiffusionPipeline", "pipe"
     else:
-        library, cls = type(obj).__module__.partition(".")[0], type(obj).__name__
-    name = "pipe" if is_pipeline(obj) else "model"
+        library, name = library_of(obj), "model"
+        cls = next(base.__name__ for base in type(obj).__mro__ if base.__module__.partition(".")[0] == library)
+    # What stays dense would be float32 in diffusers, and what torchao holds is not.
+    dtype = f", dtype={_dtype_of(obj)}" if native and library == "diffusers" else ""
     lines = [
         "```bash",
-        INSTALL_COMMAND if needs_package else f"pip install {library} torchao",
+        f"pip install {library} torchao" if native else INSTALL_COMMAND,
         "```",
         "",
         "```python",
-        *(["import diffuse_compress"] if needs_package else []),
+        *(["import torch"] if dtype else []),
+        *([] if native else ["import diffuse_compress"]),
         f"from {library} import {cls}",
         "",
-        f'{name} = {cls}.from_pretrained("{where}")',
+        f'{name} = {cls}.from_pretrained("{where}"{dtype})',
+        *(["pipe.load_components()"] if is_modular else []),
         "```",
     ]
-    if needs_package and stock_class_of(obj) is not None:
+    if type(obj) is not _class_of(obj):
+        lines += ["", f"Its own class is `{type(obj).__name__}`, which this needs beside it."]
+    if not native and stock_class_of(obj) is not None:
         lines += [
             "",
             "Or, with the package installed and no import of it in your code: "
@@ -151,59 +175,84 @@ def _load_snippet(obj: Any, where: str, needs_package: bool) -> str:
     return "\n".join(lines)
 
 
+def _dtype_of(obj: Any) -> torch.dtype:
+    states = [state for state in map(get_state, model_components(obj).values()) if state is not None]
+    return next((state.config.compute_dtype for state in states if state.config.compute_dtype), torch.float32)
+
+
 # --- metadata ---------------------------------------------------------------------------------------------------
 
 
-def _metadata(obj: Any, bases: list[str], base: dict[str, Any] | None) -> dict[str, Any]:
+def _metadata(obj: Any, bases: list[str], *, online: bool, token: str | bool | None) -> dict[str, Any]:
     specs = [state.config.spec for state in map(get_state, model_components(obj).values()) if state is not None]
     labels = [spec.preset or spec.scheme.name for spec in specs]
-    library = "diffusers" if is_pipeline(obj) else type(obj).__module__.partition(".")[0]
     data: dict[str, Any] = {
-        "library_name": library,
-        "tags": ["diffuse_compress", "quantized", *dict.fromkeys(labels)],
+        "library_name": "diffusers" if is_pipeline(obj) else library_of(obj),
+        "tags": [*_OUR_TAGS, *dict.fromkeys(labels)],
     }
     if bases:
         data["base_model"] = bases[0] if len(bases) == 1 else bases
-    data |= _licence(base, bases)
-    tag = (base or {}).get("pipeline_tag") or _pipeline_tag(obj)
+    cards = _cards_of_bases(obj, bases, online, token)
+    data |= _licence(cards)
+    # A part's card tells what the part was for.
+    own = next(iter(cards.values()), None) or {}
+    tag = _pipeline_tag(obj) or (own.get("pipeline_tag") if not is_pipeline(obj) and len(bases) == 1 else None)
     if tag:
         data["pipeline_tag"] = tag
     return data
 
 
 def _base_models(obj: Any) -> list[str]:
-    models = ((model, get_state(model)) for model in model_components(obj).values())
-    found = (base_model_of(model, state) for model, state in models if state is not None)
-    return list(dict.fromkeys(base for base in found if base is not None))
+    """Repositories of the dense models, the denoisers' first; those of a pipeline's dense components too."""
+    models = model_components(obj)
+    states = {name: get_state(model) for name, model in models.items()}
+    compressed = {name: state for name, state in states.items() if state is not None}
+    bases = {name: base_model_of(models[name], state) for name, state in compressed.items()}
+    # A compressed checkpoint is no base: what is dense in it came from where the rest came from.
+    checkpoints = {repository_of(models[name]) for name, base in bases.items() if repository_of(models[name]) != base}
+    for name, model in models.items():
+        if name not in compressed and repository_of(model) not in checkpoints:
+            bases[name] = repository_of(model)
+    ordered = sorted(bases, key=lambda name: not GROUPS["denoisers"].match(name))
+    return list(dict.fromkeys(base for base in (bases[name] for name in ordered) if base is not None))
 
 
-def _card_of_base(obj: Any, bases: list[str], *, online: bool, token: str | bool | None) -> dict[str, Any] | None:
-    """Metadata of the dense model's card: beside the folder it was loaded from, in the cache, or on the Hub."""
+def _cards_of_bases(obj: Any, bases: list[str], online: bool, token: str | bool | None) -> dict[str, Any]:
+    """{repository: metadata of its card, or None}; a folder that a model was loaded from is called ""."""
     from huggingface_hub import hf_hub_download
 
-    folder = folder_of(obj)
-    candidates = [folder / FILE_NAME] if folder is not None else []
-    for base in bases[:1]:
+    cards: dict[str, Any] = {}
+    for base in bases:
         try:
-            candidates.append(Path(hf_hub_download(base, FILE_NAME, token=token, local_files_only=not online)))
-        except Exception:
-            continue
-    for path in candidates:
-        if path.is_file():
-            data: dict[str, Any] = _card(path.read_text(encoding="utf-8")).data.to_dict()
-            if data:
-                return data
-    return None
+            path = Path(hf_hub_download(base, FILE_NAME, token=token, local_files_only=not online))
+            cards[base] = _read_card(path, base)
+        except Exception:  # no network, no such repository or card, no access
+            cards[base] = None
+    folder = folder_of(obj)
+    if not bases and folder is not None:
+        cards[""] = _read_card(folder / FILE_NAME, "")
+    return cards
 
 
-def _licence(base: dict[str, Any] | None, bases: list[str]) -> dict[str, str]:
-    """licence fields of the base model's card; none where it is not known, for it is not ours to guess."""
-    fields = {key: (base or {}).get(key) for key in ("license", "license_name", "license_link")}
-    found = {key: str(value) for key, value in fields.items() if value}
-    link = found.get("license_link")
-    if link and "://" not in link and bases:  # a file of the base repository
-        found["license_link"] = f"https://huggingface.co/{bases[0]}/blob/main/{link.removeprefix('./')}"
-    return found
+def _read_card(path: Path, base: str) -> dict[str, Any] | None:
+    """Metadata of a card, links made absolute; None if there is none that can be read."""
+    try:
+        data: dict[str, Any] = _card(path.read_text(encoding="utf-8")).data.to_dict()
+    except Exception:  # absent, or whatever else a stranger's file may be
+        return None
+    link = data.get("license_link")
+    if isinstance(link, str) and "://" not in link:  # a file of that repository
+        data["license_link"] = f"https://huggingface.co/{base}/blob/main/{link.removeprefix('./')}" if base else None
+    return data
+
+
+def _licence(cards: dict[str, Any]) -> dict[str, Any]:
+    """licence fields that all base models agree on; none where one is not known, for it is not ours to guess."""
+    keys = ("license", "license_name", "license_link")
+    found = [{key: (card or {}).get(key) for key in keys} for card in cards.values()]
+    if not found or any(fields != found[0] for fields in found):
+        return {}
+    return {key: value for key, value in found[0].items() if value}
 
 
 def _pipeline_tag(obj: Any) -> str | None:
@@ -211,11 +260,10 @@ def _pipeline_tag(obj: Any) -> str | None:
     if not is_pipeline(obj):
         generates = callable(getattr(obj, "can_generate", None)) and obj.can_generate()
         return "text-generation" if generates and not hasattr(obj.config, "vision_config") else None
-    arguments = inspect.signature(type(obj).__call__).parameters
+    arguments = named_arguments(obj)
     if any(name.startswith("audio_") for name in arguments):
         return "text-to-audio"
-    source = "image" if "image" in arguments and arguments["image"].kind is not inspect.Parameter.VAR_KEYWORD else ""
-    source = source or ("text" if "prompt" in arguments else "")
+    source = "image" if "image" in arguments else "text" if "prompt" in arguments else ""
     target = "video" if "num_frames" in arguments else "image"
     if not source:
         return "unconditional-image-generation" if target == "image" else None
@@ -223,4 +271,9 @@ def _pipeline_tag(obj: Any) -> str | None:
 
 
 def _class_of(obj: Any) -> type:
-    return stock_class_of(obj) or type(obj)
+    """The library's class that ``obj`` is, or comes from."""
+    stock = stock_class_of(obj)
+    if stock is not None:
+        return stock
+    libraries = ("diffusers", "transformers")
+    return next((base for base in type(obj).__mro__ if base.__module__.partition(".")[0] in libraries), type(obj))

@@ -153,7 +153,8 @@ def _tables(part: dict[str, Any]) -> list[tuple[str, list[Sequence[str]]]]:
         layers = f"{entry['layers']} {entry['kind']}"
         rows.append((entry["scheme"], layers, entry["description"], SPEED[entry["faster_than_dense"]]))
     where = sorted({f"{entry['device']}, {entry['dtype']}" for entry in part["compute"]})
-    tables.append((f"computation on {'; '.join(where)}", rows))
+    if part["compute"]:
+        tables.append((f"computation on {'; '.join(where)}", rows))
     errors = timestep_errors(part)
     if errors:
         setting = part["output_error"]["setting"]

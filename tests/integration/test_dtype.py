@@ -230,3 +230,31 @@ def test_wan_in_half_precision_runs_saves_and_reloads(dtype: torch.dtype, tmp_pa
     reloaded.set_progress_bar_config(disable=True)
     assert reloaded.transformer.scale_shift_table.dtype == torch.float32
     assert torch.equal(tiny.sample(reloaded), expected)
+
+
+# --- what a pipeline's from_pretrained makes of dtypes ----------------------------------------------------------
+
+
+def test_a_component_that_the_user_cast_or_trained_is_left_alone(tmp_path: Path) -> None:
+    pipe = tiny.build_pipeline("pixart", dtype=torch.bfloat16).compress({"text_encoder": "w8a16"}, measure=False)
+    pipe.save_pretrained(tmp_path)
+    mine = type(pipe.transformer).from_pretrained(tmp_path / "transformer").to(torch.float32)
+    with torch.no_grad():
+        for parameter in mine.parameters():
+            parameter.mul_(1.00123)
+    before = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
+    whole = diffusers.DiffusionPipeline.from_pretrained(tmp_path, transformer=mine)
+    by_hand = type(pipe)(**{**whole.components, "transformer": mine})
+    for again in (whole, by_hand):
+        assert again.vae.dtype == torch.bfloat16
+        assert again.transformer.dtype == torch.float32
+        assert all(torch.equal(tensor, before[name]) for name, tensor in again.transformer.state_dict().items())
+
+
+def test_dtypes_are_those_of_the_variant_that_is_loaded(tmp_path: Path) -> None:
+    pipe = tiny.build_pipeline("pixart").compress({"transformer": "w8a8"}, measure=False)
+    pipe.save_pretrained(tmp_path)
+    copy.deepcopy(pipe.vae).half().save_pretrained(tmp_path / "vae", variant="fp16")
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert again.vae.dtype == again.transformer.dtype == torch.float32
+    assert torch.equal(tiny.sample(again), tiny.sample(pipe))

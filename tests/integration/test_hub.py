@@ -18,6 +18,8 @@ import yaml
 
 import diffuse_compress as dc
 import tiny
+from diffuse_compress.companions import complete_upload
+from diffuse_compress.integrations.origin import forget_local_paths
 from diffuse_compress.model_card import model_card
 from loopback_hub import LoopbackHub
 
@@ -192,7 +194,90 @@ def test_card_of_a_torchao_checkpoint_asks_for_torchao_only(tmp_path: Path) -> N
     text = (tmp_path / "README.md").read_text()
     assert "pip install diffusers torchao" in text
     assert "import diffuse_compress" not in text
+    assert "dtype=torch.float32)" in text
+    assert "dequantized in blocks" not in text
     assert not (tmp_path / "pipeline.py").exists()
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "pipeline.py").exists()
+    pipe.save_pretrained(tmp_path, format="torchao")
+    assert not (tmp_path / "pipeline.py").exists()
+
+
+@pytest.mark.parametrize(
+    "text", [b"---\n\nHello\n\n---\n", b"---\nlicense: [mit\n---\n", b"---\nlicense: mit\n---\n\xe9\n"]
+)
+def test_a_broken_card_of_the_base_is_no_obstacle(text: bytes, tmp_path: Path) -> None:
+    tiny.build("pixart").save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense/README.md").write_bytes(text)
+    model = type(tiny.build("pixart")).from_pretrained(tmp_path / "dense").compress("w8a8", measure=False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/README.md").write_bytes(b"\xe9 is what the user wrote")
+    model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out/README.md").read_bytes() == b"\xe9 is what the user wrote"
+    model.save_pretrained(tmp_path / "other")
+    assert "license" not in (tmp_path / "other/README.md").read_text()
+
+
+def test_licence_is_given_only_where_all_parts_agree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cards = {"acme/pixart": "license: other\nlicense_name: flux-nc", "google/t5": "license: apache-2.0"}
+
+    def download(repo: str, file: str, **kwargs: Any) -> str:
+        path = tmp_path / repo.replace("/", "-")
+        path.write_text(f"---\n{cards[repo]}\npipeline_tag: text2text-generation\n---\n")
+        return str(path)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    pipe = tiny.build_pipeline("pixart")
+    for part in (pipe.transformer, pipe.vae):
+        part.register_to_config(_name_or_path="acme/pixart")
+    pipe.text_encoder.config._name_or_path = "google/t5"
+    pipe.compress({"text_encoder": "w8a16"}, measure=False)
+    text = model_card(pipe)
+    assert "base_model:\n- acme/pixart\n- google/t5\n" in text
+    assert "license" not in text
+    assert "pipeline_tag: text-to-image" in text
+    pipe.text_encoder.hf_quantizer.state.base_model = "acme/pixart"
+    text = model_card(pipe)
+    assert "license: other\nlicense_name: flux-nc\n" in text
+
+
+def test_paths_are_forgotten_wherever_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = {"text_config": {"_name_or_path": "/home/me/x"}, "parts": [{"_name_or_path": "../x"}], "size": 3}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/home/me/x"}))
+    index = {"vae": ["diffusers", "AutoencoderKL", {"pretrained_model_name_or_path": "/home/me/x"}]}
+    (tmp_path / "modular_model_index.json").write_text(json.dumps(index))
+    forget_local_paths(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"text_config": {}, "parts": [{}], "size": 3}
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == {"base_model_name_or_path": None}
+    assert "/home/me" in (tmp_path / "modular_model_index.json").read_text()
+    forget_local_paths(tmp_path, uploading=True)
+    assert "/home/me" not in (tmp_path / "modular_model_index.json").read_text()
+
+
+def test_a_relative_path_is_no_repository_after_a_change_of_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("pixart", "llama"):
+        tiny.build(name).save_pretrained(f"models/{name}")
+        cls = type(tiny.build(name))
+        model = cls.from_pretrained(f"models/{name}", quantization_config=dc.QuantizationConfig("w8a16"))
+        (tmp_path / "work").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / "work")
+        assert "base_model" not in model_card(model)
+        monkeypatch.chdir(tmp_path)
+
+
+def test_a_dense_model_takes_the_place_of_a_compressed_one(tmp_path: Path) -> None:
+    model = tiny.build("pixart").compress("w8a8", measure=False)
+    (tmp_path / "README.md").write_text(model_card(model, existing="---\nlicense: mit\n---\nMy words.\n"))
+    complete_upload(tiny.build("pixart"), tmp_path, "me/model", at_root=True, token=None)
+    text = (tmp_path / "README.md").read_text()
+    assert "My words." in text
+    assert "license: mit" in text
+    assert "diffuse_compress" not in text
+    assert "quantized" not in text
 
 
 def test_a_form_that_was_filled_in_stays() -> None:
@@ -210,8 +295,6 @@ def test_a_form_that_was_filled_in_stays() -> None:
 
 
 def test_a_dense_model_is_pushed_as_ever(tmp_path: Path) -> None:
-    from diffuse_compress.companions import complete_upload
-
     (tmp_path / "README.md").write_text("stock")
     complete_upload(tiny.build("pixart"), tmp_path, "me/dense", at_root=True, token=None)
     assert (tmp_path / "README.md").read_text() == "stock"

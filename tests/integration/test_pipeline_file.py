@@ -96,6 +96,8 @@ def test_it_is_short_and_written_only_where_it_can_work(tmp_path: Path) -> None:
         """A class that only its author has."""
 
     assert stock_class_of(Mine(**pipe.components)) is None
+    impostor = type("PixArtAlphaPipeline", (diffusers.PixArtAlphaPipeline,), {"__module__": __name__})
+    assert stock_class_of(impostor(**pipe.components)) is None
     pipe.save_pretrained(tmp_path / "dense")
     assert not (tmp_path / "dense/pipeline.py").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +14,7 @@ __all__ = [
     "INSTALL_COMMAND",
     "NO_PATCH_VARIABLE",
     "add_to_diffusers_config",
+    "called_by_pipeline",
     "may_patch",
     "mixin_bases",
     "remove_from_diffusers_config",
@@ -22,6 +24,7 @@ __all__ = [
 ]
 
 INSTALL_COMMAND = "pip install git+https://github.com/diffuse-compress/diffuse-compress"
+_FRAMES = 8  # other packages may wrap from_pretrained, too
 NO_PATCH_VARIABLE = "DIFFUSE_COMPRESS_NO_PATCH"
 
 _PIP = {
@@ -73,6 +76,21 @@ def torchao_classes(library: str) -> tuple[Any, Any]:
         from transformers import TorchAoConfig
         from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
     return TorchAoConfig, TorchAoHfQuantizer
+
+
+def called_by_pipeline() -> bool:
+    """True in a call that diffusers' pipeline loader makes, which loads one component after the other.
+
+    Told by the stack: a ``from_pretrained`` that was under way when this package was imported can leave no other mark.
+    """
+    frame = sys._getframe(1)
+    for _ in range(_FRAMES):
+        if frame.f_code.co_name == "load_sub_model":
+            return True
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return False
 
 
 def mixin_bases() -> tuple[type, ...]:

@@ -17,19 +17,21 @@ import torch
 from torch import nn
 
 from diffuse_compress.errors import CheckpointError
-from diffuse_compress.integrations.component import align_tensors, get_state, read_metadata
-from diffuse_compress.integrations.origin import folder_of
+from diffuse_compress.integrations.compat import called_by_pipeline
+from diffuse_compress.integrations.component import ASK_THE_MODEL, align_tensors, get_state, read_metadata
+from diffuse_compress.integrations.origin import folder_of, repository_of
+from diffuse_compress.integrations.variants import variant_of
 
 __all__ = ["restore_stored_dtypes", "wrap_from_single_file", "wrap_model_loading", "wrap_register_modules"]
 
 _MARK = "_diffuse_compress_wrapped"
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
-# Models that nobody named a dtype for, until a pipeline takes them in.
-_LOADED_WITHOUT_DTYPE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# {model: variant}: models that a pipeline loaded and nobody named a dtype for, until it takes them in.
+_LOADED_WITHOUT_DTYPE: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def wrap_model_loading(cls: type) -> None:
-    """Wrap a model class's ``from_pretrained`` once, to remember what was loaded with no dtype asked for."""
+    """Wrap a model class's ``from_pretrained`` once, to remember what a pipeline loads with no dtype asked for."""
     stock = cls.__dict__["from_pretrained"].__func__
     if getattr(stock, _MARK, False):
         return
@@ -37,10 +39,14 @@ def wrap_model_loading(cls: type) -> None:
     @functools.wraps(stock)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         no_dtype = kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None
+        by_pipeline = called_by_pipeline()
         loaded = stock(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a pair with output_loading_info=True
-        if no_dtype:
-            _LOADED_WITHOUT_DTYPE.add(model)
+        if no_dtype and by_pipeline:
+            _LOADED_WITHOUT_DTYPE[model] = kwargs.get("variant") or ""
+        state = get_state(model)
+        if state is not None and state.base_model == ASK_THE_MODEL:
+            state.base_model = repository_of(model)
         return loaded
 
     setattr(from_pretrained, _MARK, True)
@@ -51,7 +57,7 @@ def wrap_register_modules(cls: type) -> None:
     """Wrap a pipeline class's ``register_modules`` once; it acts only on what was saved with a compressed component.
 
     Every pipeline is put together through it, also one whose ``from_pretrained`` was under way when this package was
-    imported (by its ``pipeline.py``).
+    imported (by its ``pipeline.py``). Components that the user loaded, and may have cast or trained, are left alone.
     """
     stock = cls.__dict__["register_modules"]
     if getattr(stock, _MARK, False):
@@ -62,11 +68,10 @@ def wrap_register_modules(cls: type) -> None:
         parts = [part for part in modules.values() if isinstance(part, nn.Module)]
         homes = {_home(part) for part in parts if get_state(part) is not None} - {None}
         for part in parts:
-            no_dtype = part in _LOADED_WITHOUT_DTYPE
-            _LOADED_WITHOUT_DTYPE.discard(part)
+            variant = _LOADED_WITHOUT_DTYPE.pop(part, None)
             if get_state(part) is None and _home(part) in homes:
-                if no_dtype:
-                    restore_stored_dtypes(part)
+                if variant is not None:
+                    restore_stored_dtypes(part, variant)
                 # Half precision stays mapped: copying a large text encoder that only passes by costs memory.
                 align_tensors(part, torch.float32)
         return stock(self, **modules)
@@ -101,7 +106,7 @@ def wrap_from_single_file(cls: type) -> None:
     cls.from_single_file = classmethod(from_single_file)  # type: ignore[attr-defined]
 
 
-def restore_stored_dtypes(model: nn.Module) -> None:
+def restore_stored_dtypes(model: nn.Module, variant: str = "") -> None:
     """Cast a dense diffusers model's float32 tensors to the half-precision dtype they were read from; exact.
 
     The safetensors headers of the folder that the model was loaded from tell; without them nothing changes.
@@ -112,7 +117,7 @@ def restore_stored_dtypes(model: nn.Module) -> None:
     from safetensors import safe_open
 
     tensors = model.state_dict(keep_vars=True)
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(file for file in folder.glob("*.safetensors") if variant_of(file.name) == variant):
         with safe_open(str(file), framework="pt") as handle:
             for key in handle.keys():
                 tensor = tensors.get(key)

@@ -16,6 +16,7 @@ from diffuse_compress.integrations.component import (
     layer_entries,
     quantized_layers,
 )
+from diffuse_compress.integrations.origin import repository_of
 from diffuse_compress.integrations.peft import restore_merge_errors
 from diffuse_compress.integrations.placement import require_free, require_memory
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
@@ -98,7 +99,11 @@ class QuantizerMixin:
         if not self.pre_quantized:
             spec = self.quantization_config.spec.resolved(self._rules)
             config = QuantizationConfig.from_spec(spec, dtype)
-            return ComponentState(config, layer_entries(model), base_model=ASK_THE_MODEL)
+            # transformers has told the model its name by now; asked later, a relative path may read like an id.
+            named = getattr(getattr(model, "config", None), "_name_or_path", None)
+            return ComponentState(
+                config, layer_entries(model), base_model=repository_of(model) if named else ASK_THE_MODEL
+            )
         stored = self._metadata or {}
         report, base_model = stored.get("report"), stored.get("base_model")
         return ComponentState(self.quantization_config, layer_entries(model), report, base_model=base_model)

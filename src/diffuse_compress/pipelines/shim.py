@@ -8,6 +8,7 @@ so that ``_class_name`` stays what it was and plain ``from_pretrained`` loads th
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from diffuse_compress.integrations.compat import INSTALL_COMMAND
@@ -42,11 +43,20 @@ def stock_class_of(pipe: Any) -> type | None:
     base = getattr(diffusers, "DiffusionPipeline", None)
     if not isinstance(base, type) or not isinstance(pipe, base):
         return None
-    for cls in type(pipe).__mro__:
-        if getattr(diffusers, cls.__name__, None) is cls:
-            # A subclass of the user's own has another name, and perhaps another __init__ and call.
-            return cls if cls.__name__ == type(pipe).__name__ else None
-    return None
+    own = type(pipe)
+    stock = getattr(diffusers, own.__name__, None)
+    # A subclass of somebody's own, even under the stock name, may have another __init__ and call.
+    return (
+        stock if own is stock or (isinstance(stock, type) and issubclass(own, stock) and _is_from_shim(own)) else None
+    )
+
+
+def _is_from_shim(cls: type) -> bool:
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    try:
+        return file is not None and is_shim(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def is_shim(text: str) -> bool:
