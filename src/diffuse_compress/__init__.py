@@ -16,6 +16,7 @@ from diffuse_compress.api import (
     compression_stats,
     decompress,
 )
+from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.companions import complete_save, complete_upload
 from diffuse_compress.compare import PairedComparison, compare
 from diffuse_compress.errors import (
@@ -40,8 +41,11 @@ from diffuse_compress.logging import (
     set_verbosity_warning,
 )
 from diffuse_compress.plan import CompressionPlan
+from diffuse_compress.quantization.algorithms.awq import AWQConfig
+from diffuse_compress.quantization.algorithms.gptq import GPTQConfig
 from diffuse_compress.quantization.algorithms.hqq import HQQConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
+from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
     NumberFormat,
@@ -61,7 +65,9 @@ from diffuse_compress.runtime.stats import CompressionStats, PlanMissedError
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AWQConfig",
     "ActivationScheme",
+    "Calibration",
     "CheckpointError",
     "CompressionConflictError",
     "CompressionPlan",
@@ -70,6 +76,7 @@ __all__ = [
     "ConfigError",
     "DiffuseCompressError",
     "DiffuseCompressWarning",
+    "GPTQConfig",
     "HQQConfig",
     "IncompatibleShapeError",
     "MissingDependencyError",
@@ -86,6 +93,7 @@ __all__ = [
     "Recipe",
     "ScaleRule",
     "Scheme",
+    "SmoothQuantConfig",
     "TwoLevel",
     "UnsupportedHardwareError",
     "WeightScheme",

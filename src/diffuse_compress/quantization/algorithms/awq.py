@@ -21,7 +21,14 @@ from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, per_channel
-from diffuse_compress.quantization.numerics import choose_qparams, fake_quantize, fake_quantize_activation, split_groups
+from diffuse_compress.quantization.algorithms.rtn import RTNConfig, quantize
+from diffuse_compress.quantization.numerics import (
+    choose_qparams,
+    dequantize,
+    fake_quantize,
+    fake_quantize_activation,
+    split_groups,
+)
 from diffuse_compress.quantization.scheme import PerTensor, TwoLevel, WeightScheme
 
 __all__ = ["AWQConfig", "AbsMeanCollector", "RowCollector", "clip_weight"]
@@ -152,8 +159,9 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
     if best is not None and not torch.equal(best, torch.ones_like(best)):
         for layer in layers:
             layer.act_pre_scale = 1.0 / best
-            # A least-squares range would clip the very channels that were scaled up because they matter.
-            layer.ranges = layer.target()
+            # A least-squares range would clip the very channels that were scaled up because they matter. Two-level
+            # scales are searched together, and tried so.
+            layer.ranges = None if _is_two_level(layer.scheme.weight) else layer.target()
 
 
 def _relative_magnitude(layers: Sequence[LayerWork], weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -215,7 +223,7 @@ def _tried(layers: Sequence[LayerWork], weights: Sequence[torch.Tensor], scale: 
             trial = LayerWork(layer.name, layer.dense, layer.scheme, act_pre_scale=1.0 / scale)
             column = trial.column_scale
             assert column is not None
-            rounded = fake_quantize(weight / column, layer.scheme.weight)
+            rounded = _rounded(weight / column, layer.scheme.weight)
             layer.dense.weight.data = rounded.to(dense[0].dtype).reshape(layer.dense.weight.shape)
             handles.append(layer.dense.register_forward_pre_hook(_scaled(trial)))
         yield
@@ -224,6 +232,17 @@ def _tried(layers: Sequence[LayerWork], weights: Sequence[torch.Tensor], scale: 
             handle.remove()
         for layer, original in zip(layers, dense, strict=True):
             layer.dense.weight.data = original
+
+
+def _rounded(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
+    """fp32 [N, K] as it will be rounded if nothing clips it."""
+    if _is_two_level(scheme):
+        return dequantize(quantize(weight, scheme, RTNConfig()))
+    return fake_quantize(weight, scheme)
+
+
+def _is_two_level(scheme: WeightScheme) -> bool:
+    return isinstance(scheme.granularity, TwoLevel)
 
 
 def _scaled(layer: LayerWork) -> Any:

@@ -1,0 +1,113 @@
+"""compress with calibrated algorithms: every family, saved and reloaded, refused, undone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import diffuse_compress as dc
+import tiny
+from diffuse_compress.integrations.component import get_state, quantized_layers
+
+W4 = dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT4, dc.PerGroup(32), symmetric=False))
+SEQUENCE = [dc.SmoothQuantConfig(), dc.GPTQConfig()]
+
+
+def items(pipe: Any) -> list[dict[str, Any]]:
+    given = tiny.call_kwargs(pipe, steps=3)
+    given.pop("generator")
+    return [{**given, "prompt": prompt} for prompt in ("a cat", "a dog")]
+
+
+@pytest.mark.parametrize("name", sorted(tiny.PIPELINES))
+def test_pipelines_are_calibrated_saved_and_reloaded(name: str, tmp_path: Path) -> None:
+    pipe = tiny.build_pipeline(name)
+    denoiser = "unet" if hasattr(pipe, "unet") else "transformer"
+    model = getattr(pipe, denoiser)
+    expected = set(pipe.compression_plan("w8a8").components[denoiser].layers)
+    pipe.compress(dc.QuantizationConfig("w8a8", algorithm=SEQUENCE), calibration=items(pipe), measure=False)
+    assert set(quantized_layers(model)) == expected
+    assert any(layer.act_pre_scale is not None for layer in quantized_layers(model).values())
+    assert not any("forward" in vars(module) for module in model.modules())
+    picture = tiny.sample(pipe)
+    pipe.save_pretrained(tmp_path)
+    again = type(pipe).from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(tiny.sample(again), picture)
+    assert (
+        get_state(getattr(again, denoiser)).config.spec.algorithm
+        == dc.QuantizationConfig("w8a8", SEQUENCE).spec.algorithm
+    )
+    assert "GPTQ" in str(again.compression_report())
+
+
+@pytest.mark.parametrize("algorithm", [dc.GPTQConfig(), dc.AWQConfig()], ids=lambda c: c.kind)
+def test_language_model_beats_rounding_and_twice_is_the_same(algorithm: Any) -> None:
+    dense, texts = tiny.build("llama"), [torch.randint(0, 64, (1, 24)) for _ in range(8)]
+    fresh = torch.randint(0, 64, (4, 24))
+    with torch.no_grad():
+        target = dense(input_ids=fresh).logits
+
+    def compressed(config: Any, **given: Any) -> Any:
+        return tiny.build("llama").compress(dc.QuantizationConfig(W4, algorithm=config), **given)
+
+    def loss(model: Any) -> float:
+        with torch.no_grad():
+            return float((model(input_ids=fresh).logits - target).square().mean())
+
+    first, second = (compressed(algorithm, calibration=texts) for _ in range(2))
+    assert loss(first) < loss(compressed("rtn"))
+    for key, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[key]), key
+
+
+def test_a_plan_carries_its_calibration() -> None:
+    pipe = tiny.build_pipeline("pixart")
+    calibration = dc.Calibration.record(pipe, items(pipe), num_samples=2)
+    plan = pipe.compression_plan(dc.QuantizationConfig(W4, algorithm=dc.GPTQConfig()), calibration=calibration)
+    plan.keep("transformer.transformer_blocks.0")
+    pipe.compress(plan, measure=False)
+    assert "transformer_blocks.0.attn1.to_q" not in quantized_layers(pipe.transformer)
+    assert "transformer_blocks.1.attn1.to_q" in quantized_layers(pipe.transformer)
+
+
+def test_an_interrupted_call_leaves_the_model_as_it_was() -> None:
+    pipe = tiny.build_pipeline("flux")
+    before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    modules = list(pipe.transformer.modules())
+
+    def callback(stage: str, done: int, total: int, metrics: dict[str, Any]) -> None:
+        if stage.startswith("Calibrating") and done >= total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe.compress(
+            dc.QuantizationConfig("w8a8", algorithm=SEQUENCE), calibration=items(pipe), callback=callback, measure=False
+        )
+    assert list(pipe.transformer.modules()) == modules
+    assert not any("forward" in vars(module) or module._forward_pre_hooks for module in modules)
+    for name, tensor in pipe.transformer.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_errors_come_before_any_work(tmp_path: Path) -> None:
+    pipe = tiny.build_pipeline("pixart")
+    gptq = dc.QuantizationConfig("w8a8", algorithm=dc.GPTQConfig())
+    with pytest.raises(dc.ConfigError, match=r"GPTQ .* needs calibration data, got none"):
+        pipe.compress(gptq)
+    with pytest.raises(dc.ConfigError, match="calibration: given, but nothing uses it"):
+        pipe.compress("w8a8", calibration=["a cat"])
+    with pytest.raises(dc.ConfigError, match="at least one item"):
+        pipe.compress(gptq, calibration=[])
+    other = dc.Calibration.record(
+        tiny.build_pipeline("stable_diffusion"), ["a cat"], num_samples=1, height=32, width=32
+    )
+    with pytest.raises(dc.ConfigError, match="no samples of 'transformer', only of 'unet'"):
+        pipe.compress(gptq, calibration=other)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(dc.ConfigError, match="weights quantized while they load see none"):
+        type(pipe.transformer).from_pretrained(tmp_path / "transformer", quantization_config=gptq)
+    assert not quantized_layers(pipe.transformer)

@@ -1,0 +1,155 @@
+"""SmoothQuant, AWQ and sequences on a block whose inputs have outlier channels."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from calibrated_block import Block, calibrated, error, inputs
+from diffuse_compress.errors import ConfigError, ModelStateError
+from diffuse_compress.quantization.algorithms.awq import AWQConfig, clip_weight
+from diffuse_compress.quantization.algorithms.base import (
+    AlgorithmConfig,
+    SequenceConfig,
+    algorithm_from_dict,
+    algorithm_to_dict,
+)
+from diffuse_compress.quantization.algorithms.block import as_rows
+from diffuse_compress.quantization.algorithms.gptq import GPTQConfig
+from diffuse_compress.quantization.algorithms.hqq import HQQConfig
+from diffuse_compress.quantization.algorithms.rtn import RTNConfig
+from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig, smoothing_scale
+from diffuse_compress.quantization.numerics import choose_qparams, dequantize, quantize_weight
+from diffuse_compress.quantization.presets import PRESETS
+from diffuse_compress.quantization.scheme import NumberFormat, PerGroup, Scheme, WeightScheme
+
+W4 = Scheme(WeightScheme(NumberFormat.INT4, PerGroup(64), symmetric=False))
+W3 = Scheme(WeightScheme(NumberFormat.INT3, PerGroup(64), symmetric=False))
+HQQ = HQQConfig()
+SEQUENCE = SequenceConfig((AWQConfig(), GPTQConfig()))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "scheme", "factor"),
+    [
+        (SmoothQuantConfig(), PRESETS["w8a8"].scheme, 0.7),
+        (SequenceConfig((SmoothQuantConfig(), GPTQConfig())), PRESETS["w8a8"].scheme, 0.7),
+        (AWQConfig(), W4, 0.8),
+        (AWQConfig(clip=False), W4, 0.9),
+        (GPTQConfig(), W4, 0.92),
+        (SEQUENCE, W4, 0.8),
+        (AWQConfig(), W3, 0.8),
+        (SEQUENCE, W3, 0.8),
+        (GPTQConfig(), PRESETS["w4a8"].scheme, 0.9),
+    ],
+    ids=lambda value: getattr(value, "summary", None) or getattr(value, "name", None),
+)
+def test_beats_rounding_on_inputs_that_were_not_seen(algorithm: AlgorithmConfig, scheme: Scheme, factor: float) -> None:
+    torch.manual_seed(3)
+    dense = Block()
+    ours, plain = copy.deepcopy(dense), copy.deepcopy(dense)
+    calibrated(ours, scheme, algorithm, inputs(8))
+    calibrated(plain, scheme, RTNConfig(), inputs(1))
+    fresh = inputs(4, seed=0)[2:] + inputs(2, seed=1)
+    mine, theirs = error(ours, dense, fresh), error(plain, dense, fresh)
+    assert mine < factor * theirs, (mine, theirs)
+
+
+@pytest.mark.parametrize("algorithm", [SmoothQuantConfig(), AWQConfig(), GPTQConfig()], ids=lambda c: c.kind)
+def test_dense_weights_are_not_changed(algorithm: AlgorithmConfig) -> None:
+    dense = Block()
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    layers = dict(dense.named_modules())
+    calibrated(dense, PRESETS["w4a8"].scheme, algorithm, inputs(2))
+    for name, tensor in before.items():
+        module, _, leaf = name.rpartition(".")
+        assert torch.equal(getattr(layers[module], leaf), tensor), name
+        assert not layers[module]._forward_pre_hooks
+
+
+def test_smoothing_preserves_the_product() -> None:
+    """x diag(p) (W diag(1/p))^T = x W^T, for linears and convolutions."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 8, 3, padding=1, stride=2), nn.Flatten(2), nn.Linear(16, 4))
+    from diffuse_compress.calls import Call
+
+    x = torch.randn(2, 16, 8, 8) * torch.logspace(-1, 1, 16).reshape(-1, 1, 1)
+    work = calibrated(copy.deepcopy(model), PRESETS["w8a8"].scheme, SmoothQuantConfig(), [Call((x,))])
+    for name, value in (("0", x), ("2", model[:2](x))):
+        layer = work.layers[name]
+        assert layer.act_pre_scale is not None
+        rows = as_rows(layer.dense, value)
+        smoothed = (rows * layer.column_scale) @ layer.target().t()
+        exact = rows @ layer.dense.weight.flatten(1).t()
+        assert torch.allclose(smoothed, exact, atol=1e-4)
+        assert layer.act_pre_scale.std() > 0.01
+
+
+def test_smoothing_scale_is_equation_4() -> None:
+    scale = smoothing_scale(torch.tensor([16.0, 1.0, 0.0]), torch.tensor([4.0, 1.0, 3.0]), 0.5)
+    assert torch.allclose(scale, torch.tensor([2.0, 1.0, 1.0]))
+    assert torch.allclose(smoothing_scale(torch.tensor([16.0]), torch.tensor([4.0]), 1.0), torch.tensor([16.0]))
+
+
+def test_subsets_are_layers_that_share_a_tensor_in_running_order() -> None:
+    block = Block()
+    work = calibrated(block, W4, RTNConfig(), inputs(1))
+    assert work.subsets == [("to_q", "to_k", "to_v"), ("to_out",), ("up",), ("down",)]
+
+
+def test_as_rows_is_what_a_convolution_multiplies() -> None:
+    for conv in (
+        nn.Conv2d(6, 4, 3, padding=1),
+        nn.Conv2d(6, 4, (3, 1), stride=(2, 1), padding="valid", dilation=2),
+        nn.Conv2d(6, 4, 3, padding="same", padding_mode="reflect"),
+        nn.Conv2d(6, 4, 1, stride=2),
+    ):
+        x = torch.randn(2, 6, 9, 7)
+        rows = as_rows(conv, x) @ conv.weight.flatten(1).t() + conv.bias
+        expected = conv(x).flatten(2).transpose(1, 2).reshape(-1, 4)
+        assert torch.allclose(rows, expected, atol=1e-5)
+
+
+def test_clipping_lowers_the_output_error_and_is_asymmetric() -> None:
+    torch.manual_seed(1)
+    weight = torch.randn(32, 128)
+    weight[:, ::17] = weight[:, ::17].abs() * 4  # a long tail on one side
+    rows = torch.randn(256, 128)
+    rows[:, ::17] *= 0.02
+
+    def loss(ranges: torch.Tensor) -> float:
+        rounded = dequantize(quantize_weight(weight, W3.weight, choose_qparams(ranges, W3.weight)))
+        return float(((rounded - weight) @ rows.t()).square().sum())
+
+    clipped = clip_weight(weight.clone(), rows, W3.weight, steps=10)
+    assert loss(clipped) < 0.8 * loss(weight)
+    assert clipped.max() < weight.max()
+
+
+def test_inputs_that_are_not_finite_are_named() -> None:
+    calls = inputs(3)
+    calls[1].args[0][0, 0, 0] = float("inf")
+    with pytest.raises(ModelStateError, match=r"block\.to_q: calibration needs finite inputs, .* sample 1"):
+        calibrated(Block(), W4, GPTQConfig(), calls)
+
+
+def test_sequences_are_written_and_read_and_refused() -> None:
+    data = algorithm_to_dict(SEQUENCE)
+    assert [step["kind"] for step in data["algorithms"]] == ["awq", "gptq"]
+    assert algorithm_from_dict(data) == SEQUENCE
+    assert SEQUENCE.needs_calibration
+    assert not SequenceConfig((RTNConfig(), HQQ)).needs_calibration
+    with pytest.raises(ConfigError, match="two or more different algorithms"):
+        SequenceConfig((GPTQConfig(), GPTQConfig()))
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [(AWQConfig, {"num_ratios": 1}), (AWQConfig, {"clip_rows": 0}), (SmoothQuantConfig, {"alpha": 1.5})],
+)
+def test_configs_refuse(config: type[AlgorithmConfig], fields: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=config.__name__):
+        config(**fields)
