@@ -91,7 +91,7 @@ def compress(
     measure: bool = True,
     calibration: Calibration | Iterable[Any] | None = None,
 ) -> _Target:
-    """Make a pipeline or model smaller and faster, in place. Its class stays; it saves and reloads as before.
+    """Make a pipeline or model smaller and faster, in place, and return it; it saves and reloads as before.
 
     Args:
         target: a diffusers pipeline or model, or a transformers model.
@@ -108,11 +108,7 @@ def compress(
         preview: prompts (or dicts of pipeline arguments) to generate before and after, for the report.
         callback: ``callback(stage, done, total, metrics)``; raising in it cancels and restores.
         measure: run the denoiser at four timesteps before and after to report its output error.
-        calibration: for algorithms that need it: a :class:`Calibration`, or items to record one from (prompts, class
-            labels or dicts of pipeline arguments; texts, messages or forward arguments for a bare model).
-
-    Returns:
-        ``target`` itself.
+        calibration: for algorithms that need it: a Calibration, or the items to record one from.
 
     Raises:
         ConfigError: unknown preset, component or pattern, or nothing given (the message lists presets with their
