@@ -19,6 +19,7 @@ from safetensors import safe_open
 import diffuse_compress as dc
 import tiny
 from diffuse_compress.integrations.component import get_state, quantized_layers
+from diffuse_compress.integrations.saving import publish
 
 PRESETS = ["w8a8", "fp8", "w8a16", "w4a16", "w4a8", "w4a4"]
 ROOT = Path(__file__).parents[2]
@@ -167,6 +168,18 @@ def test_save_into_the_folder_it_was_loaded_from_keeps_other_files(tmp_path: Pat
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     assert torch.equal(output(again.transformer), output(pipe.transformer))
+
+
+def test_saving_an_adapter_keeps_the_other_weight_files(tmp_path: Path) -> None:
+    names = ("my_embeddings.safetensors", "pytorch_lora_weights.safetensors", "model.safetensors")
+    staging, target = tmp_path / "staging", tmp_path / "target"
+    for folder, files in ((staging, ("adapter_model.safetensors",)), (target, names)):
+        folder.mkdir()
+        for name in files:
+            (folder / name).write_bytes(folder.name.encode())
+    publish(staging, target)
+    assert {path.name for path in target.iterdir()} == {*names, "adapter_model.safetensors"}
+    assert {(target / name).read_bytes() for name in names} == {b"target"}
 
 
 def test_save_uncompressed_is_the_stock_function(tmp_path: Path) -> None:

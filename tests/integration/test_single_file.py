@@ -241,6 +241,16 @@ def test_file_of_a_compressed_model_is_refused(name: str, tmp_path: Path) -> Non
             type(model).from_single_file(str(file), config=str(tmp_path), **arguments)
 
 
+def test_pipeline_from_a_compressed_file_is_refused(tmp_path: Path) -> None:
+    model = tiny.build("flux").compress("w8a8", measure=False)
+    model.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    for given in ((file,), ()):
+        named = {} if given else {"pretrained_model_link_or_path": str(file)}
+        with pytest.raises(dc.CheckpointError, match=r"FluxPipeline.from_single_file: needs a dense model's file"):
+            diffusers.FluxPipeline.from_single_file(*given, **named)
+
+
 def test_pipeline_from_a_single_file(tmp_path: Path) -> None:
     pipe = tiny.build_pipeline("stable_diffusion_xl")
     pipe.save_pretrained(tmp_path / "pipe")

@@ -57,7 +57,8 @@ def attach(
         if cls.__name__ == "ModelMixin":
             wrap_model_loading(cls)
             wrap_builders(cls)
-            wrap_from_single_file(import_module("diffusers.loaders").FromOriginalModelMixin)
+            for mixin in ("FromOriginalModelMixin", "FromSingleFileMixin"):
+                wrap_from_single_file(getattr(import_module("diffusers.loaders"), mixin))
         if cls.__name__ == "PreTrainedModel":
             wrap_half_and_float(cls)
         wrap_layerwise_casting(cls)

@@ -26,6 +26,8 @@ __all__ = ["restore_stored_dtypes", "wrap_from_single_file", "wrap_model_loading
 
 _MARK = "_diffuse_compress_wrapped"
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+# Of models, and of pipelines.
+_SINGLE_FILE_ARGUMENTS = ("pretrained_model_link_or_path_or_dict", "pretrained_model_link_or_path")
 # {model: variant}: models that a pipeline loaded and nobody named a dtype for, until it takes them in.
 _LOADED_WITHOUT_DTYPE: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
@@ -94,7 +96,8 @@ def wrap_from_single_file(cls: type) -> None:
 
     @functools.wraps(stock)
     def from_single_file(cls: type, *args: Any, **kwargs: Any) -> Any:
-        file = args[0] if args else kwargs.get("pretrained_model_link_or_path_or_dict")
+        given = (kwargs.get(name) for name in _SINGLE_FILE_ARGUMENTS)
+        file = args[0] if args else next((value for value in given if value is not None), None)
         if isinstance(file, str | Path) and os.path.isfile(file) and read_metadata([file]) is not None:
             raise CheckpointError(
                 f"{cls.__name__}.from_single_file: needs a dense model's file, got {Path(file).name} of a compressed "
