@@ -248,7 +248,7 @@ def publish(staging: Path, target: Path) -> None:
 
 
 def _stale_weights(staging: Path, target: Path) -> Iterator[Path]:
-    # Other variants are other checkpoints and stay, as do adapters and the user's own; .bin loses to safetensors anyway.
+    # Other variants are other checkpoints and stay; .bin files lose to safetensors anyway.
     endings = re.compile(r"\.safetensors(\.index(\.[^.]+)?\.json)?$")
     written = {path.relative_to(staging) for path in staging.rglob("*") if path.is_file()}
     saved = {(path.parent, variant_of(path.name)) for path in written if endings.search(path.name)}
