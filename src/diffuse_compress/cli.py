@@ -197,6 +197,8 @@ def _compress(args: argparse.Namespace) -> None:
         raise ConfigError(
             "compress: say what to write: --out DIR, --push REPO, --report FILE, or --dry-run to see the plan."
         )
+    if (args.format or args.private) and not (args.out or args.push):
+        raise ConfigError("compress: --format and --private are about what is written: give --out DIR or --push REPO.")
     if args.report:
         report_kind(args.report)
     _check_writable(args.out, args.report)

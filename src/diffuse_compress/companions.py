@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from diffuse_compress import model_card
-from diffuse_compress.components import model_components
+from diffuse_compress.components import is_pipeline, model_components
 from diffuse_compress.integrations.component import get_state
+from diffuse_compress.integrations.doors import library_of
 from diffuse_compress.integrations.hub import remote_text
 from diffuse_compress.integrations.origin import forget_local_paths
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
+from diffuse_compress.integrations.variants import require_no_leftover_index
 from diffuse_compress.pipelines import shim
 
 __all__ = ["complete_save", "complete_upload"]
@@ -35,7 +37,7 @@ def complete_save(obj: Any, staging: Path, target: Path) -> None:
         _write(staging / shim.FILE_NAME, pipeline)
 
 
-def complete_upload(obj: Any, folder: Path, repo_id: str, *, at_root: bool, token: str | bool | None) -> None:
+def complete_upload(obj: Any, folder: Path, repo_id: str, *, subfolder: str, token: str | bool | None) -> None:
     """Bring ``folder`` to what the repository should hold.
 
     Its README.md is that of the repository, or the libraries' form, for they write it after the save. A card
@@ -45,11 +47,13 @@ def complete_upload(obj: Any, folder: Path, repo_id: str, *, at_root: bool, toke
     readme, method = folder / model_card.FILE_NAME, _method_in(folder)
     existing = _text(readme)
     if all(get_state(model) is None for model in model_components(obj).values()):
-        if existing is not None and at_root and model_card.is_ours(existing):
+        if existing is not None and not subfolder and model_card.is_ours(existing):
             _write(readme, model_card.without_section(existing))
         return
+    if is_pipeline(obj) or library_of(obj) == "diffusers":
+        require_no_leftover_index(folder, repo_id, subfolder, token)
     forget_local_paths(folder, uploading=True)
-    if not at_root:
+    if subfolder:
         readme.unlink(missing_ok=True)
         return
     if method is None:

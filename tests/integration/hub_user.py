@@ -66,6 +66,15 @@ def push(folder: Path) -> dict[str, Any]:
     except dc.CheckpointError as error:
         found["refused"] = str(error)
 
+    for name, model in (
+        ("me/sharded", pipe.transformer),
+        ("me/pixart", DiffusionPipeline.from_pretrained("base/pixart")),
+    ):
+        try:
+            model.push_to_hub(name, variant="fp16" if name == "me/pixart" else None)
+        except dc.CheckpointError as error:
+            found[f"refused {name}"] = str(error)
+
     llama = tiny.build("llama").compress("w8a16")
     llama.push_to_hub("me/llama", commit_message="a language model", private=True)
     reloaded = transformers.AutoModelForCausalLM.from_pretrained("me/llama")

@@ -44,6 +44,13 @@ class Session:
         return yaml.safe_load(match[1]), match[2]
 
 
+def _sharded(folder: Path) -> list[Path]:
+    """A compressed transformer in shards, of the spec that the session pushes."""
+    pipe = tiny.build_pipeline("pixart", dtype=torch.bfloat16).compress("w4a8", measure=False)
+    pipe.transformer.save_pretrained(folder, max_shard_size="60KB")
+    return [path for path in folder.iterdir() if path.is_file()]
+
+
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     folder = tmp_path_factory.mktemp("hub")
@@ -55,6 +62,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
         tiny.build("pixart").save_pretrained(folder / "sharded", max_shard_size="60KB")
         shards = [path for path in (folder / "sharded").iterdir() if path.is_file()]
         hub.add("base/sharded", {f"transformer/{path.name}": path.read_bytes() for path in shards})
+        hub.add("me/sharded", {path.name: path.read_bytes() for path in _sharded(folder / "compressed")})
         hub.add("me/with-card", {"README.md": OWNERS_CARD.encode(), "pipeline.py": OWNERS_PIPELINE})
 
         def user(what: str) -> dict[str, Any]:
@@ -103,6 +111,12 @@ def test_format_and_variant(session: Session) -> None:
     names = set(session.hub.files("base/sharded"))
     assert len(names) > 3
     assert not any("w4a8" in name for name in names)
+    # An index of shards that would stay beside the one file that is pushed, and a dense variant beside compressed ones.
+    assert (
+        "found diffusion_pytorch_model.safetensors.index.json of an earlier save"
+        in session.pushed["refused me/sharded"]
+    )
+    assert "found compressed ones" in session.pushed["refused me/pixart"]
 
 
 def test_arguments_pass_through(session: Session) -> None:
@@ -272,7 +286,7 @@ def test_a_relative_path_is_no_repository_after_a_change_of_folder(
 def test_a_dense_model_takes_the_place_of_a_compressed_one(tmp_path: Path) -> None:
     model = tiny.build("pixart").compress("w8a8", measure=False)
     (tmp_path / "README.md").write_text(model_card(model, existing="---\nlicense: mit\n---\nMy words.\n"))
-    complete_upload(tiny.build("pixart"), tmp_path, "me/model", at_root=True, token=None)
+    complete_upload(tiny.build("pixart"), tmp_path, "me/model", subfolder="", token=None)
     text = (tmp_path / "README.md").read_text()
     assert "My words." in text
     assert "license: mit" in text
@@ -296,6 +310,6 @@ def test_a_form_that_was_filled_in_stays() -> None:
 
 def test_a_dense_model_is_pushed_as_ever(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("stock")
-    complete_upload(tiny.build("pixart"), tmp_path, "me/dense", at_root=True, token=None)
+    complete_upload(tiny.build("pixart"), tmp_path, "me/dense", subfolder="", token=None)
     assert (tmp_path / "README.md").read_text() == "stock"
     assert dc.compress  # the package is imported and its wrappers are in place

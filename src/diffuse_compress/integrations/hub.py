@@ -20,9 +20,9 @@ _METHODS = ("_upload_folder", "_upload_modified_files")
 
 
 class Prepare(Protocol):
-    """Completes ``folder``, which is about to be uploaded to ``repo_id`` (``at_root``: not to a subfolder of it)."""
+    """Completes ``folder``, which is about to be uploaded to ``subfolder`` of ``repo_id`` ("": to its root)."""
 
-    def __call__(self, obj: Any, folder: Path, repo_id: str, *, at_root: bool, token: str | bool | None) -> None: ...
+    def __call__(self, obj: Any, folder: Path, repo_id: str, *, subfolder: str, token: str | bool | None) -> None: ...
 
 
 def wrap_upload(cls: type, prepare: Prepare) -> None:
@@ -40,8 +40,8 @@ def _prepared(stock: Callable[..., Any], prepare: Prepare) -> Callable[..., Any]
     @functools.wraps(stock)
     def upload(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
-        at_root, token = not given.get("subfolder"), given.get("token")
-        prepare(args[0], Path(given["working_dir"]), given["repo_id"], at_root=at_root, token=token)
+        subfolder, token = given.get("subfolder") or "", given.get("token")
+        prepare(args[0], Path(given["working_dir"]), given["repo_id"], subfolder=subfolder, token=token)
         return stock(*args, **kwargs)
 
     setattr(upload, _MARK, True)

@@ -95,6 +95,8 @@ def wrap_push_to_hub(cls: type) -> None:
         with _requested(self, format):
             if _is_compressed(self):
                 repo_id = _require_one_kind_on_hub(stock, self, repo_id, args, kwargs)
+            elif kwargs.get("variant"):
+                _require_no_compressed_ones(stock, self, repo_id, args, kwargs)
             return stock(self, repo_id, *args, **kwargs)
 
     setattr(push_to_hub, _MARK, True)
@@ -112,6 +114,20 @@ def _require_one_kind_on_hub(
     wanted = {key: given.get(key) for key in ("variant", "subfolder", "revision", "token")}
     require_one_kind_on_hub(obj, made.repo_id, **wanted)
     return str(made.repo_id)
+
+
+def _require_no_compressed_ones(
+    stock: Callable[..., Any], obj: Any, repo_id: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """CheckpointError if a dense variant would stand beside compressed weights; what cannot be asked is no obstacle."""
+    given = arguments_of(stock, obj, repo_id, *args, **kwargs)
+    wanted = {key: given.get(key) for key in ("variant", "subfolder", "revision", "token")}
+    try:
+        require_one_kind_on_hub(obj, repo_id, **wanted)
+    except CheckpointError:
+        raise
+    except Exception as error:  # no such repository yet, or no network: the stock function says so
+        _logger.debug("push_to_hub: %s was not looked at (%s)", repo_id, error)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from diffuse_compress.errors import CheckpointError
 from diffuse_compress.integrations.component import get_state
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
 
-__all__ = ["arguments_of", "require_one_kind", "require_one_kind_on_hub", "variant_of"]
+__all__ = ["arguments_of", "require_no_leftover_index", "require_one_kind", "require_one_kind_on_hub", "variant_of"]
 
 _STEMS = ("diffusion_pytorch_model", "pytorch_model", "model")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
@@ -92,6 +92,30 @@ def require_one_kind_on_hub(
         if staying and config in here:
             old = _read(hf_hub_download(repo, config, revision=revision, token=token))
             _compare(f"push_to_hub: {repo}/{folder}".rstrip("/"), model, variant, staying, old)
+
+
+def require_no_leftover_index(folder: Path, repo: str, subfolder: str, token: str | bool | None) -> None:
+    """Raise CheckpointError if ``folder`` holds one weight file where the repository keeps an index of shards.
+
+    diffusers loads by the index where there is one: the shards of the earlier save, and not what is pushed.
+    """
+    import huggingface_hub
+
+    try:
+        files = huggingface_hub.list_repo_files(repo, token=token)
+    except Exception:  # the upload will say what is wrong, if anything is
+        return
+    written = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors*")}
+    for file in files:
+        name = file.removeprefix(f"{subfolder}/") if subfolder else file
+        parent, variant = name.rpartition("/")[0], variant_of(name)
+        alone = {other for other in written if (other.rpartition("/")[0], variant_of(other)) == (parent, variant)}
+        if ".index." in name and variant is not None and alone and name not in written:
+            raise CheckpointError(
+                f"push_to_hub: {repo} needs a place without shards, found {file} of an earlier save, by which "
+                f"diffusers would load the old weights instead of {min(alone)}. Delete the old files first "
+                f"(huggingface_hub.delete_files({repo!r}, [...])), or push to another repository."
+            )
 
 
 def _models(obj: Any) -> Iterator[tuple[str, nn.Module]]:
