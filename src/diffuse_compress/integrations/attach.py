@@ -58,7 +58,10 @@ def attach(
             wrap_model_loading(cls)
             wrap_builders(cls)
             for mixin in ("FromOriginalModelMixin", "FromSingleFileMixin"):
-                wrap_from_single_file(getattr(import_module("diffusers.loaders"), mixin))
+                # Pipelines' own is there only beside transformers.
+                found = getattr(import_module("diffusers.loaders"), mixin, None)
+                if found is not None:
+                    wrap_from_single_file(found)
         if cls.__name__ == "PreTrainedModel":
             wrap_half_and_float(cls)
         wrap_layerwise_casting(cls)
