@@ -54,6 +54,7 @@ def write_picture(task: tuple[Path, int, int]) -> None:
 def random_weights(path: Path) -> Path:
     """A weight file of random numbers that keep the signal's size."""
     module = importlib.import_module("pytorch_fid.inception")
+    # pytorch-fid makes its network only with the weights it downloads: none are loaded meanwhile.
     module.load_state_dict_from_url = lambda *args, **kwargs: {}
     load = torch.nn.Module.load_state_dict
     torch.nn.Module.load_state_dict = lambda self, state, *a, **k: load(self, state, *a, **k) if state else None  # type: ignore[method-assign,assignment]

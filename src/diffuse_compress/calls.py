@@ -28,6 +28,14 @@ class Call:
         """``module`` called with these arguments."""
         return module(*self.args, **self.kwargs)
 
+    def copied(self) -> Call:
+        """The same with copies of every tensor, on the CPU: callers go on to change theirs in place."""
+
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.detach().to("cpu", copy=True)
+
+        return Call(map_tensors(copy, self.args), map_tensors(copy, dict(self.kwargs)))
+
     def to(self, device: torch.device | str) -> Call:
         """The same with every tensor on ``device``."""
 
@@ -38,11 +46,11 @@ class Call:
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
-    """``tree`` with ``function`` applied to the tensors in its dicts, lists and tuples; mappings become dicts."""
+    """``tree`` with ``function`` applied to the tensors in its tuples, lists and dicts; other objects are passed on."""
     if isinstance(tree, torch.Tensor):
         return function(tree)
-    if isinstance(tree, Mapping):
-        return {key: map_tensors(function, value) for key, value in tree.items()}
-    if isinstance(tree, tuple | list):
-        return type(tree)(map_tensors(function, value) for value in tree)
+    if type(tree) in (list, tuple):
+        return type(tree)(map_tensors(function, item) for item in tree)
+    if type(tree) is dict:
+        return {key: map_tensors(function, item) for key, item in tree.items()}
     return tree

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
+from diffuse_compress.calls import Call
 from diffuse_compress.components import GROUPS, is_pipeline, model_components
 from diffuse_compress.errors import ConfigError, nearest
 from diffuse_compress.evaluation.macs import count_macs
@@ -347,17 +348,16 @@ class _StopRunError(Exception):
 class _Call:
     """A recorded call of a component and what it returned, on the CPU."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    call: Call
     timestep: float | None
     output: torch.Tensor | None = None
 
     def repeat(self, module: nn.Module) -> tuple[float, float]:
         """(relative error against the recorded output, seconds) of the same call now."""
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        args, kwargs = _moved(self.args, device), _moved(self.kwargs, device)
+        call = self.call.to(device)
         started = _now(device)
-        output = _first_tensor(module(*args, **kwargs))
+        output = _first_tensor(call.run(module))
         seconds = _now(device) - started
         assert output is not None
         assert self.output is not None
@@ -414,13 +414,13 @@ class _CallRecorder:
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         # Copied before the call: a forward may write into its inputs.
         if self.calls.is_due:
-            self._pending = _Call(_copied(args), _copied(kwargs), _timestep(module, args, kwargs))
+            self._pending = _Call(Call(args, kwargs).copied(), _timestep(module, args, kwargs))
 
     def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         call, self._pending = self._pending, None
         tensor = _first_tensor(output)
         if call is not None and tensor is not None:
-            call.output = _copied(tensor)
+            call.output = tensor.detach().to("cpu", copy=True)
             self.calls.offer(call)
         else:
             self.calls.offer(None)
@@ -538,22 +538,3 @@ def _first_tensor(value: Any) -> torch.Tensor | None:
         return value if value.is_floating_point() else None
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return next((found for item in items if (found := _first_tensor(item)) is not None), None)
-
-
-def _copied(value: Any) -> Any:
-    return _mapped(value, lambda tensor: tensor.detach().to("cpu", copy=True))
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return _mapped(value, lambda tensor: tensor.to(device))
-
-
-def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """``value`` with every tensor in its tuples, lists and dicts changed; other objects are passed on."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if type(value) in (list, tuple):
-        return type(value)(_mapped(item, change) for item in value)
-    if type(value) is dict:
-        return {key: _mapped(item, change) for key, item in value.items()}
-    return value

@@ -11,12 +11,12 @@ from torch import nn
 
 from diffuse_compress.calibration.lockstep import Visit, lockstep
 from diffuse_compress.calibration.samples import Sample
-from diffuse_compress.calls import Call
 from diffuse_compress.families.registry import family_of
 from diffuse_compress.families.roles import block_elements
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, calibrate_with, steps_of
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
+from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
 from diffuse_compress.quantization.scheme import Scheme
 
@@ -66,25 +66,24 @@ def calibrate_layers(
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     blocks = calibration_blocks(model, list(layers))
-    done: list[str] = []
+    done: set[str] = set()
 
     def visit(found: Visit) -> None:
         work = _work(found, layers, generator, replace)
         for config in steps_of(algorithm):
             calibrate_with(config, work)
         calibrate_with(RTNConfig(), work)
-        done.extend(_qualified(found.name, name) for name in work.layers)
+        done.update(_qualified(found.name, name) for name in work.layers)
         on_block(found.name, len(done), len(layers))
 
-    lockstep(model, blocks, [_on(sample.call, device) for sample in samples], visit)
+    lockstep(model, blocks, [sample.call.to(device) for sample in samples], visit)
     missed = [name for name in layers if name not in done]
     for name in missed:
-        replace(name, functools.partial(_rounded, name=name, scheme=layers[name], generator=generator))
+        scheme, source = layers[name], generator(name)
+        replace(
+            name, functools.partial(quantize_module, scheme=scheme, algorithm=RTNConfig(), name=name, generator=source)
+        )
     return missed
-
-
-def _on(call: Call, device: torch.device) -> Call:
-    return call.to(device)
 
 
 def _work(found: Visit, layers: Mapping[str, Scheme], generator: Callable[[str], Any], replace: Replace) -> BlockWork:
@@ -128,10 +127,3 @@ def quantized_layer(layer: LayerWork) -> Quantized:
     if isinstance(layer.dense, nn.Linear):
         return QuantizedLinear.from_dense(layer.dense, layer.quantized, layer.scheme, **given)
     return QuantizedConv2d.from_dense(layer.dense, layer.quantized, layer.scheme, **given)
-
-
-def _rounded(dense: nn.Module, name: str, scheme: Scheme, generator: Callable[[str], Any]) -> nn.Module:
-    layer = LayerWork(name, dense, scheme)  # type: ignore[arg-type]
-    work = BlockWork(name, dense, [], {name: layer}, generator, install=lambda done: dense)
-    calibrate_with(RTNConfig(), work)
-    return quantized_layer(layer)

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from diffuse_compress.calibration.samples import Sample, Samples
-from diffuse_compress.calls import Call, map_tensors
+from diffuse_compress.calls import Call
 from diffuse_compress.components import GROUPS, is_pipeline, model_components, resolve_names, unwrap
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.pipeline_call import accepted_arguments, prompt_arguments, seeded, untouched
 from diffuse_compress.progress import Callback
 from diffuse_compress.progress import track as progress
-from diffuse_compress.runtime.steps import Consumer, current, track, tracker_of, untrack
+from diffuse_compress.runtime.steps import Consumer, current, track, untrack
 
 __all__ = ["Calibration"]
 
@@ -198,19 +198,17 @@ class _Recorder:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        handles, tracked = [], []
+        handles = []
         try:
             for name, model in self.models.items():
                 if GROUPS["denoisers"].match(name):
-                    if tracker_of(model) is None or _CONSUMER not in tracker_of(model).consumers:  # type: ignore[union-attr]
-                        track(model, Consumer(_CONSUMER))
-                        tracked.append(model)
+                    track(model, Consumer(_CONSUMER))
                 handles.append(model.register_forward_pre_hook(self._hook(name), with_kwargs=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            for model in tracked:
+            for model in self.models.values():
                 untrack(model, _CONSUMER)
 
     def begin(self, item: int, pipe: Any) -> None:
@@ -232,7 +230,7 @@ class _Recorder:
             if not is_denoiser:
                 number = len(self.kept[name])
                 if number < self._wanted:
-                    self.kept[name].append((number, Sample(_kept_call(args, kwargs), self._item)))
+                    self.kept[name].append((number, Sample(Call(args, kwargs).copied(), self._item)))
                 return
             context = current()
             timestep = _largest(context.timestep) if context is not None else None
@@ -242,7 +240,7 @@ class _Recorder:
                 call_in_step = self._calls.get((name, step), 0)
                 self._calls[name, step] = call_in_step + 1
                 branch = context.branch if context is not None else None
-                sample = Sample(_kept_call(args, kwargs), self._item, timestep, step, call_in_step, branch)
+                sample = Sample(Call(args, kwargs).copied(), self._item, timestep, step, call_in_step, branch)
                 self.kept[name].append((points[step], sample))
             elif not points or step > max(points):
                 raise _EnoughError
@@ -278,15 +276,6 @@ def _nearest(step: int, total: int) -> Iterator[int]:
 
 def _largest(timestep: torch.Tensor | None) -> float | None:
     return None if timestep is None or timestep.numel() == 0 else float(timestep.max())
-
-
-def _kept_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-    """Copies on the CPU: pipelines go on to change their latents in place."""
-
-    def copy(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().to("cpu", copy=True)
-
-    return Call(map_tensors(copy, args), map_tensors(copy, dict(kwargs)))
 
 
 # --- models -----------------------------------------------------------------------------------------------------

@@ -17,10 +17,9 @@ from diffuse_compress.integrations.loading import wrap_from_single_file, wrap_mo
 from diffuse_compress.integrations.refresh import up_to_date
 from diffuse_compress.integrations.refusals import wrap_layerwise_casting
 from diffuse_compress.integrations.saving import wrap_push_to_hub, wrap_save_pretrained
+from diffuse_compress.integrations.wrapping import is_wrapped, mark_wrapped
 
 __all__ = ["NO_PATCH_VARIABLE", "attach", "register_quantizers"]
-
-_MARK = "_diffuse_compress"
 
 
 def register_quantizers() -> None:
@@ -84,7 +83,7 @@ def _classes() -> list[type]:
 def _wrap_dtype(cls: type) -> None:
     """``component.dtype`` is the compute dtype even where a layer's fp32 scale is the first floating parameter."""
     stock = cls.__dict__["dtype"]
-    if getattr(stock.fget, _MARK, False):
+    if is_wrapped(stock.fget):
         return
     # diffusers' property passes over what a class keeps in float32 (Wan's modulation table), transformers' does not.
     kept = "_keep_in_fp32_modules" if cls.__name__ == "ModelMixin" else ""
@@ -93,8 +92,7 @@ def _wrap_dtype(cls: type) -> None:
         state = get_state(self)
         return stock.fget(self) if state is None else compute_dtype(self, stock.fget, kept)
 
-    setattr(dtype, _MARK, True)
-    cls.dtype = property(dtype, doc=stock.__doc__)  # type: ignore[attr-defined]
+    cls.dtype = property(mark_wrapped(dtype), doc=stock.__doc__)  # type: ignore[attr-defined]
 
 
 def compute_dtype(model: Any, stock: Callable[[Any], Any], kept: str = "") -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -11,10 +10,10 @@ from torch import nn
 
 from diffuse_compress.components import unwrap
 from diffuse_compress.integrations.component import get_state
+from diffuse_compress.integrations.wrapping import is_wrapped, wrapping
 
 __all__ = ["wrap_from_pipe", "wrap_half_and_float"]
 
-_MARK = "_diffuse_compress_wrapped"
 _keep_dtypes: ContextVar[bool] = ContextVar("diffuse_compress_keep_dtypes", default=False)
 
 
@@ -24,11 +23,11 @@ def wrap_from_pipe(cls: type) -> None:
     diffusers casts to float32 then, and as the components are shared, the first pipeline's along with them. Once one
     of them is compressed, the dense ones keep their dtype too: all of a pipeline's parts must fit together.
     """
-    if "from_pipe" not in cls.__dict__ or getattr(cls.__dict__["from_pipe"].__func__, _MARK, False):
+    if "from_pipe" not in cls.__dict__ or is_wrapped(cls.__dict__["from_pipe"].__func__):
         return
     stock_from_pipe, stock_to = cls.__dict__["from_pipe"].__func__, cls.__dict__["to"]
 
-    @functools.wraps(stock_from_pipe)
+    @wrapping(stock_from_pipe)
     def from_pipe(cls: type, pipeline: Any, **kwargs: Any) -> Any:
         parts = [*getattr(pipeline, "components", {}).values(), *kwargs.values()]
         given = kwargs.get("dtype") is not None or kwargs.get("torch_dtype") is not None
@@ -40,13 +39,12 @@ def wrap_from_pipe(cls: type) -> None:
         finally:
             _keep_dtypes.reset(token)
 
-    @functools.wraps(stock_to)
+    @wrapping(stock_to)
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _keep_dtypes.get():
             kwargs.pop("dtype", None)
         return stock_to(self, *args, **kwargs)
 
-    setattr(from_pipe, _MARK, True)
     cls.from_pipe = classmethod(from_pipe)  # type: ignore[attr-defined]
     cls.to = to  # type: ignore[attr-defined]
 
@@ -58,14 +56,13 @@ def wrap_half_and_float(cls: type) -> None:
     """
     for name in ("half", "float"):
         stock = cls.__dict__.get(name)
-        if stock is not None and not getattr(stock, _MARK, False):
+        if stock is not None and not is_wrapped(stock):
             setattr(cls, name, _unguarded(stock, getattr(nn.Module, name)))
 
 
 def _unguarded(stock: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stock)
+    @wrapping(stock)
     def cast(self: Any, *args: Any) -> Any:
         return stock(self, *args) if get_state(self) is None else plain(self, *args)
 
-    setattr(cast, _MARK, True)
     return cast

@@ -7,7 +7,6 @@ dict of a packed layer here is that of its dense equal.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,17 +18,17 @@ from diffuse_compress.components import unwrap
 from diffuse_compress.errors import DiffuseCompressWarning
 from diffuse_compress.integrations.compat import remove_from_diffusers_config
 from diffuse_compress.integrations.component import get_state, quantized_layers
+from diffuse_compress.integrations.wrapping import is_wrapped, mark_wrapped, wrapping
 
 __all__ = ["wrap_builders"]
 
-_MARK = "_diffuse_compress_wrapped"
 _BUILDERS = ("from_unet", "from_unet2d", "from_transformer")
 
 
 def wrap_builders(base: Any) -> None:
     """Wrap these class methods of every subclass of ``base``: of those there are, and of those still to be imported."""
     prior = base.__dict__.get("__init_subclass__")
-    if prior is not None and getattr(prior.__func__, _MARK, False):
+    if prior is not None and is_wrapped(prior.__func__):
         return
 
     def __init_subclass__(cls: type, **kwargs: Any) -> None:
@@ -39,7 +38,7 @@ def wrap_builders(base: Any) -> None:
             prior.__func__(cls, **kwargs)
         _wrap(cls)
 
-    setattr(__init_subclass__, _MARK, True)
+    mark_wrapped(__init_subclass__)
     base.__init_subclass__ = classmethod(__init_subclass__)
     for cls in _subclasses(base):
         _wrap(cls)
@@ -55,12 +54,12 @@ def _subclasses(base: Any) -> Iterator[type]:
 def _wrap(cls: Any) -> None:
     for name in _BUILDERS:
         method = cls.__dict__.get(name)
-        if isinstance(method, classmethod) and not getattr(method.__func__, _MARK, False):
+        if isinstance(method, classmethod) and not is_wrapped(method.__func__):
             setattr(cls, name, classmethod(_copying_dense(method.__func__)))
 
 
 def _copying_dense(stock: Any) -> Any:
-    @functools.wraps(stock)
+    @wrapping(stock)
     def build(cls: type, *args: Any, **kwargs: Any) -> Any:
         given = [unwrap(value) for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
         sources = [model for model in given if quantized_layers(model)]
@@ -80,7 +79,6 @@ def _copying_dense(stock: Any) -> Any:
             )
         return made
 
-    setattr(build, _MARK, True)
     return build
 
 

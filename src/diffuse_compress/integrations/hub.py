@@ -6,15 +6,15 @@ repository (or an empty form) over its README.md, and call one upload method. Th
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from diffuse_compress.integrations.wrapping import is_wrapped, wrapping
+
 __all__ = ["Prepare", "remote_text", "wrap_upload"]
 
-_MARK = "_diffuse_compress_wrapped"
 # diffusers' and transformers' names for it; both take the folder and the repository first.
 _METHODS = ("_upload_folder", "_upload_modified_files")
 
@@ -29,7 +29,7 @@ def wrap_upload(cls: type, prepare: Prepare) -> None:
     """Call ``prepare`` before each upload of an object of ``cls``."""
     for name in _METHODS:
         stock = getattr(cls, name, None)
-        if stock is None or getattr(stock, _MARK, False):
+        if stock is None or is_wrapped(stock):
             continue
         setattr(cls, name, _prepared(stock, prepare))
 
@@ -37,14 +37,13 @@ def wrap_upload(cls: type, prepare: Prepare) -> None:
 def _prepared(stock: Callable[..., Any], prepare: Prepare) -> Callable[..., Any]:
     signature = inspect.signature(stock)
 
-    @functools.wraps(stock)
+    @wrapping(stock)
     def upload(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         subfolder, token = given.get("subfolder") or "", given.get("token")
         prepare(args[0], Path(given["working_dir"]), given["repo_id"], subfolder=subfolder, token=token)
         return stock(*args, **kwargs)
 
-    setattr(upload, _MARK, True)
     return upload
 
 

@@ -7,7 +7,6 @@ convolution.
 
 from __future__ import annotations
 
-import functools
 import os
 import weakref
 from pathlib import Path
@@ -21,10 +20,10 @@ from diffuse_compress.integrations.compat import called_by_pipeline
 from diffuse_compress.integrations.component import ASK_THE_MODEL, align_tensors, get_state, read_metadata
 from diffuse_compress.integrations.origin import folder_of, repository_of
 from diffuse_compress.integrations.variants import variant_of
+from diffuse_compress.integrations.wrapping import is_wrapped, wrapping
 
 __all__ = ["restore_stored_dtypes", "wrap_from_single_file", "wrap_model_loading", "wrap_register_modules"]
 
-_MARK = "_diffuse_compress_wrapped"
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 # Of models, and of pipelines.
 _SINGLE_FILE_ARGUMENTS = ("pretrained_model_link_or_path_or_dict", "pretrained_model_link_or_path")
@@ -35,10 +34,10 @@ _LOADED_WITHOUT_DTYPE: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakK
 def wrap_model_loading(cls: type) -> None:
     """Wrap a model class's ``from_pretrained`` once, to remember what a pipeline loads with no dtype asked for."""
     stock = cls.__dict__["from_pretrained"].__func__
-    if getattr(stock, _MARK, False):
+    if is_wrapped(stock):
         return
 
-    @functools.wraps(stock)
+    @wrapping(stock)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         no_dtype = kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None
         by_pipeline = called_by_pipeline()
@@ -51,7 +50,6 @@ def wrap_model_loading(cls: type) -> None:
             state.base_model = repository_of(model)
         return loaded
 
-    setattr(from_pretrained, _MARK, True)
     cls.from_pretrained = classmethod(from_pretrained)  # type: ignore[attr-defined]
 
 
@@ -62,10 +60,10 @@ def wrap_register_modules(cls: type) -> None:
     imported (by its ``pipeline.py``). Components that the user loaded, and may have cast or trained, are left alone.
     """
     stock = cls.__dict__["register_modules"]
-    if getattr(stock, _MARK, False):
+    if is_wrapped(stock):
         return
 
-    @functools.wraps(stock)
+    @wrapping(stock)
     def register_modules(self: Any, **modules: Any) -> Any:
         parts = [part for part in modules.values() if isinstance(part, nn.Module)]
         homes = {_home(part) for part in parts if get_state(part) is not None} - {None}
@@ -78,7 +76,6 @@ def wrap_register_modules(cls: type) -> None:
                 align_tensors(part, torch.float32)
         return stock(self, **modules)
 
-    setattr(register_modules, _MARK, True)
     cls.register_modules = register_modules  # type: ignore[attr-defined]
 
 
@@ -91,10 +88,10 @@ def _home(part: nn.Module) -> Any:
 def wrap_from_single_file(cls: type) -> None:
     """Let no file of compressed weights be read as one of an original layout: each fails there in a way of its own."""
     stock = cls.__dict__["from_single_file"].__func__
-    if getattr(stock, _MARK, False):
+    if is_wrapped(stock):
         return
 
-    @functools.wraps(stock)
+    @wrapping(stock)
     def from_single_file(cls: type, *args: Any, **kwargs: Any) -> Any:
         given = (kwargs.get(name) for name in _SINGLE_FILE_ARGUMENTS)
         file = args[0] if args else next((value for value in given if value is not None), None)
@@ -105,7 +102,6 @@ def wrap_from_single_file(cls: type) -> None:
             )
         return stock(cls, *args, **kwargs)
 
-    setattr(from_single_file, _MARK, True)
     cls.from_single_file = classmethod(from_single_file)  # type: ignore[attr-defined]
 
 

@@ -19,12 +19,12 @@ from torch import nn
 from diffuse_compress.errors import ModelStateError
 from diffuse_compress.integrations.compat import may_patch
 from diffuse_compress.integrations.component import quantized_layers
+from diffuse_compress.integrations.wrapping import is_wrapped, wrapping
 from diffuse_compress.quantization.convert import requantize
 from diffuse_compress.quantization.layer_base import QuantizedLayer
 
 __all__ = ["has_adapters", "merge_errors", "restore_merge_errors", "support_adapters"]
 
-_MARK = "_diffuse_compress_wrapped"
 _UNMERGED = "_diffuse_compress_unmerged"
 _MERGE_ERROR = "_diffuse_compress_merge_error"
 
@@ -71,24 +71,23 @@ def restore_merge_errors(model: nn.Module, errors: Mapping[str, float]) -> None:
 
 def _wrap_merging(cls: Any) -> None:
     stock_merge, stock_unmerge = cls.__dict__.get("merge"), cls.__dict__.get("unmerge")
-    if stock_merge is None or stock_unmerge is None or getattr(stock_merge, _MARK, False):
+    if stock_merge is None or stock_unmerge is None or is_wrapped(stock_merge):
         return
 
-    @functools.wraps(stock_merge)
+    @wrapping(stock_merge)
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         if isinstance(self.base_layer, QuantizedLayer):
             _merge(self, functools.partial(stock_merge, self, safe_merge), adapter_names)
         else:
             stock_merge(self, safe_merge, adapter_names)
 
-    @functools.wraps(stock_unmerge)
+    @wrapping(stock_unmerge)
     def unmerge(self: Any) -> None:
         if isinstance(self.base_layer, QuantizedLayer) and self.merged:
             _unmerge(self)
         else:
             stock_unmerge(self)
 
-    setattr(merge, _MARK, True)
     cls.merge, cls.unmerge = merge, unmerge
 
 
@@ -154,13 +153,12 @@ class _WithShapes:
 def _wrap_expanding(cls: Any) -> None:
     name = "_maybe_expand_lora_state_dict"
     method = cls.__dict__.get(name)
-    if method is None or getattr(method.__func__, _MARK, False):
+    if method is None or is_wrapped(method.__func__):
         return
     stock = method.__func__
 
-    @functools.wraps(stock)
+    @wrapping(stock)
     def expand(cls: Any, transformer: nn.Module, lora_state_dict: dict[str, Any]) -> Any:
         return stock(cls, _WithShapes(transformer) if quantized_layers(transformer) else transformer, lora_state_dict)
 
-    setattr(expand, _MARK, True)
     setattr(cls, name, classmethod(expand))

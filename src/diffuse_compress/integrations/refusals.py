@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,25 +10,23 @@ from torch import nn
 from diffuse_compress.errors import ModelStateError
 from diffuse_compress.integrations.compat import may_patch
 from diffuse_compress.integrations.component import get_state
+from diffuse_compress.integrations.wrapping import is_wrapped, wrapping
 from diffuse_compress.quantization.layers import QuantizedLinear
 
 __all__ = ["guard", "wrap_fusing", "wrap_layerwise_casting"]
-
-_MARK = "_diffuse_compress_wrapped"
 
 
 def guard(cls: type, name: str, check: Callable[[Any], None]) -> None:
     """Call ``check(model)`` before the method ``name`` that ``cls`` itself defines. Idempotent."""
     stock = cls.__dict__.get(name)
-    if stock is None or getattr(stock, _MARK, False):
+    if stock is None or is_wrapped(stock):
         return
 
-    @functools.wraps(stock)
+    @wrapping(stock)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         check(self)
         return stock(self, *args, **kwargs)
 
-    setattr(guarded, _MARK, True)
     setattr(cls, name, guarded)
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import inspect
 import os
 import re
@@ -25,12 +24,12 @@ from diffuse_compress.integrations.origin import forget_local_paths
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
 from diffuse_compress.integrations.torchao import require_exact, written_as_torchao
 from diffuse_compress.integrations.variants import arguments_of, require_one_kind, require_one_kind_on_hub, variant_of
+from diffuse_compress.integrations.wrapping import is_wrapped, wrapping
 from diffuse_compress.logging import get_logger
 
 __all__ = ["FORMATS", "publish", "wrap_push_to_hub", "wrap_save_pretrained"]
 
 _logger = get_logger(__name__)
-_MARK = "_diffuse_compress_wrapped"
 _MODULAR_INDEX = "modular_model_index.json"
 # Written last: a reader that finds these finds everything they point to.
 _LAST = ("model_index.json", _MODULAR_INDEX)
@@ -51,10 +50,10 @@ def wrap_save_pretrained(
     ``complete(obj, staging, target)`` adds what stands beside the weights, before the files move to ``target``.
     """
     stock: Callable[..., Any] = cls.save_pretrained  # type: ignore[attr-defined]
-    if getattr(stock, _MARK, False) or "save_pretrained" not in cls.__dict__:
+    if is_wrapped(stock) or "save_pretrained" not in cls.__dict__:
         return
 
-    @functools.wraps(stock)
+    @wrapping(stock)
     def save_pretrained(
         self: Any,
         save_directory: str | os.PathLike[str],
@@ -78,17 +77,16 @@ def wrap_save_pretrained(
                     return stock(self, save_directory, *args, **kwargs)
             return _save(stock, self, Path(save_directory), complete, args, kwargs)
 
-    setattr(save_pretrained, _MARK, True)
     cls.save_pretrained = save_pretrained  # type: ignore[attr-defined]
 
 
 def wrap_push_to_hub(cls: type) -> None:
     """Wrap ``cls.push_to_hub`` once: it takes ``format=``, and does not push beside weights that it would break."""
     stock: Callable[..., Any] | None = getattr(cls, "push_to_hub", None)
-    if stock is None or getattr(stock, _MARK, False):
+    if stock is None or is_wrapped(stock):
         return
 
-    @functools.wraps(stock)
+    @wrapping(stock)
     def push_to_hub(
         self: Any, repo_id: str, *args: Any, format: str | Mapping[str, str] | None = None, **kwargs: Any
     ) -> Any:
@@ -99,7 +97,6 @@ def wrap_push_to_hub(cls: type) -> None:
                 _require_no_compressed_ones(stock, self, repo_id, args, kwargs)
             return stock(self, repo_id, *args, **kwargs)
 
-    setattr(push_to_hub, _MARK, True)
     cls.push_to_hub = push_to_hub  # type: ignore[attr-defined]
 
 

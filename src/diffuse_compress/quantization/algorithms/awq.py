@@ -20,13 +20,12 @@ from torch import nn
 from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
-from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, per_channel
+from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, as_the_layer_sees_it, per_channel
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig, quantize
 from diffuse_compress.quantization.numerics import (
     choose_qparams,
     dequantize,
     fake_quantize,
-    fake_quantize_activation,
     split_groups,
 )
 from diffuse_compress.quantization.scheme import PerTensor, TwoLevel, WeightScheme
@@ -246,16 +245,8 @@ def _is_two_level(scheme: WeightScheme) -> bool:
 
 
 def _scaled(layer: LayerWork) -> Any:
-    dims = 1 if isinstance(layer.dense, nn.Linear) else 3
-    scheme = layer.scheme.activation
-
     def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        assert layer.act_pre_scale is not None
-        shape = (-1,) if dims == 1 else (-1, 1, 1)
-        x = (args[0].float() * layer.act_pre_scale.reshape(shape)).to(args[0].dtype)
-        if scheme is not None and scheme.dynamic:
-            x = fake_quantize_activation(x, scheme, feature_dims=dims)
-        return (x, *args[1:])
+        return (as_the_layer_sees_it(args[0], layer), *args[1:])
 
     return enter
 

@@ -21,7 +21,7 @@ from diffuse_compress.quantization.numerics import fake_quantize_activation
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import Scheme
 
-__all__ = ["BlockWork", "Collector", "LayerWork", "as_rows", "per_channel"]
+__all__ = ["BlockWork", "Collector", "LayerWork", "as_rows", "as_the_layer_sees_it", "per_channel"]
 
 Dense = nn.Linear | nn.Conv2d
 
@@ -151,7 +151,7 @@ class BlockWork:
                     "leave the sample out."
                 )
             if quantized:
-                x = _as_the_layer_sees_it(x, layer)
+                x = as_the_layer_sees_it(x, layer)
             collector.update(as_rows(layer.dense, x))
 
         return enter
@@ -208,7 +208,8 @@ def per_channel(layer: Dense, columns: torch.Tensor, reduce: Callable[..., torch
     return reduce(columns.reshape(-1, kernel), dim=1)
 
 
-def _as_the_layer_sees_it(x: torch.Tensor, layer: LayerWork) -> torch.Tensor:
+def as_the_layer_sees_it(x: torch.Tensor, layer: LayerWork) -> torch.Tensor:
+    """Input ``x`` multiplied by ``act_pre_scale`` and rounded to the grid of the layer's input scheme, in its dtype."""
     dims = 1 if isinstance(layer.dense, nn.Linear) else 3
     if layer.act_pre_scale is not None:
         shape = (-1,) if dims == 1 else (-1, 1, 1)
