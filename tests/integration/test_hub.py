@@ -85,6 +85,21 @@ def test_a_pushed_pipeline_comes_back_bit_for_bit(session: Session) -> None:
     assert not any("README" in path for path in fetched)
 
 
+@pytest.mark.parametrize("name", ["saved", "saved-llama"])
+def test_a_save_that_pushes_uploads_what_it_saved(name: str, session: Session) -> None:
+    local = {path.relative_to(session.folder / name).as_posix(): path for path in (session.folder / name).rglob("*")}
+    files = session.hub.files(f"me/{name}")
+    assert files.keys() == {path for path, file in local.items() if file.is_file()}
+    assert all(content == local[path].read_bytes() for path, content in files.items() if path != "README.md")
+    weights = [path for path in files if path.endswith(".safetensors")]
+    assert len(weights) > 3
+    assert all("small" in path for path in weights)
+    assert session.hub.repositories[f"me/{name}"].refs["main"].message == "in shards"
+    assert session.pushed["same picture from shards"]
+    assert f'from_pretrained("me/{name}")' in files["README.md"].decode()
+    assert f'from_pretrained("me/{name}")' not in local["README.md"].read_text()
+
+
 def test_pipeline_py_loads_it_without_our_import(session: Session) -> None:
     assert session.shim == {
         "class": "PixArtAlphaPipeline",

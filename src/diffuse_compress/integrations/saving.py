@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,32 @@ FORMATS = (QUANT_METHOD, _TORCHAO)
 _as_torchao: ContextVar[frozenset[int]] = ContextVar("diffuse_compress_as_torchao", default=frozenset())
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """What a save with ``push_to_hub=True`` has written: ``files`` of ``folder``, and the arguments it was given."""
+
+    obj: Any
+    folder: Path
+    files: list[Path]
+    arguments: dict[str, Any]
+
+    def give_to(self, folder: Path) -> None:
+        """Put the files into ``folder``, weights without copying them where the system can."""
+        for file in self.files:
+            source, place = (self.folder / file).absolute(), folder / file
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                if file.suffix != ".safetensors":  # the others are completed there, and not here
+                    raise OSError
+                place.symlink_to(source)
+            except OSError:
+                shutil.copyfile(source, place)
+
+
+# What push_to_hub uploads instead of saving once more.
+_saved: ContextVar[_Saved | None] = ContextVar("diffuse_compress_saved", default=None)
+
+
 def wrap_save_pretrained(
     cls: type,
     preparing: Callable[[Any], AbstractContextManager[None]],
@@ -61,13 +88,17 @@ def wrap_save_pretrained(
         format: str | Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> Any:
+        saved = _saved.get()
+        if saved is not None and saved.obj is self:
+            saved.give_to(Path(save_directory))
+            return complete(self, Path(save_directory), Path(save_directory))
+        given = arguments_of(stock, self, save_directory, *args, **kwargs)
         with _requested(self, format), preparing(self):
             if not _staging(save_directory):
-                given = arguments_of(stock, self, save_directory, *args, **kwargs)
                 require_one_kind(self, Path(save_directory), given.get("variant"))
-            if not _is_compressed(self):
+            if not _is_compressed(self) or not given:
                 return stock(self, save_directory, *args, **kwargs)
-            if kwargs.get("safe_serialization") is False:
+            if given.get("safe_serialization") is False:
                 raise CheckpointError(
                     "save_pretrained: compressed models are written as safetensors only, got safe_serialization=False. "
                     "Leave it out; pickled files would lack the layer map."
@@ -75,7 +106,7 @@ def wrap_save_pretrained(
             if _staging(save_directory):
                 with _written(self):
                     return stock(self, save_directory, *args, **kwargs)
-            return _save(stock, self, Path(save_directory), complete, args, kwargs)
+            return _save(stock, self, Path(save_directory), complete, given)
 
     cls.save_pretrained = save_pretrained  # type: ignore[attr-defined]
 
@@ -106,7 +137,9 @@ def _require_one_kind_on_hub(
     """Full id of the repository, which is made if need be, as the stock function does; or an error."""
     from huggingface_hub import create_repo
 
-    given = arguments_of(stock, obj, repo_id, *args, **kwargs)
+    given, saved = arguments_of(stock, obj, repo_id, *args, **kwargs), _saved.get()
+    if saved is not None:  # transformers' push_to_hub knows no variant=
+        given["variant"] = saved.arguments.get("variant")
     made = create_repo(repo_id, private=given.get("private"), token=given.get("token"), exist_ok=True)
     wanted = {key: given.get(key) for key in ("variant", "subfolder", "revision", "token")}
     require_one_kind_on_hub(obj, made.repo_id, **wanted)
@@ -192,26 +225,27 @@ def _save(
     obj: Any,
     target: Path,
     complete: Callable[[Any, Path, Path], None],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    given: Mapping[str, Any],
 ) -> Any:
+    """``given``: the arguments of the save by name, the object and the folder first."""
     if target.is_file():
         raise CheckpointError(f"save_pretrained needs a folder, {target} is a file. Give another path.")
     target.mkdir(parents=True, exist_ok=True)
-    push, is_modular = kwargs.pop("push_to_hub", False), getattr(obj, "config_name", None) == _MODULAR_INDEX
+    arguments = dict([*given.items()][2:])
+    push, is_modular = arguments.pop("push_to_hub", False), getattr(obj, "config_name", None) == _MODULAR_INDEX
     if push and is_modular:
         # Its index names the repository, which only its own save can write.
-        kwargs.update(push_to_hub=True, repo_id=kwargs.get("repo_id") or target.name)
+        arguments.update(push_to_hub=True, repo_id=arguments.get("repo_id") or target.name)
         push = False
     staging = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
     try:
         with _written(obj):
-            result = stock(obj, str(staging), *args, **kwargs)
+            result = stock(obj, str(staging), **arguments)
         if is_modular:
             _point_index_at(target, obj, staging)
         forget_local_paths(staging)
         complete(obj, staging, target)
-        publish(staging, target)
+        files = publish(staging, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(
@@ -223,7 +257,7 @@ def _save(
         shutil.rmtree(staging, ignore_errors=True)
     _logger.info("%s saved in %s", type(obj).__name__, target)
     if push:
-        _push(obj, target, kwargs)
+        _push(_Saved(obj, target, files, arguments))
     return result
 
 
@@ -240,8 +274,8 @@ def _point_index_at(target: Path, pipe: Any, staging: Path) -> None:
         pipe.save_config(save_directory=str(staging))
 
 
-def publish(staging: Path, target: Path) -> None:
-    """Move every file of ``staging`` over its place in ``target``: synced first, index files last.
+def publish(staging: Path, target: Path) -> list[Path]:
+    """Move every file of ``staging`` over its place in ``target``: synced first, index files last. Returns their names.
 
     Files in ``target`` that this save did not write stay, except weight files of components it did write: an old
     shard or single file beside a new one would be loaded in its stead.
@@ -258,6 +292,7 @@ def publish(staging: Path, target: Path) -> None:
         path.unlink(missing_ok=True)
     for folder in {(target / file.relative_to(staging)).parent for file in files}:
         _sync(folder)
+    return [file.relative_to(staging) for file in files]
 
 
 def _stale_weights(staging: Path, target: Path) -> Iterator[Path]:
@@ -286,7 +321,11 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _push(obj: Any, folder: Path, kwargs: dict[str, Any]) -> None:
-    known = inspect.signature(type(obj).push_to_hub).parameters
-    hub = {name: value for name, value in kwargs.items() if name in known and name != "repo_id"}
-    obj.push_to_hub(kwargs.get("repo_id") or folder.name, **hub)
+def _push(saved: _Saved) -> None:
+    known = inspect.signature(type(saved.obj).push_to_hub).parameters
+    hub = {name: value for name, value in saved.arguments.items() if name in known and name != "repo_id"}
+    token = _saved.set(saved)
+    try:
+        saved.obj.push_to_hub(saved.arguments.get("repo_id") or saved.folder.name, **hub)
+    finally:
+        _saved.reset(token)

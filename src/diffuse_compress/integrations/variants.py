@@ -48,7 +48,8 @@ def arguments_of(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[s
         bound = inspect.signature(stock).bind_partial(*args, **kwargs).arguments
     except TypeError:
         return {}
-    return {**bound, **bound.get("kwargs", {})}
+    rest = bound.pop("kwargs", {})
+    return {**bound, **rest}
 
 
 def require_one_kind(obj: Any, folder: Path, variant: str | None) -> None:
