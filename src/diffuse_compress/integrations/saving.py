@@ -28,14 +28,14 @@ from diffuse_compress.integrations.variants import arguments_of, require_one_kin
 from diffuse_compress.integrations.wrapping import is_wrapped, wrapping
 from diffuse_compress.logging import get_logger
 
-__all__ = ["FORMATS", "publish", "wrap_push_to_hub", "wrap_save_pretrained"]
+__all__ = ["FORMATS", "TORCHAO", "publish", "wrap_push_to_hub", "wrap_save_pretrained"]
 
 _logger = get_logger(__name__)
 _MODULAR_INDEX = "modular_model_index.json"
 # Written last: a reader that finds these finds everything they point to.
 _LAST = ("model_index.json", _MODULAR_INDEX)
-_TORCHAO = "torchao"
-FORMATS = (QUANT_METHOD, _TORCHAO)
+TORCHAO = "torchao"
+FORMATS = (QUANT_METHOD, TORCHAO)
 # ids of the models that the save in progress writes as torchao tensors.
 _as_torchao: ContextVar[frozenset[int]] = ContextVar("diffuse_compress_as_torchao", default=frozenset())
 
@@ -189,7 +189,7 @@ def _torchao_models(obj: Any, format: str | Mapping[str, str]) -> list[Any]:
     for value in format.values() if isinstance(format, Mapping) else [format]:
         if value not in FORMATS:
             raise ConfigError(f"save_pretrained: format={value!r}: {nearest(str(value), FORMATS)}.")
-    chosen = [name for name, value in wanted if value == _TORCHAO and name in compressed | named]
+    chosen = [name for name, value in wanted if value == TORCHAO and name in compressed | named]
     dense = sorted(named - compressed) if compressed else [type(obj).__name__]
     if dense:
         raise ConfigError(
