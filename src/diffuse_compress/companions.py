@@ -22,8 +22,12 @@ __all__ = ["complete_save", "complete_upload"]
 def complete_save(obj: Any, staging: Path, target: Path) -> None:
     """Write both into ``staging``, whose files are about to be moved to ``target``; the user's own there stay.
 
-    Nothing is written where no weights of ours are: adapters are saved alone, for instance.
+    Nothing is written where no weights of ours are: adapters are saved alone, for instance. After a save of a dense
+    object, what an earlier save wrote is taken out of ``target``.
     """
+    if _is_dense(obj):
+        _take_out(obj, target)
+        return
     method = _method_in(staging)
     if method is None:
         return
@@ -46,9 +50,10 @@ def complete_upload(obj: Any, folder: Path, repo_id: str, *, subfolder: str, tok
     """
     readme, method = folder / model_card.FILE_NAME, _method_in(folder)
     existing = _text(readme)
-    if all(get_state(model) is None for model in model_components(obj).values()):
+    if _is_dense(obj):
         if existing is not None and not subfolder and model_card.is_ours(existing):
             _write(readme, model_card.without_section(existing))
+        _take_out(obj, folder)
         return
     if is_pipeline(obj) or library_of(obj) == "diffusers":
         require_no_leftover_index(folder, repo_id, subfolder, token)
@@ -62,6 +67,26 @@ def complete_upload(obj: Any, folder: Path, repo_id: str, *, subfolder: str, tok
     _write(readme, model_card.model_card(obj, existing=existing, repo_id=repo_id, token=token, native=native))
     pipeline = folder / shim.FILE_NAME
     if pipeline.is_file() and not _may_replace(remote_text(repo_id, shim.FILE_NAME, token)):
+        pipeline.unlink()
+
+
+def _is_dense(obj: Any) -> bool:
+    return all(get_state(model) is None for model in model_components(obj).values())
+
+
+def _take_out(obj: Any, folder: Path) -> None:
+    """Remove our section of README.md, and our pipeline.py, unless they tell of what is still in ``folder``."""
+    if not is_pipeline(obj) and (any(folder.glob("*model_index.json")) or _method_in(folder) == QUANT_METHOD):
+        return
+    readme, pipeline = folder / model_card.FILE_NAME, folder / shim.FILE_NAME
+    card, code = _text(readme), _text(pipeline)
+    if card is not None and model_card.is_ours(card):
+        rest = model_card.without_section(card)
+        if model_card.says_nothing(rest):
+            readme.unlink()
+        else:
+            _write(readme, rest)
+    if code is not None and shim.is_shim(code):
         pipeline.unlink()
 
 

@@ -301,12 +301,51 @@ def test_a_relative_path_is_no_repository_after_a_change_of_folder(
 def test_a_dense_model_takes_the_place_of_a_compressed_one(tmp_path: Path) -> None:
     model = tiny.build("pixart").compress("w8a8", measure=False)
     (tmp_path / "README.md").write_text(model_card(model, existing="---\nlicense: mit\n---\nMy words.\n"))
+    pipe = tiny.build_pipeline("pixart").compress("w8a8", measure=False)
+    pipe.save_pretrained(tmp_path / "pipe")
+    (tmp_path / "pipeline.py").write_bytes((tmp_path / "pipe/pipeline.py").read_bytes())
     complete_upload(tiny.build("pixart"), tmp_path, "me/model", subfolder="", token=None)
+    assert not (tmp_path / "pipeline.py").exists()
     text = (tmp_path / "README.md").read_text()
     assert "My words." in text
     assert "license: mit" in text
     assert "diffuse_compress" not in text
     assert "quantized" not in text
+
+
+def test_a_dense_save_takes_out_what_the_compressed_one_wrote(tmp_path: Path) -> None:
+    pipe = tiny.build_pipeline("pixart").compress("w8a8", measure=False)
+    model = pipe.transformer
+    model.save_pretrained(tmp_path / "mixed")
+    for name in ("plain", "worded", "owned"):
+        pipe.save_pretrained(tmp_path / name)
+    (tmp_path / "worded/README.md").write_text((tmp_path / "worded/README.md").read_text() + "\nMy words.\n")
+    (tmp_path / "owned/README.md").write_bytes(b"My card.\r\n")
+    (tmp_path / "owned/pipeline.py").write_bytes(OWNERS_PIPELINE)
+    licensed = (tmp_path / "plain/README.md").read_text().replace("---\n", "---\nlicense: mit\n", 1)
+    (tmp_path / "licensed").mkdir()
+    (tmp_path / "licensed/README.md").write_text(licensed)
+
+    # What is compressed in a folder is told of, whatever else is saved there.
+    tiny.build("pixart").save_pretrained(tmp_path / "plain")
+    assert (tmp_path / "plain/pipeline.py").exists()
+    assert "diffuse_compress: begin" in (tmp_path / "plain/README.md").read_text()
+    tiny.build("pixart").save_pretrained(tmp_path / "mixed")
+    assert not (tmp_path / "mixed/README.md").exists()
+
+    dc.decompress(pipe)
+    for name in ("plain", "worded", "owned", "licensed"):
+        pipe.save_pretrained(tmp_path / name)
+        type(pipe).from_pretrained(tmp_path / name)
+    assert not (tmp_path / "plain/README.md").exists()
+    assert not any((tmp_path / name / "pipeline.py").exists() for name in ("plain", "worded"))
+    text = (tmp_path / "worded/README.md").read_text()
+    assert text.rpartition("---\n")[2].strip() == "My words."
+    assert "diffuse_compress" not in text
+    assert (tmp_path / "licensed/README.md").read_text().startswith("---\nlicense: mit\n")
+    assert "compressed" not in (tmp_path / "licensed/README.md").read_text()
+    assert (tmp_path / "owned/README.md").read_bytes() == b"My card.\r\n"
+    assert (tmp_path / "owned/pipeline.py").read_bytes() == OWNERS_PIPELINE
 
 
 def test_a_form_that_was_filled_in_stays() -> None:

@@ -71,10 +71,11 @@ def wrap_save_pretrained(
     preparing: Callable[[Any], AbstractContextManager[None]],
     complete: Callable[[Any, Path, Path], None],
 ) -> None:
-    """Wrap ``cls.save_pretrained`` once; for objects that carry no compression it is the stock function.
+    """Wrap ``cls.save_pretrained`` once; objects that carry no compression are saved by the stock function.
 
     ``preparing(obj)`` surrounds every save: it brings what is written about the object up to date.
-    ``complete(obj, staging, target)`` adds what stands beside the weights, before the files move to ``target``.
+    ``complete(obj, staging, target)`` adds what stands beside the weights, before the files move to ``target``; after
+    the save of a dense object it takes out what no longer holds.
     """
     stock: Callable[..., Any] = cls.save_pretrained  # type: ignore[attr-defined]
     if is_wrapped(stock) or "save_pretrained" not in cls.__dict__:
@@ -97,7 +98,10 @@ def wrap_save_pretrained(
             if not _staging(save_directory):
                 require_one_kind(self, Path(save_directory), given.get("variant"))
             if not _is_compressed(self) or not given:
-                return stock(self, save_directory, *args, **kwargs)
+                result = stock(self, save_directory, *args, **kwargs)
+                if not _staging(save_directory):
+                    complete(self, Path(save_directory), Path(save_directory))
+                return result
             if given.get("safe_serialization") is False:
                 raise CheckpointError(
                     "save_pretrained: compressed models are written as safetensors only, got safe_serialization=False. "
