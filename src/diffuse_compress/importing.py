@@ -64,8 +64,8 @@ def import_quantized(target: _Target) -> Any:
         handed to ``from_pretrained(..., transformer=model)``.
 
     Raises:
-        ConfigError: neither of these, or nothing in it can be imported, or a layer is of a kind that our formats cannot hold exactly; the
-            message names the layers, why, and what to do. Nothing was changed.
+        ConfigError: neither of these, nothing here can be imported, or a layer is of a kind that our formats cannot
+            hold exactly; the message names the layers, why, and what to do. Nothing was changed.
         CheckpointError: the folder holds no such checkpoint, or an incomplete one.
         ModelStateError: the model is under offload hooks, holds adapters, or is not loaded.
 
