@@ -9,11 +9,10 @@ from typing import Any
 from diffuse_compress import model_card
 from diffuse_compress.components import is_pipeline, model_components
 from diffuse_compress.integrations.component import get_state
-from diffuse_compress.integrations.doors import library_of
 from diffuse_compress.integrations.hub import remote_text
 from diffuse_compress.integrations.origin import forget_local_paths
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
-from diffuse_compress.integrations.variants import require_no_leftover_index
+from diffuse_compress.integrations.variants import require_no_leftover_weights
 from diffuse_compress.pipelines import shim
 
 __all__ = ["complete_save", "complete_upload"]
@@ -55,8 +54,7 @@ def complete_upload(obj: Any, folder: Path, repo_id: str, *, subfolder: str, tok
             _write(readme, model_card.without_section(existing))
         _take_out(obj, folder)
         return
-    if is_pipeline(obj) or library_of(obj) == "diffusers":
-        require_no_leftover_index(folder, repo_id, subfolder, token)
+    require_no_leftover_weights(folder, repo_id, subfolder, token)
     forget_local_paths(folder, uploading=True)
     if subfolder:
         readme.unlink(missing_ok=True)

@@ -80,6 +80,10 @@ def push(folder: Path) -> dict[str, Any]:
 
     llama = tiny.build("llama").compress("w8a16")
     llama.push_to_hub("me/llama", commit_message="a language model", private=True)
+    try:
+        llama.push_to_hub("me/llama", max_shard_size="100KB")
+    except dc.CheckpointError as error:
+        found["refused me/llama"] = str(error)
     llama.save_pretrained(folder / "saved-llama", variant="small", **saved)
     reloaded = transformers.AutoModelForCausalLM.from_pretrained("me/llama")
     inputs = tiny.inputs_for(llama)

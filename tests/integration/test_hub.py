@@ -126,6 +126,8 @@ def test_format_and_variant(session: Session) -> None:
     names = set(session.hub.files("base/sharded"))
     assert len(names) > 3
     assert not any("w4a8" in name for name in names)
+    assert "found model.safetensors of an earlier save, by which transformers" in session.pushed["refused me/llama"]
+    assert "model.safetensors.index.json" not in session.hub.files("me/llama")
     # An index of shards that would stay beside the one file that is pushed, and a dense variant beside compressed ones.
     assert (
         "found diffusion_pytorch_model.safetensors.index.json of an earlier save"
