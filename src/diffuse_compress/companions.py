@@ -47,7 +47,7 @@ def complete_upload(obj: Any, folder: Path, repo_id: str, *, subfolder: str, tok
     belongs at the root of a repository, and so does a ``pipeline.py`` that is the owner's. Where a dense model replaces
     a compressed one, the card no longer says otherwise.
     """
-    readme, method = folder / model_card.FILE_NAME, _method_in(folder)
+    readme = folder / model_card.FILE_NAME
     existing = _text(readme)
     if _is_dense(obj):
         if existing is not None and not subfolder and model_card.is_ours(existing):
@@ -59,6 +59,7 @@ def complete_upload(obj: Any, folder: Path, repo_id: str, *, subfolder: str, tok
     if subfolder:
         readme.unlink(missing_ok=True)
         return
+    method = _method_in(folder)
     if method is None:
         return
     native = method != QUANT_METHOD
@@ -74,17 +75,20 @@ def _is_dense(obj: Any) -> bool:
 
 def _take_out(obj: Any, folder: Path) -> None:
     """Remove our section of README.md, and our pipeline.py, unless they tell of what is still in ``folder``."""
-    if not is_pipeline(obj) and (any(folder.glob("*model_index.json")) or _method_in(folder) == QUANT_METHOD):
-        return
     readme, pipeline = folder / model_card.FILE_NAME, folder / shim.FILE_NAME
     card, code = _text(readme), _text(pipeline)
-    if card is not None and model_card.is_ours(card):
+    has_section, has_shim = card is not None and model_card.is_ours(card), code is not None and shim.is_shim(code)
+    if not (has_section or has_shim):
+        return
+    if not is_pipeline(obj) and (any(folder.glob("*model_index.json")) or _method_in(folder) == QUANT_METHOD):
+        return
+    if card is not None and has_section:
         rest = model_card.without_section(card)
         if model_card.says_nothing(rest):
             readme.unlink()
         else:
             _write(readme, rest)
-    if code is not None and shim.is_shim(code):
+    if has_shim:
         pipeline.unlink()
 
 

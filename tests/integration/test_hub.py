@@ -366,6 +366,9 @@ def test_a_form_that_was_filled_in_stays() -> None:
 
 def test_a_dense_model_is_pushed_as_ever(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("stock")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text("not JSON, and nobody's business")
+    tiny.build("pixart").save_pretrained(tmp_path)
     complete_upload(tiny.build("pixart"), tmp_path, "me/dense", subfolder="", token=None)
     assert (tmp_path / "README.md").read_text() == "stock"
     assert dc.compress  # the package is imported and its wrappers are in place

@@ -61,14 +61,14 @@ class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ign
         return loaded_keys
 
     def _warn_of_another_dtype(self) -> None:
-        """Of two variants the config.json, by which a load without ``dtype=`` goes, tells the one saved last."""
+        """A load without ``dtype=`` goes by config.json, which of two variants tells of the one saved last."""
         own = (self._metadata or {}).get("compute_dtype")
         if self._is_dtype_given or own is None or getattr(torch, own) == self._dtype:
             return
         warnings.warn(
             f"{QUANT_METHOD}: these weights were saved in {own}, and are loaded in "
-            f"{str(self._dtype).removeprefix('torch.')}, which their config.json tells of another variant. Give "
-            f"dtype=torch.{own} to from_pretrained for what was saved.",
+            f"{str(self._dtype).removeprefix('torch.')}, which config.json gives for the variant saved last. Pass "
+            f"dtype=torch.{own} to from_pretrained to get what was saved.",
             DiffuseCompressWarning,
             stacklevel=2,
         )

@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +54,11 @@ class _Saved:
         for file in self.files:
             source, place = (self.folder / file).absolute(), folder / file
             place.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                if file.suffix != ".safetensors":  # the others are completed there, and not here
-                    raise OSError
-                place.symlink_to(source)
-            except OSError:
-                shutil.copyfile(source, place)
+            with suppress(OSError):
+                if file.suffix == ".safetensors":  # the others are completed there, and not here
+                    place.symlink_to(source)
+                    continue
+            shutil.copyfile(source, place)
 
 
 # What push_to_hub uploads instead of saving once more.
