@@ -54,15 +54,33 @@ def test_compress_writes_what_python_would(dense: Path, compressed: Path) -> Non
 
 
 def test_compress_writes_torchao_where_it_is_exact(
-    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["compress", str(dense), "--no-measure", "--format", "torchao", "--out"]
     assert main([*command, str(tmp_path / "int8"), "--recipe", "w8a16"]) == 0
     content = json.loads((tmp_path / "int8" / "transformer" / "config.json").read_text())
     assert content["quantization_config"]["quant_method"] == "torchao"
-    assert main([*command, str(tmp_path / "int4"), "--recipe", "w4a16"]) != 0
-    assert "torchao packs int4 codes in other layouts" in capsys.readouterr().err
-    assert not (tmp_path / "int4").exists()
+    capsys.readouterr()
+    # A plan tells what cannot be written, and whose layers it is: no weight is read.
+    monkeypatch.setattr(cli, "load", lambda *_: pytest.fail("refused before any work"))
+    for recipe, more in (("w4a16", []), ("w4a16", ["--dry-run"]), ("fp8", ["--dtype", "float32"])):
+        assert main([*command, str(tmp_path / "no"), "--recipe", recipe, *more]) == 1
+        reason = "row-wise product is bfloat16" if recipe == "fp8" else "torchao packs int4 codes in other layouts"
+        printed = capsys.readouterr()
+        assert reason in printed.err
+        assert "transformer: format=" in printed.err
+        assert not printed.out
+    assert main([*command, str(tmp_path / "no"), "--recipe", "fp8", "--dtype", "bfloat16", "--dry-run"]) == 0
+    assert not (tmp_path / "no").exists()
+
+
+def test_format_torchao_looks_at_what_is_compressed_already(
+    compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "load", lambda *_: pytest.fail("refused before any work"))
+    command = ["compress", str(compressed), "--components", "vae=w8a16", "--format", "torchao", "--out", str(tmp_path)]
+    assert main(command) == 1
+    assert "transformer: format=" in capsys.readouterr().err
 
 
 def test_compress_again_says_that_nothing_is_changed(compressed: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,8 +24,9 @@ from diffuse_compress.components import SELF, model_components
 from diffuse_compress.demo import PROMPTS, run_demo
 from diffuse_compress.errors import ConfigError, UnsupportedHardwareError
 from diffuse_compress.integrations.component import get_state, quantized_layers
-from diffuse_compress.integrations.saving import FORMATS
-from diffuse_compress.plan import stored_bytes
+from diffuse_compress.integrations.saving import FORMATS, TORCHAO
+from diffuse_compress.integrations.torchao import require_exact
+from diffuse_compress.plan import CompressionPlan, stored_bytes
 from diffuse_compress.plan_text import align, format_bytes
 from diffuse_compress.quantization.algorithms.base import algorithm_from_dict, algorithm_to_dict
 from diffuse_compress.quantization.dispatch import compute_path
@@ -209,13 +210,17 @@ def _compress(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "device": args.device,
     }
-    folder = local_folder(args.model, weights=not args.dry_run)
-    dtype = default_dtype(args.dtype, folder, args.device)
-    if args.dry_run:
-        plan = compression_plan(read_skeleton(folder, dtype), *methods, **options)
-        print(json.dumps(plan.to_dict(), indent=2) if args.json else plan)
-        return
-    target = load(folder, dtype, args.device)
+    if args.dry_run or args.format == TORCHAO:
+        folder = local_folder(args.model, weights=False)
+        skeleton = read_skeleton(folder, default_dtype(args.dtype, folder, args.device))
+        plan = compression_plan(skeleton, *methods, **options)
+        if args.format == TORCHAO:
+            _require_torchao(skeleton, plan)
+        if args.dry_run:
+            print(json.dumps(plan.to_dict(), indent=2) if args.json else plan)
+            return
+    folder = local_folder(args.model, weights=True)
+    target = load(folder, default_dtype(args.dtype, folder, args.device), args.device)
     before = [get_state(model) for model in model_components(target).values()]
     compress(target, *methods, **options, preview=args.preview, measure=not args.no_measure)
     if all(get_state(model) is state for model, state in zip(model_components(target).values(), before, strict=True)):
@@ -239,6 +244,14 @@ def _compress(args: argparse.Namespace) -> None:
     for what, path in (("compressed", args.out), ("pushed", pushed), ("report", args.report)):
         if path:
             print(f"{what}: {path}")
+
+
+def _require_torchao(skeleton: Any, plan: CompressionPlan) -> None:
+    """Before minutes of work: will what comes out be something that torchao's tensors hold?"""
+    for name, model in model_components(skeleton).items():
+        part = plan.components.get(name)
+        if part is not None or quantized_layers(model):
+            require_exact(name or type(model).__name__, model, part.assigned if part else None)
 
 
 def _check_writable(out: str | None, report: str | None) -> None:

@@ -9,11 +9,10 @@ from typing import Any
 from diffuse_compress import model_card
 from diffuse_compress.components import is_pipeline, model_components
 from diffuse_compress.integrations.component import get_state
-from diffuse_compress.integrations.doors import library_of
 from diffuse_compress.integrations.hub import remote_text
 from diffuse_compress.integrations.origin import forget_local_paths
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
-from diffuse_compress.integrations.variants import require_no_leftover_index
+from diffuse_compress.integrations.variants import require_no_leftover_weights
 from diffuse_compress.pipelines import shim
 
 __all__ = ["complete_save", "complete_upload"]
@@ -22,8 +21,12 @@ __all__ = ["complete_save", "complete_upload"]
 def complete_save(obj: Any, staging: Path, target: Path) -> None:
     """Write both into ``staging``, whose files are about to be moved to ``target``; the user's own there stay.
 
-    Nothing is written where no weights of ours are: adapters are saved alone, for instance.
+    Nothing is written where no weights of ours are: adapters are saved alone, for instance. After a save of a dense
+    object, what an earlier save wrote is taken out of ``target``.
     """
+    if _is_dense(obj):
+        _take_out(obj, target)
+        return
     method = _method_in(staging)
     if method is None:
         return
@@ -44,24 +47,48 @@ def complete_upload(obj: Any, folder: Path, repo_id: str, *, subfolder: str, tok
     belongs at the root of a repository, and so does a ``pipeline.py`` that is the owner's. Where a dense model replaces
     a compressed one, the card no longer says otherwise.
     """
-    readme, method = folder / model_card.FILE_NAME, _method_in(folder)
+    readme = folder / model_card.FILE_NAME
     existing = _text(readme)
-    if all(get_state(model) is None for model in model_components(obj).values()):
+    if _is_dense(obj):
         if existing is not None and not subfolder and model_card.is_ours(existing):
             _write(readme, model_card.without_section(existing))
+        _take_out(obj, folder)
         return
-    if is_pipeline(obj) or library_of(obj) == "diffusers":
-        require_no_leftover_index(folder, repo_id, subfolder, token)
+    require_no_leftover_weights(folder, repo_id, subfolder, token)
     forget_local_paths(folder, uploading=True)
     if subfolder:
         readme.unlink(missing_ok=True)
         return
+    method = _method_in(folder)
     if method is None:
         return
     native = method != QUANT_METHOD
     _write(readme, model_card.model_card(obj, existing=existing, repo_id=repo_id, token=token, native=native))
     pipeline = folder / shim.FILE_NAME
     if pipeline.is_file() and not _may_replace(remote_text(repo_id, shim.FILE_NAME, token)):
+        pipeline.unlink()
+
+
+def _is_dense(obj: Any) -> bool:
+    return all(get_state(model) is None for model in model_components(obj).values())
+
+
+def _take_out(obj: Any, folder: Path) -> None:
+    """Remove our section of README.md, and our pipeline.py, unless they tell of what is still in ``folder``."""
+    readme, pipeline = folder / model_card.FILE_NAME, folder / shim.FILE_NAME
+    card, code = _text(readme), _text(pipeline)
+    has_section, has_shim = card is not None and model_card.is_ours(card), code is not None and shim.is_shim(code)
+    if not (has_section or has_shim):
+        return
+    if not is_pipeline(obj) and (any(folder.glob("*model_index.json")) or _method_in(folder) == QUANT_METHOD):
+        return
+    if card is not None and has_section:
+        rest = model_card.without_section(card)
+        if model_card.says_nothing(rest):
+            readme.unlink()
+        else:
+            _write(readme, rest)
+    if has_shim:
         pipeline.unlink()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from diffuse_compress.assignment import module_aliases
-from diffuse_compress.components import model_components
+from diffuse_compress.components import is_pipeline, model_components
 from diffuse_compress.errors import CheckpointError, ConfigError, ModelStateError
 from diffuse_compress.integrations.compat import usable
 from diffuse_compress.integrations.component import (
@@ -64,8 +64,8 @@ def import_quantized(target: _Target) -> Any:
         handed to ``from_pretrained(..., transformer=model)``.
 
     Raises:
-        ConfigError: nothing here can be imported, or a layer is of a kind that our formats cannot hold exactly; the
-            message names the layers, why, and what to do. Nothing was changed.
+        ConfigError: neither of these, nothing here can be imported, or a layer is of a kind that our formats cannot
+            hold exactly; the message names the layers, why, and what to do. Nothing was changed.
         CheckpointError: the folder holds no such checkpoint, or an incomplete one.
         ModelStateError: the model is under offload hooks, holds adapters, or is not loaded.
 
@@ -74,7 +74,17 @@ def import_quantized(target: _Target) -> Any:
         of GGUF the peak is twice the source's size.
     """
     if isinstance(target, str | Path):
+        if not str(target) or not Path(target).is_dir():
+            raise ConfigError(
+                f"import_quantized: a path must be the folder of a nunchaku_lite component, got {str(target)!r}, which "
+                "is no folder here. A repository of the Hub is fetched with huggingface_hub.snapshot_download(repo_id)."
+            )
         return _from_folder(Path(target))
+    if not isinstance(target, nn.Module) and not is_pipeline(target):
+        raise ConfigError(
+            f"import_quantized: needs a pipeline or model with layers of {SOURCES}, or the folder of a nunchaku_lite "
+            f"component, got {type(target).__name__}. Load it with from_pretrained first."
+        )
     found = {name: foreign_layers(model) for name, model in model_components(target).items()}
     models = model_components(target)
     for name, model in models.items():

@@ -19,15 +19,22 @@ from diffuse_compress.integrations.doors import library_of
 from diffuse_compress.integrations.origin import base_model_of, folder_of, repository_of
 from diffuse_compress.pipeline_call import named_arguments
 from diffuse_compress.pipelines.shim import stock_class_of
+from diffuse_compress.quantization.presets import PRESETS
 from diffuse_compress.report import report_of
 from diffuse_compress.report_text import render_markdown
 
-__all__ = ["FILE_NAME", "is_ours", "model_card", "without_section"]
+__all__ = ["FILE_NAME", "is_ours", "model_card", "says_nothing", "without_section"]
 
 FILE_NAME = "README.md"
 _BEGIN, _END = "<!-- diffuse_compress: begin -->", "<!-- diffuse_compress: end -->"
 # One section: a mark that lost its counterpart does not reach into the text around it.
 _SECTION = re.compile(f"{re.escape(_BEGIN)}(?:(?!{re.escape(_BEGIN)}).)*?{re.escape(_END)}", re.DOTALL)
+# With the title that a card without text was given.
+_TITLED_SECTION = re.compile(rf"(?:^# [^\n]*, compressed\n+)?{_SECTION.pattern}", re.DOTALL | re.MULTILINE)
+# Names that schemes have, which are tags too.
+_LABEL = re.compile(r"w\d+a\d+|fp8(-weight-only)?")
+# Fields that are read off the model: a card of nothing else tells nothing.
+_DERIVED = {"base_model", "library_name", "pipeline_tag"}
 _UNKNOWN_REPO = "PATH_OR_REPO"
 _OUR_TAGS = ("diffuse_compress", "quantized")
 _HOME = "https://github.com/diffuse-compress/diffuse-compress"
@@ -67,11 +74,18 @@ def model_card(
 def without_section(text: str) -> str:
     """A card of a compressed model as that of the dense one which takes its place."""
     card = _card(text)
-    card.text = _SECTION.sub("", card.text)
-    card.data.tags = [tag for tag in card.data.tags or () if tag not in _OUR_TAGS] or None
+    card.text = _TITLED_SECTION.sub("", card.text)
+    ours = {*_OUR_TAGS, *PRESETS}
+    card.data.tags = [tag for tag in card.data.tags or () if tag not in ours and not _LABEL.fullmatch(tag)] or None
     if getattr(card.data, "base_model_relation", None) == "quantized":
         card.data.base_model_relation = None
     return str(card)
+
+
+def says_nothing(text: str) -> bool:
+    """True for a card without a word in it, and with no field but what is read off the model."""
+    card = _card(text)
+    return not card.text.strip() and card.data.to_dict().keys() <= _DERIVED
 
 
 def is_ours(text: str) -> bool:

@@ -42,7 +42,10 @@ def push(folder: Path) -> dict[str, Any]:
     again.push_to_hub("me/copy")
 
     pipe.push_to_hub("me/with-card", create_pr=True, commit_message="for review")
-    pipe.save_pretrained(folder / "saved", push_to_hub=True, repo_id="me/saved", private=True)
+    saved = {"push_to_hub": True, "private": True, "commit_message": "in shards", "max_shard_size": "60KB"}
+    pipe.save_pretrained(folder / "saved", variant="small", repo_id="me/saved", **saved)
+    again = DiffusionPipeline.from_pretrained("me/saved", variant="small")
+    found["same picture from shards"] = torch.equal(picture(again), expected)
     pipe.transformer.push_to_hub("me/parts", subfolder="transformer")
     part = PixArtTransformer2DModel.from_pretrained("me/parts", subfolder="transformer")
     weight = "transformer_blocks.0.attn1.to_q.qweight"
@@ -77,6 +80,11 @@ def push(folder: Path) -> dict[str, Any]:
 
     llama = tiny.build("llama").compress("w8a16")
     llama.push_to_hub("me/llama", commit_message="a language model", private=True)
+    try:
+        llama.push_to_hub("me/llama", max_shard_size="100KB")
+    except dc.CheckpointError as error:
+        found["refused me/llama"] = str(error)
+    llama.save_pretrained(folder / "saved-llama", variant="small", **saved)
     reloaded = transformers.AutoModelForCausalLM.from_pretrained("me/llama")
     inputs = tiny.inputs_for(llama)
     with torch.no_grad():

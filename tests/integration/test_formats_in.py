@@ -554,6 +554,22 @@ def test_folders_that_hold_something_else(tmp_path: Path) -> None:
         dc.import_quantized(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (None, "needs a pipeline or model with layers of .* got NoneType"),
+        (3, "got int"),
+        ([], "got list"),
+        ("no/folder", r"a path must be the folder of .* got 'no/folder'.*snapshot_download"),
+        (Path(__file__), "which is no folder here"),
+        ("", "which is no folder here"),
+    ],
+)
+def test_what_is_neither_a_model_nor_a_folder(target: Any, message: str) -> None:
+    with pytest.raises(dc.ConfigError, match=f"^import_quantized: .*{message}"):
+        dc.import_quantized(target)
+
+
 # --- nothing to import ------------------------------------------------------------------------------------------
 
 

@@ -85,6 +85,21 @@ def test_a_pushed_pipeline_comes_back_bit_for_bit(session: Session) -> None:
     assert not any("README" in path for path in fetched)
 
 
+@pytest.mark.parametrize("name", ["saved", "saved-llama"])
+def test_a_save_that_pushes_uploads_what_it_saved(name: str, session: Session) -> None:
+    local = {path.relative_to(session.folder / name).as_posix(): path for path in (session.folder / name).rglob("*")}
+    files = session.hub.files(f"me/{name}")
+    assert files.keys() == {path for path, file in local.items() if file.is_file()}
+    assert all(content == local[path].read_bytes() for path, content in files.items() if path != "README.md")
+    weights = [path for path in files if path.endswith(".safetensors")]
+    assert len(weights) > 3
+    assert all("small" in path for path in weights)
+    assert session.hub.repositories[f"me/{name}"].refs["main"].message == "in shards"
+    assert session.pushed["same picture from shards"]
+    assert f'from_pretrained("me/{name}")' in files["README.md"].decode()
+    assert f'from_pretrained("me/{name}")' not in local["README.md"].read_text()
+
+
 def test_pipeline_py_loads_it_without_our_import(session: Session) -> None:
     assert session.shim == {
         "class": "PixArtAlphaPipeline",
@@ -111,6 +126,8 @@ def test_format_and_variant(session: Session) -> None:
     names = set(session.hub.files("base/sharded"))
     assert len(names) > 3
     assert not any("w4a8" in name for name in names)
+    assert "found model.safetensors of an earlier save, by which transformers" in session.pushed["refused me/llama"]
+    assert "model.safetensors.index.json" not in session.hub.files("me/llama")
     # An index of shards that would stay beside the one file that is pushed, and a dense variant beside compressed ones.
     assert (
         "found diffusion_pytorch_model.safetensors.index.json of an earlier save"
@@ -286,12 +303,51 @@ def test_a_relative_path_is_no_repository_after_a_change_of_folder(
 def test_a_dense_model_takes_the_place_of_a_compressed_one(tmp_path: Path) -> None:
     model = tiny.build("pixart").compress("w8a8", measure=False)
     (tmp_path / "README.md").write_text(model_card(model, existing="---\nlicense: mit\n---\nMy words.\n"))
+    pipe = tiny.build_pipeline("pixart").compress("w8a8", measure=False)
+    pipe.save_pretrained(tmp_path / "pipe")
+    (tmp_path / "pipeline.py").write_bytes((tmp_path / "pipe/pipeline.py").read_bytes())
     complete_upload(tiny.build("pixart"), tmp_path, "me/model", subfolder="", token=None)
+    assert not (tmp_path / "pipeline.py").exists()
     text = (tmp_path / "README.md").read_text()
     assert "My words." in text
     assert "license: mit" in text
     assert "diffuse_compress" not in text
     assert "quantized" not in text
+
+
+def test_a_dense_save_takes_out_what_the_compressed_one_wrote(tmp_path: Path) -> None:
+    pipe = tiny.build_pipeline("pixart").compress("w8a8", measure=False)
+    model = pipe.transformer
+    model.save_pretrained(tmp_path / "mixed")
+    for name in ("plain", "worded", "owned"):
+        pipe.save_pretrained(tmp_path / name)
+    (tmp_path / "worded/README.md").write_text((tmp_path / "worded/README.md").read_text() + "\nMy words.\n")
+    (tmp_path / "owned/README.md").write_bytes(b"My card.\r\n")
+    (tmp_path / "owned/pipeline.py").write_bytes(OWNERS_PIPELINE)
+    licensed = (tmp_path / "plain/README.md").read_text().replace("---\n", "---\nlicense: mit\n", 1)
+    (tmp_path / "licensed").mkdir()
+    (tmp_path / "licensed/README.md").write_text(licensed)
+
+    # What is compressed in a folder is told of, whatever else is saved there.
+    tiny.build("pixart").save_pretrained(tmp_path / "plain")
+    assert (tmp_path / "plain/pipeline.py").exists()
+    assert "diffuse_compress: begin" in (tmp_path / "plain/README.md").read_text()
+    tiny.build("pixart").save_pretrained(tmp_path / "mixed")
+    assert not (tmp_path / "mixed/README.md").exists()
+
+    dc.decompress(pipe)
+    for name in ("plain", "worded", "owned", "licensed"):
+        pipe.save_pretrained(tmp_path / name)
+        type(pipe).from_pretrained(tmp_path / name)
+    assert not (tmp_path / "plain/README.md").exists()
+    assert not any((tmp_path / name / "pipeline.py").exists() for name in ("plain", "worded"))
+    text = (tmp_path / "worded/README.md").read_text()
+    assert text.rpartition("---\n")[2].strip() == "My words."
+    assert "diffuse_compress" not in text
+    assert (tmp_path / "licensed/README.md").read_text().startswith("---\nlicense: mit\n")
+    assert "compressed" not in (tmp_path / "licensed/README.md").read_text()
+    assert (tmp_path / "owned/README.md").read_bytes() == b"My card.\r\n"
+    assert (tmp_path / "owned/pipeline.py").read_bytes() == OWNERS_PIPELINE
 
 
 def test_a_form_that_was_filled_in_stays() -> None:
@@ -310,6 +366,9 @@ def test_a_form_that_was_filled_in_stays() -> None:
 
 def test_a_dense_model_is_pushed_as_ever(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("stock")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text("not JSON, and nobody's business")
+    tiny.build("pixart").save_pretrained(tmp_path)
     complete_upload(tiny.build("pixart"), tmp_path, "me/dense", subfolder="", token=None)
     assert (tmp_path / "README.md").read_text() == "stock"
     assert dc.compress  # the package is imported and its wrappers are in place

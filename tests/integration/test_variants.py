@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -118,6 +119,19 @@ def test_dense_or_otherwise_compressed_beside_compressed_weights_is_refused(name
     assert quantized_layers(type(model).from_pretrained(tmp_path, variant="fp16"))
     dense.save_pretrained(tmp_path / "dense")
     dense.save_pretrained(tmp_path / "dense", variant="fp16")
+
+
+def test_loading_the_variant_that_was_not_saved_last_asks_for_its_dtype(tmp_path: Path) -> None:
+    model = tiny.build("pixart").compress("w8a8", measure=False)
+    model.save_pretrained(tmp_path)
+    model.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    with pytest.warns(dc.errors.DiffuseCompressWarning, match="saved in float32, and are loaded in float16") as caught:
+        assert type(model).from_pretrained(tmp_path).dtype == torch.float16
+    assert sum(issubclass(item.category, dc.errors.DiffuseCompressWarning) for item in caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", dc.errors.DiffuseCompressWarning)
+        assert type(model).from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+        assert type(model).from_pretrained(tmp_path, variant="fp16").dtype == torch.float16
 
 
 def test_pipeline_beside_dense_weights_is_refused_before_anything_is_written(tmp_path: Path) -> None:

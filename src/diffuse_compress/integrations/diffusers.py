@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 
+from diffuse_compress.errors import DiffuseCompressWarning
 from diffuse_compress.integrations.compat import add_to_diffusers_config, remove_from_diffusers_config
 from diffuse_compress.integrations.component import (
     FP32_PARAMETER_NAMES,
@@ -42,10 +44,12 @@ class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ign
         self.pre_quantized = stored and quantization_config.spec.rules is not None
         self._setup()
         self._dtype: torch.dtype | None = None
+        self._is_dtype_given = False
         self._loaded_keys: list[str] | None = None
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         # Without a dtype, diffusers would load the unquantized layers of a bf16 checkpoint as fp32.
+        self._is_dtype_given = torch_dtype is not None
         self._dtype = torch_dtype if torch_dtype is not None else self.quantization_config.compute_dtype
         return self._dtype
 
@@ -53,7 +57,21 @@ class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ign
         if self.pre_quantized:
             self._metadata = read_metadata(checkpoint_files)
             self._loaded_keys = list(loaded_keys)
+            self._warn_of_another_dtype()
         return loaded_keys
+
+    def _warn_of_another_dtype(self) -> None:
+        """A load without ``dtype=`` goes by config.json, which of two variants tells of the one saved last."""
+        own = (self._metadata or {}).get("compute_dtype")
+        if self._is_dtype_given or own is None or getattr(torch, own) == self._dtype:
+            return
+        warnings.warn(
+            f"{QUANT_METHOD}: these weights were saved in {own}, and are loaded in "
+            f"{str(self._dtype).removeprefix('torch.')}, which config.json gives for the variant saved last. Pass "
+            f"dtype=torch.{own} to from_pretrained to get what was saved.",
+            DiffuseCompressWarning,
+            stacklevel=2,
+        )
 
     def _process_model_before_weight_loading(
         self,

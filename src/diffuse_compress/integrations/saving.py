@@ -12,8 +12,9 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,41 @@ from diffuse_compress.integrations.variants import arguments_of, require_one_kin
 from diffuse_compress.integrations.wrapping import is_wrapped, wrapping
 from diffuse_compress.logging import get_logger
 
-__all__ = ["FORMATS", "publish", "wrap_push_to_hub", "wrap_save_pretrained"]
+__all__ = ["FORMATS", "TORCHAO", "publish", "wrap_push_to_hub", "wrap_save_pretrained"]
 
 _logger = get_logger(__name__)
 _MODULAR_INDEX = "modular_model_index.json"
 # Written last: a reader that finds these finds everything they point to.
 _LAST = ("model_index.json", _MODULAR_INDEX)
-_TORCHAO = "torchao"
-FORMATS = (QUANT_METHOD, _TORCHAO)
+TORCHAO = "torchao"
+FORMATS = (QUANT_METHOD, TORCHAO)
 # ids of the models that the save in progress writes as torchao tensors.
 _as_torchao: ContextVar[frozenset[int]] = ContextVar("diffuse_compress_as_torchao", default=frozenset())
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a save with ``push_to_hub=True`` has written: ``files`` of ``folder``, and the arguments it was given."""
+
+    obj: Any
+    folder: Path
+    files: list[Path]
+    arguments: dict[str, Any]
+
+    def give_to(self, folder: Path) -> None:
+        """Put the files into ``folder``, weights without copying them where the system can."""
+        for file in self.files:
+            source, place = (self.folder / file).absolute(), folder / file
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):
+                if file.suffix == ".safetensors":  # the others are completed there, and not here
+                    place.symlink_to(source)
+                    continue
+            shutil.copyfile(source, place)
+
+
+# What push_to_hub uploads instead of saving once more.
+_saved: ContextVar[_Saved | None] = ContextVar("diffuse_compress_saved", default=None)
 
 
 def wrap_save_pretrained(
@@ -44,10 +70,11 @@ def wrap_save_pretrained(
     preparing: Callable[[Any], AbstractContextManager[None]],
     complete: Callable[[Any, Path, Path], None],
 ) -> None:
-    """Wrap ``cls.save_pretrained`` once; for objects that carry no compression it is the stock function.
+    """Wrap ``cls.save_pretrained`` once; objects that carry no compression are saved by the stock function.
 
     ``preparing(obj)`` surrounds every save: it brings what is written about the object up to date.
-    ``complete(obj, staging, target)`` adds what stands beside the weights, before the files move to ``target``.
+    ``complete(obj, staging, target)`` adds what stands beside the weights, before the files move to ``target``; after
+    the save of a dense object it takes out what no longer holds.
     """
     stock: Callable[..., Any] = cls.save_pretrained  # type: ignore[attr-defined]
     if is_wrapped(stock) or "save_pretrained" not in cls.__dict__:
@@ -61,13 +88,20 @@ def wrap_save_pretrained(
         format: str | Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> Any:
+        saved = _saved.get()
+        if saved is not None and saved.obj is self:
+            saved.give_to(Path(save_directory))
+            return complete(self, Path(save_directory), Path(save_directory))
+        given = arguments_of(stock, self, save_directory, *args, **kwargs)
         with _requested(self, format), preparing(self):
             if not _staging(save_directory):
-                given = arguments_of(stock, self, save_directory, *args, **kwargs)
                 require_one_kind(self, Path(save_directory), given.get("variant"))
-            if not _is_compressed(self):
-                return stock(self, save_directory, *args, **kwargs)
-            if kwargs.get("safe_serialization") is False:
+            if not _is_compressed(self) or not given:
+                result = stock(self, save_directory, *args, **kwargs)
+                if not _staging(save_directory):
+                    complete(self, Path(save_directory), Path(save_directory))
+                return result
+            if given.get("safe_serialization") is False:
                 raise CheckpointError(
                     "save_pretrained: compressed models are written as safetensors only, got safe_serialization=False. "
                     "Leave it out; pickled files would lack the layer map."
@@ -75,7 +109,7 @@ def wrap_save_pretrained(
             if _staging(save_directory):
                 with _written(self):
                     return stock(self, save_directory, *args, **kwargs)
-            return _save(stock, self, Path(save_directory), complete, args, kwargs)
+            return _save(stock, self, Path(save_directory), complete, given)
 
     cls.save_pretrained = save_pretrained  # type: ignore[attr-defined]
 
@@ -106,7 +140,9 @@ def _require_one_kind_on_hub(
     """Full id of the repository, which is made if need be, as the stock function does; or an error."""
     from huggingface_hub import create_repo
 
-    given = arguments_of(stock, obj, repo_id, *args, **kwargs)
+    given, saved = arguments_of(stock, obj, repo_id, *args, **kwargs), _saved.get()
+    if saved is not None:  # transformers' push_to_hub knows no variant=
+        given["variant"] = saved.arguments.get("variant")
     made = create_repo(repo_id, private=given.get("private"), token=given.get("token"), exist_ok=True)
     wanted = {key: given.get(key) for key in ("variant", "subfolder", "revision", "token")}
     require_one_kind_on_hub(obj, made.repo_id, **wanted)
@@ -156,7 +192,7 @@ def _torchao_models(obj: Any, format: str | Mapping[str, str]) -> list[Any]:
     for value in format.values() if isinstance(format, Mapping) else [format]:
         if value not in FORMATS:
             raise ConfigError(f"save_pretrained: format={value!r}: {nearest(str(value), FORMATS)}.")
-    chosen = [name for name, value in wanted if value == _TORCHAO and name in compressed | named]
+    chosen = [name for name, value in wanted if value == TORCHAO and name in compressed | named]
     dense = sorted(named - compressed) if compressed else [type(obj).__name__]
     if dense:
         raise ConfigError(
@@ -192,26 +228,27 @@ def _save(
     obj: Any,
     target: Path,
     complete: Callable[[Any, Path, Path], None],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    given: Mapping[str, Any],
 ) -> Any:
+    """``given``: the arguments of the save by name, the object and the folder first."""
     if target.is_file():
         raise CheckpointError(f"save_pretrained needs a folder, {target} is a file. Give another path.")
     target.mkdir(parents=True, exist_ok=True)
-    push, is_modular = kwargs.pop("push_to_hub", False), getattr(obj, "config_name", None) == _MODULAR_INDEX
+    arguments = dict([*given.items()][2:])
+    push, is_modular = arguments.pop("push_to_hub", False), getattr(obj, "config_name", None) == _MODULAR_INDEX
     if push and is_modular:
         # Its index names the repository, which only its own save can write.
-        kwargs.update(push_to_hub=True, repo_id=kwargs.get("repo_id") or target.name)
+        arguments.update(push_to_hub=True, repo_id=arguments.get("repo_id") or target.name)
         push = False
     staging = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
     try:
         with _written(obj):
-            result = stock(obj, str(staging), *args, **kwargs)
+            result = stock(obj, str(staging), **arguments)
         if is_modular:
             _point_index_at(target, obj, staging)
         forget_local_paths(staging)
         complete(obj, staging, target)
-        publish(staging, target)
+        files = publish(staging, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(
@@ -223,7 +260,7 @@ def _save(
         shutil.rmtree(staging, ignore_errors=True)
     _logger.info("%s saved in %s", type(obj).__name__, target)
     if push:
-        _push(obj, target, kwargs)
+        _push(_Saved(obj, target, files, arguments))
     return result
 
 
@@ -240,8 +277,8 @@ def _point_index_at(target: Path, pipe: Any, staging: Path) -> None:
         pipe.save_config(save_directory=str(staging))
 
 
-def publish(staging: Path, target: Path) -> None:
-    """Move every file of ``staging`` over its place in ``target``: synced first, index files last.
+def publish(staging: Path, target: Path) -> list[Path]:
+    """Move every file of ``staging`` over its place in ``target``: synced first, index files last. Returns their names.
 
     Files in ``target`` that this save did not write stay, except weight files of components it did write: an old
     shard or single file beside a new one would be loaded in its stead.
@@ -258,6 +295,7 @@ def publish(staging: Path, target: Path) -> None:
         path.unlink(missing_ok=True)
     for folder in {(target / file.relative_to(staging)).parent for file in files}:
         _sync(folder)
+    return [file.relative_to(staging) for file in files]
 
 
 def _stale_weights(staging: Path, target: Path) -> Iterator[Path]:
@@ -286,7 +324,11 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _push(obj: Any, folder: Path, kwargs: dict[str, Any]) -> None:
-    known = inspect.signature(type(obj).push_to_hub).parameters
-    hub = {name: value for name, value in kwargs.items() if name in known and name != "repo_id"}
-    obj.push_to_hub(kwargs.get("repo_id") or folder.name, **hub)
+def _push(saved: _Saved) -> None:
+    known = inspect.signature(type(saved.obj).push_to_hub).parameters
+    hub = {name: value for name, value in saved.arguments.items() if name in known and name != "repo_id"}
+    token = _saved.set(saved)
+    try:
+        saved.obj.push_to_hub(saved.arguments.get("repo_id") or saved.folder.name, **hub)
+    finally:
+        _saved.reset(token)

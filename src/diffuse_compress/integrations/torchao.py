@@ -7,13 +7,14 @@ weight. The live model keeps our layers: while it is saved, its quantizer and it
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from diffuse_compress.assignment import LayerAssignment
 from diffuse_compress.errors import ConfigError, reasons_text
 from diffuse_compress.integrations.compat import add_to_diffusers_config, require, torchao_classes
 from diffuse_compress.integrations.component import quantized_layers
@@ -30,7 +31,7 @@ from diffuse_compress.quantization.scheme import (
     Scheme,
 )
 
-__all__ = ["config_for", "inexact_layers", "require_exact", "written_as_torchao"]
+__all__ = ["config_for", "require_exact", "written_as_torchao"]
 
 _FP8_MULTIPLE = 16
 _QPARAMS = ("scale", "act_pre_scale")
@@ -39,46 +40,81 @@ _QPARAMS = ("scale", "act_pre_scale")
 # --- what can be written ----------------------------------------------------------------------------------------
 
 
-def inexact_layers(model: nn.Module) -> dict[str, str]:
-    """{layer: reason} of the layers that no torchao tensor holds exactly."""
-    reasons = {name: _reason(layer) for name, layer in quantized_layers(model).items()}
-    return {name: reason for name, reason in reasons.items() if reason is not None}
+def require_exact(where: str, model: nn.Module, planned: Mapping[str, LayerAssignment] | None = None) -> None:
+    """Raise ConfigError naming every layer that cannot be written, or MissingDependencyError without torchao.
 
-
-def require_exact(where: str, model: nn.Module) -> None:
-    """Raise ConfigError naming every layer that cannot be written, or MissingDependencyError without torchao."""
+    Args:
+        where: the component's name, for the message.
+        model: with the layers, or on the meta device.
+        planned: what is about to be done to its dense layers, on top of those that are quantized.
+    """
     require("torchao", 'save_pretrained(format="torchao")')
     if has_adapters(model):
         raise ConfigError(
             f'{where}: format="torchao" needs a model without adapters, found peft layers. Fuse or unload them first.'
         )
-    reasons = inexact_layers(model)
+    found = {name: _reason_of_layer(layer) for name, layer in quantized_layers(model).items()}
+    for name, item in (planned or {}).items():
+        if item.scheme is not None:
+            layer: Any = model.get_submodule(name)
+            is_convolution = isinstance(layer, nn.Conv2d)
+            found[name] = _reason(item.scheme, item.shape, layer.weight.dtype, is_convolution=is_convolution)
+    reasons = {name: reason for name, reason in found.items() if reason is not None}
     if not reasons:
         return
     raise ConfigError(
         f'{where}: format="torchao" needs layers that torchao\'s tensors hold exactly, got {len(reasons)} of '
-        f"{len(quantized_layers(model))} that they do not. {reasons_text(reasons)}. Nothing was written. Leave format= "
+        f"{len(found)} that they do not. {reasons_text(reasons)}. Nothing was written. Leave format= "
         'out, or name the components that can be: format={"text_encoder": "torchao"}.'
     )
 
 
-def _reason(layer: QuantizedLinear | QuantizedConv2d) -> str | None:
-    scheme = layer.scheme
+def _reason_of_layer(layer: QuantizedLinear | QuantizedConv2d) -> str | None:
     if isinstance(layer, QuantizedConv2d):
+        return _reason(layer.scheme, layer.qweight.shape, layer.compute_dtype, is_convolution=True)
+    return _reason(
+        layer.scheme,
+        (layer.out_features, layer.in_features),
+        layer.compute_dtype,
+        is_smoothed=layer.act_pre_scale is not None,
+        is_low_rank=layer.low_rank_down is not None,
+    )
+
+
+def _reason(
+    scheme: Scheme,
+    shape: Sequence[int],
+    compute_dtype: torch.dtype,
+    *,
+    is_convolution: bool = False,
+    is_smoothed: bool = False,
+    is_low_rank: bool = False,
+) -> str | None:
+    """Why no torchao tensor holds a layer of this format exactly; None if one does.
+
+    Args:
+        scheme: the layer's.
+        shape: [N, K] of its weight.
+        compute_dtype: of its inputs.
+        is_convolution: it is no linear layer.
+        is_smoothed: it has an ``act_pre_scale``.
+        is_low_rank: it has a low-rank branch.
+    """
+    if is_convolution:
         return "a convolution; torchao's loaders know linear layers only"
-    if layer.low_rank_down is not None:
+    if is_low_rank:
         return f"{scheme.name} with a low-rank branch, which torchao's tensors do not have"
     if scheme.activation is not None and not scheme.activation.dynamic:
         return f"{scheme.name} with static inputs, whose scales transformers does not read back"
     if not scheme.weight.format.is_integer:
-        return _float8_reason(layer)
+        return _float8_reason(scheme, shape, compute_dtype, is_smoothed)
     if scheme.weight.format is not NumberFormat.INT8:
         return f"{scheme.name}; torchao packs {scheme.weight.format.value} codes in other layouts, for some GPUs only"
-    return _int8_reason(layer)
+    return _int8_reason(scheme, shape, is_smoothed)
 
 
-def _int8_reason(layer: QuantizedLinear) -> str | None:
-    scheme, weight = layer.scheme, layer.scheme.weight
+def _int8_reason(scheme: Scheme, shape: Sequence[int], is_smoothed: bool) -> str | None:
+    weight = scheme.weight
     if not weight.symmetric:
         return f"{scheme.name} with zero points, which torchao's int8 products ignore"
     if scheme.activation is not None and scheme.activation.format is not NumberFormat.INT8:
@@ -86,26 +122,24 @@ def _int8_reason(layer: QuantizedLinear) -> str | None:
     if isinstance(weight.granularity, PerGroup):
         if scheme.activation is not None:
             return f"{scheme.name} with a scale per group; torchao's product of int8 inputs takes one per row"
-        if layer.in_features % weight.granularity.group_size:
+        if shape[1] % weight.granularity.group_size:
             return f"{scheme.name} with a last group that is not full, which torchao does not have"
-    if layer.act_pre_scale is not None and scheme.activation is None:
+    if is_smoothed and scheme.activation is None:
         return f"{scheme.name} with smoothed inputs; torchao smooths only inputs that it quantizes"
     return None
 
 
-def _float8_reason(layer: QuantizedLinear) -> str | None:
-    scheme, act = layer.scheme, layer.scheme.activation
-    if layer.act_pre_scale is not None:
+def _float8_reason(scheme: Scheme, shape: Sequence[int], compute_dtype: torch.dtype, is_smoothed: bool) -> str | None:
+    act = scheme.activation
+    if is_smoothed:
         return f"{scheme.name} with smoothed inputs, which torchao's float8 tensors do not have"
     if act is None:
         return None
     if isinstance(scheme.weight.granularity, PerChannel) != isinstance(act.granularity, PerToken):
         return f"{scheme.name} with scales per row on one side only, for which torchao has no product"
-    if layer.compute_dtype != torch.bfloat16 and isinstance(act.granularity, PerToken):
-        return (
-            f"{scheme.name} in {layer.compute_dtype}; torchao's row-wise product is bfloat16: .to(torch.bfloat16) first"
-        )
-    if layer.in_features % _FP8_MULTIPLE or layer.out_features % _FP8_MULTIPLE:
+    if compute_dtype != torch.bfloat16 and isinstance(act.granularity, PerToken):
+        return f"{scheme.name} in {compute_dtype}; torchao's row-wise product is bfloat16: .to(torch.bfloat16) first"
+    if any(side % _FP8_MULTIPLE for side in shape):
         return f"{scheme.name} of sides that are no multiples of {_FP8_MULTIPLE}, which torchao's product needs"
     return None
 

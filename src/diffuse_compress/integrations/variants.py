@@ -21,7 +21,7 @@ from diffuse_compress.errors import CheckpointError
 from diffuse_compress.integrations.component import get_state
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
 
-__all__ = ["arguments_of", "require_no_leftover_index", "require_one_kind", "require_one_kind_on_hub", "variant_of"]
+__all__ = ["arguments_of", "require_no_leftover_weights", "require_one_kind", "require_one_kind_on_hub", "variant_of"]
 
 _STEMS = ("diffusion_pytorch_model", "pytorch_model", "model")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
@@ -48,7 +48,8 @@ def arguments_of(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[s
         bound = inspect.signature(stock).bind_partial(*args, **kwargs).arguments
     except TypeError:
         return {}
-    return {**bound, **bound.get("kwargs", {})}
+    rest = bound.pop("kwargs", {})
+    return {**bound, **rest}
 
 
 def require_one_kind(obj: Any, folder: Path, variant: str | None) -> None:
@@ -94,10 +95,10 @@ def require_one_kind_on_hub(
             _compare(f"push_to_hub: {repo}/{folder}".rstrip("/"), model, variant, staying, old)
 
 
-def require_no_leftover_index(folder: Path, repo: str, subfolder: str, token: str | bool | None) -> None:
-    """Raise CheckpointError if ``folder`` holds one weight file where the repository keeps an index of shards.
+def require_no_leftover_weights(folder: Path, repo: str, subfolder: str, token: str | bool | None) -> None:
+    """Raise CheckpointError if the repository keeps a file by which old weights would load, not those of ``folder``.
 
-    diffusers loads by the index where there is one: the shards of the earlier save, and not what is pushed.
+    Where there is both an index of shards and a whole file, diffusers goes by the index and transformers by the file.
     """
     import huggingface_hub
 
@@ -105,15 +106,22 @@ def require_no_leftover_index(folder: Path, repo: str, subfolder: str, token: st
         files = huggingface_hub.list_repo_files(repo, token=token)
     except Exception:  # the upload will say what is wrong, if anything is
         return
+    prefix = f"{subfolder}/" if subfolder else ""
     written = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors*")}
     for file in files:
-        name = file.removeprefix(f"{subfolder}/") if subfolder else file
+        name = file.removeprefix(prefix)
         parent, variant = name.rpartition("/")[0], variant_of(name)
-        alone = {other for other in written if (other.rpartition("/")[0], variant_of(other)) == (parent, variant)}
-        if ".index." in name and variant is not None and alone and name not in written:
+        is_loadable = variant is not None and ".safetensors" in name and not _SHARD.search(name)
+        if not file.startswith(prefix) or name in written or not is_loadable:
+            continue
+        pushed = {other for other in written if (other.rpartition("/")[0], variant_of(other)) == (parent, variant)}
+        is_index, is_indexed = ".index." in name, any(".index." in other for other in pushed)
+        library = "diffusers" if name.rpartition("/")[2].startswith(_STEMS[0]) else "transformers"
+        if pushed and is_index != is_indexed and is_index == (library == "diffusers"):
+            what = "shards" if is_index else "a whole file"
             raise CheckpointError(
-                f"push_to_hub: {repo} needs a place without shards, found {file} of an earlier save, by which "
-                f"diffusers would load the old weights instead of {min(alone)}. Delete the old files first "
+                f"push_to_hub: {repo} needs a place without {what}, found {file} of an earlier save, by which "
+                f"{library} would load the old weights instead of {min(pushed)}. Delete the old files first "
                 f"(huggingface_hub.delete_files({repo!r}, [...])), or push to another repository."
             )
 
