@@ -17,7 +17,15 @@ from diffuse_compress.quantization.algorithms.base import algorithm_from_dict
 from diffuse_compress.recipe import Recipe, as_recipe
 from diffuse_compress.skeleton import default_dtype, load, local_folder
 
-__all__ = ["DENSE", "load_pipeline", "make_arm", "make_arms", "read_recipes", "weights_fingerprint"]
+__all__ = [
+    "DENSE",
+    "dtype_text",
+    "load_pipeline",
+    "make_arm",
+    "make_arms",
+    "read_recipes",
+    "weights_fingerprint",
+]
 
 DENSE = "dense"
 _BLOCK = 1 << 20
@@ -93,7 +101,7 @@ def make_arm(
     model = {
         "id": path if path.count("/") == 1 and not Path(path).exists() else folder.resolve().name,
         "revision": folder.name if folder.parent.name == "snapshots" else None,
-        "dtype": _dtype_text(loaded),
+        "dtype": dtype_text(loaded),
         "weights_sha256": weights_fingerprint(folder),
     }
     loader = partial(load_pipeline, folder, chosen, loaded, device)
@@ -135,10 +143,10 @@ def _recipe_of(text: str) -> Recipe | None:
     return as_recipe(preset, algorithm=algorithm_from_dict({"kind": kind}) if kind else None)
 
 
-def _dtype_text(dtype: Any) -> str | None:
-    """``bfloat16``, or ``bfloat16, vae float32``."""
+def dtype_text(dtype: Any) -> str | None:
+    """``bfloat16``, or ``bfloat16, vae float32`` of one for each component; None stays None."""
     if isinstance(dtype, Mapping):
-        parts = [f"{'' if part == 'default' else part + ' '}{_dtype_text(one)}" for part, one in dtype.items()]
+        parts = [f"{'' if part == 'default' else part + ' '}{dtype_text(one)}" for part, one in dtype.items()]
         return ", ".join(parts)
     return None if dtype is None else str(dtype).removeprefix("torch.")
 

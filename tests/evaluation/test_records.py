@@ -150,7 +150,9 @@ def test_comparison_table_lines_up_metrics_that_compare() -> None:
     assert lines[2] == "| dense | 5000 | – | – | 3.00 MiB | 0.25 | 9.00 MiB |"
     notes = table_notes(records)
     assert notes[0] == "FID-to-dense (1): Inception; lower is better."
-    assert notes[-1].startswith("Made with PixArt-alpha/PixArt-XL-2-1024-MS at abc, coco.json, a processor, 2026-11-26, torch")
+    assert notes[-1].startswith(
+        "Made with PixArt-alpha/PixArt-XL-2-1024-MS at abc, coco.json, a processor, 2026-11-26, torch"
+    )
     assert lines[3] == "| w8a8 | 5000 | 3.1 [2.1, 4.1] | – | 3.00 MiB | 0.25 | 9.00 MiB |"
     assert lines[4] == "| w4\\|a8 | 5000 | 7.5 [6.5, 8.5] | 8.5 [7.5, 9.5] | – | – | – |"
 
