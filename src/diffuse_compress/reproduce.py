@@ -10,11 +10,12 @@ import dataclasses
 import datetime
 import gc
 import hashlib
-import importlib
+import importlib.util
 import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ import torch
 
 from diffuse_compress.arms import DENSE, dtype_text, make_arm, read_recipes
 from diffuse_compress.components import model_components
-from diffuse_compress.errors import ConfigError
+from diffuse_compress.errors import ConfigError, MissingDependencyError
 from diffuse_compress.evaluation.conditions import conditions_digest
 from diffuse_compress.evaluation.environment import PeakMemory, describe_device
 from diffuse_compress.evaluation.experiments import (
@@ -56,14 +57,14 @@ class ModelScorer(Protocol):
     """Measures a language model; the dense and the compressed one are scored alike."""
 
     def __call__(
-        self, model: Any, folder: Path, data: Path | None, settings: Mapping[str, Any]
+        self, model: Any, folder: Path, data: Sequence[Path], settings: Mapping[str, Any]
     ) -> tuple[list[Metric], dict[str, str]]:
         """Scores, and {name: reason} of those that could not be taken.
 
         Args:
             model: on its device, in evaluation mode.
             folder: snapshot of its repository, with its tokenizer and processor.
-            data: snapshot of the experiment's data set.
+            data: files of the experiment's data set.
             settings: of the experiment.
         """
         ...
@@ -71,7 +72,13 @@ class ModelScorer(Protocol):
 
 @dataclass(frozen=True)
 class _Kind:
-    """What experiments on models of one kind are scored with, and the kind of their data in records."""
+    """Experiments on models of one kind.
+
+    Attributes:
+        module: that scores them.
+        scores: names of the scores, with the experiment's settings filled in.
+        data: kind of their data in records.
+    """
 
     module: str
     scores: tuple[str, ...]
@@ -79,10 +86,9 @@ class _Kind:
 
 
 _MODEL_KINDS = {
-    "language": _Kind("diffuse_compress.evaluation.perplexity", ("Perplexity",), "texts"),
-    "vision-language": _Kind("diffuse_compress.evaluation.vqa", ("Accuracy",), "questions"),
+    "language": _Kind("diffuse_compress.evaluation.perplexity", ("perplexity, {name}",), "texts"),
+    "vision-language": _Kind("diffuse_compress.evaluation.vqa", ("accuracy, {name}",), "questions"),
 }
-_SCORER = "score_experiment"
 _registered: dict[str, ModelScorer] = {}
 
 
@@ -216,15 +222,38 @@ def _scorer_of(experiment: Experiment) -> ModelScorer:
     if kind not in _MODEL_KINDS:
         known = ", ".join(sorted({*_PAIRED, *_MODEL_KINDS, *_registered}))
         raise ConfigError(f"{experiment.name}: kind must be one of {known}, got {kind!r}.")
-    module = _MODEL_KINDS[kind].module
+    name, files = _MODEL_KINDS[kind].module, experiment.data.files if experiment.data else ()
+    if any(file.endswith(".parquet") for file in files) and importlib.util.find_spec("pyarrow") is None:
+        raise MissingDependencyError(f"{experiment.name}: its data are parquet files. pip install pyarrow")
     try:
-        found: ModelScorer = getattr(importlib.import_module(module), _SCORER)
+        module = importlib.import_module(name)
+        found: ModelScorer = partial(_score_text, module) if kind == "language" else module.score_experiment
     except (ModuleNotFoundError, AttributeError) as error:
         raise ConfigError(
-            f"{experiment.name}: experiments of kind {kind!r} are measured by {module}.{_SCORER}, which this version "
-            "lacks. pip install -U diffuse-compress, or register_scorer() your own."
+            f"{experiment.name}: experiments of kind {kind!r} are measured by {name}, which this version lacks. "
+            "pip install -U diffuse-compress, or register_scorer() your own."
         ) from error
     return found
+
+
+def _score_text(
+    perplexity: Any, model: Any, folder: Path, data: Sequence[Path], settings: Mapping[str, Any]
+) -> tuple[list[Metric], dict[str, str]]:
+    from transformers import AutoTokenizer
+
+    text = "\n\n".join(_text_of(path, perplexity) for path in data)
+    how = {key: value for key, value in settings.items() if key != "name"}
+    score = perplexity.score_text(model, AutoTokenizer.from_pretrained(folder), text, **how)
+    return perplexity.perplexity_metrics(score, settings["name"]), {}
+
+
+def _text_of(path: Path, perplexity: Any) -> str:
+    """A text file, or the rows of a parquet file as papers join those of WikiText-2."""
+    if path.suffix != ".parquet":
+        return str(perplexity.read_text(path))
+    from pyarrow import parquet
+
+    return "\n\n".join(parquet.read_table(path, columns=["text"])["text"].to_pylist())
 
 
 def _fetched(job: _Job) -> tuple[_Job, Source]:
@@ -285,7 +314,7 @@ def _measure_model(job: _Job, source: Source, name: str, recipe: Recipe | None) 
     experiment, scorer, path = job.experiment, job.scorer, job.folders[name] / RECORD
     assert scorer is not None
     arm = make_arm(name, str(source.folder), recipe, dtype=experiment.dtype, device=job.device)
-    wanted = _bare_record(job, name, {**arm.model, "id": experiment.repo})
+    wanted = _bare_record(job, name, {**arm.model, "id": experiment.repo}, source.data)
     if path.exists():
         here, there = _identity(wanted), _identity(load_record(path))
         different = [key for key in here if here[key] != there[key]]
@@ -325,8 +354,8 @@ def _identity(record: Record) -> dict[str, Any]:
 # --- records ----------------------------------------------------------------------------------------------------
 
 
-def _bare_record(job: _Job, name: str, model: Mapping[str, Any]) -> Record:
-    """Of nothing measured yet."""
+def _bare_record(job: _Job, name: str, model: Mapping[str, Any], files: Sequence[Path] = ()) -> Record:
+    """Of nothing measured yet; ``files`` are those of the data set, where they could be had."""
     experiment, recipe = job.experiment, job.recipes[name]
     seeds: dict[str, Any] = {"base": None, "rule": "nothing is drawn"}
     if job.scorer is None:
@@ -337,8 +366,8 @@ def _bare_record(job: _Job, name: str, model: Mapping[str, Any]) -> Record:
     else:
         known, source = _MODEL_KINDS.get(experiment.kind), experiment.data
         named = f"{source.repo}@{job.data_revision or 'main'}" if source is not None else "none"
-        files = "" if source is None else hashlib.sha256("\n".join(source.files).encode()).hexdigest()[:16]
-        data = {"kind": known.data if known else "unknown", "name": named, "sha256": files or None}
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16] if files else None
+        data = {"kind": known.data if known else "unknown", "name": named, "sha256": digest}
     return Record(
         name=f"{experiment.name} {name}",
         model={"class": None, **model},
@@ -375,5 +404,9 @@ def _scores(experiment: Experiment) -> tuple[str, ...]:
     found = _PAIRED.get(experiment.kind)
     if found is None:
         known = _MODEL_KINDS.get(experiment.kind)
-        return known.scores if known else ("Score",)
+        return (
+            tuple(name.format_map({"name": "", **experiment.settings}) for name in known.scores)
+            if known
+            else ("score",)
+        )
     return found

@@ -10,7 +10,7 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,10 @@ from diffuse_compress.reproduce import register_scorer
 
 @torch.no_grad()
 def loss_on_lines(
-    model: Any, folder: Path, data: Path | None, settings: Mapping[str, Any]
+    model: Any, folder: Path, data: Sequence[Path], settings: Mapping[str, Any]
 ) -> tuple[list[Metric], dict[str, str]]:
     assert (folder / "config.json").is_file()
-    assert data is not None
-    lines = [line for file in sorted(data.rglob("*.txt")) for line in file.read_text().splitlines()]
+    lines = [line for file in data for line in file.read_text().splitlines()]
     losses = []
     for line in lines[: settings["count"]]:
         ids = torch.tensor([[byte % model.config.vocab_size for byte in line.encode()]])

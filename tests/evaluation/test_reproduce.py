@@ -84,7 +84,13 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
         # The branch moves on: what is pinned stays what it was.
         hub.add("base/pixart", {"model_index.json": b"broken"}, "a later commit")
         data = {"repo": "data/lines", "files": ["texts/test.txt"]}
-        llama = {"repo": "base/llama", "kind": "language", "dtype": "float32", "data": data, "settings": {"count": 2}}
+        llama = {
+            "repo": "base/llama",
+            "kind": "language",
+            "dtype": "float32",
+            "data": data,
+            "settings": {"name": "lines", "count": 2},
+        }
         experiments = {
             "Tiny-Pixart": {"repo": "base/pixart", "revision": shas["base/pixart"], **PICTURES},
             "Tiny-Wan": {"repo": "base/wan", "revision": shas["base/wan"], **CLIPS},

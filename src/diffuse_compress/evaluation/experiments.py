@@ -101,11 +101,11 @@ class Source:
 
     Attributes:
         folder: snapshot of the weights; its name is their commit.
-        data: snapshot of the data set, or None.
+        data: files of the data set, in the order of their patterns.
     """
 
     folder: Path
-    data: Path | None
+    data: tuple[Path, ...]
 
 
 # --- the list ---------------------------------------------------------------------------------------------------
@@ -186,11 +186,15 @@ def fetch(experiment: Experiment, revision: str, data_revision: str | None) -> S
     """
     from huggingface_hub import snapshot_download
 
-    data = None
+    data: tuple[Path, ...] = ()
     if experiment.data is not None:
-        wanted: dict[str, Any] = {"revision": data_revision, "allow_patterns": list(experiment.data.files)}
+        patterns = list(experiment.data.files)
+        wanted: dict[str, Any] = {"revision": data_revision, "allow_patterns": patterns}
         with _access_to(experiment.data.repo):
-            data = Path(snapshot_download(experiment.data.repo, repo_type="dataset", **wanted))
+            snapshot = Path(snapshot_download(experiment.data.repo, repo_type="dataset", **wanted))
+        data = tuple(path for pattern in patterns for path in sorted(snapshot.glob(pattern)))
+        if not data:
+            raise ConfigError(f"{experiment.name}: {experiment.data.repo} has no file {' or '.join(patterns)}.")
     with _access_to(experiment.repo):
         return Source(local_folder(experiment.repo, weights=True, revision=revision), data)
 

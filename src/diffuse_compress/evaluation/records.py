@@ -244,7 +244,9 @@ def eval_results(records: Sequence[Record | str | Path]) -> list[EvalResult]:
                     metric_args={
                         "count": metric.count,
                         "interval_95": [metric.low, metric.high],
+                        "unit": metric.unit or None,
                         "reference": dict(metric.reference) if metric.reference else None,
+                        "model_revision": record.model.get("revision"),
                         "device": record.device["name"],
                         "date": record.date,
                     },
