@@ -224,7 +224,9 @@ NAMES = (
 def test_published_experiments_are_whole() -> None:
     known = load_experiments()
     assert list(known) == NAMES
+    documented = (ROOT / "docs/evaluation.md").read_text()
     for experiment in known.values():
+        assert f"| `{experiment.name}` | {experiment.repo} | `{(experiment.revision or '')[:7]}` |" in documented
         assert re.fullmatch(r"[\w.-]+/[\w.-]+", experiment.repo)
         assert re.fullmatch(r"[0-9a-f]{40}", experiment.revision or "")
         if experiment.kind in ("pictures", "clips"):

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ __all__ = [
     "pinned_revision",
 ]
 
+_OWN = Path(__file__).with_name("experiments.json")
+_PROMPTS = Path(__file__).parents[1] / "prompts"
 _COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 _NAME = re.compile(r"[\w.+-]{1,100}\Z")
 _PLAIN_FILES = (".json", ".txt", ".model")
@@ -119,10 +120,9 @@ def load_experiments(path: str | Path | None = None) -> dict[str, Experiment]:
     Raises:
         ConfigError: not readable, unknown or missing keys, or a name that is no file name.
     """
-    own = resources.files("diffuse_compress.evaluation").joinpath("experiments.json")
-    where = "experiments.json" if path is None else str(path)
+    where = _OWN.name if path is None else str(path)
     try:
-        data = json.loads(own.read_text("utf-8") if path is None else Path(path).read_text("utf-8"))
+        data = json.loads(Path(path or _OWN).read_text(encoding="utf-8"))
         entries = data["experiments"]
         if data["schema_version"] != 1 or not all(isinstance(entry, dict) for entry in entries.values()):
             raise ValueError("need schema_version 1 and experiments {name: {...}}")
@@ -143,8 +143,7 @@ def _experiment(name: str, entry: dict[str, Any], folder: Path | None, where: st
     chosen = {**entry}
     if "prompts" in entry:
         beside = None if folder is None else folder / entry["prompts"]
-        bundled = resources.files("diffuse_compress").joinpath("prompts", entry["prompts"])
-        chosen["prompts"] = beside if beside is not None and beside.is_file() else Path(str(bundled))
+        chosen["prompts"] = beside if beside is not None and beside.is_file() else _PROMPTS / entry["prompts"]
     try:
         if "data" in entry:
             chosen["data"] = DataSource(**{**entry["data"], "files": tuple(entry["data"]["files"])})
