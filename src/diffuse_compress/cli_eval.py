@@ -33,7 +33,7 @@ from diffuse_compress.evaluation.record_report import comparison_table, table_no
 from diffuse_compress.evaluation.records import Metric, Record, load_record
 from diffuse_compress.evaluation.samples import RECORD, PictureSet, open_pictures
 from diffuse_compress.report import installed_versions
-from diffuse_compress.reproduce import describe, reproduce
+from diffuse_compress.reproduce import describe, reproduce, require_possible
 
 __all__ = ["add_eval"]
 
@@ -401,7 +401,10 @@ def _reproduce(args: argparse.Namespace) -> None:
     device, state = _place(args.device)
     found: dict[str, Any] = {}
     refused = []
-    for name in [by_lower[name.lower()] for name in args.names]:
+    names = [by_lower[name.lower()] for name in args.names]
+    for name in names:  # before hours of work on the first of them
+        require_possible(known[name], args.recipe, args.out)
+    for name in names:
         folder = Path(args.out) / name
         try:
             if args.dry_run:

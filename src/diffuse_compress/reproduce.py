@@ -43,7 +43,7 @@ from diffuse_compress.plan_text import format_bytes
 from diffuse_compress.recipe import Recipe
 from diffuse_compress.report import installed_versions
 
-__all__ = ["ModelScorer", "describe", "register_scorer", "reproduce"]
+__all__ = ["ModelScorer", "describe", "register_scorer", "reproduce", "require_possible"]
 
 _PAIRED: dict[str, tuple[str, ...]] = {
     "pictures": ("PSNR", "SSIM", "LPIPS", "CLIP-I"),
@@ -135,6 +135,11 @@ def reproduce(
         if job.is_first and _is_unmeasured(folder):
             (folder / RECORD).unlink()
     return _measure_models(job, source) if job.scorer is not None else _measure_pictures(job, source)
+
+
+def require_possible(experiment: Experiment, recipes: Sequence[str], out: str | Path) -> None:
+    """Raise what :func:`reproduce` would raise before it fetches anything."""
+    _job(experiment, recipes, Path(out) / experiment.name, "cpu", "", None)
 
 
 def describe(experiment: Experiment, recipes: Sequence[str], out: str | Path) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import tiny
+from diffuse_compress.cli import main
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.evaluation.experiments import load_experiments
 from diffuse_compress.evaluation.records import load_record
@@ -210,7 +211,7 @@ def test_goes_on_offline_and_keeps_what_it_had(session: Session, outcomes: list[
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert {metric.name for metric in load_record(folder / "Tiny-Pixart/w4a8").metrics} >= {"PSNR", "SSIM"}
     assert refused["code"] == 1
-    assert "the Hub cannot be reached, and base/gated is not in the cache" in refused["err"]
+    assert "the Hub cannot be reached, and what is needed of base/gated is not in the cache" in refused["err"]
     assert (folder / "gated/w4a8/record.json").read_bytes() == before
 
 
@@ -258,7 +259,9 @@ def test_a_wrong_entry_is_named(entry: dict[str, Any], message: str, tmp_path: P
         load_experiments(path)
 
 
-def test_what_cannot_work_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+def test_what_cannot_work_is_refused_before_anything_is_fetched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     experiment = load_experiments()["PixArt-Sigma"]
     with pytest.raises(ConfigError, match="w4a16-gptq needs calibration data, which an experiment does not have"):
         reproduce(experiment, ["w4a16:gptq"], tmp_path)
@@ -272,3 +275,22 @@ def test_what_cannot_work_is_refused_before_anything_is_fetched(tmp_path: Path) 
     ):
         reproduce(load_experiments(path)["x"], ["w4a8"], tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.json"]
+    experiments = {"y": {"repo": "a/b", "dtype": "bfloat16", **PICTURES, "prompts": "general.txt"}, "x": entry}
+    path.write_text(json.dumps({"schema_version": 1, "experiments": experiments}))
+    command = [
+        "eval",
+        "reproduce",
+        "y",
+        "x",
+        "--recipe",
+        "w8a8",
+        "--experiments",
+        str(path),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(command) == 1
+    assert "x: kind must be one of" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["eval", "reproduce", "flux.1-dew", "--recipe", "w8a8"]) == 1
+    assert "no experiment 'flux.1-dew'; did you mean 'FLUX.1-dev'" in capsys.readouterr().err

@@ -256,7 +256,7 @@ def _access_to(repo: str) -> Iterator[None]:
         elif status in (401, 403):
             why = f"the Hub answers {status} for {repo}; log in (hf auth login)"
         elif not refusals and any(isinstance(one, offline) for one in chain):
-            why = f"the Hub cannot be reached, and {repo} is not in the cache"
+            why = f"the Hub cannot be reached, and what is needed of {repo} is not in the cache"
         else:
             raise
         raise NoAccessError(f"{NO_ACCESS}: {why}") from error
