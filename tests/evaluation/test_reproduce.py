@@ -97,6 +97,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
             "Tiny-Wan": {"repo": "base/wan", "revision": shas["base/wan"], **CLIPS},
             "gated": {"repo": "base/gated", "revision": shas["base/gated"], **PICTURES},
             "absent": {"repo": "base/absent", **PICTURES},
+            "late": {"repo": "base/late", "revision": shas["base/pixart"], **PICTURES},
             "llama": llama,
         }
         text = json.dumps({"schema_version": 1, "experiments": experiments})
@@ -108,7 +109,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
 def outcomes(session: Session) -> list[dict[str, Any]]:
     return session.run(
         reproduce_command("Tiny-Pixart", "--dry-run"),
-        reproduce_command("tiny-pixart", "tiny-wan", "gated", "absent", "llama"),
+        reproduce_command("tiny-pixart", "tiny-wan", "gated", "absent", "late", "llama"),
         reproduce_command("gated", "--dry-run"),
         ["eval", "report", *(f"reproduced/{name}" for name in ("Tiny-Pixart/w4a8", "gated/w4a8")), "--out", "report"],
     )
@@ -137,7 +138,7 @@ def test_records_hold_all_that_fixes_the_numbers(session: Session, outcomes: lis
         assert record.seeds["base"] == 3
         assert record.samples == 3
         assert record.command == (
-            "diffuse-compress eval reproduce tiny-pixart tiny-wan gated absent llama --recipe w4a8 "
+            "diffuse-compress eval reproduce tiny-pixart tiny-wan gated absent late llama --recipe w4a8 "
             "--experiments experiments.json --device cpu"
         )
     assert dense.metrics == ()
@@ -161,7 +162,7 @@ def test_weights_without_access_are_cells_of_the_table(session: Session, outcome
     assert done["code"] == 1
     assert "gated: not measured: no access: base/gated is gated; ask for access on its page" in done["err"]
     assert "absent: not measured: no access: base/absent is private or does not exist" in done["err"]
-    for name in ("gated", "absent"):
+    for name in ("gated", "absent", "late"):
         for arm in ("dense", "w4a8"):
             record = load_record(session.folder / "reproduced" / name / arm)
             assert record.samples == 0
@@ -203,13 +204,19 @@ def test_goes_on_offline_and_keeps_what_it_had(session: Session, outcomes: list[
     before = (folder / "gated/w4a8/record.json").read_bytes()
     session.hub.add("base/llama", {"config.json": b"{}"}, "a later commit")
     (session.folder / "cache/hub/models--base--gated").rename(session.folder / "elsewhere")
+    # Access that came later: the record of its lack makes room.
+    cached = session.folder / "cache/hub/models--base--pixart"
+    shutil.copytree(cached, cached.with_name("models--base--late"), symlinks=True)
     done, refused = session.run(
-        reproduce_command("Tiny-Pixart", "llama"), reproduce_command("gated"), HF_HUB_OFFLINE="1"
+        reproduce_command("Tiny-Pixart", "late", "llama"), reproduce_command("gated"), HF_HUB_OFFLINE="1"
     )
     assert done["code"] == 0, done["err"]
     assert picture.read_bytes() == lost
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert {metric.name for metric in load_record(folder / "Tiny-Pixart/w4a8").metrics} >= {"PSNR", "SSIM"}
+    late, early = load_record(folder / "late/w4a8"), load_record(folder / "Tiny-Pixart/w4a8")
+    assert late.metrics == early.metrics
+    assert "disk_bytes" not in late.not_measured
     assert refused["code"] == 1
     assert "the Hub cannot be reached, and what is needed of base/gated is not in the cache" in refused["err"]
     assert (folder / "gated/w4a8/record.json").read_bytes() == before
