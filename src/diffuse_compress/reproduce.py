@@ -87,7 +87,7 @@ class _Kind:
 
 _MODEL_KINDS = {
     "language": _Kind("diffuse_compress.evaluation.perplexity", ("perplexity, {name}",), "texts"),
-    "vision-language": _Kind("diffuse_compress.evaluation.vqa", ("accuracy, {name}",), "questions"),
+    "vision-language": _Kind("diffuse_compress.evaluation.vqa", ("VQA accuracy, {name}",), "questions"),
 }
 _registered: dict[str, ModelScorer] = {}
 
