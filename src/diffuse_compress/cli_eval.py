@@ -1,4 +1,4 @@
-"""``diffuse-compress eval``: generate, paired, fid, report, reproduce."""
+"""``diffuse-compress eval``: generate, paired, fid, report; the others are beside."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from diffuse_compress.arms import make_arms
-from diffuse_compress.errors import ConfigError, nearest
+from diffuse_compress.cli_eval_reproduce import add_reproduce
+from diffuse_compress.errors import ConfigError
 from diffuse_compress.evaluation.conditions import Condition, class_conditions, read_prompts, unconditional
 from diffuse_compress.evaluation.environment import command_line, describe_device
-from diffuse_compress.evaluation.experiments import NoAccessError, load_experiments
 from diffuse_compress.evaluation.features import (
     PREPROCESSING,
     ClassifierExtractor,
@@ -29,11 +29,10 @@ from diffuse_compress.evaluation.features import (
 from diffuse_compress.evaluation.fid import METRICS, SetScorer, default_metrics, save_statistics
 from diffuse_compress.evaluation.generation import generate
 from diffuse_compress.evaluation.paired import CLIP, score_pairs
-from diffuse_compress.evaluation.record_report import comparison_table, table_notes, write_report
+from diffuse_compress.evaluation.record_report import write_report
 from diffuse_compress.evaluation.records import Metric, Record, load_record
 from diffuse_compress.evaluation.samples import RECORD, PictureSet, open_pictures
 from diffuse_compress.report import installed_versions
-from diffuse_compress.reproduce import describe, reproduce, require_possible
 
 __all__ = ["add_eval"]
 
@@ -64,17 +63,6 @@ the Inception weights are looked for where torch.hub keeps pytorch-fid's and tor
 """
 
 
-_REPRODUCE_EXAMPLES = """examples:
-  diffuse-compress eval reproduce FLUX.1-dev --recipe w4a8 --dry-run   # what it would download and make
-  diffuse-compress eval reproduce PixArt-Sigma --recipe w4a8 w8a8      # reproduced/PixArt-Sigma/dense, .../w4a8, ...
-  diffuse-compress eval report reproduced/*/* --out report
-
-experiments: {names}
-weights come from the Hub at a pinned commit, with your token; without access the records say so, and so does the exit
-code. an interrupted run goes on with the same command.
-"""
-
-
 def add_eval(verbs: Any) -> None:
     """Add the verb and its own verbs."""
     verb = verbs.add_parser(
@@ -88,7 +76,7 @@ def add_eval(verbs: Any) -> None:
     _add_paired(parts)
     _add_fid(parts)
     _add_report(parts)
-    _add_reproduce(parts)
+    add_reproduce(parts, _parser_of, _place, _command)
     for part in parts.choices.values():
         part.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
         part.add_argument("--debug", action="store_true", help="show the traceback of a failure")
@@ -185,26 +173,6 @@ def _add_report(parts: Any) -> None:
     verb.add_argument("--quality", metavar="METRIC", help="of the Pareto plots, or its beginning (default: the first)")
     verb.add_argument("--title", default="Evaluation", help="of the page")
     verb.set_defaults(run=_report)
-
-
-def _add_reproduce(parts: Any) -> None:
-    examples = _REPRODUCE_EXAMPLES.format(names=", ".join(load_experiments()))
-    verb = _parser_of(
-        parts, "reproduce", "measure recipes on published weights: pinned commit, prompts, seeds", examples
-    )
-    verb.add_argument("names", nargs="+", metavar="NAME", help="experiments")
-    verb.add_argument(
-        "--recipe",
-        nargs="+",
-        required=True,
-        metavar="[NAME=]RECIPE",
-        help="presets (w4a16:hqq names the algorithm) or recipe files; the dense model is measured in any case",
-    )
-    verb.add_argument("--experiments", metavar="FILE", help="other experiments, in the form of experiments.json")
-    verb.add_argument("--dry-run", action="store_true", help="say what would be downloaded and made, and stop")
-    verb.add_argument("--device", help="default: cuda if there is one")
-    verb.add_argument("--out", default="reproduced", metavar="DIR", help="default: ./reproduced")
-    verb.set_defaults(run=_reproduce)
 
 
 # --- generate ---------------------------------------------------------------------------------------------------
@@ -386,57 +354,6 @@ def _report(args: argparse.Namespace) -> None:
         return
     print(written[0].read_text(encoding="utf-8"))
     print("\n".join(str(path) for path in written))
-
-
-# --- reproduce --------------------------------------------------------------------------------------------------
-
-
-def _reproduce(args: argparse.Namespace) -> None:
-    known = load_experiments(args.experiments)
-    # People write names as they like: flux.1-dev.
-    by_lower = {name.lower(): name for name in known}
-    unknown = [name for name in args.names if name.lower() not in by_lower]
-    if unknown:
-        raise ConfigError(f"eval reproduce: no experiment {unknown[0]!r}; {nearest(unknown[0], known)}.")
-    device, state = _place(args.device)
-    found: dict[str, Any] = {}
-    refused = []
-    names = [by_lower[name.lower()] for name in args.names]
-    for name in names:  # before hours of work on the first of them
-        require_possible(known[name], args.recipe, args.out)
-    for name in names:
-        folder = Path(args.out) / name
-        try:
-            if args.dry_run:
-                found[name] = describe(known[name], args.recipe, args.out)
-                continue
-            reproduce(known[name], args.recipe, args.out, device=device, command=_command(), state=state)
-        except NoAccessError as error:
-            refused.append(f"{name}: not measured: {error}")
-        if not args.dry_run:
-            found[name] = {path.parent.name: load_record(path) for path in sorted(folder.glob(f"*/{RECORD}"))}
-    if _is_first(state):
-        _print_reproduced(found, args.json, args.out)
-    if refused:
-        raise NoAccessError("\n".join(refused))
-
-
-def _print_reproduced(found: dict[str, Any], as_json: bool, out: str) -> None:
-    """Records, or texts of a dry run."""
-    if as_json:
-        plain = {
-            name: one if isinstance(one, str) else {k: r.to_dict() for k, r in one.items()}
-            for name, one in found.items()
-        }
-        print(json.dumps(plain, indent=1))
-        return
-    for one in found.values():
-        if isinstance(one, str):
-            print(one)
-    records = [record for one in found.values() if not isinstance(one, str) for record in one.values()]
-    if records:
-        print(comparison_table(records), *(f"- {note}" for note in table_notes(records)), sep="\n")
-        print(f"\nrecords: {', '.join(str(Path(out) / name) for name in found)}")
 
 
 # --- shared -----------------------------------------------------------------------------------------------------

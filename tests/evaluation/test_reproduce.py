@@ -208,7 +208,9 @@ def test_goes_on_offline_and_keeps_what_it_had(session: Session, outcomes: list[
     cached = session.folder / "cache/hub/models--base--pixart"
     shutil.copytree(cached, cached.with_name("models--base--late"), symlinks=True)
     done, refused = session.run(
-        reproduce_command("Tiny-Pixart", "late", "llama"), reproduce_command("gated"), HF_HUB_OFFLINE="1"
+        reproduce_command("Tiny-Pixart", "late", "llama"),
+        [*reproduce_command("gated"), "--json"],
+        HF_HUB_OFFLINE="1",
     )
     assert done["code"] == 0, done["err"]
     assert picture.read_bytes() == lost
@@ -218,6 +220,7 @@ def test_goes_on_offline_and_keeps_what_it_had(session: Session, outcomes: list[
     assert late.metrics == early.metrics
     assert "disk_bytes" not in late.not_measured
     assert refused["code"] == 1
+    assert json.loads(refused["out"])["gated"]["w4a8"]["samples"] == 3
     assert "the Hub cannot be reached, and what is needed of base/gated is not in the cache" in refused["err"]
     assert (folder / "gated/w4a8/record.json").read_bytes() == before
 

@@ -37,6 +37,7 @@ _TASKS = {
     "prompts": "text-to-image",
     "unknown": "text-to-image",
     "texts": "text-generation",
+    "tasks": "text-generation",
     "questions": "visual-question-answering",
 }
 
