@@ -1,8 +1,8 @@
 """A small Hub on 127.0.0.1: what huggingface_hub asks of the real one to create, upload, list and download models.
 
-Repositories live in memory as lists of commits. Large files go through the LFS batch protocol and a PUT, small ones
-inside the commit, as on the real Hub; downloads answer HEAD and (ranged) GET. Xet is not spoken: clients run with
-``HF_HUB_DISABLE_XET=1``.
+Repositories live in memory as lists of commits; data sets are read from among them. Large files go through the LFS
+batch protocol and a PUT, small ones inside the commit, as on the real Hub; downloads answer HEAD and (ranged) GET. Xet
+is not spoken: clients run with ``HF_HUB_DISABLE_XET=1``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ class Commit:
 
 @dataclass
 class Repository:
+    """A repository of models; a gated one tells what it is to everyone, and gives its files to nobody here."""
+
     private: bool | None = None
+    gated: bool = False
     refs: dict[str, Commit] = field(default_factory=lambda: {"main": Commit("initial commit", {})})
     commits: list[Commit] = field(default_factory=list)
 
@@ -137,12 +140,15 @@ class _Handler(BaseHTTPRequestHandler):
             (r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>.+)", self._preupload),
             (r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>.+)", self._commit),
             (r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<branch>.+)", self._branch),
-            (r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(?P<under>/.*)?", self._tree),
-            (r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>.+)", self._info),
-            (r"/api/models/(?P<repo>[^/]+/[^/]+)", self._info),
+            (r"/api/(?:models|datasets)/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(?P<under>/.*)?", self._tree),
+            (r"/api/(?:models|datasets)/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>.+)", self._info),
+            (r"/api/(?:models|datasets)/(?P<repo>[^/]+/[^/]+)", self._info),
             (r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", self._lfs_batch),
             (r"/lfs/(?P<oid>[0-9a-f]{64})", self._lfs_put),
-            (r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>refs/pr/\d+|[^/]+)/(?P<file>.+)", self._resolve),
+            (
+                r"(?:/datasets)?/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>refs/pr/\d+|[^/]+)/(?P<file>.+)",
+                self._resolve,
+            ),
         )
         for pattern, route in routes:
             match = re.fullmatch(pattern, path)
@@ -245,8 +251,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         private = bool(self.hub.repositories[repo].private)
         siblings = [{"rfilename": path, "size": len(data)} for path, data in sorted(commit.files.items())]
+        gated = "auto" if self.hub.repositories[repo].gated else False
         self._json({"id": repo, "modelId": repo, "sha": commit.sha, "private": private, "tags": [], "downloads": 0,
-                    "siblings": siblings})  # fmt: skip
+                    "gated": gated, "siblings": siblings})  # fmt: skip
 
     def _tree(self, repo: str, revision: str, under: str | None, body: bytes, query: dict[str, str]) -> None:
         commit = self._found(repo, revision)
@@ -265,6 +272,8 @@ class _Handler(BaseHTTPRequestHandler):
         if commit is None:
             return
         headers = {"X-Repo-Commit": commit.sha}
+        if self.hub.repositories[repo].gated:
+            return self._refuse_gated()
         if file not in commit.files:
             return self._missing("EntryNotFound", headers)
         data = commit.files[file]
@@ -303,6 +312,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _missing(self, code: str, headers: dict[str, str] | None = None) -> None:
         self._json({"error": code}, 404, {"X-Error-Code": code, **(headers or {})})
+
+    def _refuse_gated(self) -> None:
+        # The Hub tells the nameless that they lack a token, and others that they have not been let in.
+        status = 403 if self.headers.get("Authorization") == f"Bearer {TOKEN}" else 401
+        self._json({"error": "Access to this model is restricted."}, status, {"X-Error-Code": "GatedRepo"})
 
     def _json(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self._send(json.dumps(content).encode(), status, {"Content-Type": "application/json", **(headers or {})})

@@ -17,6 +17,7 @@ from diffuse_compress.api import (
     decompress,
 )
 from diffuse_compress.calibration.recording import Calibration
+from diffuse_compress.card_results import attach_results
 from diffuse_compress.companions import complete_save, complete_upload
 from diffuse_compress.compare import PairedComparison, compare
 from diffuse_compress.errors import (
@@ -97,6 +98,7 @@ __all__ = [
     "TwoLevel",
     "UnsupportedHardwareError",
     "WeightScheme",
+    "attach_results",
     "compare",
     "compress",
     "compression_plan",

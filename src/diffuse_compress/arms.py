@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,26 @@ from diffuse_compress.quantization.algorithms.base import algorithm_from_dict
 from diffuse_compress.recipe import Recipe, as_recipe
 from diffuse_compress.skeleton import default_dtype, load, local_folder
 
-__all__ = ["DENSE", "load_pipeline", "make_arm", "make_arms", "weights_fingerprint"]
+__all__ = [
+    "DENSE",
+    "dtype_text",
+    "load_pipeline",
+    "make_arm",
+    "make_arms",
+    "read_recipes",
+    "weights_fingerprint",
+]
 
 DENSE = "dense"
 _BLOCK = 1 << 20
 
 
 def make_arms(
-    pipelines: Sequence[str], recipes: Sequence[str] = (), *, dtype: str = "auto", device: str | torch.device = "cpu"
+    pipelines: Sequence[str],
+    recipes: Sequence[str] = (),
+    *,
+    dtype: str | Mapping[str, str] = "auto",
+    device: str | torch.device = "cpu",
 ) -> list[Arm]:
     """Every pipeline with every recipe, named after the recipe, the pipeline, or both where there are several.
 
@@ -32,19 +44,18 @@ def make_arms(
         pipelines: folders or Hub ids, as ``PATH`` or ``NAME=PATH``.
         recipes: ``dense`` (as it is stored), presets, presets with an algorithm (``w4a4:rtn``), or files of recipes,
             as ``RECIPE`` or ``NAME=RECIPE``; none means ``dense``.
-        dtype: "auto" (as stored; float16 becomes float32 on the CPU), "float32", "float16" or "bfloat16".
+        dtype: "auto" (as stored; float16 becomes float32 on the CPU), "float32", "float16" or "bfloat16"; or one of
+            these for each component of a pipeline, and for "default".
         device: where to run.
 
     Raises:
         ConfigError: no pipeline, names that occur twice, or a folder or recipe that does not exist.
     """
-    chosen = [
-        _named(text, Path(text).stem if _is_file(text) else text.replace(":", "-")) for text in recipes or (DENSE,)
-    ]
+    chosen = read_recipes(recipes or (DENSE,))
     arms = []
     for text in pipelines:
         name, path = _named(text, Path(text.rstrip("/")).name)
-        for recipe_name, recipe in chosen:
+        for recipe_name, recipe in chosen.items():
             parts = [name] if len(pipelines) > 1 or not recipes else []
             parts += [recipe_name] if recipes else []
             arms.append(make_arm("-".join(parts), path, recipe, dtype=dtype, device=device))
@@ -57,28 +68,52 @@ def make_arms(
     return arms
 
 
+def read_recipes(texts: Sequence[str]) -> dict[str, Recipe | None]:
+    """{name: recipe} of what a command line says, as in :func:`make_arms`; None stands for dense.
+
+    Raises:
+        ConfigError: a recipe that does not exist, or names that occur twice.
+    """
+    found: dict[str, Recipe | None] = {}
+    for text in texts:
+        name, recipe = _named(text, Path(text).stem if _is_file(text) else text.replace(":", "-"))
+        if name in found:
+            raise ConfigError(f"recipes: need different names, got {name} twice. Write NAME=RECIPE.")
+        found[name] = _recipe_of(recipe)
+    return found
+
+
 def make_arm(
-    name: str, path: str, recipe: str | Recipe = DENSE, *, dtype: str = "auto", device: str | torch.device = "cpu"
+    name: str,
+    path: str,
+    recipe: str | Recipe | None = DENSE,
+    *,
+    dtype: str | Mapping[str, str] = "auto",
+    device: str | torch.device = "cpu",
 ) -> Arm:
     """One pipeline with one recipe; arguments as :func:`make_arms`. Reads no weights."""
-    chosen = recipe if isinstance(recipe, Recipe) else None
-    if isinstance(recipe, str) and recipe != DENSE:
-        preset, _, kind = recipe.partition(":")
-        algorithm = algorithm_from_dict({"kind": kind}) if kind else None
-        chosen = Recipe.load(recipe) if _is_file(recipe) else as_recipe(preset, algorithm=algorithm)
+    chosen = _recipe_of(recipe) if isinstance(recipe, str) else recipe
     folder = local_folder(path, weights=True)
-    loaded = default_dtype(dtype, folder, device)
+    if isinstance(dtype, str):
+        loaded: Any = default_dtype(dtype, folder, device)
+    else:
+        loaded = {part: default_dtype(one, folder, device) for part, one in dtype.items()}
     model = {
         "id": path if path.count("/") == 1 and not Path(path).exists() else folder.resolve().name,
         "revision": folder.name if folder.parent.name == "snapshots" else None,
-        "dtype": None if loaded is None else str(loaded).removeprefix("torch."),
+        "dtype": dtype_text(loaded),
         "weights_sha256": weights_fingerprint(folder),
     }
     loader = partial(load_pipeline, folder, chosen, loaded, device)
     return Arm(name, loader, model, None if chosen is None else chosen.to_dict())
 
 
-def load_pipeline(folder: Path, recipe: Recipe | None, dtype: torch.dtype | None, device: str | torch.device) -> Any:
+def load_pipeline(
+    folder: Path,
+    recipe: Recipe | None,
+    dtype: torch.dtype | Mapping[str, torch.dtype] | None,
+    device: str | torch.device,
+) -> Any:
     """The pipeline of a folder, compressed."""
     pipe = load(folder, dtype, str(device))
     if recipe is not None:
@@ -97,6 +132,23 @@ def weights_fingerprint(folder: Path) -> str:
             file.seek(max(0, size - _BLOCK))
             digest.update(file.read(_BLOCK))
     return digest.hexdigest()[:16]
+
+
+def _recipe_of(text: str) -> Recipe | None:
+    if text == DENSE:
+        return None
+    if _is_file(text):
+        return Recipe.load(text)
+    preset, _, kind = text.partition(":")
+    return as_recipe(preset, algorithm=algorithm_from_dict({"kind": kind}) if kind else None)
+
+
+def dtype_text(dtype: Any) -> str | None:
+    """``bfloat16``, or ``bfloat16, vae float32`` of one for each component; None stays None."""
+    if isinstance(dtype, Mapping):
+        parts = [f"{'' if part == 'default' else part + ' '}{dtype_text(one)}" for part, one in dtype.items()]
+        return ", ".join(parts)
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _named(text: str, default: str) -> tuple[str, str]:

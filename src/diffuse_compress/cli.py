@@ -19,6 +19,7 @@ import torch
 from diffuse_compress import __version__
 from diffuse_compress.anatomy import GENERIC, model_anatomy, step_behaviour
 from diffuse_compress.api import compress, compression_plan, compression_report
+from diffuse_compress.card_results import attach_results, require_results_of
 from diffuse_compress.cli_eval import add_eval
 from diffuse_compress.components import SELF, model_components
 from diffuse_compress.demo import PROMPTS, run_demo
@@ -32,7 +33,7 @@ from diffuse_compress.quantization.algorithms.base import algorithm_from_dict, a
 from diffuse_compress.quantization.dispatch import compute_path
 from diffuse_compress.quantization.presets import PRESETS
 from diffuse_compress.quantization.scheme import Scheme
-from diffuse_compress.recipe import Recipe
+from diffuse_compress.recipe import Recipe, as_recipe
 from diffuse_compress.report import installed_versions, report_kind, report_of
 from diffuse_compress.report_text import SPEED, format_count, headline
 from diffuse_compress.skeleton import default_dtype, load, local_folder, read_skeleton
@@ -174,6 +175,12 @@ def _add_compress(verbs: Any) -> None:
         "--push", metavar="REPO", help="push to this repository of the Hub (the token of `hf auth login`)"
     )
     verb.add_argument("--private", action="store_true", help="with --push: make a private repository")
+    verb.add_argument(
+        "--results",
+        nargs="+",
+        metavar="RECORD",
+        help="records of eval, or runs' folders, for the card of --out and --push",
+    )
     verb.add_argument("--report", metavar="FILE", help="write the report: .html, .json or .md")
     verb.add_argument("--preview", action="append", metavar="PROMPT", help="generate before and after; repeat for more")
     verb.add_argument("--no-measure", action="store_true", help="do not run the pipeline to measure its output error")
@@ -200,6 +207,8 @@ def _compress(args: argparse.Namespace) -> None:
         )
     if (args.format or args.private) and not (args.out or args.push):
         raise ConfigError("compress: --format and --private are about what is written: give --out DIR or --push REPO.")
+    if args.results and not (args.out or args.push):
+        raise ConfigError("compress: --results go into the card of what is written: give --out DIR or --push REPO.")
     if args.report:
         report_kind(args.report)
     _check_writable(args.out, args.report)
@@ -221,11 +230,16 @@ def _compress(args: argparse.Namespace) -> None:
             return
     folder = local_folder(args.model, weights=True)
     target = load(folder, default_dtype(args.dtype, folder, args.device), args.device)
+    if args.results and methods:
+        asked = as_recipe(*methods, **{key: value for key, value in options.items() if key != "device"})
+        require_results_of(target, asked, args.results)  # before minutes of work
     before = [get_state(model) for model in model_components(target).values()]
     compress(target, *methods, **options, preview=args.preview, measure=not args.no_measure)
     if all(get_state(model) is state for model, state in zip(model_components(target).values(), before, strict=True)):
         print(f"{args.model}: already compressed this way; nothing is changed.", file=sys.stderr)
     report = compression_report(target)
+    if args.results:
+        attach_results(target, args.results)
     if args.out:
         target.save_pretrained(args.out, format=args.format)
     pushed = None

@@ -1,4 +1,4 @@
-"""``diffuse-compress eval``: generate, paired, fid, report."""
+"""``diffuse-compress eval``: generate, paired, fid, report; the others are beside."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from diffuse_compress.arms import make_arms
+from diffuse_compress.cli_eval_reproduce import add_reproduce
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.evaluation.conditions import Condition, class_conditions, read_prompts, unconditional
 from diffuse_compress.evaluation.environment import command_line, describe_device
@@ -75,6 +76,7 @@ def add_eval(verbs: Any) -> None:
     _add_paired(parts)
     _add_fid(parts)
     _add_report(parts)
+    add_reproduce(parts, _parser_of, _place, _command)
     for part in parts.choices.values():
         part.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
         part.add_argument("--debug", action="store_true", help="show the traceback of a failure")

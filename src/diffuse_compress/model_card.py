@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from diffuse_compress.card_results import SOURCE, card_results, foreign_results, results_text
 from diffuse_compress.components import GROUPS, is_pipeline, model_components
 from diffuse_compress.integrations.compat import INSTALL_COMMAND
 from diffuse_compress.integrations.component import get_state
@@ -37,7 +38,6 @@ _LABEL = re.compile(r"w\d+a\d+|fp8(-weight-only)?")
 _DERIVED = {"base_model", "library_name", "pipeline_tag"}
 _UNKNOWN_REPO = "PATH_OR_REPO"
 _OUR_TAGS = ("diffuse_compress", "quantized")
-_HOME = "https://github.com/diffuse-compress/diffuse-compress"
 
 
 def model_card(
@@ -67,7 +67,10 @@ def model_card(
             setattr(card.data, key, value)
     if bases and card.data.base_model in (bases, bases[0]):
         card.data.base_model_relation = "quantized"
-    card.text = _merged(card.text, _section(obj, bases, repo_id, native), _title(obj, bases, repo_id))
+    title = _title(obj, bases, repo_id)
+    results = card_results(obj, card.data.eval_results)
+    _set_results(card.data, results, title)
+    card.text = _merged(card.text, _section(obj, bases, repo_id, native, results_text(results)), title)
     return str(card)
 
 
@@ -79,6 +82,7 @@ def without_section(text: str) -> str:
     card.data.tags = [tag for tag in card.data.tags or () if tag not in ours and not _LABEL.fullmatch(tag)] or None
     if getattr(card.data, "base_model_relation", None) == "quantized":
         card.data.base_model_relation = None
+    _set_results(card.data, foreign_results(card.data.eval_results), card.data.model_name)
     return str(card)
 
 
@@ -118,6 +122,12 @@ def _without_form(text: str) -> str:
     return str(card)
 
 
+def _set_results(data: Any, results: list[Any], name: str | None) -> None:
+    """The model-index; a card without results has none, and no name in it."""
+    data.model_name = (data.model_name or name) if results else None
+    data.eval_results = results or None
+
+
 def _merged(text: str, section: str, title: str) -> str:
     block = f"{_BEGIN}\n{section.strip()}\n{_END}"
     found = _SECTION.search(text)
@@ -132,7 +142,7 @@ def _title(obj: Any, bases: list[str], repo_id: str | None) -> str:
     return f"{bases[0].rpartition('/')[2]}, compressed" if bases else f"{_class_of(obj).__name__}, compressed"
 
 
-def _section(obj: Any, bases: list[str], repo_id: str | None, native: bool) -> str:
+def _section(obj: Any, bases: list[str], repo_id: str | None, native: bool, results: str) -> str:
     report = report_of(obj).to_dict()
     origin = " and ".join(f"[{base}](https://huggingface.co/{base})" for base in bases)
     origin = f" of {origin}" if origin else ""
@@ -146,11 +156,12 @@ def _section(obj: Any, bases: list[str], repo_id: str | None, native: bool) -> s
     tables = render_markdown({**report, "preview": [], "hint": ""})
     blocks = [
         "## Compression",
-        f"`{_class_of(obj).__name__}`{origin}, compressed with [diffuse_compress]({_HOME}).",
+        f"`{_class_of(obj).__name__}`{origin}, compressed with [diffuse_compress]({SOURCE}).",
         _load_snippet(obj, repo_id or _UNKNOWN_REPO, native),
-        tables,
+        f"{tables}\nMade with {made}.\n" if made else tables,
+        results,
     ]
-    return "\n\n".join(blocks) + (f"\nMade with {made}.\n" if made else "")
+    return "\n\n".join(filter(None, blocks))
 
 
 def _load_snippet(obj: Any, where: str, native: bool) -> str:

@@ -6,7 +6,7 @@ Enough to plan a compression or to look at one, without reading a weight.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,21 @@ from diffuse_compress.integrations.doors import marks_of
 from diffuse_compress.integrations.peft import restore_merge_errors
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
 
-__all__ = ["default_dtype", "load", "local_folder", "model_class", "read_skeleton", "stored_dtype"]
+__all__ = ["MODEL_FILES", "default_dtype", "load", "local_folder", "model_class", "read_skeleton", "stored_dtype"]
 
 _PIPELINE_INDEX = "model_index.json"
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+"""What is fetched of a repository that holds a model, not a pipeline."""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def local_folder(name: str, *, weights: bool) -> Path:
+def local_folder(name: str, *, weights: bool, revision: str | None = None) -> Path:
     """The folder of a pipeline or model: a path, or a Hub repository that is fetched into the cache.
 
     Args:
         name: path or ``owner/name``.
         weights: False fetches the JSON files only.
+        revision: of a repository: branch, tag or commit; None means its main branch.
 
     Raises:
         ConfigError: neither a folder nor a repository that can be reached.
@@ -51,22 +54,25 @@ def local_folder(name: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        found = Path(snapshot_download(name, allow_patterns=["*.json", "*/*.json"]))
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*/*.json"]))
         if not weights:
             return found
         if (found / _PIPELINE_INDEX).is_file():
             # Knows which of a repository's weight files the pipeline needs.
             from diffusers import DiffusionPipeline
 
-            return Path(DiffusionPipeline.download(name))
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+            return Path(DiffusionPipeline.download(name, revision=revision))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
     except Exception as error:  # offline, not found, gated: the Hub client has a class for each
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{name}: no such folder here, and the Hub gave: {reason}") from error
 
 
-def load(folder: Path, dtype: torch.dtype | None, device: str | None) -> Any:
-    """The pipeline or model of ``folder`` with its weights, through the stock ``from_pretrained``."""
+def load(folder: Path, dtype: torch.dtype | Mapping[str, torch.dtype] | None, device: str | None) -> Any:
+    """The pipeline or model of ``folder`` with its weights, through the stock ``from_pretrained``.
+
+    ``dtype`` may be ``{component or "default": dtype}`` for a pipeline.
+    """
     options = {} if dtype is None else {"dtype": dtype}
     if (folder / _PIPELINE_INDEX).is_file():
         from diffusers import DiffusionPipeline

@@ -119,6 +119,24 @@ def test_new_scores_replace_those_of_the_same_kind() -> None:
     assert [m.value for m in made.metrics] == [3, 4]
 
 
+def test_what_was_not_measured_is_said_in_its_place() -> None:
+    reasons = {"PSNR": "no access: a/b is gated", "disk_bytes": "no access: a/b is gated"}
+    gone = record("gone", samples=0, cost={}).with_metrics([], reasons)
+    half = record("half", metric(3, "PSNR")).with_metrics([], {"LPIPS": "needs pip install lpips", "PSNR": "x"})
+    assert Record.from_dict(gone.to_dict()) == gone
+    assert half.not_measured == {"LPIPS": "needs pip install lpips"}
+    assert gone.with_metrics([metric(3, "PSNR")]).not_measured == {"disk_bytes": "no access: a/b is gated"}
+    lines = comparison_table([gone, half]).splitlines()
+    assert lines[0] == "|  | N | PSNR | LPIPS | on disk | s a sample | peak memory |"
+    assert lines[2] == "| gone | 0 | not measured: no access | – | not measured: no access | – | – |"
+    assert lines[3].startswith("| half | 5000 | 3.0 [2.0, 4.0] | not measured | 3.00 MiB |")
+    notes = table_notes([gone, half])
+    assert "gone: not measured: no access: a/b is gated" in notes
+    assert "half: LPIPS not measured: needs pip install lpips" in notes
+    assert comparison_table([gone]).splitlines()[2].count("not measured: no access") == 2
+    assert pareto_plot([gone, half], metric(3, "PSNR").key, "bytes") is None
+
+
 def test_eval_results_are_what_model_cards_take(tmp_path: Path) -> None:
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -150,7 +168,9 @@ def test_comparison_table_lines_up_metrics_that_compare() -> None:
     assert lines[2] == "| dense | 5000 | – | – | 3.00 MiB | 0.25 | 9.00 MiB |"
     notes = table_notes(records)
     assert notes[0] == "FID-to-dense (1): Inception; lower is better."
-    assert notes[-1].startswith("Made with PixArt-alpha/PixArt-XL-2-1024-MS, coco.json, a processor, 2026-11-26, torch")
+    assert notes[-1].startswith(
+        "Made with PixArt-alpha/PixArt-XL-2-1024-MS at abc, coco.json, a processor, 2026-11-26, torch"
+    )
     assert lines[3] == "| w8a8 | 5000 | 3.1 [2.1, 4.1] | – | 3.00 MiB | 0.25 | 9.00 MiB |"
     assert lines[4] == "| w4\\|a8 | 5000 | 7.5 [6.5, 8.5] | 8.5 [7.5, 9.5] | – | – | – |"
 

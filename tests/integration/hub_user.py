@@ -53,6 +53,7 @@ def push(folder: Path) -> dict[str, Any]:
     pipe.transformer.push_to_hub("me/transformer")
 
     command = ["compress", "base/pixart", "--recipe", "w8a16", "--push", "me/from-shell", "--private", "--no-measure"]
+    command += ["--results", str(folder / "record.json")]
     assert main(command) == 0
 
     config = dc.QuantizationConfig("w8a8")

@@ -19,8 +19,10 @@ import yaml
 import diffuse_compress as dc
 import tiny
 from diffuse_compress.companions import complete_upload
+from diffuse_compress.evaluation.records import Metric, Record
 from diffuse_compress.integrations.origin import forget_local_paths
 from diffuse_compress.model_card import model_card
+from diffuse_compress.recipe import as_recipe
 from loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +53,24 @@ def _sharded(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_file()]
 
 
+def shell_record() -> Record:
+    """What an evaluation of the pipeline that is pushed from the shell might have found."""
+    return Record(
+        name="w8a16",
+        model={"id": "base/pixart", "class": "PixArtAlphaPipeline"},
+        recipe=as_recipe("w8a16").to_dict(),
+        device={"type": "cpu", "name": "a processor"},
+        versions={},
+        date="2026-11-26",
+        command="",
+        data={"kind": "prompts", "name": "general.txt", "sha256": None},
+        seeds={"base": 0, "rule": ""},
+        samples=8,
+        settings={},
+        metrics=(Metric("SSIM", 0.875, None, None, 8, "Gaussian window", True),),
+    )
+
+
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     folder = tmp_path_factory.mktemp("hub")
@@ -64,6 +84,8 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
         hub.add("base/sharded", {f"transformer/{path.name}": path.read_bytes() for path in shards})
         hub.add("me/sharded", {path.name: path.read_bytes() for path in _sharded(folder / "compressed")})
         hub.add("me/with-card", {"README.md": OWNERS_CARD.encode(), "pipeline.py": OWNERS_PIPELINE})
+
+        shell_record().save(folder / "record.json")
 
         def user(what: str) -> dict[str, Any]:
             paths = [str(ROOT / name) for name in ("src", "kernels", "tests")]
@@ -166,6 +188,16 @@ def test_card_names_base_licence_and_kind(session: Session, repo: str) -> None:
     if repo != "me/onload":  # quantized on its way in: nothing was measured
         assert re.search(r"on cpu, peak memory .*, 20\d\d-\d\d-\d\dT", text)
         assert "torch " in text
+
+
+def test_results_reach_the_hub_as_a_model_index(session: Session) -> None:
+    data, text = session.card("me/from-shell")
+    (index,) = data["model-index"]
+    assert index["name"] == "from-shell"
+    (metric,) = index["results"][0]["metrics"]
+    assert (metric["value"], metric["args"]["device"], metric["args"]["date"]) == (0.875, "a processor", "2026-11-26")
+    assert "| SSIM (w8a16) | 0.875 |" in text
+    assert "model-index" not in session.card("me/pixart")[0]
 
 
 def test_card_of_a_language_model(session: Session) -> None:

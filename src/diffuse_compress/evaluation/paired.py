@@ -161,7 +161,10 @@ def _lpips() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         raise ConfigError("needs pip install lpips, which brings torchvision")
     backbone = Path(torch.hub.get_dir()) / "checkpoints" / _LPIPS_BACKBONE
     if not backbone.is_file():
-        raise ConfigError(f"needs {_LPIPS_BACKBONE} of torchvision in {backbone.parent}; nothing is downloaded here")
+        raise ConfigError(
+            f"needs {_LPIPS_BACKBONE} of torchvision in the folder checkpoints of torch.hub.get_dir(); nothing is "
+            "downloaded here"
+        )
     import lpips
 
     network = lpips.LPIPS(net="alex", verbose=False).eval()

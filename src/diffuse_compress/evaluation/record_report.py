@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffuse_compress.errors import ConfigError, nearest
-from diffuse_compress.evaluation.records import Metric, Record
+from diffuse_compress.evaluation.records import NO_ACCESS, Metric, Record
 from diffuse_compress.evaluation.samples import write_atomically
 from diffuse_compress.plan_text import format_bytes
 from diffuse_compress.report_html import render_template
@@ -153,6 +153,14 @@ def _columns(records: Sequence[Record]) -> list[tuple[Any, ...]]:
     return list(dict.fromkeys(metric.key for record in records for metric in record.metrics))
 
 
+def _wanted_columns(records: Sequence[Record]) -> list[tuple[Any, ...]]:
+    """Those of :func:`_columns`, and one for every score that was wanted and that no record has."""
+    columns = _columns(records)
+    costs = {key for key, _ in _COST_COLUMNS.values()}
+    absent = dict.fromkeys(name for record in records for name in record.not_measured)
+    return columns + [(name,) for name in absent if name not in {*costs, *(column[0] for column in columns)}]
+
+
 def _quality_column(records: Sequence[Record], quality: str | None) -> tuple[Any, ...] | None:
     columns = _columns(records)
     if quality is not None:
@@ -172,14 +180,15 @@ def _metric(record: Record, column: tuple[Any, ...]) -> Metric | None:
 
 
 def _cells(records: Sequence[Record], costs: Sequence[str] = tuple(_COST_COLUMNS)) -> list[list[str]]:
-    columns = _columns(records)
+    columns = _wanted_columns(records)
     headings = _headings(columns)
     units = [next((m.unit for r in records for m in r.metrics if m.key == column), "") for column in columns]
     header = ["", "N", *(f"{h}, {unit}" if unit else h for h, unit in zip(headings, units, strict=True))]
-    rows = [[record.name, str(record.samples), *(_value(_metric(record, c)) for c in columns)] for record in records]
+    rows = [[record.name, str(record.samples), *(_cell(record, column) for column in columns)] for record in records]
     for title in costs:
         key, shown = _COST_COLUMNS[title]
-        cells = ["–" if record.cost.get(key) is None else shown(record.cost[key]) for record in records]
+        known = [record.cost.get(key) for record in records]
+        cells = [_absence(r, key) if v is None else shown(v) for r, v in zip(records, known, strict=True)]
         if any(cell != "–" for cell in cells):
             header.append(title)
             for row, cell in zip(rows, cells, strict=True):
@@ -193,30 +202,65 @@ def _headings(columns: Sequence[tuple[Any, ...]]) -> list[str]:
     return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
-def table_notes(records: Sequence[Record]) -> list[str]:
-    """What the columns are, and where the rows come from; what rows share is said once."""
+def table_notes(records: Sequence[Record], *, commands: bool = True) -> list[str]:
+    """What the columns are, and where the rows come from; what rows share is said once.
+
+    Args:
+        records: of the table.
+        commands: with the commands that were typed, which may name folders of the machine.
+    """
     notes = []
-    columns = _columns(records)
+    columns = _wanted_columns(records)
     for heading, column in zip(_headings(columns), columns, strict=True):
-        metric = next(m for record in records for m in record.metrics if m.key == column)
+        metric = next((m for record in records for m in record.metrics if m.key == column), None)
+        if metric is None:
+            continue
         reference = metric.reference or {}
         other_count = f", N={reference.get('count')}" if reference.get("count") != metric.count else ""
         against = f"; against {reference['name']}{other_count}" if reference else ""
         better = "higher" if metric.higher_is_better else "lower"
         notes.append(f"{heading}: {metric.implementation}{against}; {better} is better.")
-    notes.append("In brackets: 95 % intervals.")
+    notes += ["In brackets: 95 % intervals.", *_absence_notes(records)]
     sources: dict[str, list[str]] = {}
     for record in records:
         versions = ", ".join(f"{k} {v}" for k, v in record.versions.items() if k in ("torch", "diffusers"))
-        about = f"{record.model['id']}, {record.data['name']}, {record.device['name']}, {record.date}, {versions}"
-        sources.setdefault(f"{about}; `{record.command}`", []).append(record.name)
+        revision = f" at {record.model['revision'][:7]}" if record.model.get("revision") else ""
+        model = f"{record.model['id']}{revision}"
+        about = f"{model}, {record.data['name']}, {record.device['name']}, {record.date}, {versions}"
+        sources.setdefault(f"{about}; `{record.command}`" if commands else about, []).append(record.name)
     if len(sources) == 1:
         return [*notes, f"Made with {next(iter(sources))}"]
     return notes + [f"{', '.join(names)}: {source}" for source, names in sources.items()]
 
 
-def _value(metric: Metric | None) -> str:
-    if metric is None or not math.isfinite(metric.value):
+def _absence_notes(records: Sequence[Record]) -> list[str]:
+    """Why scores are missing; names of one record that share a reason are together."""
+    notes = []
+    for record in records:
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in record.not_measured.items():
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            all_of_it = reason.startswith(NO_ACCESS)
+            notes.append(f"{record.name}: {'' if all_of_it else ', '.join(names) + ' '}not measured: {reason}")
+    return notes
+
+
+def _cell(record: Record, column: tuple[Any, ...]) -> str:
+    metric = _metric(record, column)
+    return _absence(record, str(column[0])) if metric is None else _value(metric)
+
+
+def _absence(record: Record, name: str) -> str:
+    """Text of a cell without a value; a reason other than no access is long, and stands in the notes."""
+    reason = record.not_measured.get(name)
+    if reason is None:
+        return "–"
+    return f"not measured: {NO_ACCESS}" if reason.startswith(NO_ACCESS) else "not measured"
+
+
+def _value(metric: Metric) -> str:
+    if not math.isfinite(metric.value):
         return "–"
     digits = _digits(metric)
     interval = (

@@ -19,8 +19,10 @@ from diffuse_compress.evaluation.statistics import Interval
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-__all__ = ["Metric", "Record", "eval_results", "load_record", "record_schema", "validate"]
+__all__ = ["NO_ACCESS", "Metric", "Record", "eval_results", "load_record", "record_schema", "validate"]
 
+NO_ACCESS = "no access"
+"""What a reason in ``Record.not_measured`` begins with where the weights or data could not be had."""
 SCHEMA_VERSION = 1
 _TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
@@ -31,7 +33,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "boolean": (bool,),
     "null": (type(None),),
 }
-_TASKS = {"prompts": "text-to-image", "unknown": "text-to-image"}
+_TASKS = {
+    "prompts": "text-to-image",
+    "unknown": "text-to-image",
+    "texts": "text-generation",
+    "tasks": "text-generation",
+    "questions": "visual-question-answering",
+}
 
 
 @dataclass(frozen=True)
@@ -101,11 +109,20 @@ class Record:
     settings: Mapping[str, Any]
     cost: Mapping[str, Any] = field(default_factory=dict)
     metrics: tuple[Metric, ...] = ()
+    not_measured: Mapping[str, str] = field(default_factory=dict)
 
-    def with_metrics(self, metrics: Iterable[Metric]) -> Record:
-        """A copy with these scores; they replace those of the same name, implementation and reference."""
+    def with_metrics(self, metrics: Iterable[Metric], not_measured: Mapping[str, str] | None = None) -> Record:
+        """A copy with these scores; they replace those of the same name, implementation and reference.
+
+        Args:
+            metrics: scores.
+            not_measured: {name: reason} of scores that were wanted and could not be taken.
+        """
         merged = {metric.key: metric for metric in (*self.metrics, *metrics)}
-        return dataclasses.replace(self, metrics=tuple(merged.values()))
+        names = {metric.name for metric in merged.values()}
+        reasons = {**self.not_measured, **(not_measured or {})}
+        absent = {name: reason for name, reason in reasons.items() if name not in names}
+        return dataclasses.replace(self, metrics=tuple(merged.values()), not_measured=absent)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; inverse of :meth:`from_dict`. Numbers that are not finite become null."""
@@ -228,7 +245,9 @@ def eval_results(records: Sequence[Record | str | Path]) -> list[EvalResult]:
                     metric_args={
                         "count": metric.count,
                         "interval_95": [metric.low, metric.high],
+                        "unit": metric.unit or None,
                         "reference": dict(metric.reference) if metric.reference else None,
+                        "model_revision": record.model.get("revision"),
                         "device": record.device["name"],
                         "date": record.date,
                     },

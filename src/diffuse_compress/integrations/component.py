@@ -77,6 +77,7 @@ class ComponentState:
         preview: pictures before and after, for the live report; never written.
         base_model: Hub id of the dense model, None where it is not known. ``ASK_THE_MODEL`` where weights were
             quantized on their way in: both libraries tell the model its name after that.
+        results: evaluation records for the card (see ``card_results.py``); not written with the weights.
         merge_errors: {layer: error} of adapters fused into packed layers, as of the last save (see ``peft.py``).
     """
 
@@ -85,6 +86,7 @@ class ComponentState:
     report: dict[str, Any] | None = field(default=None)
     preview: list[Any] = field(default_factory=list, repr=False, compare=False)
     base_model: str | None = None
+    results: tuple[Any, ...] = field(default=(), repr=False, compare=False)
     merge_errors: dict[str, float] = field(default_factory=dict, compare=False)
 
 
