@@ -273,7 +273,7 @@ def _refuse_infinite(losses: np.ndarray, span: tuple[int, int, int], model: nn.M
         where = span[0] + span[2] + 1 + int(bad.argmax())
         raise ModelStateError(
             f"perplexity: {int(bad.sum())} of {losses.size} probabilities are not finite, the first at token {where}, "
-            f"in {getattr(model, 'dtype', 'unknown dtype')}. Overflow in float16 does this: load in bfloat16 or float32."
+            f"in {getattr(model, 'dtype', 'unknown dtype')}. Float16 overflows: load in bfloat16 or float32."
         )
 
 
