@@ -57,7 +57,7 @@ def llava_processor() -> LlavaProcessor:
 
 
 def qwen_processor() -> Qwen2_5_VLProcessor:
-    """Pictures keep their shape. Without a video processor, whose class needs torchvision: hence not by its __init__."""
+    """Pictures keep their shape. Made without its __init__, which wants a video processor, and that torchvision."""
     processor = Qwen2_5_VLProcessor.__new__(Qwen2_5_VLProcessor)
     tokenizer = _tokenizer(*QWEN_TOKENS)
     processor.image_processor = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 6, patch_size=PATCH)

@@ -75,7 +75,7 @@ def make_arm(
         "weights_sha256": weights_fingerprint(folder),
     }
     loader = partial(load_pipeline, folder, chosen, loaded, device)
-    return Arm(name, loader, model, None if chosen is None else chosen.to_dict())
+    return Arm(name, loader, model, None if chosen is None else chosen.to_dict(), folder)
 
 
 def load_pipeline(folder: Path, recipe: Recipe | None, dtype: torch.dtype | None, device: str | torch.device) -> Any:

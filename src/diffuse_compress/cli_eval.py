@@ -1,4 +1,4 @@
-"""``diffuse-compress eval``: generate, paired, fid, report."""
+"""``diffuse-compress eval``: generate, paired, fid, report; perplexity, lm and vqa are beside."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from diffuse_compress.arms import make_arms
+from diffuse_compress.cli_eval_language import add_language
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.evaluation.conditions import Condition, class_conditions, read_prompts, unconditional
 from diffuse_compress.evaluation.environment import command_line, describe_device
@@ -74,6 +75,7 @@ def add_eval(verbs: Any) -> None:
     _add_generate(parts)
     _add_paired(parts)
     _add_fid(parts)
+    add_language(parts, _parser_of, _command)
     _add_report(parts)
     for part in parts.choices.values():
         part.add_argument("--json", action="store_true", help="print one JSON object and nothing else")

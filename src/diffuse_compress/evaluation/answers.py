@@ -1,4 +1,4 @@
-"""Scores of short answers: exact match, VQA accuracy, ANLS, containment, relaxed accuracy, multiple choice; all in [0, 1].
+"""Scores in [0, 1] of short answers: exact match, VQA accuracy, ANLS, containment, relaxed accuracy, multiple choice.
 
 Each is the rule that its benchmark published, named in its docstring.
 """
@@ -120,8 +120,8 @@ def relaxed_match(prediction: str, answers: Sequence[str]) -> float:
 def choice_letter(prediction: str, choices: Sequence[str]) -> str | None:
     """The letter of the option that an answer names, or None.
 
-    Tried in turn: a letter at the beginning ("B", "(B)", "B.", "B: a cat"), one after "answer is" or "answer:", the only
-    capital letter that stands alone, the only option whose text occurs.
+    Tried in turn: a letter at the beginning ("B", "(B)", "B.", "B: a cat"), one after "answer is" or "answer:", the
+    only capital letter that stands alone, the only option whose text occurs.
     """
     letters = "".join(chr(ord("A") + i) for i in range(len(choices)))
     text = prediction.strip()

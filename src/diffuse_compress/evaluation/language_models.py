@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ __all__ = [
     "language_record",
     "load_processor",
     "load_tokenizer",
+    "refuse_other_record",
     "restored_random_states",
 ]
 
@@ -125,34 +127,38 @@ def language_record(
     )
 
 
+def refuse_other_record(folder: str | Path, arm: Arm, device: str | torch.device) -> None:
+    """Raise ConfigError where a folder holds the record of another model, recipe or kind of device."""
+    path = Path(folder) / RECORD
+    if not path.exists():
+        return
+    there = load_record(path).to_dict()
+    model = {key: arm.model.get(key) for key in ("revision", "dtype", "weights_sha256")}
+    here = {"model": model, "recipe": arm.recipe, "device": torch.device(device).type}
+    found = {
+        "model": {key: there["model"].get(key) for key in model},
+        "recipe": there["recipe"],
+        "device": there["device"]["type"],
+    }
+    different = [key for key in here if json.loads(json.dumps(here[key])) != found[key]]
+    if different:
+        raise ConfigError(f"{path}: holds the record of another {' and '.join(different)}. Choose another --out.")
+
+
 def add_to_record(folder: str | Path, record: Record) -> Record:
     """Write a record into a folder, or its scores into the record of the same model and recipe that is there.
 
-    So perplexity, tasks and questions of a model share one row of a report. What the first evaluation said of its data,
-    settings and cost stays; each score's ``details`` have its own date and command.
+    So perplexity, tasks and questions of a model share one row of a report. What the first evaluation said of its data
+    and settings stays, and cost that only the new one has is added; each score's ``details`` have its own date and
+    command. That it is the same model is for :func:`refuse_other_record` to say, before anything is computed.
 
     Returns:
         What was written.
-
-    Raises:
-        ConfigError: the folder holds the record of another model or recipe.
     """
     path = Path(folder) / RECORD
     if path.exists():
         there = load_record(path)
-        here, found = (_subject(one) for one in (record, there))
-        different = [key for key in here if here[key] != found[key]]
-        if different:
-            raise ConfigError(
-                f"{path}: holds the record of another model ({', '.join(different)} differ). Choose another --out."
-            )
-        record = there.with_metrics(record.metrics)
+        known = {key: value for key, value in there.cost.items() if value is not None}
+        record = dataclasses.replace(there.with_metrics(record.metrics), cost={**record.cost, **known})
     record.save(path)
     return record
-
-
-def _subject(record: Record) -> dict[str, Any]:
-    """What was evaluated, but for where its folder lies."""
-    whole = record.to_dict()
-    model = {key: value for key, value in whole["model"].items() if key != "id"}
-    return {"model": model, "recipe": whole["recipe"], "device type": whole["device"]["type"]}

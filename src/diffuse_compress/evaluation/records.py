@@ -31,7 +31,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "boolean": (bool,),
     "null": (type(None),),
 }
-_TASKS = {"prompts": "text-to-image", "unknown": "text-to-image"}
+_TASKS = {
+    "prompts": "text-to-image",
+    "unknown": "text-to-image",
+    "texts": "text-generation",
+    "tasks": "text-generation",
+    "questions": "visual-question-answering",
+}
 
 
 @dataclass(frozen=True)
