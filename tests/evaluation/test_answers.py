@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -151,6 +152,35 @@ def test_questions_are_read_as_they_are_asked(tmp_path: Path) -> None:
     Image.new("RGB", (4, 5)).save(tmp_path / "a.png")
     assert digest != questions_digest([plain, turns]), "the picture is another one"
     assert [c.id for c in read_questions(path, limit=1)] == ["1"]
+
+
+def test_rows_of_a_data_set_hold_their_pictures(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    content = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(content, "PNG")
+    rows = [
+        {
+            "question_id": 7 + i,
+            "question": "What?",
+            "image": {"bytes": content.getvalue(), "path": None},
+            "answers": ["nokia"] * 10,
+            "ocr_tokens": ["NOKIA"],
+        }
+        for i in range(3)
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "q.parquet")
+    first, second = read_questions(tmp_path / "q.parquet", limit=2)
+    assert (first.id, second.id) == ("7", "8")
+    (turn,) = first.turns
+    assert (turn.kind, turn.answers) == ("vqa", ("nokia",) * 10)
+    assert turn.images == (content.getvalue(),)
+    assert first.metadata == {"ocr_tokens": ["NOKIA"]}
+    assert len(questions_digest([first, second])) == 16
+    (tmp_path / "bad.parquet").write_text("no")
+    with pytest.raises(ConfigError, match="not a readable file of questions"):
+        read_questions(tmp_path / "bad.parquet")
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,22 @@ def test_scores_and_costs_are_means_over_questions(questions: list[Conversation]
     assert cost["wall_seconds"] == pytest.approx(18 + 1.5 + 1.8 + 1.7)
 
 
+def test_an_experiment_is_scored_on_its_files(
+    questions: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = tiny_vlm.build_llava()
+    processor.save_pretrained(tmp_path)
+    pictures = [questions[i].turns[0].images[0] for i in range(2)]
+    assert all(isinstance(picture, Path) for picture in pictures)
+    for i, picture in enumerate(pictures):
+        line = {"image": str(picture), "question": "How many?", "answers": ["2"] * 10}
+        (tmp_path / f"{i}.jsonl").write_text("".join(json.dumps({"id": f"{i}{j}", **line}) + "\n" for j in range(2)))
+    files = [tmp_path / "0.jsonl", tmp_path / "1.jsonl"]
+    settings = {"name": "TextVQA", "count": 3, "max_new_tokens": 2, "batch_size": 2}
+    (metric,), absent = vqa.score_experiment(model, tmp_path, files, settings)
+    assert (metric.name, metric.count, absent) == ("VQA accuracy, TextVQA", 3, {})
+
+
 def test_times_add_up_to_the_call(questions: list[Conversation]) -> None:
     import time
 

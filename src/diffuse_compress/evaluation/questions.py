@@ -1,4 +1,4 @@
-"""Questions about pictures: conversations of one or more turns from JSON lines, and how each answer is scored.
+"""Questions about pictures: conversations of one or more turns from a file, and how each answer is scored.
 
 A line is a conversation. With one turn::
 
@@ -9,20 +9,23 @@ With several, each answered after the model's own answers to those before::
 
     {"id": "q3", "image": "a.png", "turns": [{"question": ..., "answers": [...]}, {"question": ..., "answers": [...]}]}
 
-Paths are relative to the file. ``kind`` is one of ``KINDS``; without one it is ``choice`` where there are choices, else
-``exact``. What a line says besides is kept as ``metadata``.
+Paths are relative to the file. ``kind`` is one of ``KINDS``; without one it is ``choice`` where there are choices,
+``vqa`` where there are ten answers, which are people's, else ``exact``. What a line says besides is kept as
+``metadata``.
+
+A ``.parquet`` file of a data set on the Hub has such lines as rows, with the pictures in it (``{"bytes": ...}``).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffuse_compress.errors import ConfigError, nearest
+from diffuse_compress.errors import ConfigError, MissingDependencyError, nearest
 from diffuse_compress.evaluation.answers import (
     anls,
     choice_letter,
@@ -43,6 +46,7 @@ __all__ = [
     "score_answer",
 ]
 
+_PEOPLE = 10
 _SHORT = "Answer the question using a single word or phrase."
 _LETTER = "Answer with the option's letter from the given choices directly."
 INSTRUCTIONS: Mapping[str, str] = {
@@ -90,14 +94,14 @@ class Turn:
         answers: that count as right; of a choice, one letter.
         kind: key of ``KINDS``.
         choices: options of a choice, in the order of their letters.
-        images: pictures that come with this question.
+        images: pictures that come with this question: files, or their content.
     """
 
     question: str
     answers: tuple[str, ...]
     kind: str = "exact"
     choices: tuple[str, ...] = ()
-    images: tuple[Path, ...] = ()
+    images: tuple[Path | bytes, ...] = ()
 
     def text(self, instruction: str = "") -> str:
         """The question with its options and what to do, a line each."""
@@ -127,24 +131,20 @@ def score_answer(turn: Turn, prediction: str) -> float:
 
 
 def read_questions(path: str | Path, *, limit: int | None = None) -> list[Conversation]:
-    """Conversations of a ``.jsonl`` file; the form is in this module's docstring.
+    """Conversations of a ``.jsonl`` or ``.parquet`` file; the form is in this module's docstring.
 
     Args:
         path: of the file.
         limit: the first so many lines.
 
     Raises:
+        MissingDependencyError: a ``.parquet`` file without pyarrow.
         ConfigError: not readable, no questions, two lines of one id, a picture that is not there, an unknown kind, or
             answers that do not fit it; the message names the line.
     """
-    path, found = Path(path), []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a readable file of questions ({error}).") from error
-    for number, text in enumerate(lines, start=1):
-        if text.strip():
-            found.append(_conversation(text, f"{path}: line {number}", path.parent, f"{number}"))
+    path = Path(path)
+    lines = _parquet_rows(path, limit) if path.suffix.lower() == ".parquet" else _json_lines(path)
+    found = [_conversation(line, f"{path}: line {number}", path.parent, str(number)) for number, line in lines]
     if not found or (limit is not None and limit < 1):
         raise ConfigError(f"{path}: need at least one question, got {len(found)} with limit={limit}.")
     ids = [conversation.id for conversation in found]
@@ -157,26 +157,55 @@ def read_questions(path: str | Path, *, limit: int | None = None) -> list[Conver
 def questions_digest(conversations: Sequence[Conversation]) -> str:
     """First 16 digits of a hash over questions, answers and the bytes of the pictures."""
     digest = hashlib.sha256()
-    pictures: dict[Path, str] = {}
+    pictures: dict[Path | bytes, str] = {}
     for conversation in conversations:
         entry: list[Any] = [conversation.id]
         for turn in conversation.turns:
             for image in turn.images:
                 if image not in pictures:
-                    pictures[image] = hashlib.sha256(image.read_bytes()).hexdigest()
+                    content = image if isinstance(image, bytes) else image.read_bytes()
+                    pictures[image] = hashlib.sha256(content).hexdigest()
             images = [pictures[image] for image in turn.images]
             entry.append([turn.question, turn.answers, turn.kind, turn.choices, images])
         digest.update(json.dumps(entry).encode())
     return digest.hexdigest()[:16]
 
 
-def _conversation(text: str, where: str, folder: Path, number: str) -> Conversation:
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, content) of lines that are not empty."""
     try:
-        line = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{where}: not readable as JSON ({error}).") from error
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable file of questions ({error}).") from error
+    for number, text in enumerate(lines, start=1):
+        if text.strip():
+            try:
+                yield number, json.loads(text)
+            except ValueError as error:
+                raise ConfigError(f"{path}: line {number}: not readable as JSON ({error}).") from error
+
+
+def _parquet_rows(path: Path, limit: int | None) -> Iterator[tuple[int, Any]]:
+    """(number, content) of rows; of a large file no more are read than wanted."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise MissingDependencyError(f"{path}: parquet files need pyarrow: pip install pyarrow") from error
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, {key: value for key, value in row.items() if value is not None}
+                if number == limit:
+                    return
+    except (OSError, ArrowException) as error:
+        raise ConfigError(f"{path}: not a readable file of questions ({error}).") from error
+
+
+def _conversation(line: Any, where: str, folder: Path, number: str) -> Conversation:
     if not isinstance(line, dict):
-        raise ConfigError(f"{where}: need an object with 'question' or 'turns', got {text:.60}.")
+        raise ConfigError(f"{where}: need an object with 'question' or 'turns', got {line!r:.60}.")
     entries = line.get("turns", [line])
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError(f"{where}: 'turns' must be a list of objects, got {entries!r:.60}.")
@@ -185,20 +214,20 @@ def _conversation(text: str, where: str, folder: Path, number: str) -> Conversat
         first = turns[0]
         shared = _images(line, where, folder)
         turns[0] = Turn(first.question, first.answers, first.kind, first.choices, (*shared, *first.images))
-    known = {"id", "turns", "image", "images", "question", "answers", "answer", "kind", "choices"}
+    known = {"id", "question_id", "turns", "image", "images", "question", "answers", "answer", "kind", "choices"}
     rest = {key: value for key, value in line.items() if key not in known}
-    return Conversation(str(line.get("id", number)), tuple(turns), rest)
+    return Conversation(str(line.get("id", line.get("question_id", number))), tuple(turns), rest)
 
 
 def _turn(entry: Mapping[str, Any], where: str, folder: Path) -> Turn:
     question, choices = entry.get("question"), _texts(entry.get("choices", []), f"{where}: 'choices'")
     if not isinstance(question, str) or not question.strip():
         raise ConfigError(f"{where}: needs a 'question', got {question!r}.")
-    kind = entry.get("kind", "choice" if choices else "exact")
-    if kind not in KINDS:
-        raise ConfigError(f"{where}: no kind {kind!r}; {nearest(str(kind), KINDS)}.")
     given = entry.get("answers", entry.get("answer"))
     answers = _texts([] if given is None else given, f"{where}: 'answers'")
+    kind = entry.get("kind", "choice" if choices else "vqa" if len(answers) == _PEOPLE else "exact")
+    if kind not in KINDS:
+        raise ConfigError(f"{where}: no kind {kind!r}; {nearest(str(kind), KINDS)}.")
     if not answers:
         raise ConfigError(f"{where}: needs 'answers', a list of texts, or one 'answer'.")
     if kind == "choice":
@@ -220,17 +249,24 @@ def _letters(answers: Sequence[str], choices: Sequence[str], where: str) -> tupl
     return tuple(found)
 
 
-def _images(entry: Mapping[str, Any], where: str, folder: Path) -> tuple[Path, ...]:
+def _images(entry: Mapping[str, Any], where: str, folder: Path) -> tuple[Path | bytes, ...]:
     given = entry.get("images", entry.get("image", []))
-    paths = tuple(folder / name for name in _texts(given, f"{where}: 'images'"))
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise ConfigError(f"{where}: no picture {missing[0]}. Paths are relative to the file of questions.")
-    return paths
+    found: list[Path | bytes] = []
+    for one in given if isinstance(given, list) else [given]:
+        if isinstance(one, dict) and isinstance(one.get("bytes"), bytes):
+            found.append(one["bytes"])
+            continue
+        (name,) = _texts(one, f"{where}: 'images'")
+        if not (folder / name).is_file():
+            raise ConfigError(f"{where}: no picture {folder / name}. Paths are relative to the file of questions.")
+        found.append(folder / name)
+    return tuple(found)
 
 
 def _texts(value: Any, where: str) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
+    # VQA v2 has each person's answer as an object.
+    values = [one.get("answer") if isinstance(one, dict) else one for one in values]
     if not all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in values):
         raise ConfigError(f"{where} must be texts, got {value!r:.80}.")
     return tuple(str(one) for one in values)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import os
 import statistics
@@ -27,12 +28,13 @@ from torch import nn
 
 from diffuse_compress.errors import CheckpointError, ConfigError
 from diffuse_compress.evaluation.environment import PeakMemory
-from diffuse_compress.evaluation.language_models import evaluating
+from diffuse_compress.evaluation.language_models import evaluating, load_processor
 from diffuse_compress.evaluation.questions import (
     INSTRUCTIONS,
     KINDS,
     Conversation,
     questions_digest,
+    read_questions,
     score_answer,
 )
 from diffuse_compress.evaluation.records import Metric
@@ -40,11 +42,21 @@ from diffuse_compress.evaluation.samples import write_atomically
 from diffuse_compress.evaluation.statistics import bootstrap_ratio
 from diffuse_compress.progress import track
 
-__all__ = ["Answer", "Answers", "Around", "answer_metrics", "answer_questions", "compare_answers"]
+__all__ = [
+    "Answer",
+    "Answers",
+    "Around",
+    "answer_metrics",
+    "answer_questions",
+    "compare_answers",
+    "score_experiment",
+]
 
 Around = Callable[[Mapping[str, Any]], AbstractContextManager[dict[str, Any]]]
 """``around(inputs)`` is entered around each call of ``generate(**inputs)``. What stands in the dict that it yields when
 the call is over is kept with each answer of the batch: JSON values, such as the number of vision tokens kept."""
+
+_OPTIONS = ("batch_size", "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -261,6 +273,30 @@ def compare_answers(reference: Answers, answers: Answers, reference_name: str, n
     return found
 
 
+def score_experiment(
+    model: nn.Module, folder: Path, data: Sequence[Path], settings: Mapping[str, Any]
+) -> tuple[list[Metric], dict[str, str]]:
+    """Scores of a model on files of questions, as an experiment of ``eval reproduce`` takes them.
+
+    Args:
+        model: where it shall run.
+        folder: of the model, with its processor.
+        data: files of questions.
+        settings: ``name`` of the data, and where they are not the default ``count`` (questions), ``max_new_tokens`` and
+            ``batch_size``.
+
+    Returns:
+        The scores, and no reasons for absent ones.
+    """
+    count, options = settings.get("count"), {key: settings[key] for key in _OPTIONS if key in settings}
+    conversations: list[Conversation] = []
+    for path in data:
+        if count is None or len(conversations) < count:
+            conversations += read_questions(path, limit=None if count is None else count - len(conversations))
+    answers = answer_questions(model, load_processor(folder), conversations, **options)
+    return answer_metrics(answers, settings["name"]), {}
+
+
 def _by_kind(answers: Answers) -> dict[str, tuple[list[float], list[int], list[list[float]]]]:
     """{kind: (sum of scores and number of questions of each conversation that has some, scores by turn)}."""
     found: dict[str, tuple[list[float], list[int], list[list[float]]]] = {}
@@ -402,14 +438,15 @@ def _left_padded(tokenizer: Any) -> Iterator[None]:
             tokenizer.pad_token = None
 
 
-def _open_picture(path: Path) -> Any:
+def _open_picture(picture: Path | bytes) -> Any:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{path}: not a readable picture ({error}).") from error
+        name = "a picture in the file of questions" if isinstance(picture, bytes) else picture
+        raise ConfigError(f"{name}: not a readable picture ({error}).") from error
 
 
 # --- the file of answers ----------------------------------------------------------------------------------------
