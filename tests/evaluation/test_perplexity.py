@@ -123,6 +123,15 @@ def test_ratio_is_paired_and_intervals_are_exp_of_the_mean(model: torch.nn.Modul
     assert perplexity_metrics(one, "text")[0].low is None
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_scores_as_the_cpu_does(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    tokens = tokens_of(512)
+    expected = score_tokens(model, tokens, window=32, stride=16)
+    found = score_tokens(tiny.build("llama", dtype=dtype).cuda(), tokens, window=32, stride=16, batch_size=8)
+    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-4 if dtype is torch.float32 else 0.01)
+
+
 def test_bootstrap_ratio_weighs_units() -> None:
     generator = np.random.default_rng(0)
     values = generator.normal(2.0, 1.0, 100)

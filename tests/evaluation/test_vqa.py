@@ -43,10 +43,13 @@ def texts(answers: Answers) -> list[list[str]]:
     return [[answer.text for answer in found] for found in answers.answers]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", tiny_vlm.BUILDERS)
-def test_batches_answer_as_one_by_one(name: str, questions: list[Conversation], untouched_rng: None) -> None:
+def test_batches_answer_as_one_by_one(
+    name: str, device: str, questions: list[Conversation], untouched_rng: None
+) -> None:
     model, processor = tiny_vlm.BUILDERS[name]()
-    model.train()
+    model.train().to(device)
     side = processor.tokenizer.padding_side = "right"
     one = answer_questions(model, processor, questions, batch_size=1, max_new_tokens=NEW_TOKENS)
     four = answer_questions(model, processor, questions, batch_size=4, max_new_tokens=NEW_TOKENS)
