@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from diffuse_compress.errors import ConfigError, MissingDependencyError
 from diffuse_compress.evaluation.language_tasks import compare_tasks, find_tasks, run_tasks
@@ -85,9 +85,14 @@ def test_scores_are_those_of_the_model_at_hand_dense_and_compressed(tokenizer: A
     assert found[None].count == 30
     assert found[None].settings["num_fewshot"] == dict.fromkeys(names, 0)
 
-    changes = {metric.name: metric for metric in compare_tasks(found[None], found["w4a16"], "dense")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(FOLDER))
+    untrained = run_tasks(model, tokenizer, ["python_next"], include_path=TASKS)
+    changes = {metric.name: metric for metric in compare_tasks(found[None], untrained, "dense")}
     change = changes["change of acc, python_next"]
-    values = [np.mean(list(found[r].items["python_next", "acc,none"].values())) for r in (None, "w4a16")]
+    values = [np.mean(list(scores.items["python_next", "acc,none"].values())) for scores in (found[None], untrained)]
+    assert values[1] < values[0], "or the sign of the change is not tested"
     assert change.value == pytest.approx(values[1] - values[0])
     assert change.reference == {"name": "dense", "count": 10}
     assert tokenizer.padding_side == padding

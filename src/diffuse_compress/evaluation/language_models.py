@@ -119,7 +119,7 @@ def language_record(
         date=date,
         command=command,
         data=data,
-        seeds={"base": None, "rule": "nothing is drawn"},
+        seeds={"base": settings.get("seed"), "rule": "few-shot examples" if "seed" in settings else "nothing is drawn"},
         samples=samples,
         settings=settings,
         cost={"disk_bytes": stored_bytes(model), **cost},

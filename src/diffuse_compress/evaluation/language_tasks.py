@@ -133,23 +133,14 @@ def run_tasks(
             limit=limit,
             apply_chat_template=apply_chat_template,
             bootstrap_iters=_RESAMPLES,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            **{f"{which}_seed": seed for which in ("random", "numpy_random", "torch_random", "fewshot_random")},
         )
     items = _items(results["samples"])
     counts = {name: entry["effective"] for name, entry in results["n-samples"].items()}
-    settings = {
-        "num_fewshot": {name: results["n-shot"].get(name) for name in counts},
-        "limit": limit,
-        "batch_size": batch_size,
-        "max_length": wrapped.max_length,
-        "apply_chat_template": apply_chat_template,
-        "seed": seed,
-    }
-    metrics = tuple(_metrics(results, items, counts))
-    return TaskScores(metrics, items, sum(counts.values()), settings)
+    shots = {name: results["n-shot"].get(name) for name in counts}
+    settings = {"num_fewshot": shots, "limit": limit, "batch_size": batch_size, "max_length": wrapped.max_length}
+    settings |= {"apply_chat_template": apply_chat_template, "seed": seed}
+    return TaskScores(tuple(_metrics(results, items, counts)), items, sum(counts.values()), settings)
 
 
 def compare_tasks(reference: TaskScores, scores: TaskScores, name: str) -> list[Metric]:

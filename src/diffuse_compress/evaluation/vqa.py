@@ -164,17 +164,7 @@ def answer_questions(
             holds another run.
         CheckpointError: ``out`` is no file of answers.
     """
-    if not conversations or batch_size < 1 or max_new_tokens < 1:
-        raise ConfigError(
-            "answer_questions: need questions, batch_size >= 1 and max_new_tokens >= 1, got "
-            f"{len(conversations)}, {batch_size} and {max_new_tokens}."
-        )
-    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
-    if not template:
-        raise ConfigError(
-            f"{type(processor).__name__}: has no chat template, which says how pictures and turns are written. "
-            "Set processor.chat_template, or give a folder with a chat_template.jinja."
-        )
+    _check(processor, len(conversations), batch_size, max_new_tokens)
     chosen = dict(INSTRUCTIONS if instructions is None else instructions)
     settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "instructions": chosen}
     run = {"questions": questions_digest(conversations), "settings": settings, **(identity or {})}
@@ -310,6 +300,20 @@ def _by_kind(answers: Answers) -> dict[str, tuple[list[float], list[int], list[l
                 turns.extend([] for _ in range(i + 1 - len(turns)))
                 turns[i].append(score)
     return found
+
+
+def _check(processor: Any, count: int, batch_size: int, max_new_tokens: int) -> None:
+    if not count or batch_size < 1 or max_new_tokens < 1:
+        raise ConfigError(
+            "answer_questions: need questions, batch_size >= 1 and max_new_tokens >= 1, got "
+            f"{count}, {batch_size} and {max_new_tokens}."
+        )
+    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    if not template:
+        raise ConfigError(
+            f"{type(processor).__name__}: has no chat template, which says how pictures and turns are written. "
+            "Set processor.chat_template, or give a folder with a chat_template.jinja."
+        )
 
 
 # --- asking -----------------------------------------------------------------------------------------------------
