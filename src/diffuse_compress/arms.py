@@ -105,7 +105,7 @@ def make_arm(
         "weights_sha256": weights_fingerprint(folder),
     }
     loader = partial(load_pipeline, folder, chosen, loaded, device)
-    return Arm(name, loader, model, None if chosen is None else chosen.to_dict())
+    return Arm(name, loader, model, None if chosen is None else chosen.to_dict(), folder)
 
 
 def load_pipeline(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from diffuse_compress.arms import make_arms
+from diffuse_compress.cli_eval_language import add_language
 from diffuse_compress.cli_eval_reproduce import add_reproduce
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.evaluation.conditions import Condition, class_conditions, read_prompts, unconditional
@@ -75,6 +76,7 @@ def add_eval(verbs: Any) -> None:
     _add_generate(parts)
     _add_paired(parts)
     _add_fid(parts)
+    add_language(parts, _parser_of, _command)
     _add_report(parts)
     add_reproduce(parts, _parser_of, _place, _command)
     for part in parts.choices.values():

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 from data import VOCABULARY, load_tokens
-from score import FOLDER, Score
 from transformers import AutoTokenizer
+
+from diffuse_compress.evaluation.perplexity import TextScore
+
+FOLDER = Path(__file__).resolve().parent
 
 
 class _Table:
@@ -68,7 +71,7 @@ class Trigrams:
         unigrams = _Table(bigrams.keys % VOCABULARY)
         self.orders = [_Order(table.keys, table.counts) for table in (unigrams, bigrams, trigrams)]
 
-    def score(self, tokens: np.ndarray) -> Score:
+    def score(self, tokens: np.ndarray) -> TextScore:
         """Of the tokens after the first; the second has a history of one."""
         words = tokens.astype(np.int64)
         unigram, bigram, trigram = self.orders
@@ -76,13 +79,18 @@ class Trigrams:
         probability = bigram.probability(words[:-1] * VOCABULARY + words[1:], probability)
         keys = (words[:-2] * VOCABULARY + words[1:-1]) * VOCABULARY + words[2:]
         probability[1:] = trigram.probability(keys, probability[1:])
-        return Score(-np.log(probability).sum(), len(probability))
+        return _score(-np.log(probability))
 
 
-def unigram_score(train: np.ndarray, tokens: np.ndarray) -> Score:
+def _score(nats: np.ndarray) -> TextScore:
+    """The whole text as one window."""
+    return TextScore(nats.sum(keepdims=True), np.array([len(nats)]))
+
+
+def unigram_score(train: np.ndarray, tokens: np.ndarray) -> TextScore:
     """Frequencies of the training text, each count plus one."""
     counts = np.bincount(train, minlength=VOCABULARY) + 1
-    return Score(-np.log(counts[tokens[1:]] / counts.sum()).sum(), len(tokens) - 1)
+    return _score(-np.log(counts[tokens[1:]] / counts.sum()))
 
 
 def main() -> None:
@@ -98,7 +106,7 @@ def main() -> None:
     for name, tokens in (("heldout.txt", excerpt), ("all held-out files", held_out)):
         for kind, score in (("unigrams", unigram_score(train, tokens)), ("trigrams", trigrams.score(tokens))):
             bits = f", {score.bits_per_byte(len(text.encode())):.4f} bits a byte" if tokens is excerpt else ""
-            print(f"{name}, {score.tokens} tokens, {kind}: perplexity {score.perplexity:.2f} a token{bits}")
+            print(f"{name}, {score.count} tokens, {kind}: perplexity {score.perplexity:.2f} a token{bits}")
 
 
 if __name__ == "__main__":

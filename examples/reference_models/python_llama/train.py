@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from diffuse_compress.evaluation.perplexity import score_tokens
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from architecture import build_model
 from data import CONTEXT, load_tokens
-from score import evaluate
 from training.command import load_for_export, train
 from training.trainer import Trainer
 
@@ -76,9 +77,10 @@ class LanguageTrainer(Trainer):
     def report(self, name: str, tokens: np.ndarray) -> None:
         """Print the perplexity of the averaged weights."""
         self.average.swap()
-        score = evaluate(self.model.model, torch.from_numpy(tokens.astype(np.int64)))
+        text = torch.from_numpy(tokens.astype(np.int64))
+        score = score_tokens(self.model.model, text, stride=CONTEXT // 2, batch_size=16)
         self.average.swap()
-        print(f"{self.name} {name}, {score.tokens} tokens: perplexity {score.perplexity:.3f}", flush=True)
+        print(f"{self.name} {name}, {score.count} tokens: perplexity {score.perplexity:.3f}", flush=True)
 
 
 def export_model(trainer: LanguageTrainer, folder: Path) -> None:

@@ -55,12 +55,14 @@ class Arm:
         model: ``id`` (Hub id or folder name) and what else is known before loading: ``revision``, ``dtype``,
             ``weights_sha256``.
         recipe: what ``load`` does to the stored pipeline, ``Recipe.to_dict()``; None for nothing.
+        folder: where its weights lie, with tokenizers and processors; None where there is no such folder.
     """
 
     name: str
     load: Callable[[], Any]
     model: Mapping[str, Any] = field(default_factory=lambda: {"id": "unknown"})
     recipe: Mapping[str, Any] | None = None
+    folder: Path | None = None
 
 
 def generate(

@@ -26,6 +26,8 @@ _COSTS: dict[str, tuple[str, Callable[[Record], float | None]]] = {
 _COST_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "on disk": ("disk_bytes", format_bytes),
     "s a sample": ("seconds_per_sample", "{:.3g}".format),
+    "s until the first token": ("prefill_seconds", "{:.3g}".format),
+    "tokens a second": ("decode_tokens_per_second", "{:.3g}".format),
     "peak memory": ("peak_memory_bytes", format_bytes),
 }
 
@@ -74,7 +76,7 @@ def comparison_table(records: Sequence[Record], costs: Sequence[str] = tuple(_CO
 
     Args:
         records: rows.
-        costs: which of "on disk", "s a sample" and "peak memory" get a column.
+        costs: which of "on disk", "s a sample", "peak memory" and so on may get a column.
     """
     header, *rows = _cells(records, costs)
     return "\n".join([_row(header), "|" + "---|" * len(header), *map(_row, rows)]) + "\n"

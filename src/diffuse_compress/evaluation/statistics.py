@@ -6,7 +6,7 @@ Every interval is two-sided. The unit that is resampled is the prompt, never the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -18,6 +18,7 @@ from diffuse_compress.errors import ConfigError
 __all__ = [
     "Interval",
     "bootstrap_mean",
+    "bootstrap_ratio",
     "paired_bootstrap",
     "paired_proportion_difference",
     "standard_interval",
@@ -69,16 +70,64 @@ def bootstrap_mean(
             f"bootstrap_mean: need at least 2 finite values, got {data.size} with {int((~np.isfinite(data)).sum())} "
             "not finite. Clamp infinite PSNR to PSNR_CAP_DB first."
         )
+    means = np.concatenate([data[drawn].mean(axis=1) for drawn in _drawn(data.size, resamples, seed)])
+    low, high = _percentiles(means, confidence)
+    return Interval(float(data.mean()), low, high, int(data.size))
+
+
+def bootstrap_ratio(
+    sums: Sequence[float] | Any,
+    weights: Sequence[float] | Any,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """``sum(sums) / sum(weights)`` of independent units with a percentile bootstrap interval over the units.
+
+    For means whose members come in groups: negative log-likelihoods by window, answers by conversation. The group is
+    what is drawn, with all its members. Source as :func:`bootstrap_mean`; the ratio estimator is Cochran 1977,
+    "Sampling Techniques", chapter 6.
+
+    Args:
+        sums: [n] sum of each unit's values, finite, n >= 1. Of one unit the interval is unknown (infinite).
+        weights: [n] number of each unit's values, positive.
+        confidence: of the interval.
+        resamples: number of bootstrap samples.
+        seed: of a NumPy generator of its own; global random states are not touched.
+
+    Returns:
+        The ratio; its ``count`` is the number of units.
+
+    Raises:
+        ConfigError: no units, unequal lengths, sums that are not finite, or weights that are not positive.
+    """
+    top, bottom = (np.asarray(values, dtype=np.float64).reshape(-1) for values in (sums, weights))
+    if top.size != bottom.size or top.size == 0 or not (np.isfinite(top).all() and (bottom > 0).all()):
+        raise ConfigError(
+            f"bootstrap_ratio: need finite sums and positive weights of the same units, got {top.size} sums and "
+            f"{bottom.size} weights."
+        )
+    value = float(top.sum() / bottom.sum())
+    if top.size < 2:
+        return Interval(value, -math.inf, math.inf, 1)
+    ratios = [top[drawn].sum(axis=1) / bottom[drawn].sum(axis=1) for drawn in _drawn(top.size, resamples, seed)]
+    low, high = _percentiles(np.concatenate(ratios), confidence)
+    return Interval(value, low, high, int(top.size))
+
+
+def _drawn(size: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Bootstrap samples as [block, size] indices; blocks bound the memory."""
     generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    # Blocks of resamples bound the memory: [block, n] indices.
-    block = max(1, 2_000_000 // data.size)
+    block = max(1, 2_000_000 // size)
     for start in range(0, resamples, block):
-        stop = min(start + block, resamples)
-        means[start:stop] = data[generator.integers(0, data.size, (stop - start, data.size))].mean(axis=1)
+        yield generator.integers(0, size, (min(block, resamples - start), size))
+
+
+def _percentiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
     tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(data.mean()), float(low), float(high), int(data.size))
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def paired_bootstrap(
