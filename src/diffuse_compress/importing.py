@@ -74,19 +74,9 @@ def import_quantized(target: _Target) -> Any:
         of GGUF the peak is twice the source's size.
     """
     if isinstance(target, str | Path):
-        if not str(target) or not Path(target).is_dir():
-            raise ConfigError(
-                f"import_quantized: a path must be the folder of a nunchaku_lite component, got {str(target)!r}, which "
-                "is no folder here. A repository of the Hub is fetched with huggingface_hub.snapshot_download(repo_id)."
-            )
-        return _from_folder(Path(target))
-    if not isinstance(target, nn.Module) and not is_pipeline(target):
-        raise ConfigError(
-            f"import_quantized: needs a pipeline or model with layers of {SOURCES}, or the folder of a nunchaku_lite "
-            f"component, got {type(target).__name__}. Load it with from_pretrained first."
-        )
-    found = {name: foreign_layers(model) for name, model in model_components(target).items()}
-    models = model_components(target)
+        return _from_folder(_component_folder(target))
+    models = _models_of(target)
+    found = {name: foreign_layers(model) for name, model in models.items()}
     for name, model in models.items():
         _require_known(name, model, bool(found[name]))
     if not any(found.values()):
@@ -105,6 +95,24 @@ def import_quantized(target: _Target) -> Any:
             item.roll_back()
         raise
     return target
+
+
+def _component_folder(path: str | Path) -> Path:
+    if not str(path) or not Path(path).is_dir():
+        raise ConfigError(
+            f"import_quantized: a path must be the folder of a nunchaku_lite component, got {str(path)!r}, which "
+            "is no folder here. A repository of the Hub is fetched with huggingface_hub.snapshot_download(repo_id)."
+        )
+    return Path(path)
+
+
+def _models_of(target: Any) -> dict[str, nn.Module]:
+    if not isinstance(target, nn.Module) and not is_pipeline(target):
+        raise ConfigError(
+            f"import_quantized: needs a pipeline or model with layers of {SOURCES}, or the folder of a nunchaku_lite "
+            f"component, got {type(target).__name__}. Load it with from_pretrained first."
+        )
+    return model_components(target)
 
 
 def _require_known(name: str, model: nn.Module, has_layers: bool) -> None:
