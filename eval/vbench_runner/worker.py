@@ -84,10 +84,10 @@ def import_dimension(name: str) -> types.ModuleType:
 
 
 def _evaluate(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    import torch
-
     dimension = job["dimension"]
     module = import_dimension(dimension)
+    import torch
+
     module.tqdm = _counted(progress)
     device = torch.device(job["device"])
     with _files(job["entries"]) as info, _dino_hub(dimension, job.get("weights")) as dino:
