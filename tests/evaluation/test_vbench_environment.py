@@ -229,7 +229,7 @@ def write_wheel(folder: Path) -> Path:
     sys.version_info[:2] != (3, 11) or sys.platform != "linux", reason="the lock file is for Python 3.11"
 )
 def test_the_environment_is_made_on_first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a lock file of one local wheel: a failure says why, the next use begins anew, and the one after does nothing."""
+    """From a lock file of one local wheel: failures say why, the next use begins anew, the one after does nothing."""
     wheel = write_wheel(tmp_path)
     lock = tmp_path / "requirements.lock"
     lock.write_text(f"{wheel} \\\n    --hash=sha256:{'0' * 64}\n")
