@@ -93,7 +93,7 @@ def in_python(python: Path, job: dict[str, Any], label: str) -> dict[str, Any]:
     """Do a job with another Python.
 
     Raises:
-        VBenchError: it failed there; the message has the error and where its output is kept.
+        VBenchError: it failed there; the message has its error and traceback.
         CheckpointError: no result came, or one of another protocol.
     """
     worker = load_worker()
@@ -129,9 +129,9 @@ def in_python(python: Path, job: dict[str, Any], label: str) -> dict[str, Any]:
         if result.get("protocol") != worker.PROTOCOL:
             raise CheckpointError(f"vbench, {label}: need a result of protocol {worker.PROTOCOL}, got {result!r:.100}.")
         if not result["ok"]:
-            error = result["error"]
-            message = f"vbench, {label}: {error['type']}: {error['message']}. {python} said:\n{said}"
-            raise VBenchError(f"{message}\n{error['traceback']}", error["type"])
+            failed = result["error"]
+            message = f"vbench, {label}: {failed['type']}: {failed['message']}. {python} said:\n{failed['traceback']}"
+            raise VBenchError(message, failed["type"])
         return dict(result)
 
 

@@ -90,20 +90,13 @@ def evaluate_videos(
             f"got {environment!r} and {static_filter!r}."
         )
     wanted = resolve_dimensions(dimensions)
-    run = _Run(
-        videos,
-        suite,
-        torch.device(device),
-        environment,
-        isolated or IsolatedEnvironment(),
-        Path(weights) if weights is not None else default_folder(),
-        download,
-        static_filter,
-        partial,
-        _FRAME_RATE if fps is None else fps,
-    )
+    own = isolated or IsolatedEnvironment()
+    folder = Path(weights) if weights is not None else default_folder()
+    rate = _FRAME_RATE if fps is None else fps
+    run = _Run(videos, suite, torch.device(device), environment, own, folder, download, static_filter, partial, rate)
     run.check(wanted, fps)
-    return [run.result(dimension) for dimension in wanted]
+    places = run.places(wanted)
+    return [run.result(dimension, places[dimension.name]) for dimension in wanted]
 
 
 def flickering_score(clip: torch.Tensor) -> float:
@@ -193,10 +186,19 @@ class _Run:
 
     # --- one dimension ------------------------------------------------------------------------------------------
 
-    def result(self, dimension: Dimension) -> DimensionResult:
+    def places(self, wanted: Sequence[Dimension]) -> dict[str, str]:
+        """Where each dimension is computed. An environment that any of them needs is made now, not hours later."""
+        found = {dimension.name: self._place(dimension) for dimension in wanted}
+        isolated = [name for name, place in found.items() if place == "isolated"]
+        if isolated:
+            self.isolated.ensure()
+        if any(DIMENSIONS[name].needs_detectron2 for name in isolated):
+            self.isolated.ensure_detectron2()
+        return found
+
+    def result(self, dimension: Dimension, place: str) -> DimensionResult:
         """The kept result, or a new one."""
         keys = self._keys(dimension)
-        place = self._place(dimension)
         identity = self._identity(dimension, keys, place)
         path = self.videos.results / f"{dimension.name}.json"
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -288,7 +290,11 @@ class _Run:
             found.append(ANY_PROMPTS)
         elif not self.suite.is_published:
             found.append(f"prompts of {self.suite.name}")
-        if self.partial and missing_videos(self.suite, [dimension], self.videos.paths, self.static_filter):
+        if (
+            self.partial
+            and self.suite.sha256 is not None
+            and missing_videos(self.suite, [dimension], self.videos.paths, self.static_filter)
+        ):
             found.append(f"partial, {len(keys)} videos")
         return tuple(found)
 
@@ -331,10 +337,7 @@ class _Run:
         label = job.get("dimension", "static filter")
         if place == "here":
             return in_process(whole, label)
-        python = self.isolated.ensure()
-        if label in DIMENSIONS and DIMENSIONS[label].needs_detectron2:
-            self.isolated.ensure_detectron2()
-        return in_python(python, whole, label)
+        return in_python(self.isolated.ensure(), whole, label)
 
     def _still(self, keys: Sequence[Key], place: str) -> list[Key]:
         """The videos that the static filter leaves: of each prompt the first five still ones."""
