@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 import subprocess
 import sys
 import zipfile
@@ -17,9 +19,9 @@ from diffuse_compress.errors import CheckpointError, ConfigError
 from diffuse_compress.evaluation.vbench.isolated import IsolatedEnvironment, default_environment
 from diffuse_compress.evaluation.vbench.jobs import VBenchError, in_process, in_python, load_worker, runner_folder
 from diffuse_compress.evaluation.vbench.results import metrics_of
-from diffuse_compress.evaluation.vbench.runner import evaluate_videos
+from diffuse_compress.evaluation.vbench.runner import evaluate_videos, flickering_score
 from diffuse_compress.evaluation.vbench.suite import PromptEntry, PromptSuite, find_suite, load_suite
-from diffuse_compress.evaluation.vbench.videos import VideoSet
+from diffuse_compress.evaluation.vbench.videos import VideoSet, write_video
 from diffuse_compress.evaluation.vbench.weights import WEIGHTS
 
 # The real package needs torchvision, which the CPU build of torch has none of on PyPI; these modules have its interface
@@ -129,10 +131,9 @@ def test_failures_come_back_with_their_reason(environment: IsolatedEnvironment, 
 def test_a_job_in_this_process_leaves_no_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     write_package(tmp_path / "site")
     monkeypatch.syspath_prepend(tmp_path / "site")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vbench"]:
+        monkeypatch.delitem(sys.modules, name)  # the real one, where it is installed and another test used it
     before = set(sys.modules)
-    import logging
-    import os
-
     handlers, level = list(logging.getLogger().handlers), logging.getLogger().level
     try:
         found = in_process(job_of(tmp_path), "imaging_quality")
@@ -281,9 +282,6 @@ def test_the_real_environment_is_made_and_scores_like_ours(tmp_path: Path) -> No
     """Downloads 3 GB. Run: pytest -m network tests/evaluation/test_vbench_environment.py --timeout 3600"""
     pytest.importorskip("cv2")
     clip = torch.randint(0, 256, (6, 3, 32, 48), dtype=torch.uint8)
-    from diffuse_compress.evaluation.vbench.runner import flickering_score
-    from diffuse_compress.evaluation.vbench.videos import write_video
-
     paths = {("a cat", index): tmp_path / f"a cat-{index}.mp4" for index in range(5)}
     for path in paths.values():
         write_video(clip, path, 8)
