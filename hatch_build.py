@@ -1,4 +1,4 @@
-"""Puts the demo's model into the wheel; an editable install finds it in the checkout."""
+"""Puts the demo's model and the VBench runner into the wheel; an editable install finds them in the checkout."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 MODEL = "examples/reference_models/emoji_pixart"
 PARTS = ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae", "prompts.txt")
 CARD = "README.md"
+RUNNER = "eval/vbench_runner"
 
 
-class DemoModelHook(BuildHookInterface):
+class DataHook(BuildHookInterface):
     """A static force-include would be copied beside an editable install as well, and go stale there."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
@@ -22,3 +23,5 @@ class DemoModelHook(BuildHookInterface):
             if not source.exists():
                 raise FileNotFoundError(f"{source}: the wheel needs the demo's model; build from a complete checkout")
             build_data["force_include"][str(source)] = f"diffuse_compress/demo_model/{part}"
+        # What the command `eval vbench` hands to the environment of its own: read as files, never imported from there.
+        build_data["force_include"][str(Path(self.root) / RUNNER)] = "diffuse_compress/vbench_runner"

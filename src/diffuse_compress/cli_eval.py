@@ -1,4 +1,4 @@
-"""``diffuse-compress eval``: generate, paired, fid, report; the others are beside."""
+"""``diffuse-compress eval``: generate, paired, fid, vbench, report; the others are beside."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ from diffuse_compress.evaluation.paired import CLIP, score_pairs
 from diffuse_compress.evaluation.record_report import write_report
 from diffuse_compress.evaluation.records import Metric, Record, load_record
 from diffuse_compress.evaluation.samples import RECORD, PictureSet, open_pictures
+from diffuse_compress.evaluation.vbench.isolated import IsolatedEnvironment, default_environment
+from diffuse_compress.evaluation.vbench.results import metrics_of
+from diffuse_compress.evaluation.vbench.runner import ENVIRONMENTS, STATIC_FILTER, evaluate_videos
+from diffuse_compress.evaluation.vbench.suite import PromptSuite, find_suite, load_suite
+from diffuse_compress.evaluation.vbench.videos import open_videos, prompts_of
 from diffuse_compress.report import installed_versions
 
 __all__ = ["add_eval"]
@@ -62,6 +67,19 @@ _FID_EXAMPLES = """examples:
 
 the Inception weights are looked for where torch.hub keeps pytorch-fid's and torch-fidelity's downloads.
 """
+_VBENCH_EXAMPLES = """examples:
+  # the prompts are in the package; one run for all dimensions but temporal_flickering, one for that
+  diffuse-compress eval generate ./wan --prompts VBench_full_info.json --repetitions 5 --out runs
+  diffuse-compress eval generate ./wan --prompts VBench_full_info.json --dimension temporal_flickering \\
+      --repetitions 25 --out flickering
+  diffuse-compress eval vbench runs/wan --also flickering/wan --fps 16
+
+  diffuse-compress eval vbench ./videos --dimensions quality           # {prompt}-{index}.mp4 of any origin
+  diffuse-compress eval vbench runs/wan --dimensions temporal_flickering --static-filter skip
+  diffuse-compress eval vbench runs/own --any-prompts --dimensions imaging_quality subject_consistency
+
+an interrupted evaluation goes on with the same command.
+"""
 
 
 def add_eval(verbs: Any) -> None:
@@ -77,6 +95,7 @@ def add_eval(verbs: Any) -> None:
     _add_paired(parts)
     _add_fid(parts)
     add_language(parts, _parser_of, _command)
+    _add_vbench(parts)
     _add_report(parts)
     add_reproduce(parts, _parser_of, _place, _command)
     for part in parts.choices.values():
@@ -166,6 +185,31 @@ def _add_fid(parts: Any) -> None:
     verb.add_argument("--save-stats", metavar="FILE", help="write REFERENCE's statistics (.npz) and compare nothing")
     verb.add_argument("--out", metavar="DIR", help="write records there, not into the runs")
     verb.set_defaults(run=_fid)
+
+
+def _add_vbench(parts: Any) -> None:
+    verb = _parser_of(parts, "vbench", "VBench's dimensions of clips, and their published sums", _VBENCH_EXAMPLES)
+    verb.add_argument("folder", metavar="FOLDER", help="run of clips, or folder of {prompt}-{index}.mp4")
+    verb.add_argument("--also", nargs="+", default=[], metavar="DIR", help="more videos of the same pipeline")
+    verb.add_argument(
+        "--dimensions", nargs="+", default=["all"], metavar="NAME", help="names, quality, semantic or all (the default)"
+    )
+    prompts = verb.add_mutually_exclusive_group()
+    prompts.add_argument("--suite", metavar="FILE", help="prompt suite (default: the installed package's)")
+    prompts.add_argument("--any-prompts", action="store_true", help="the videos' own prompts; for 7 of the dimensions")
+    verb.add_argument("--static-filter", default="run", choices=STATIC_FILTER, help="of temporal_flickering")
+    verb.add_argument("--partial", action="store_true", help="score the videos that are there, and say so")
+    verb.add_argument("--fps", type=float, help="of a run's clips; dynamic_degree needs it")
+    verb.add_argument("--environment", default="auto", choices=ENVIRONMENTS, help="where vbench runs (default: auto)")
+    verb.add_argument("--environment-folder", metavar="DIR", help="of the isolated environment, made on first use")
+    verb.add_argument(
+        "--weights", metavar="DIR", help="of weight files (default: $VBENCH_CACHE_DIR or ~/.cache/vbench)"
+    )
+    verb.add_argument("--no-download", action="store_true", help="of weight files")
+    verb.add_argument("--device", help="default: cuda if there is one")
+    verb.add_argument("--results", metavar="DIR", help="of kept results (default: FOLDER/vbench or FOLDER.vbench)")
+    verb.add_argument("--out", metavar="DIR", help="write the record there, not into the run")
+    verb.set_defaults(run=_vbench)
 
 
 def _add_report(parts: Any) -> None:
@@ -342,6 +386,39 @@ def _keep(pictures: PictureSet, metrics: Sequence[Metric], device: torch.device,
     elif path.is_file():
         record.save(path)
     return record
+
+
+# --- vbench -----------------------------------------------------------------------------------------------------
+
+
+def _vbench(args: argparse.Namespace) -> None:
+    videos = open_videos(args.folder, args.also, args.results)
+    environment = Path(args.environment_folder) if args.environment_folder else default_environment()
+    if args.any_prompts:
+        suite = PromptSuite.of_any_prompts(prompts_of(videos.paths))
+    else:
+        suite = load_suite(args.suite or find_suite([environment]))
+    device, _ = _place(args.device)
+    results = evaluate_videos(
+        videos,
+        suite,
+        args.dimensions,
+        device=device,
+        environment=args.environment,
+        isolated=IsolatedEnvironment(environment),
+        weights=args.weights,
+        download=not args.no_download,
+        static_filter=args.static_filter,
+        partial=args.partial,
+        fps=args.fps,
+    )
+    metrics = metrics_of(results)
+    name = videos.record.name if videos.record is not None else videos.folder.resolve().name
+    record = _keep(PictureSet(name, tuple(videos.paths.values()), videos.folder), metrics, device, None, args.out)
+    if args.json:
+        print(json.dumps({name: record.to_dict()}, indent=1))
+    else:
+        print("\n".join([name, *(f"  {metric}" for metric in metrics)]))
 
 
 # --- report -----------------------------------------------------------------------------------------------------
