@@ -66,14 +66,23 @@ def compression_plan(
 ) -> CompressionPlan:
     """What :func:`compress` would do with the same arguments; changes nothing and works on meta-device models.
 
-    A search under ``target_size`` or ``target_bits`` needs loaded weights, and takes minutes with calibration.
+    With ``target_size`` ("11GB", "10GiB" or bytes that the planned components may take, what stays dense included) or
+    ``target_bits`` (average bits of a layer's weight, scales included) each layer gets its own of the preset's formats
+    (``QuantizationPreset.mixed``, or dense) so that the output error is least; "w4a16" if there is no preset. This
+    needs loaded weights, and takes minutes where it runs the model; ``sensitivity`` is what :func:`sensitivity`
+    measured, so that it is not measured anew, and only its formats are used.
 
     Returns:
         A plan: print it, edit it with ``plan.set(pattern, scheme)`` and ``plan.keep(pattern)``, pass it to compress.
 
     Raises:
-        ConfigError: see :func:`compress`.
+        ConfigError: unknown preset, component or pattern, a target that cannot be met (the message says what can), or
+            nothing given (the message lists presets with their bytes for this model).
+        CompressionConflictError: a component already carries another configuration of the same kind.
+        IncompatibleShapeError: a layer cannot take the scheme asked for it.
     """
+    if callback is not None and not callable(callback):
+        raise ConfigError(f"compress: callback= is called as callback(stage, done, total, metrics), got {callback!r}.")
     searches = _check_search(target_size, target_bits, sensitivity)
     if not methods and not searches:
         raise ConfigError(_choices(target))
@@ -129,39 +138,28 @@ def compress(
         overrides: {pattern: preset, Scheme or None} for single layers.
         algorithm: instead of the preset's: a config, or its kind ("hqq").
         seed: of algorithms that draw random numbers; global random states are never touched.
-        generator: source of that seed instead.
+        generator: source of that seed.
         device: compute here, layer by layer; every layer returns to where it was.
         work_dir: folder for the spill file that lets a failed call restore the model.
         preview: prompts (or dicts of pipeline arguments) to generate before and after, for the report.
         callback: ``callback(stage, done, total, metrics)``; raising in it cancels and restores.
         measure: run the denoiser at four timesteps before and after to report its output error.
         calibration: a Calibration, or the items to record one from. A preset then means its calibrated algorithm.
-        target_size: "11GB", "10GiB" or bytes that the compressed components may take, what stays dense included: each
-            layer gets its own of the preset's formats (see QuantizationPreset.mixed), so that the output error is
-            least. "w4a16" if there is no preset.
-        target_bits: the same by the average bits of a converted layer's weight, scales included.
-        sensitivity: what :func:`sensitivity` measured, instead of measuring it; only its formats are used.
+        target_size: "11GB" that the result may take; each layer gets its own format (see :func:`compression_plan`).
+        target_bits: the same by average bits per weight.
+        sensitivity: of the layers, if it is measured already.
 
     Raises:
-        ConfigError: unknown preset, component or pattern, a target that cannot be met (the message says what can), or
-            nothing given (the message lists presets with their bytes for this model).
-        CompressionConflictError: a component already carries another configuration of the same kind.
-        IncompatibleShapeError: a layer cannot take the scheme asked for it.
+        ConfigError, CompressionConflictError, IncompatibleShapeError: see :func:`compression_plan`.
         ModelStateError: meta tensors, offload hooks, foreign quantization, or too little disk.
     """
-    if generator is not None:
-        if seed is not None:
-            raise ConfigError("compress: give seed= or generator=, not both.")
-        seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
-    if callback is not None and not callable(callback):
-        raise ConfigError(f"compress: callback= is called as callback(stage, done, total, metrics), got {callback!r}.")
     plan = compression_plan(
         target,
         *methods,
         modules_to_not_convert=modules_to_not_convert,
         overrides=overrides,
         algorithm=algorithm,
-        seed=seed,
+        seed=_seed_of(seed, generator),
         device=device,
         calibration=calibration,
         target_size=target_size,
@@ -210,6 +208,14 @@ def sensitivity(
     formats = None if isinstance(listed, str) else [cast(Scheme, resolve_scheme(scheme)) for scheme in listed]
     plan.calibration = calibration
     return _measure_sensitivity(plan, target, candidate_schemes(plan, target, formats), callback)
+
+
+def _seed_of(seed: int | None, generator: torch.Generator | None) -> int | None:
+    if generator is None:
+        return seed
+    if seed is not None:
+        raise ConfigError("compress: give seed= or generator=, not both.")
+    return int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
 
 
 def _check_search(target_size: Any, target_bits: Any, sensitivity: Any) -> bool:

@@ -31,7 +31,7 @@ _POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def parse_size(value: str | int | float) -> int:
-    """Bytes of ``"11GB"`` (decimal), ``"10GiB"`` (binary) or a number of bytes. Raises ConfigError for another value."""
+    """Bytes of ``"11GB"`` (decimal), ``"10GiB"`` (binary) or a number. Raises ConfigError for another value."""
     if isinstance(value, str):
         found = _SIZE.match(value)
         if found:

@@ -118,7 +118,7 @@ PRESETS: dict[str, QuantizationPreset] = {
             _W4A16,
             _W4A16,
             "int4 weights (asymmetric, groups of 128), activations untouched; a quarter of the memory",
-            calibrated=_AWQ_GPTQ,
+            calibrated=GPTQConfig(),
             mixed=_WEIGHT_ONLY,
             aliases=("int4", "int4wo", "int4_weight_only", "w4"),
         ),
@@ -136,7 +136,7 @@ PRESETS: dict[str, QuantizationPreset] = {
             _W4A4,
             _W4A16,
             "int4 weights (two-level scales per 128 columns) with int4 activations (per token, dynamic)",
-            calibrated=GPTQConfig(),
+            calibrated=_AWQ_GPTQ,
             mixed=(_W4A4, _W4A8, _W8A8),
             needs_calibration=(
                 "4-bit activations lose too much with plain rounding to be a default: a calibrated algorithm "
