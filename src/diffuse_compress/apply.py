@@ -53,8 +53,8 @@ def require_consumer(plan: CompressionPlan, calibration: Any, *, searches: bool 
     if calibration is not None and plan.components and not needing and not searches:
         found = ", ".join(sorted({part.spec.algorithm.summary for part in plan.components.values()}))
         raise ConfigError(
-            f"calibration: given, but nothing uses it ({found} is data-free). Leave it out, or name one "
-            "that does: algorithm=GPTQConfig()."
+            f"calibration: given, but nothing uses it ({found} is data-free). Leave it out, or name an algorithm "
+            "that does, algorithm=GPTQConfig(), or none: a preset then takes its calibrated one."
         )
     return calibration
 

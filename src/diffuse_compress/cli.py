@@ -19,6 +19,7 @@ import torch
 from diffuse_compress import __version__
 from diffuse_compress.anatomy import GENERIC, model_anatomy, step_behaviour
 from diffuse_compress.api import compress, compression_plan, compression_report
+from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.cli_eval import add_eval
 from diffuse_compress.components import SELF, model_components
 from diffuse_compress.demo import PROMPTS, run_demo
@@ -57,6 +58,9 @@ _COMPRESS_EXAMPLES = """examples:
 
   # only look: one line per kind of tensor, exact bytes, nothing loaded, nothing written
   diffuse-compress compress black-forest-labs/FLUX.1-dev --recipe w4a8 --dry-run
+
+  # under a size, with a format for each layer
+  diffuse-compress compress ./pixart --target-size 350MB --out ./pixart-350
 
   # a recipe saved from Python: pipe.compression_recipe().save("recipe.json")
   diffuse-compress compress ./fine-tune --recipe recipe.json --out ./fine-tune-w4a8
@@ -163,6 +167,16 @@ def _add_compress(verbs: Any) -> None:
     verb.add_argument(
         "--modules-to-not-convert", nargs="+", metavar="PATTERN", help="modules that stay dense, e.g. attn2 '*.ff.*'"
     )
+    verb.add_argument(
+        "--target-size",
+        metavar="SIZE",
+        help="e.g. 11GB or 10GiB: of the compressed components; each layer gets its own of the preset's formats "
+        "(default preset: w4a16)",
+    )
+    verb.add_argument("--target-bits", type=float, metavar="BITS", help="the same by average bits per weight, e.g. 4.5")
+    verb.add_argument(
+        "--calibration", metavar="FILE", help="samples saved from Python: Calibration.record(pipe, prompts).save(FILE)"
+    )
     verb.add_argument("--out", metavar="DIR", help="folder for the compressed pipeline or model")
     verb.add_argument(
         "--format",
@@ -176,7 +190,9 @@ def _add_compress(verbs: Any) -> None:
     verb.add_argument("--report", metavar="FILE", help="write the report: .html, .json or .md")
     verb.add_argument("--preview", action="append", metavar="PROMPT", help="generate before and after; repeat for more")
     verb.add_argument("--no-measure", action="store_true", help="do not run the pipeline to measure its output error")
-    verb.add_argument("--dry-run", action="store_true", help="print the plan and stop; reads no weights")
+    verb.add_argument(
+        "--dry-run", action="store_true", help="print the plan and stop; reads no weights but for a target"
+    )
     verb.add_argument("--device", help="where to run, e.g. cuda (default: cpu)")
     verb.add_argument(
         "--dtype",
@@ -208,11 +224,16 @@ def _compress(args: argparse.Namespace) -> None:
         "algorithm": algorithm_from_dict({"kind": args.algorithm}) if args.algorithm else None,
         "seed": args.seed,
         "device": args.device,
+        "calibration": Calibration.load(args.calibration) if args.calibration else None,
+        "target_size": args.target_size,
+        "target_bits": args.target_bits,
     }
-    folder = local_folder(args.model, weights=not args.dry_run)
+    searches = args.target_size is not None or args.target_bits is not None
+    folder = local_folder(args.model, weights=searches or not args.dry_run)
     dtype = default_dtype(args.dtype, folder, args.device)
     if args.dry_run:
-        plan = compression_plan(read_skeleton(folder, dtype), *methods, **options)
+        seen = load(folder, dtype, args.device) if searches else read_skeleton(folder, dtype)
+        plan = compression_plan(seen, *methods, **options)
         print(json.dumps(plan.to_dict(), indent=2) if args.json else plan)
         return
     target = load(folder, dtype, args.device)
@@ -313,6 +334,7 @@ def _machine_facts() -> dict[str, Any]:
             "scheme": preset.scheme.to_dict(),
             "modulation_scheme": preset.modulation_scheme.to_dict(),
             "algorithm": algorithm_to_dict(preset.algorithm),
+            "calibrated_algorithm": algorithm_to_dict(preset.calibrated),
             "computed_by": path.description,
             "faster_than_dense": path.faster_than_dense,
         }
@@ -337,6 +359,8 @@ def _machine_lines(facts: dict[str, Any]) -> list[str]:
             table.append((f"{label}: weights", _fields(scheme["weights"])))
             table.append((f"{label}: inputs", _fields(scheme["input_activations"])))
         table.append(("algorithm", _fields(preset["algorithm"])))
+        calibrated = algorithm_from_dict(preset["calibrated_algorithm"]).summary
+        table.append(("with calibration", calibrated))
         table.append(("computed here by (bf16)", f"{preset['computed_by']}; {SPEED[preset['faster_than_dense']]}"))
         lines += align(table)
     return lines

@@ -116,8 +116,7 @@ def measure_sensitivity(
 ) -> SensitivityReport:
     """Sensitivity of the layers in ``candidates`` {component: {layer: formats}}, all of them planned by ``plan``.
 
-    With samples of a component, the error of its output; without, of its weights. Layers are quantized by the plan's
-    algorithm if that is data-free, else rounded to nearest.
+    With samples of a component, the error of its output; without, of its weights.
 
     Raises:
         ModelStateError: weights are on the meta device.
@@ -173,7 +172,7 @@ def _output_errors(
     errors = layer_sensitivities(
         model,
         wanted,
-        _data_free(part.spec.algorithm),
+        part.spec.algorithm,
         samples,
         generator=part.spec.generator,
         on_block=lambda block, done, total: advance(done, {"component": part.name, "block": block}),
@@ -182,7 +181,7 @@ def _output_errors(
     if missed:
         _logger.info("%s: no sample reached %d layers: their weights alone", part.name or part.class_name, len(missed))
         errors |= _weight_errors(model, part, missed, lambda done, metrics: None)
-    return errors, f"error of the output, {len(samples)} calls"
+    return errors, f"error of the output, {len(samples)} calls, {part.spec.algorithm.summary}"
 
 
 def _weight_errors(
