@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +96,15 @@ class Llama:
         return float(torch.cat(nats).double().mean().exp())
 
 
-def measured(model: Pixart | Llama, seeds: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def measured(model: Pixart | Llama, seeds: Iterable[int], say: Callable[[str], None]) -> list[dict[str, Any]]:
     """One row for each size and algorithm: bytes and scores of both, by seed."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for seed in range(seeds):
-        calibration = model.calibration(seed)
-        for label, algorithm in ALGORITHMS.items():
-            started = time.monotonic()
-            report = dc.sensitivity(model.load(), calibration=calibration, algorithm=algorithm)
-            say(f"{model.name}, seed {seed}, {label}: sensitivity in {time.monotonic() - started:.0f} s")
-            for size, (bits, group_size) in SIZES.items():
+    for seed in seeds:
+        calibration, started = model.calibration(seed), time.monotonic()
+        report = dc.sensitivity(model.load(), calibration=calibration)
+        say(f"{model.name}, seed {seed}: sensitivity in {time.monotonic() - started:.0f} s")
+        for size, (bits, group_size) in SIZES.items():
+            for label, algorithm in ALGORITHMS.items():
                 given = {"calibration": calibration} if algorithm.needs_calibration else {}
                 one, mixed = model.load(), model.load()
                 plan = dc.compression_plan(one, dc.QuantizationConfig(uniform(bits, group_size), algorithm), **given)
@@ -121,14 +120,18 @@ def measured(model: Pixart | Llama, seeds: int, say: Callable[[str], None]) -> l
                 row["bytes"].append([plan.bytes_after, own.bytes_after])
                 row["uniform"].append(model.score(one))
                 row["mixed"].append(model.score(mixed))
-                say(f"  {size}: {row['uniform'][-1]:.3f} -> {row['mixed'][-1]:.3f}")
+                say(f"  {size}, {label}: {row['uniform'][-1]:.3f} -> {row['mixed'][-1]:.3f}")
     return list(rows.values())
+
+
+def _deviation(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=("pixart", "llama"), default=["pixart", "llama"])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="two or more, for a deviation")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write every number as JSON")
     args = parser.parse_args()
     found = []
@@ -140,7 +143,7 @@ def main() -> None:
         args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print("| model | bytes of | algorithm | uniform | mixed |\n|---|---|---|---|---|")
     for row in found:
-        cells = [f"{statistics.mean(row[k]):.2f} ± {statistics.stdev(row[k]):.2f}" for k in ("uniform", "mixed")]
+        cells = [f"{statistics.mean(row[k]):.2f} ± {_deviation(row[k]):.2f}" for k in ("uniform", "mixed")]
         print(f"| {row['model']} | {row['size']} | {row['algorithm']} | {' | '.join(cells)} |")
 
 

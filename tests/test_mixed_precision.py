@@ -251,6 +251,13 @@ def test_presets_take_their_calibrated_algorithm(preset: str, recorded: dc.Calib
     assert PRESETS[preset].calibrated.summary in str(plan).splitlines()[0]
 
 
+def test_the_documented_table_is_what_presets_mean() -> None:
+    text = (LLAMA.parents[2] / "docs" / "calibration.md").read_text(encoding="utf-8")
+    for name, preset in PRESETS.items():
+        alone = "refused" if preset.needs_calibration else preset.algorithm.summary
+        assert f"| `{name}` | {alone} | {preset.calibrated.summary} |" in text
+
+
 def test_a_preset_with_calibration_is_compressed_by_it(recorded: dc.Calibration) -> None:
     pipe = tiny.build_pipeline("pixart").compress("w4a16", calibration=recorded, measure=False)
     assert "GPTQ" in str(pipe.compression_report())

@@ -24,6 +24,7 @@ from diffuse_compress.plan import CompressionPlan, make_plan
 from diffuse_compress.plan_text import format_bytes
 from diffuse_compress.progress import Callback
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig
+from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.presets import PRESETS
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import resolve_scheme
@@ -175,7 +176,6 @@ def sensitivity(
     schemes: str | Scheme | Sequence[str | Scheme] = "w4a16",
     *,
     calibration: Calibration | Iterable[Any] | None = None,
-    algorithm: AlgorithmConfig | str | None = None,
     components: str | Sequence[str] = "denoisers",
     modules_to_not_convert: str | Sequence[str] | None = None,
     callback: Callback | None = None,
@@ -187,7 +187,6 @@ def sensitivity(
         schemes: a preset, for the formats that a search under a size mixes; or a list of presets and Schemes.
         calibration: samples, or the items to record some from. Without, a pipeline that can be is called with a prompt
             of this package; of other models the weights alone are looked at.
-        algorithm: that the layers are to be quantized by; the preset's if None, as :func:`compress` would choose.
         components: names or groups of a pipeline's components.
         modules_to_not_convert: layers to leave out.
         callback: ``callback(stage, done, total, metrics)``.
@@ -202,14 +201,11 @@ def sensitivity(
         raise ConfigError("sensitivity: schemes= names at least one preset or Scheme, got none.")
     names = [components] if isinstance(components, str) else list(components)
     recipe = as_recipe(
-        dict.fromkeys(names, first),
-        is_calibrated=lambda key: _is_calibrated(target, key, calibration),
-        algorithm=algorithm,
-        modules_to_not_convert=modules_to_not_convert,
+        dict.fromkeys(names, first), algorithm=RTNConfig(), modules_to_not_convert=modules_to_not_convert
     )
     plan = make_plan(target, recipe)
     formats = None if isinstance(listed, str) else [cast(Scheme, resolve_scheme(scheme)) for scheme in listed]
-    plan.calibration = require_consumer(plan, calibration, searches=True)
+    plan.calibration = calibration
     return _measure_sensitivity(plan, target, candidate_schemes(plan, target, formats), callback)
 
 

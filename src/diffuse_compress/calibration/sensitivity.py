@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.calibration.engine import calibration_blocks, quantized_layer
+from diffuse_compress.calibration.engine import calibration_blocks
 from diffuse_compress.calibration.lockstep import Visit, lockstep
 from diffuse_compress.calibration.samples import Sample
 from diffuse_compress.calls import Call, map_tensors
-from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, calibrate_with, steps_of
-from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
-from diffuse_compress.quantization.algorithms.rtn import RTNConfig
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig
 from diffuse_compress.quantization.convert import quantize_module, replace_module
 from diffuse_compress.quantization.scheme import Scheme
 
@@ -46,8 +44,7 @@ def layer_sensitivities(
     Args:
         model: dense.
         candidates: {qualified name of a layer: formats to try}.
-        algorithm: that the layers will be quantized by. If it is calibrated, only their first format is made with it;
-            the others are rounded to nearest, and their errors scaled by what it gained there.
+        algorithm: data-free, that the layers are quantized by.
         samples: of this model, on any device.
         generator: source of random numbers of a layer.
         on_block: called after each block with its name, how many layers are done and how many there are.
@@ -57,71 +54,32 @@ def layer_sensitivities(
 
     Cost:
         Forwards of the whole model for each sample: two, one for each block, and one for each layer of a block times
-        formats; and a calibration on these samples if the algorithm is calibrated.
+        formats.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     calls = [sample.call.to(device) for sample in samples]
-    plain = RTNConfig() if algorithm.needs_calibration else algorithm
     found: Errors = {}
 
     def quantized(name: str, scheme: Scheme) -> nn.Module:
-        return quantize_module(model.get_submodule(name), scheme, plain, name=name, generator=generator(name))
+        return quantize_module(model.get_submodule(name), scheme, algorithm, name=name, generator=generator(name))
 
     def visit(reached: Visit) -> None:
         block = _Block(model, reached)
         inside = [name for name in candidates if name == reached.name or name.startswith(f"{reached.name}.")]
-        first = {name: candidates[name][0] for name in inside}
-        if algorithm.needs_calibration:
-            whole = _calibrated(model, reached, first, algorithm, generator)
-        else:
-            whole = {name: quantized(name, scheme) for name, scheme in first.items()}
-        with _replaced(model, whole):
+        with _replaced(model, {name: quantized(name, candidates[name][0]) for name in inside}):
             own, overall = block.error(), _error(references, _outputs(model, calls))
         factor = overall / own if own else 1.0
         for name in inside:
-            errors = {scheme: block.error_with(name, quantized(name, scheme)) for scheme in candidates[name]}
-            gain = 1.0
-            if algorithm.needs_calibration and errors[first[name]]:
-                gain = block.error_with(name, whole[name]) / errors[first[name]]
-            found[name] = {scheme: error * gain * factor for scheme, error in errors.items()}
+            found[name] = {}
+            for scheme in candidates[name]:
+                with _replaced(model, {name: quantized(name, scheme)}):
+                    found[name][scheme] = block.error() * factor
         on_block(reached.name, len(found), len(candidates))
 
     with _evaluating(model), torch.no_grad():
         references = _outputs(model, calls)
         lockstep(model, calibration_blocks(model, list(candidates)), calls, visit)
     return found
-
-
-def _calibrated(
-    model: nn.Module,
-    reached: Visit,
-    schemes: Mapping[str, Scheme],
-    algorithm: AlgorithmConfig,
-    generator: Callable[[str], torch.Generator],
-) -> dict[str, nn.Module]:
-    """The block's layers as a calibrated algorithm quantizes them, on the inputs of the dense model; not in place."""
-    names = {name.removeprefix(reached.name).removeprefix("."): name for name in schemes}
-    layers: dict[str, nn.Module] = {}
-
-    def install(layer: LayerWork) -> nn.Module:
-        name = names[layer.name]
-        layers[name] = quantized_layer(layer)
-        replace_module(model, name, layers[name])
-        return layers[name]
-
-    dense = {name: model.get_submodule(name) for name in schemes}
-    work = BlockWork(
-        name=reached.name,
-        block=reached.block,
-        calls=list(reached.calls.values()),
-        layers={short: LayerWork(short, dense[name], schemes[name]) for short, name in names.items()},  # type: ignore[arg-type]
-        generators=lambda short: generator(names[short]),
-        install=install,
-    )
-    with _replaced(model, dense):  # puts the dense layers back
-        for config in (*steps_of(algorithm), RTNConfig()):
-            calibrate_with(config, work)
-    return layers
 
 
 class _Block:
@@ -135,11 +93,6 @@ class _Block:
     def error(self) -> float:
         """Of the block as it is now."""
         return _error(self._references, self._outputs())
-
-    def error_with(self, name: str, layer: nn.Module) -> float:
-        """Of the block with ``layer`` in the place of one of its own."""
-        with _replaced(self._model, {name: layer}):
-            return self.error()
 
     def _outputs(self) -> list[list[torch.Tensor]]:
         # By its name: a block that is a layer itself is not the same module any more.
