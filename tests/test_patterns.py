@@ -63,3 +63,13 @@ def test_generalize_indices_at_either_end() -> None:
     rules = generalize(assigned)
     assert _expand(rules, list(assigned)) == assigned
     assert len(rules) == 2
+
+
+def test_generalize_lists_indices_once() -> None:
+    assigned: dict[str, str | None] = {f"blocks.{i}.to_q": ("a", "b", None)[i % 3] for i in range(57)}
+    assigned |= {f"up.{i}.resnets.{j}.conv": "a" if (i + j) % 2 else "b" for i in range(4) for j in range(12)}
+    assigned |= {"norm.linear": "b"}
+    rules = generalize(assigned)
+    expected = {name: value for name, value in assigned.items() if value is not None}
+    assert _expand(rules, [*assigned, "blocks.571.to_q", "up.4.resnets.0.conv"]) == expected
+    assert sum(len(pattern) for pattern, _ in rules) < 700

@@ -15,6 +15,7 @@ from diffuse_compress.api import (
     compression_report,
     compression_stats,
     decompress,
+    sensitivity,
 )
 from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.card_results import attach_results
@@ -34,6 +35,7 @@ from diffuse_compress.errors import (
 from diffuse_compress.importing import import_quantized
 from diffuse_compress.integrations.attach import attach, register_quantizers
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
+from diffuse_compress.layer_sensitivity import SensitivityReport
 from diffuse_compress.logging import (
     set_verbosity_debug,
     set_verbosity_error,
@@ -94,6 +96,7 @@ __all__ = [
     "Recipe",
     "ScaleRule",
     "Scheme",
+    "SensitivityReport",
     "SmoothQuantConfig",
     "TwoLevel",
     "UnsupportedHardwareError",
@@ -107,6 +110,7 @@ __all__ = [
     "compression_stats",
     "decompress",
     "import_quantized",
+    "sensitivity",
     "set_verbosity_debug",
     "set_verbosity_error",
     "set_verbosity_info",

@@ -6,23 +6,28 @@ method of the same name.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
-from diffuse_compress.apply import apply_plan, require_consumer
+from diffuse_compress.apply import apply_plan, needs_calibration, require_consumer
 from diffuse_compress.calibration.recording import Calibration
-from diffuse_compress.components import GROUPS, is_pipeline, model_components
+from diffuse_compress.components import GROUPS, is_pipeline, model_components, resolve_names
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.integrations.component import get_state
+from diffuse_compress.layer_sensitivity import SensitivityReport, measure_sensitivity, own_calibration
+from diffuse_compress.mixed_precision import Candidates, candidate_schemes, meet_target, parse_size
 from diffuse_compress.plan import CompressionPlan, make_plan
 from diffuse_compress.plan_text import format_bytes
 from diffuse_compress.progress import Callback
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig
+from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.presets import PRESETS
 from diffuse_compress.quantization.scheme import Scheme
+from diffuse_compress.quantization.spec import resolve_scheme
 from diffuse_compress.recipe import Recipe, as_recipe
 from diffuse_compress.report import CompressionReport, report_of
 from diffuse_compress.runtime.stats import CompressionStats
@@ -36,7 +41,11 @@ __all__ = [
     "compression_report",
     "compression_stats",
     "decompress",
+    "sensitivity",
 ]
+
+DEFAULT_FAMILY = "w4a16"
+"""Preset whose formats are mixed where a size is asked for and no preset: their inputs stay as they are."""
 
 _Target = TypeVar("_Target")
 
@@ -50,29 +59,53 @@ def compression_plan(
     seed: int | None = None,
     device: torch.device | str | None = None,
     calibration: Calibration | Iterable[Any] | None = None,
+    target_size: str | int | None = None,
+    target_bits: float | None = None,
+    sensitivity: SensitivityReport | None = None,
+    callback: Callback | None = None,
 ) -> CompressionPlan:
-    """What :func:`compress` would do with the same arguments; touches nothing and works on meta-device models.
+    """What :func:`compress` would do with the same arguments; changes nothing and works on meta-device models.
+
+    With ``target_size`` ("11GB", "10GiB" or bytes that the planned components may take, what stays dense included) or
+    ``target_bits`` (average bits of a layer's weight, scales included) each layer gets its own of the preset's formats
+    (``QuantizationPreset.mixed``, or dense) so that the output error is least; "w4a16" if there is no preset. This
+    needs loaded weights, and takes minutes where it runs the model; ``sensitivity`` is what :func:`sensitivity`
+    measured, so that it is not measured anew, and only its formats are used.
 
     Returns:
         A plan: print it, edit it with ``plan.set(pattern, scheme)`` and ``plan.keep(pattern)``, pass it to compress.
 
     Raises:
-        ConfigError: see :func:`compress`.
+        ConfigError: unknown preset, component or pattern, a target that cannot be met (the message says what can), or
+            nothing given (the message lists presets with their bytes for this model).
+        CompressionConflictError: a component already carries another configuration of the same kind.
+        IncompatibleShapeError: a layer cannot take the scheme asked for it.
     """
-    if not methods:
+    if callback is not None and not callable(callback):
+        raise ConfigError(f"compress: callback= is called as callback(stage, done, total, metrics), got {callback!r}.")
+    searches = _check_search(target_size, target_bits, sensitivity)
+    if not methods and not searches:
         raise ConfigError(_choices(target))
+    methods = methods or (DEFAULT_FAMILY,)
     calibration = calibration if calibration is not None else _calibration_of(methods)
     # A plan is looked at again: the model may have changed since, or it was made on a meta-device twin.
     methods = tuple(method.request() if isinstance(method, CompressionPlan) else method for method in methods)
     recipe = as_recipe(
         *methods,
+        is_calibrated=lambda key: _is_calibrated(target, key, calibration),
         modules_to_not_convert=modules_to_not_convert,
         overrides=overrides,
         algorithm=algorithm,
         seed=seed,
     )
     plan = make_plan(target, recipe, _as_device(device))
-    plan.calibration = require_consumer(plan, calibration)
+    plan.calibration = require_consumer(plan, calibration, searches=searches)
+    if searches and plan.components:
+        measure = functools.partial(_measure_sensitivity, plan, target, callback=callback)
+        size = None if target_size is None else parse_size(target_size)
+        meet_target(plan, target, sensitivity or measure, size=size, bits=target_bits)
+        # A calibration that only the search has looked at is done with.
+        plan.calibration = plan.calibration if needs_calibration(plan) else None
     return plan
 
 
@@ -90,52 +123,137 @@ def compress(
     callback: Callback | None = None,
     measure: bool = True,
     calibration: Calibration | Iterable[Any] | None = None,
+    target_size: str | int | None = None,
+    target_bits: float | None = None,
+    sensitivity: SensitivityReport | None = None,
 ) -> _Target:
     """Make a pipeline or model smaller and faster, in place, and return it; it saves and reloads as before.
 
     Args:
         target: a diffusers pipeline or model, or a transformers model.
-        methods: a preset name ("w8a8", "fp8", "w8a16", "w4a16", "w4a8", "w4a4"), a QuantizationConfig, a
-            CompressionPlan, a Recipe, or a dict ``{component or group: preset | config | None}``. A bare preset means
-            the denoisers (transformer, unet, prior, ...).
+        methods: a preset name ("w8a8", "w4a16", ...), a QuantizationConfig, a CompressionPlan, a Recipe, or a dict
+            ``{component or group: preset | config | None}``; a bare preset means the denoisers (transformer, ...).
         modules_to_not_convert: patterns of modules that stay dense (see QuantizationConfig).
         overrides: {pattern: preset, Scheme or None} for single layers.
         algorithm: instead of the preset's: a config, or its kind ("hqq").
         seed: of algorithms that draw random numbers; global random states are never touched.
-        generator: source of that seed instead.
+        generator: source of that seed.
         device: compute here, layer by layer; every layer returns to where it was.
         work_dir: folder for the spill file that lets a failed call restore the model.
         preview: prompts (or dicts of pipeline arguments) to generate before and after, for the report.
         callback: ``callback(stage, done, total, metrics)``; raising in it cancels and restores.
         measure: run the denoiser at four timesteps before and after to report its output error.
-        calibration: for algorithms that need it: a Calibration, or the items to record one from.
+        calibration: a Calibration, or the items to record one from. A preset then means its calibrated algorithm.
+        target_size: "11GB" that the result may take; each layer gets its own format (see :func:`compression_plan`).
+        target_bits: the same by average bits per weight.
+        sensitivity: of the layers, if it is measured already.
 
     Raises:
-        ConfigError: unknown preset, component or pattern, or nothing given (the message lists presets with their
-            bytes for this model).
-        CompressionConflictError: a component already carries another configuration of the same kind.
-        IncompatibleShapeError: a layer cannot take the scheme asked for it.
+        ConfigError, CompressionConflictError, IncompatibleShapeError: see :func:`compression_plan`.
         ModelStateError: meta tensors, offload hooks, foreign quantization, or too little disk.
     """
-    if generator is not None:
-        if seed is not None:
-            raise ConfigError("compress: give seed= or generator=, not both.")
-        seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
-    if callback is not None and not callable(callback):
-        raise ConfigError(f"compress: callback= is called as callback(stage, done, total, metrics), got {callback!r}.")
     plan = compression_plan(
         target,
         *methods,
         modules_to_not_convert=modules_to_not_convert,
         overrides=overrides,
         algorithm=algorithm,
-        seed=seed,
+        seed=_seed_of(seed, generator),
         device=device,
         calibration=calibration,
+        target_size=target_size,
+        target_bits=target_bits,
+        sensitivity=sensitivity,
+        callback=callback,
     )
     if plan.components:
         apply_plan(target, plan, device=device, callback=callback, work_dir=work_dir, preview=preview, measure=measure)
     return target
+
+
+def sensitivity(
+    target: Any,
+    schemes: str | Scheme | Sequence[str | Scheme] = "w4a16",
+    *,
+    calibration: Calibration | Iterable[Any] | None = None,
+    components: str | Sequence[str] = "denoisers",
+    modules_to_not_convert: str | Sequence[str] | None = None,
+    callback: Callback | None = None,
+) -> SensitivityReport:
+    """How much of the output error each layer causes in each format, the most sensitive layers first.
+
+    Args:
+        target: a pipeline or model; not changed.
+        schemes: a preset, for the formats that a search under a size mixes; or a list of presets and Schemes.
+        calibration: samples, or the items to record some from. Without, a pipeline that can be is called with a prompt
+            of this package; of other models the weights alone are looked at.
+        components: names or groups of a pipeline's components.
+        modules_to_not_convert: layers to leave out.
+        callback: ``callback(stage, done, total, metrics)``.
+
+    Raises:
+        ConfigError: unknown preset, component or pattern.
+        ModelStateError: weights on the meta device, or already compressed.
+    """
+    listed = [schemes] if isinstance(schemes, Scheme) else schemes
+    first = listed if isinstance(listed, str) else next(iter(listed), None)
+    if first is None:
+        raise ConfigError("sensitivity: schemes= names at least one preset or Scheme, got none.")
+    names = [components] if isinstance(components, str) else list(components)
+    recipe = as_recipe(
+        dict.fromkeys(names, first), algorithm=RTNConfig(), modules_to_not_convert=modules_to_not_convert
+    )
+    plan = make_plan(target, recipe)
+    formats = None if isinstance(listed, str) else [cast(Scheme, resolve_scheme(scheme)) for scheme in listed]
+    plan.calibration = calibration
+    return _measure_sensitivity(plan, target, candidate_schemes(plan, target, formats), callback)
+
+
+def _seed_of(seed: int | None, generator: torch.Generator | None) -> int | None:
+    if generator is None:
+        return seed
+    if seed is not None:
+        raise ConfigError("compress: give seed= or generator=, not both.")
+    return int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
+
+
+def _check_search(target_size: Any, target_bits: Any, sensitivity: Any) -> bool:
+    """Whether formats are to be searched for."""
+    if target_size is not None and target_bits is not None:
+        raise ConfigError("compress: give target_size= or target_bits=, not both.")
+    if target_bits is not None and (
+        isinstance(target_bits, bool) or not isinstance(target_bits, int | float) or not target_bits > 0
+    ):
+        raise ConfigError(f"target_bits: average bits per weight, a number above 0, got {target_bits!r}.")
+    if target_size is not None:
+        parse_size(target_size)
+    searches = target_size is not None or target_bits is not None
+    if sensitivity is not None and not (searches and isinstance(sensitivity, SensitivityReport)):
+        raise ConfigError(
+            "sensitivity: the report of diffuse_compress.sensitivity(), for target_size= or target_bits=; got "
+            f"{type(sensitivity).__name__}" + ("." if searches else " and no target.")
+        )
+    return searches
+
+
+def _measure_sensitivity(
+    plan: CompressionPlan, target: Any, candidates: Candidates, callback: Callback | None
+) -> SensitivityReport:
+    """On the plan's calibration; items are recorded first, and the plan keeps what was recorded."""
+    found = plan.calibration
+    if found is None:
+        found = own_calibration(target, list(plan.components), callback)
+    elif not isinstance(found, Calibration):
+        components = list(plan.components) if is_pipeline(target) else None
+        found = plan.calibration = Calibration.record(target, found, components=components, callback=callback)
+    return measure_sensitivity(target, plan, candidates, found, callback)
+
+
+def _is_calibrated(target: Any, key: str, calibration: Any) -> bool:
+    """Whether ``calibration`` is for a component or group; one that is recorded already may hold others."""
+    if not isinstance(calibration, Calibration):
+        return calibration is not None
+    return any(name in calibration.components for name in resolve_names([key], target)[key])
 
 
 def _calibration_of(methods: tuple[Any, ...]) -> Calibration | Iterable[Any] | None:

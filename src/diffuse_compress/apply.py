@@ -27,14 +27,22 @@ from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.report import component_report
 from diffuse_compress.transaction import Transaction
 
-__all__ = ["apply_plan", "require_consumer"]
+__all__ = ["apply_plan", "needs_calibration", "require_consumer"]
 
 _logger = get_logger(__name__)
 
 
-def require_consumer(plan: CompressionPlan, calibration: Any) -> Any:
-    """``calibration``, or ConfigError if an algorithm of ``plan`` needs one and there is none, or none takes it."""
-    needing = [part for part in plan.components.values() if part.spec.algorithm.needs_calibration]
+def needs_calibration(plan: CompressionPlan) -> list[ComponentPlan]:
+    """Parts of ``plan`` whose algorithm looks at inputs."""
+    return [part for part in plan.components.values() if part.spec.algorithm.needs_calibration]
+
+
+def require_consumer(plan: CompressionPlan, calibration: Any, *, searches: bool = False) -> Any:
+    """``calibration``, or ConfigError if an algorithm of ``plan`` needs one and there is none, or none takes it.
+
+    A search for formats (``searches``) takes it, too.
+    """
+    needing = needs_calibration(plan)
     if needing and calibration is None:
         part = needing[0]
         raise ConfigError(
@@ -42,11 +50,11 @@ def require_consumer(plan: CompressionPlan, calibration: Any) -> Any:
             "calibration=, a list of prompts (of texts, of forward arguments for a model without pipeline) or a "
             'Calibration; or take an algorithm that needs none: algorithm="rtn".'
         )
-    if calibration is not None and plan.components and not needing:
+    if calibration is not None and plan.components and not needing and not searches:
         found = ", ".join(sorted({part.spec.algorithm.summary for part in plan.components.values()}))
         raise ConfigError(
-            f"calibration: given, but nothing uses it ({found} is data-free). Leave it out, or name one "
-            "that does: algorithm=GPTQConfig()."
+            f"calibration: given, but nothing uses it ({found} is data-free). Leave it out, or name an algorithm "
+            "that does, algorithm=GPTQConfig(), or none: a preset then takes its calibrated one."
         )
     return calibration
 
@@ -125,7 +133,7 @@ def _convert(
 
 def _recorded(target: Any, plan: CompressionPlan, callback: Callback | None) -> Calibration | None:
     """The plan's calibration with samples of every component that needs them; items are recorded now."""
-    needing = [name for name, part in plan.components.items() if part.spec.algorithm.needs_calibration]
+    needing = [part.name for part in needs_calibration(plan)]
     if not needing:
         return None
     found = plan.calibration

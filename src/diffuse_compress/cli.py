@@ -19,6 +19,7 @@ import torch
 from diffuse_compress import __version__
 from diffuse_compress.anatomy import GENERIC, model_anatomy, step_behaviour
 from diffuse_compress.api import compress, compression_plan, compression_report
+from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.card_results import attach_results, require_results_of
 from diffuse_compress.cli_eval import add_eval
 from diffuse_compress.components import SELF, model_components
@@ -59,6 +60,9 @@ _COMPRESS_EXAMPLES = """examples:
 
   # only look: one line per kind of tensor, exact bytes, nothing loaded, nothing written
   diffuse-compress compress black-forest-labs/FLUX.1-dev --recipe w4a8 --dry-run
+
+  # under a size, with a format for each layer
+  diffuse-compress compress ./pixart --target-size 350MB --out ./pixart-350
 
   # a recipe saved from Python: pipe.compression_recipe().save("recipe.json")
   diffuse-compress compress ./fine-tune --recipe recipe.json --out ./fine-tune-w4a8
@@ -165,6 +169,34 @@ def _add_compress(verbs: Any) -> None:
     verb.add_argument(
         "--modules-to-not-convert", nargs="+", metavar="PATTERN", help="modules that stay dense, e.g. attn2 '*.ff.*'"
     )
+    verb.add_argument(
+        "--target-size",
+        metavar="SIZE",
+        help="e.g. 11GB or 10GiB: of the compressed components; each layer gets its own of the preset's formats "
+        "(default preset: w4a16)",
+    )
+    verb.add_argument("--target-bits", type=float, metavar="BITS", help="the same by average bits per weight, e.g. 4.5")
+    verb.add_argument(
+        "--calibration", metavar="FILE", help="samples saved from Python: Calibration.record(pipe, prompts).save(FILE)"
+    )
+    _add_outputs(verb)
+    verb.add_argument("--no-measure", action="store_true", help="do not run the pipeline to measure its output error")
+    verb.add_argument(
+        "--dry-run", action="store_true", help="print the plan and stop; reads no weights but for a target"
+    )
+    verb.add_argument("--device", help="where to run, e.g. cuda (default: cpu)")
+    verb.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        help="of what is not quantized (default: as stored; float16 becomes float32 on the CPU)",
+    )
+    verb.add_argument("--seed", type=int, help="of algorithms that draw random numbers")
+    verb.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    verb.set_defaults(run=_compress)
+
+
+def _add_outputs(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--out", metavar="DIR", help="folder for the compressed pipeline or model")
     verb.add_argument(
         "--format",
@@ -183,55 +215,38 @@ def _add_compress(verbs: Any) -> None:
     )
     verb.add_argument("--report", metavar="FILE", help="write the report: .html, .json or .md")
     verb.add_argument("--preview", action="append", metavar="PROMPT", help="generate before and after; repeat for more")
-    verb.add_argument("--no-measure", action="store_true", help="do not run the pipeline to measure its output error")
-    verb.add_argument("--dry-run", action="store_true", help="print the plan and stop; reads no weights")
-    verb.add_argument("--device", help="where to run, e.g. cuda (default: cpu)")
-    verb.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "float16", "bfloat16"],
-        help="of what is not quantized (default: as stored; float16 becomes float32 on the CPU)",
-    )
-    verb.add_argument("--seed", type=int, help="of algorithms that draw random numbers")
-    verb.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    verb.set_defaults(run=_compress)
 
 
 # --- compress ---------------------------------------------------------------------------------------------------
 
 
 def _compress(args: argparse.Namespace) -> None:
-    if not (args.out or args.push or args.report or args.dry_run):
-        raise ConfigError(
-            "compress: say what to write: --out DIR, --push REPO, --report FILE, or --dry-run to see the plan."
-        )
-    if (args.format or args.private) and not (args.out or args.push):
-        raise ConfigError("compress: --format and --private are about what is written: give --out DIR or --push REPO.")
-    if args.results and not (args.out or args.push):
-        raise ConfigError("compress: --results go into the card of what is written: give --out DIR or --push REPO.")
-    if args.report:
-        report_kind(args.report)
-    _check_writable(args.out, args.report)
+    _check_compress(args)
     methods = _methods(args.recipe, args.components)
     options = {
         "modules_to_not_convert": args.modules_to_not_convert,
         "algorithm": algorithm_from_dict({"kind": args.algorithm}) if args.algorithm else None,
         "seed": args.seed,
         "device": args.device,
+        "calibration": Calibration.load(args.calibration) if args.calibration else None,
+        "target_size": args.target_size,
+        "target_bits": args.target_bits,
     }
-    if args.dry_run or args.format == TORCHAO:
-        folder = local_folder(args.model, weights=False)
-        skeleton = read_skeleton(folder, default_dtype(args.dtype, folder, args.device))
-        plan = compression_plan(skeleton, *methods, **options)
+    searches = args.target_size is not None or args.target_bits is not None
+    target = _read(args, weights=searches or not (args.dry_run or args.format == TORCHAO))
+    if searches or args.dry_run or args.format == TORCHAO:
+        plan = compression_plan(target, *methods, **options)
         if args.format == TORCHAO:
-            _require_torchao(skeleton, plan)
+            _require_torchao(target, plan)
         if args.dry_run:
             print(json.dumps(plan.to_dict(), indent=2) if args.json else plan)
             return
-    folder = local_folder(args.model, weights=True)
-    target = load(folder, default_dtype(args.dtype, folder, args.device), args.device)
-    if args.results and methods:
-        asked = as_recipe(*methods, **{key: value for key, value in options.items() if key != "device"})
+        if searches:  # found once; compressing takes it as it is
+            methods, options = (plan,), {"device": args.device}
+        else:
+            target = _read(args, weights=True)
+    if args.results and methods and not args.calibration:
+        asked = as_recipe(plan.request()) if searches else _asked(methods, options)
         require_results_of(target, asked, args.results)  # before minutes of work
     before = [get_state(model) for model in model_components(target).values()]
     compress(target, *methods, **options, preview=args.preview, measure=not args.no_measure)
@@ -258,6 +273,32 @@ def _compress(args: argparse.Namespace) -> None:
     for what, path in (("compressed", args.out), ("pushed", pushed), ("report", args.report)):
         if path:
             print(f"{what}: {path}")
+
+
+def _check_compress(args: argparse.Namespace) -> None:
+    """What can be said before anything is read."""
+    if not (args.out or args.push or args.report or args.dry_run):
+        raise ConfigError(
+            "compress: say what to write: --out DIR, --push REPO, --report FILE, or --dry-run to see the plan."
+        )
+    if (args.format or args.private) and not (args.out or args.push):
+        raise ConfigError("compress: --format and --private are about what is written: give --out DIR or --push REPO.")
+    if args.results and not (args.out or args.push):
+        raise ConfigError("compress: --results go into the card of what is written: give --out DIR or --push REPO.")
+    if args.report:
+        report_kind(args.report)
+    _check_writable(args.out, args.report)
+
+
+def _asked(methods: tuple[Any, ...], options: dict[str, Any]) -> Recipe:
+    return as_recipe(*methods, **{name: options[name] for name in ("modules_to_not_convert", "algorithm", "seed")})
+
+
+def _read(args: argparse.Namespace, *, weights: bool) -> Any:
+    """The model, or its skeleton, which costs no weights to fetch or read."""
+    folder = local_folder(args.model, weights=weights)
+    dtype = default_dtype(args.dtype, folder, args.device)
+    return load(folder, dtype, args.device) if weights else read_skeleton(folder, dtype)
 
 
 def _require_torchao(skeleton: Any, plan: CompressionPlan) -> None:
@@ -340,6 +381,7 @@ def _machine_facts() -> dict[str, Any]:
             "scheme": preset.scheme.to_dict(),
             "modulation_scheme": preset.modulation_scheme.to_dict(),
             "algorithm": algorithm_to_dict(preset.algorithm),
+            "calibrated_algorithm": algorithm_to_dict(preset.calibrated),
             "computed_by": path.description,
             "faster_than_dense": path.faster_than_dense,
         }
@@ -364,6 +406,8 @@ def _machine_lines(facts: dict[str, Any]) -> list[str]:
             table.append((f"{label}: weights", _fields(scheme["weights"])))
             table.append((f"{label}: inputs", _fields(scheme["input_activations"])))
         table.append(("algorithm", _fields(preset["algorithm"])))
+        calibrated = algorithm_from_dict(preset["calibrated_algorithm"]).summary
+        table.append(("with calibration", calibrated))
         table.append(("computed here by (bf16)", f"{preset['computed_by']}; {SPEED[preset['faster_than_dense']]}"))
         lines += align(table)
     return lines

@@ -63,7 +63,7 @@ def require_match(patterns: Iterable[str], names: Iterable[str], what: str) -> N
 def generalize(assigned: Mapping[str, _Value]) -> list[tuple[str, _Value]]:
     """Write ``{layer name: value}`` as few ``re:`` patterns that together match exactly these layers.
 
-    Indices become ``\\d+`` where every name of that shape has the same value; the others keep their indices.
+    Indices become ``\\d+`` where every name of that shape has the same value; elsewhere they are listed.
     ``assigned`` must hold every layer of the model that could match (value None for those left alone): what is not
     listed cannot be told from what is. Pairs with value None are dropped from the result.
     """
@@ -83,8 +83,24 @@ def generalize(assigned: Mapping[str, _Value]) -> list[tuple[str, _Value]]:
             if value is not None:
                 grouped[value].append(name)
         for value, names in grouped.items():
-            rules.append(("re:" + "|".join(re.escape(name) for name in names), value))
+            rules.append(("re:" + "|".join(_listed(shape, names)), value))
     return rules
+
+
+def _listed(shape: str, names: list[str]) -> list[str]:
+    """Regular expressions that match these names of one shape: ``blocks\\.(?:0|2|7)\\.to_q``."""
+    indices = [tuple(_INDEX.findall(name)) for name in names]
+    # The index that differs most is listed; names that differ in another one get an expression of their own.
+    place = max(range(len(indices[0])), key=lambda i: len({index[i] for index in indices}), default=0)
+    alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for index in indices:
+        alike[index[:place] + index[place + 1 :]].append(index[place] if index else "")
+    found = []
+    for others, listed in alike.items():
+        pieces = [*others[:place], listed[0] if len(listed) == 1 else f"(?:{'|'.join(listed)})", *others[place:]]
+        texts = [re.escape(part) for part in shape.split("*")]
+        found.append(texts[0] + "".join(piece + text for piece, text in zip(pieces, texts[1:], strict=False)))
+    return found
 
 
 def _regex(shape: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffuse_compress.assignment import (
     assign_layers,
     require_patterns_match,
     resolve_rules,
+    stock_name,
     unsupported_bytes,
     unsupported_kind,
 )
@@ -23,7 +25,7 @@ from diffuse_compress.errors import CompressionConflictError, ConfigError, Model
 from diffuse_compress.integrations.component import foreign_quantization, get_state
 from diffuse_compress.integrations.placement import require_own_weights
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
-from diffuse_compress.patterns import matches, require_match
+from diffuse_compress.patterns import generalize, matches, require_match
 from diffuse_compress.plan_text import render_plan
 from diffuse_compress.quantization.dispatch import require_device
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
@@ -97,6 +99,26 @@ class ComponentPlan:
             self._refresh()
             raise
 
+    def assign(self, schemes: Mapping[str, Scheme | None]) -> None:
+        """Give each of these layers its own format, None for dense: what a search decided, as few exact patterns."""
+        chosen: dict[str, Scheme | str | None] = {}
+        for name, item in self.assigned.items():
+            changed = name in schemes and schemes[name] != item.scheme
+            chosen[stock_name(name)] = (schemes[name] or "dense") if changed else None
+        rules = [(pattern, None if value == "dense" else value) for pattern, value in generalize(chosen)]
+        self.spec = dataclasses.replace(self.spec, overrides=(*self.spec.overrides, *rules))  # type: ignore[arg-type]
+        self._refresh()
+
+    def assigned_bytes(self, layer: str) -> int:
+        """Bytes of a layer's weight as planned."""
+        return sum(row.bytes_after for row in self.rows if row.layer == layer and row.parameter.endswith(".weight"))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average over the layers that are converted, scales included."""
+        rows = [row for row in self.rows if row.scheme is not None]
+        return 8 * sum(row.bytes_after for row in rows) / sum(math.prod(row.shape) for row in rows)
+
     @property
     def resolved_config(self) -> QuantizationConfig:
         """The config with the layers it came to."""
@@ -136,6 +158,8 @@ class CompressionPlan:
         unchanged: components that already carry this very configuration.
         untouched: {name: bytes} of models that this plan leaves alone.
         calibration: a Calibration, or items to record one from, for the components whose algorithm needs it.
+        search: what a search for the layers' formats was asked for and looked at, in words; "" without one.
+        sensitivity: what it looked at, or None.
     """
 
     def __init__(
@@ -150,6 +174,8 @@ class CompressionPlan:
         self.components, self.unchanged, self.untouched = components, unchanged, untouched
         self.device = device
         self.calibration: Any = None
+        self.search = ""
+        self.sensitivity: Any = None
         self._target = target
 
     def set(self, pattern: str, scheme: str | Scheme, component: str | None = None) -> CompressionPlan:

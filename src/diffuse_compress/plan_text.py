@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,9 @@ from diffuse_compress.quantization.dispatch import compute_path
 
 if TYPE_CHECKING:
     from diffuse_compress.plan import ComponentPlan, CompressionPlan, PlanRow
+    from diffuse_compress.quantization.scheme import Scheme
 
-__all__ = ["align", "format_bytes", "group_rows", "render_plan", "shrink_hint"]
+__all__ = ["align", "format_bytes", "group_rows", "render_plan", "scheme_labels", "shrink_hint"]
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 _UNTOUCHED_SHARE = 0.25
@@ -29,7 +31,7 @@ def format_bytes(count: float) -> str:
 
 def render_plan(plan: CompressionPlan) -> str:
     """The whole plan as text; the first line names algorithm, formats and components."""
-    lines = [headline(plan)]
+    lines = [headline(plan), plan.search] if plan.search else [headline(plan)]
     for part in plan.components.values():
         lines += ["", *_component_lines(part, plan)]
     for name in plan.unchanged:
@@ -56,6 +58,10 @@ def _component_lines(part: ComponentPlan, plan: CompressionPlan) -> list[str]:
     title = f"{part.name} ({part.class_name})" if part.name != SELF else part.class_name
     ratio = part.bytes_after / part.bytes_before if part.bytes_before else 1.0
     lines = [f"{title}: {format_bytes(part.bytes_before)} -> {format_bytes(part.bytes_after)} ({ratio:.3f})"]
+    if plan.search:
+        counts = Counter(scheme_labels(list(dict.fromkeys(part.layers.values())))[s] for s in part.layers.values())
+        formats = ", ".join(f"{count} layers {label}" for label, count in counts.most_common())
+        lines.append(f"  {part.bits_per_weight:.2f} bits per weight on average: {formats}")
     if part.unsupported is not None:
         kinds, share = part.unsupported
         lines.append(f"  {share:.0%} of what is left is in {kinds}, for which there is no quantized layer")
@@ -65,11 +71,21 @@ def _component_lines(part: ComponentPlan, plan: CompressionPlan) -> list[str]:
         cells = (rows[0].scheme or "-", format_bytes(before), format_bytes(after), rows[0].reason)
         table.append((pattern, str(len(rows)), *cells))
     lines += align(table)
+    paths = []
     for scheme in dict.fromkeys(part.layers.values()):
         path = compute_path(scheme, plan.device, part.compute_dtype)
         speed = {None: "speed unmeasured here", True: "faster than dense", False: "slower than dense"}
-        lines.append(f"  {scheme.name} on {plan.device}: {path.description}; {speed[path.faster_than_dense]}")
-    return lines
+        paths.append(f"  {scheme.name} on {plan.device}: {path.description}; {speed[path.faster_than_dense]}")
+    return [*lines, *dict.fromkeys(paths)]
+
+
+def scheme_labels(schemes: Sequence[Scheme]) -> dict[Scheme, str]:
+    """Short names, with the group size where two would be alike."""
+    names = [scheme.name for scheme in schemes]
+    return {
+        scheme: scheme.name if names.count(scheme.name) == 1 else f"{scheme.name} g{scheme.weight.group_size}"
+        for scheme in schemes
+    }
 
 
 def group_rows(rows: Iterable[PlanRow]) -> list[tuple[str, list[PlanRow]]]:

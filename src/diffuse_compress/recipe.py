@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from diffuse_compress.errors import CheckpointError, ConfigError, DiffuseCompressError
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
+from diffuse_compress.quantization.presets import resolve_preset
 from diffuse_compress.quantization.scheme import Scheme
 
 __all__ = ["MethodConfig", "Recipe", "as_recipe"]
@@ -76,12 +77,19 @@ class Recipe:
             raise CheckpointError(f"{path}: {error}") from error
 
 
-def as_recipe(*methods: Any, default_group: str = DEFAULT_GROUP, **options: Any) -> Recipe:
+def as_recipe(
+    *methods: Any,
+    default_group: str = DEFAULT_GROUP,
+    is_calibrated: Callable[[str], bool] = lambda key: False,
+    **options: Any,
+) -> Recipe:
     """What ``compress`` was given, as a Recipe.
 
     Args:
         methods: presets, configs, or one Recipe or dict ``{component or group: preset | config | list | None}``.
         default_group: components that bare presets and configs are for.
+        is_calibrated: whether there is calibration data for a component or group: presets then mean their calibrated
+            algorithm.
         options: QuantizationConfig arguments given beside a preset (``modules_to_not_convert=``, ``overrides=``,
             ``algorithm=``, ``seed=``); None means not given.
 
@@ -96,30 +104,33 @@ def as_recipe(*methods: Any, default_group: str = DEFAULT_GROUP, **options: Any)
     if len(methods) == 1 and isinstance(methods[0], Mapping):
         if not methods[0]:
             raise ConfigError("compress needs at least one component, got an empty dict.")
-        components = {name: _configs(value, given) for name, value in methods[0].items()}
+        components = {name: _configs(value, given, is_calibrated(name)) for name, value in methods[0].items()}
         if not any(components.values()):
             raise ConfigError(
                 f"compress: every component given ({', '.join(components)}) is None. Name at least one to compress: "
                 '{"transformer": "w8a8"}.'
             )
         return Recipe(components)
-    configs = tuple(config for method in methods for config in _configs(method, given))
+    calibrated = is_calibrated(default_group)
+    configs = tuple(config for method in methods for config in _configs(method, given, calibrated))
     if not configs:
         raise ConfigError("compress needs a preset, a configuration, a dict or a Recipe, got nothing.")
     return Recipe({default_group: configs})
 
 
-def _configs(value: Any, options: Mapping[str, Any]) -> tuple[MethodConfig, ...]:
+def _configs(value: Any, options: Mapping[str, Any], calibrated: bool) -> tuple[MethodConfig, ...]:
     if value is None:
         return ()
     if isinstance(value, list | tuple):
-        return tuple(config for item in value for config in _configs(item, options))
+        return tuple(config for item in value for config in _configs(item, options, calibrated))
+    if isinstance(value, str) and calibrated:
+        return (QuantizationConfig(value, **{"algorithm": resolve_preset(value).calibrated, **options}),)
     if isinstance(value, str | Scheme):
         return (QuantizationConfig(value, **options),)
     if isinstance(value, QuantizationConfig):
         if options:
             raise ConfigError(f"A QuantizationConfig is complete: give {', '.join(sorted(options))} to it instead.")
-        return (value,)
+        return (value.with_calibration() if calibrated else value,)
     if isinstance(value, Recipe):
         if len(value.components) != 1:
             raise ConfigError(

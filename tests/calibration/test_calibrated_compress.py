@@ -99,7 +99,7 @@ def test_errors_come_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(dc.ConfigError, match=r"GPTQ .* needs calibration data, got none"):
         pipe.compress(gptq)
     with pytest.raises(dc.ConfigError, match="calibration: given, but nothing uses it"):
-        pipe.compress("w8a8", calibration=["a cat"])
+        pipe.compress("w8a8", algorithm="rtn", calibration=["a cat"])
     with pytest.raises(dc.ConfigError, match="at least one item"):
         pipe.compress(gptq, calibration=[])
     other = dc.Calibration.record(

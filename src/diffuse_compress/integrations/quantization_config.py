@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from diffuse_compress.errors import ConfigError, nearest
 from diffuse_compress.integrations.compat import mixin_bases
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, SequenceConfig, algorithm_from_dict
+from diffuse_compress.quantization.presets import resolve_preset
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import QuantizationSpec
 
@@ -63,6 +65,7 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
         compute_dtype: torch.dtype | str | None = None,
     ) -> None:
         algorithm = _as_algorithm(algorithm)
+        self._algorithm_is_default = algorithm is None
         self._set(
             QuantizationSpec.build(
                 scheme,
@@ -79,6 +82,7 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
     def from_spec(cls, spec: QuantizationSpec, compute_dtype: torch.dtype | None = None) -> QuantizationConfig:
         """The config around an existing spec, e.g. one resolved on a model."""
         config = cls.__new__(cls)
+        config._algorithm_is_default = False
         config._set(spec, compute_dtype)
         return config
 
@@ -87,6 +91,16 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
         self.spec = spec
         self.compute_dtype = _as_dtype(compute_dtype)
         self.modules_to_not_convert = list(spec.modules_to_not_convert) or None
+
+    def with_calibration(self) -> QuantizationConfig:
+        """What is meant where there is calibration data: without an algorithm of its own, the preset's calibrated one.
+
+        A config that names its algorithm, or a Scheme instead of a preset, is as it was.
+        """
+        if not self._algorithm_is_default or self.spec.preset is None:
+            return self
+        calibrated = resolve_preset(self.spec.preset).calibrated
+        return type(self).from_spec(replace(self.spec, algorithm=calibrated), self.compute_dtype)
 
     @property
     def kind(self) -> str:
@@ -141,7 +155,9 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
         return f"QuantizationConfig({', '.join(parts)})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizationConfig:
-        return type(self).from_spec(copy.deepcopy(self.spec, memo), self.compute_dtype)
+        config = type(self).from_spec(copy.deepcopy(self.spec, memo), self.compute_dtype)
+        config._algorithm_is_default = self._algorithm_is_default
+        return config
 
 
 def _as_algorithm(value: Any) -> Any:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from diffuse_compress.errors import ConfigError, nearest
-from diffuse_compress.quantization.algorithms.base import AlgorithmConfig
+from diffuse_compress.quantization.algorithms.awq import AWQConfig
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, SequenceConfig
+from diffuse_compress.quantization.algorithms.gptq import GPTQConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
@@ -27,6 +29,27 @@ _INT8_PER_TOKEN = ActivationScheme(NumberFormat.INT8, PerToken())
 
 _W8A16 = Scheme(_INT8_WEIGHT)
 _W4A16 = Scheme(_INT4_GROUP_ASYMMETRIC)
+_W8A8 = Scheme(_INT8_WEIGHT, _INT8_PER_TOKEN)
+_W4A8 = Scheme(_INT4_TWO_LEVEL, _INT8_PER_TOKEN)
+_FP8_WEIGHT_ONLY = Scheme(WeightScheme(NumberFormat.FLOAT8_E4M3, PerChannel()))
+_FP8 = Scheme(_FP8_WEIGHT_ONLY.weight, ActivationScheme(NumberFormat.FLOAT8_E4M3, PerToken()))
+_W4A4 = Scheme(_INT4_TWO_LEVEL, ActivationScheme(NumberFormat.INT4, PerToken()))
+
+_AWQ_GPTQ = SequenceConfig((AWQConfig(), GPTQConfig()))
+# Group sizes are worth bits as well: int4 in groups of 32 takes 5.25 with its scales. 2 bits in groups of 32 and 3 bits
+# in groups of 32 are left out: about as large as a bit more in groups of 128, and worse.
+_WEIGHT_ONLY = (
+    *(
+        Scheme(WeightScheme(number_format, PerGroup(size, pad=True), symmetric=False))
+        for number_format, sizes in (
+            (NumberFormat.INT2, (64,)),
+            (NumberFormat.INT3, (128, 64)),
+            (NumberFormat.INT4, (128, 64, 32)),
+        )
+        for size in sizes
+    ),
+    _W8A16,
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +61,10 @@ class QuantizationPreset:
         scheme: format of every layer inside the model's blocks.
         modulation_scheme: format of modulation and timestep projections. They see one row per sample, so their
             cost is reading the weight: weight-only formats lose nothing there and keep their inputs exact.
-        algorithm: how codes are chosen without calibration data.
+        algorithm: how codes are chosen without calibration data: the best measured in this family.
+        calibrated: how they are chosen with it: likewise (docs/calibration.md).
+        mixed: formats of the same kernels that a search under a size mixes, for the layers that get ``scheme``.
+        mixed_modulation: likewise for those that get ``modulation_scheme``.
         summary: one line for ``diffuse-compress info`` and the README.
         needs_calibration: why plain rounding is not offered under this name, or None.
         aliases: other spellings.
@@ -48,6 +74,9 @@ class QuantizationPreset:
     scheme: Scheme
     modulation_scheme: Scheme
     summary: str
+    calibrated: AlgorithmConfig
+    mixed: tuple[Scheme, ...]
+    mixed_modulation: tuple[Scheme, ...] = _WEIGHT_ONLY
     algorithm: AlgorithmConfig = field(default_factory=RTNConfig)
     needs_calibration: str | None = None
     aliases: tuple[str, ...] = ()
@@ -58,19 +87,21 @@ PRESETS: dict[str, QuantizationPreset] = {
     for preset in (
         QuantizationPreset(
             "w8a8",
-            Scheme(_INT8_WEIGHT, _INT8_PER_TOKEN),
+            _W8A8,
             _W8A16,
             "int8 weights (per channel) and activations (per token, dynamic); the fastest on CPUs",
+            calibrated=_AWQ_GPTQ,
+            mixed=(_W4A8, _W8A8),
             aliases=("int8", "int8_dynamic", "int8dq", "w8a8_int8"),
         ),
         QuantizationPreset(
             "fp8",
-            Scheme(
-                WeightScheme(NumberFormat.FLOAT8_E4M3, PerChannel()),
-                ActivationScheme(NumberFormat.FLOAT8_E4M3, PerToken()),
-            ),
-            Scheme(WeightScheme(NumberFormat.FLOAT8_E4M3, PerChannel())),
+            _FP8,
+            _FP8_WEIGHT_ONLY,
             "float8 e4m3 weights (per channel) and activations (per token, dynamic); weight-only without an fp8 matmul",
+            calibrated=GPTQConfig(),
+            mixed=(_FP8,),
+            mixed_modulation=(_FP8_WEIGHT_ONLY,),
             aliases=("float8", "fp8_dynamic", "fp8dq", "fp8_row", "float8_e4m3fn", "w8a8_fp8"),
         ),
         QuantizationPreset(
@@ -78,6 +109,8 @@ PRESETS: dict[str, QuantizationPreset] = {
             _W8A16,
             _W8A16,
             "int8 weights (per channel), activations untouched; half the memory at almost no loss",
+            calibrated=GPTQConfig(),
+            mixed=_WEIGHT_ONLY,
             aliases=("int8wo", "int8_weight_only", "w8"),
         ),
         QuantizationPreset(
@@ -85,20 +118,26 @@ PRESETS: dict[str, QuantizationPreset] = {
             _W4A16,
             _W4A16,
             "int4 weights (asymmetric, groups of 128), activations untouched; a quarter of the memory",
+            calibrated=GPTQConfig(),
+            mixed=_WEIGHT_ONLY,
             aliases=("int4", "int4wo", "int4_weight_only", "w4"),
         ),
         QuantizationPreset(
             "w4a8",
-            Scheme(_INT4_TWO_LEVEL, _INT8_PER_TOKEN),
+            _W4A8,
             _W4A16,
             "int4 weights (two-level scales per 128 columns) with int8 activations (per token, dynamic)",
+            calibrated=GPTQConfig(),
+            mixed=(_W4A8, _W8A8),
             aliases=("int4a8", "w4a8_int8"),
         ),
         QuantizationPreset(
             "w4a4",
-            Scheme(_INT4_TWO_LEVEL, ActivationScheme(NumberFormat.INT4, PerToken())),
+            _W4A4,
             _W4A16,
             "int4 weights (two-level scales per 128 columns) with int4 activations (per token, dynamic)",
+            calibrated=_AWQ_GPTQ,
+            mixed=(_W4A4, _W4A8, _W8A8),
             needs_calibration=(
                 "4-bit activations lose too much with plain rounding to be a default: a calibrated algorithm "
                 "(smoothing or a low-rank branch) is needed"

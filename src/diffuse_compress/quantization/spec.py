@@ -78,10 +78,9 @@ class QuantizationSpec:
             name, body, modulation, default = preset.name, preset.scheme, preset.modulation_scheme, preset.algorithm
             if preset.needs_calibration and algorithm is None:
                 raise ConfigError(
-                    f"{preset.name}: {preset.needs_calibration}. No calibrated algorithm was given. To accept plain "
-                    f'rounding anyway, write it out: QuantizationConfig("{preset.name}", algorithm=RTNConfig()), on '
-                    "the command line --algorithm rtn; "
-                    'or take "w4a8".'
+                    f"{preset.name}: {preset.needs_calibration}. Pass calibration= to compress, or name an algorithm. "
+                    f'To accept plain rounding anyway, write it out: QuantizationConfig("{preset.name}", '
+                    'algorithm=RTNConfig()), on the command line --algorithm rtn; or take "w4a8".'
                 )
         else:
             resolved = resolve_scheme(scheme)
