@@ -51,6 +51,7 @@ class LayerAssignment:
         shape: (out_features, in_features); a convolution's in_features is C / groups * kh * kw.
         scheme: the format it gets, or None.
         reason: why it is kept (``scheme`` is None), else "".
+        extra_bytes: that the algorithm stores with it beside codes and scales.
     """
 
     name: str
@@ -58,6 +59,7 @@ class LayerAssignment:
     shape: tuple[int, int]
     scheme: Scheme | None
     reason: str = ""
+    extra_bytes: int = 0
 
 
 def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAssignment]:
@@ -180,6 +182,10 @@ def _decide(
     def keep(reason: str) -> LayerAssignment:
         return LayerAssignment(own_name, role, shape, None, reason)
 
+    def converted(scheme: Scheme) -> LayerAssignment:
+        scheme = spec.algorithm.format_of(module, scheme)
+        return LayerAssignment(own_name, role, shape, scheme, extra_bytes=spec.algorithm.extra_bytes(module, scheme))
+
     if isinstance(module, QuantizedLinear | QuantizedConv2d):
         return keep(f"already {module.scheme.name}")
     if _is_adapter(name):
@@ -189,8 +195,8 @@ def _decide(
         if scheme is None:
             listed = any(matches(pattern, name) for pattern in spec.modules_to_not_convert)
             return keep("modules_to_not_convert" if listed else _KEPT_ROLE.get(role, "not part of the recipe"))
-        scheme = _checked(name, module, shape, scheme, "It is not the recipe's model")
-        return LayerAssignment(own_name, role, shape, scheme)
+        scheme = _checked(name, module, shape, scheme, "It is not the recipe's model", spec)
+        return LayerAssignment(own_name, role, shape, scheme, extra_bytes=spec.algorithm.extra_bytes(module, scheme))
     overridden = [(pattern, scheme) for pattern, scheme in spec.overrides if matches(pattern, name)]
     if any(matches(pattern, name) for pattern in spec.modules_to_not_convert):
         return keep("modules_to_not_convert")
@@ -201,20 +207,22 @@ def _decide(
         if scheme is None:
             return keep("overrides")
         fix = "Take it out of overrides=, or give it another scheme"
-        return LayerAssignment(own_name, role, shape, _checked(name, module, shape, scheme, fix))
+        return converted(_checked(name, module, shape, scheme, fix, spec))
     if role in _KEPT_ROLE:
         return keep(_KEPT_ROLE[role])
     scheme = spec.modulation_scheme if role is LayerRole.MODULATION else spec.scheme
-    unfit = supports(module, scheme)
+    unfit = supports(module, scheme) or spec.algorithm.unsupported(module, scheme)
     if unfit:
         return keep(unfit)
     scheme.weight.check_shape(name, shape[1])
-    return LayerAssignment(own_name, role, shape, scheme)
+    return converted(scheme)
 
 
-def _checked(name: str, module: nn.Module, shape: tuple[int, int], scheme: Scheme, fix: str) -> Scheme:
+def _checked(
+    name: str, module: nn.Module, shape: tuple[int, int], scheme: Scheme, fix: str, spec: QuantizationSpec
+) -> Scheme:
     """``scheme``, or an error: this layer was named, so it cannot be skipped."""
-    unfit = supports(module, scheme)
+    unfit = supports(module, scheme) or spec.algorithm.unsupported(module, scheme)
     if unfit:
         raise ConfigError(f"{name}: {scheme.name} cannot be applied: {unfit}. {fix}.")
     scheme.weight.check_shape(name, shape[1])

@@ -285,7 +285,7 @@ def tensor_rows(model: nn.Module, assigned: dict[str, LayerAssignment]) -> Itera
         before = tensor.numel() * tensor.element_size()
         role = item.role.value if item is not None else ""
         if item is not None and item.scheme is not None and leaf == "weight":
-            after = item.scheme.weight_bytes(item.shape)
+            after = item.scheme.weight_bytes(item.shape) + item.extra_bytes
             yield PlanRow(key, layer, tuple(tensor.shape), role, item.scheme.name, before, after, "")
             continue
         reason = _kept_reason(leaf, tensor, modules[layer], item, key in buffers)

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch import nn
 
 from diffuse_compress.errors import ConfigError, nearest
 from diffuse_compress.quantization.packed import QuantizedWeight
-from diffuse_compress.quantization.scheme import WeightScheme
+from diffuse_compress.quantization.scheme import Scheme, WeightScheme
 
 __all__ = [
     "AlgorithmConfig",
@@ -39,12 +40,14 @@ class AlgorithmConfig:
     """Base of the configs. A subclass is a frozen dataclass of JSON values that sets ``kind``.
 
     The class selects the algorithm; ``kind`` is its name in files and never changes. ``is_random`` says whether the
-    result depends on the seed, ``needs_calibration`` whether it looks at inputs and works on whole blocks.
+    result depends on the seed, ``needs_calibration`` whether it looks at inputs and works on whole blocks,
+    ``chooses_codes`` whether it ends with codes, so that what only prepares layers must come before it.
     """
 
     kind: ClassVar[str]
     is_random: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+    chooses_codes: ClassVar[bool] = True
 
     @property
     def summary(self) -> str:
@@ -53,6 +56,18 @@ class AlgorithmConfig:
 
     def check(self, scheme: WeightScheme) -> None:
         """Raise ConfigError if this algorithm cannot reach ``scheme``; asked before any weight is touched."""
+
+    def unsupported(self, layer: nn.Module, scheme: Scheme) -> str | None:
+        """Why a linear or convolution, dense and perhaps on the meta device, cannot be taken; None if it can."""
+        return None
+
+    def format_of(self, layer: nn.Module, scheme: Scheme) -> Scheme:
+        """The format of a layer that was to get ``scheme``: what the algorithm decides without data belongs to it."""
+        return scheme
+
+    def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        """Bytes that the algorithm stores with a layer beside its codes and their scales."""
+        return 0
 
 
 BlockCalibrator = Callable[[Any, Any], None]
@@ -79,6 +94,13 @@ class SequenceConfig(AlgorithmConfig):
                 "algorithm: a sequence holds two or more different algorithms, got "
                 f"[{', '.join(kind.__name__ for kind in kinds)}]."
             )
+        choosing = [config.chooses_codes for config in self.algorithms]
+        if choosing != sorted(choosing):
+            late = kinds[choosing.index(False, choosing.index(True))]
+            raise ConfigError(
+                f"algorithm: {late.__name__} prepares layers for the choice of codes, and must come before it, got "
+                f"[{', '.join(kind.__name__ for kind in kinds)}]."
+            )
 
     @property
     def summary(self) -> str:
@@ -96,6 +118,18 @@ class SequenceConfig(AlgorithmConfig):
         for config in self.algorithms:
             config.check(scheme)
 
+    def unsupported(self, layer: nn.Module, scheme: Scheme) -> str | None:
+        reasons = (config.unsupported(layer, scheme) for config in self.algorithms)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def format_of(self, layer: nn.Module, scheme: Scheme) -> Scheme:
+        for config in self.algorithms:
+            scheme = config.format_of(layer, scheme)
+        return scheme
+
+    def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        return sum(config.extra_bytes(layer, scheme) for config in self.algorithms)
+
 
 def steps_of(config: AlgorithmConfig) -> tuple[AlgorithmConfig, ...]:
     """The algorithms of a sequence; of any other config, itself."""
@@ -110,8 +144,10 @@ _MODULES: dict[str, str] = {
     "awq": "diffuse_compress.quantization.algorithms.awq",
     "gptq": "diffuse_compress.quantization.algorithms.gptq",
     "hqq": "diffuse_compress.quantization.algorithms.hqq",
+    "quarot": "diffuse_compress.quantization.algorithms.quarot",
     "rtn": "diffuse_compress.quantization.algorithms.rtn",
     "smoothquant": "diffuse_compress.quantization.algorithms.smoothquant",
+    "svdquant": "diffuse_compress.quantization.algorithms.svdquant",
 }
 _REGISTRY: dict[type[AlgorithmConfig], WeightQuantizer] = {}
 _BLOCK_REGISTRY: dict[type[AlgorithmConfig], BlockCalibrator] = {}
@@ -163,6 +199,7 @@ def quantize_with(
     Raises:
         ConfigError: no algorithm is registered for the class, or it cannot reach ``scheme``.
     """
+    config = steps_of(config)[-1]
     if type(config) not in _REGISTRY:
         raise ConfigError(f"algorithm: no quantizer for {type(config).__name__}. Available: {', '.join(_kinds())}")
     return _REGISTRY[type(config)](weight, scheme, config, generator)
