@@ -5,7 +5,7 @@ Needs only the module tree, so it gives the same answer for a loaded model and f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from diffuse_compress.errors import ConfigError
+from diffuse_compress.families.registry import residual_stream_of
 from diffuse_compress.families.roles import LayerRole, layer_roles
 from diffuse_compress.patterns import first_match, generalize, matches, require_match
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear, supports
@@ -68,7 +69,7 @@ def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAs
     A user's pattern may match nothing here: see :func:`require_patterns_match`.
 
     Raises:
-        ConfigError: resolved rules match no layer, or the algorithm cannot reach a layer's format.
+        ConfigError: resolved rules match no layer, or the algorithm cannot reach a layer's format or this model.
         IncompatibleShapeError: a layer named explicitly cannot take its scheme.
     """
     layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
@@ -83,7 +84,8 @@ def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAs
                 f"{spec.preset or spec.scheme.name!r}."
             )
     roles, tied = layer_roles(cast(nn.Module, _WithoutAdapters(model))), _tied_layers(model)
-    decided = {name: _decide(name, module, spec, roles, tied) for name, module in layers.items()}
+    rotated = residual_stream_of(model).rotated_inputs if spec.algorithm.rotates_residual else ()
+    decided = {name: _decide(name, module, spec, roles, tied, rotated) for name, module in layers.items()}
     if not any(item.scheme is not None for item in decided.values()):
         kinds = sorted({type(module).__name__ for module in layers.values()}) or ["none"]
         reasons = sorted({item.reason for item in decided.values()})
@@ -173,7 +175,12 @@ def module_aliases(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _decide(
-    name: str, module: nn.Module, spec: QuantizationSpec, roles: dict[str, LayerRole], tied: dict[str, str]
+    name: str,
+    module: nn.Module,
+    spec: QuantizationSpec,
+    roles: dict[str, LayerRole],
+    tied: dict[str, str],
+    rotated: Collection[str],
 ) -> LayerAssignment:
     shape, own_name = _matrix_shape(module), name
     name = stock_name(name)
@@ -183,7 +190,7 @@ def _decide(
         return LayerAssignment(own_name, role, shape, None, reason)
 
     def converted(scheme: Scheme) -> LayerAssignment:
-        scheme = spec.algorithm.format_of(module, scheme)
+        scheme = spec.algorithm.format_of(module, scheme, own_name in rotated)
         return LayerAssignment(own_name, role, shape, scheme, extra_bytes=spec.algorithm.extra_bytes(module, scheme))
 
     if isinstance(module, QuantizedLinear | QuantizedConv2d):

@@ -65,11 +65,12 @@ def _component_lines(part: ComponentPlan, plan: CompressionPlan) -> list[str]:
         cells = (rows[0].scheme or "-", format_bytes(before), format_bytes(after), rows[0].reason)
         table.append((pattern, str(len(rows)), *cells))
     lines += align(table)
+    computed = []
     for scheme in dict.fromkeys(part.layers.values()):
         path = compute_path(scheme, plan.device, part.compute_dtype)
         speed = {None: "speed unmeasured here", True: "faster than dense", False: "slower than dense"}
-        lines.append(f"  {scheme.name} on {plan.device}: {path.description}; {speed[path.faster_than_dense]}")
-    return lines
+        computed.append(f"  {scheme.name} on {plan.device}: {path.description}; {speed[path.faster_than_dense]}")
+    return [*lines, *dict.fromkeys(computed)]
 
 
 def group_rows(rows: Iterable[PlanRow]) -> list[tuple[str, list[PlanRow]]]:

@@ -164,10 +164,9 @@ class QuantizedLayer(nn.Module):
                 values += up.float() @ down.float()
             return values.to(self.compute_dtype)
 
-    def _with_branches(self, path: ComputePath) -> ComputePath:
-        """``path``, its speed unmeasured where rotation or low-rank branch come on top of what was measured."""
-        plain = self.scheme.input_rotation is None and self.low_rank_down is None
-        return path if plain else replace(path, faster_than_dense=None)
+    def _with_branch(self, path: ComputePath) -> ComputePath:
+        """``path``, its speed unmeasured where a low-rank branch comes on top of what was measured."""
+        return path if self.low_rank_down is None else replace(path, faster_than_dense=None)
 
     @property
     def num_bytes(self) -> int:

@@ -320,7 +320,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     def compute_path(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ComputePath:
         """How this layer is computed there (default: where it is, in its compute dtype)."""
         device, dtype = device or self.qweight.device, dtype or self.compute_dtype
-        return self._with_branches(compute_path(self.scheme, device, dtype, outputs=self.out_features))
+        return self._with_branch(compute_path(self.scheme, device, dtype, outputs=self.out_features))
 
     def to_dense(self) -> nn.Linear:
         """A stock layer with the weight rounded to the grid, same device, compute dtype and training mode."""
@@ -529,7 +529,7 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
         """How this layer is computed there (default: where it is, in its compute dtype)."""
         device, dtype = device or self.qweight.device, dtype or self.compute_dtype
         path = compute_path(self.scheme, device, dtype, kind="conv2d", groups=self.groups, geometry=self._geometry)
-        return self._with_branches(path)
+        return self._with_branch(path)
 
     def to_dense(self) -> nn.Conv2d:
         """A stock layer with the weight rounded to the grid, same device, compute dtype and training mode."""

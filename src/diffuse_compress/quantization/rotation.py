@@ -125,7 +125,7 @@ def _paley(order: int) -> torch.Tensor:
 
 
 def _split(size: int) -> tuple[int, int]:
-    """Orders (outer, inner) whose Kronecker product is the rotation's matrix: of the smallest sum, inner Sylvester's."""
+    """Orders (outer, inner) of the Kronecker product that is H: of the smallest sum, the inner one Sylvester's."""
     base = _base_order(size)
     if base is None:
         raise ConfigError(f"rotation: no Hadamard matrix of order {size} can be made here. Use a power of two.")

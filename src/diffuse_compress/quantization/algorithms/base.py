@@ -50,6 +50,11 @@ class AlgorithmConfig:
     chooses_codes: ClassVar[bool] = True
 
     @property
+    def rotates_residual(self) -> bool:
+        """Whether it rotates the model's residual stream before any layer is quantized (``residual.py``)."""
+        return False
+
+    @property
     def summary(self) -> str:
         """The algorithm in a few words, for the first line of plans and reports."""
         return self.kind
@@ -61,8 +66,11 @@ class AlgorithmConfig:
         """Why a linear or convolution, dense and perhaps on the meta device, cannot be taken; None if it can."""
         return None
 
-    def format_of(self, layer: nn.Module, scheme: Scheme) -> Scheme:
-        """The format of a layer that was to get ``scheme``: what the algorithm decides without data belongs to it."""
+    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False) -> Scheme:
+        """The format of a layer that was to get ``scheme``: what the algorithm decides without data belongs to it.
+
+        ``arrives_rotated`` says that what stands before the layer will rotate its input.
+        """
         return scheme
 
     def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
@@ -114,6 +122,10 @@ class SequenceConfig(AlgorithmConfig):
     def is_random(self) -> bool:  # type: ignore[override]
         return any(config.is_random for config in self.algorithms)
 
+    @property
+    def rotates_residual(self) -> bool:
+        return any(config.rotates_residual for config in self.algorithms)
+
     def check(self, scheme: WeightScheme) -> None:
         for config in self.algorithms:
             config.check(scheme)
@@ -122,9 +134,9 @@ class SequenceConfig(AlgorithmConfig):
         reasons = (config.unsupported(layer, scheme) for config in self.algorithms)
         return next((reason for reason in reasons if reason is not None), None)
 
-    def format_of(self, layer: nn.Module, scheme: Scheme) -> Scheme:
+    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False) -> Scheme:
         for config in self.algorithms:
-            scheme = config.format_of(layer, scheme)
+            scheme = config.format_of(layer, scheme, arrives_rotated)
         return scheme
 
     def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:

@@ -1,9 +1,10 @@
 """QuaRot: rotate what is quantized, so that no channel is larger than the others.
 
 Ashkboos et al. 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", arXiv 2404.00456. A product does not
-change when input and weight are rotated alike, ``(x R) (W R)^T = x W^T``, but its rounding does: Hadamard matrices share
-every outlier out over all channels. Each layer rotates its input at run time, as the paper does in front of down
-projections, whatever stands before it: adaptive norms and activations, through which no rotation can be moved.
+change when input and weight are rotated alike, ``(x R) (W R)^T = x W^T``, but its rounding does: Hadamard matrices
+share every outlier out over all channels. A layer rotates its input at run time, as the paper does in front of down
+projections, whatever stands before it: adaptive norms and activations, through which no rotation can be moved. In
+decoders whose norms have weights alone, most rotations can be moved into the weights (``residual.py``).
 """
 
 from __future__ import annotations
@@ -34,16 +35,32 @@ class QuaRotConfig(AlgorithmConfig):
     sequence; smoothing scales (SmoothQuant, AWQ, SVDQuant) multiply the input before it is rotated.
 
     Args:
+        residual: rotate the residual stream and the value heads inside the weights, so that down projections alone
+            rotate their input at run time. For language models with a head (Llama, Qwen2, Qwen3, Mistral, Gemma),
+            compressed alone. The logits stay what they are, but not ``hidden_states`` that are asked for; embeddings of
+            one's own (``inputs_embeds``) and adapters trained before no longer fit; a head that is tied to the
+            embedding gets a weight of its own.
         block_size: channels that are rotated together; None takes as many as can be, all of them for most sizes.
     """
 
+    residual: bool = False
     block_size: int | None = None
     kind: ClassVar[str] = "quarot"
     chooses_codes: ClassVar[bool] = False
 
     @property
     def summary(self) -> str:
-        return "QuaRot" if self.block_size is None else f"QuaRot (blocks of {self.block_size})"
+        options = ["residual stream in the weights"] if self.residual else []
+        options += [f"blocks of {self.block_size}"] if self.block_size is not None else []
+        return f"QuaRot ({', '.join(options)})" if options else "QuaRot"
+
+    @property
+    def rotates_residual(self) -> bool:
+        return self.residual
+
+    @property
+    def is_random(self) -> bool:  # type: ignore[override]
+        return self.residual
 
     def __post_init__(self) -> None:
         if self.block_size is not None and not (self.block_size >= MIN_ROTATION and is_rotation_size(self.block_size)):
@@ -62,9 +79,11 @@ class QuaRotConfig(AlgorithmConfig):
             return f"QuaRot: its in_features, {layer.in_features}, cannot be cut into {wanted}"
         return None
 
-    def format_of(self, layer: nn.Module, scheme: Scheme) -> Scheme:
-        """``scheme`` with a rotation, if it quantizes inputs and names none itself."""
-        if scheme.activation is None or scheme.input_rotation is not None or not isinstance(layer, nn.Linear):
+    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False) -> Scheme:
+        """``scheme`` with a rotation, if it quantizes inputs, names none itself and needs one."""
+        if arrives_rotated or scheme.activation is None or not isinstance(layer, nn.Linear):
+            return scheme
+        if scheme.input_rotation is not None:
             return scheme
         return replace(scheme, input_rotation=self._size(layer.in_features))
 
