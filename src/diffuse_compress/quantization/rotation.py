@@ -61,7 +61,8 @@ def rotate_back(y: torch.Tensor, size: int) -> torch.Tensor:
     outer, inner, signs = _matrices(size, y.dtype, y.device)
     values = y.unflatten(-1, (-1, outer.shape[0], inner.shape[0]))
     values = torch.matmul(outer, torch.matmul(values, inner.t())).flatten(-2)
-    return (values * signs).to(y.dtype).flatten(-2)
+    back: torch.Tensor = (values * signs).to(y.dtype).flatten(-2)
+    return back
 
 
 def hadamard(order: int) -> torch.Tensor:
