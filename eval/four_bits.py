@@ -5,10 +5,10 @@
     python eval/four_bits.py --table pixart.json llama.json
 
 Each arm compresses a fresh float32 model to "w4a4", once for each seed, as it is and with outlier channels of the same
-function (``diffuse_compress.evaluation.outliers``). The seed chooses calibration data, starting noise, outliers and what
-an algorithm draws. A pipeline is judged by the relative error of its denoiser on recorded calls of prompts that were not
-calibrated on, and by the PSNR of pictures against the dense ones; a language model by its perplexity on held-out text.
-Results are written after each arm, and arms that the file has already are not run again.
+function (``diffuse_compress.evaluation.outliers``). The seed chooses calibration data, starting noise, outliers and
+what an algorithm draws. A pipeline is judged by the relative error of its denoiser on recorded calls of prompts that
+were not calibrated on, and by the PSNR of pictures against the dense ones; a language model by its perplexity on
+held-out text. Results are written after each arm, and arms that the file has already are not run again.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, nargs="*", metavar="RESULTS", help="only print these results")
     options = parser.parse_args()
     for path in options.table or ():
-        print(table(json.loads(path.read_text())), end="\n\n")  # noqa: T201
+        print(table(json.loads(path.read_text())), end="\n\n")
     if options.model is None:
         return
     results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"arms": {}}
@@ -201,7 +201,7 @@ def main() -> None:
         "command": command_line("python eval/four_bits.py", ["--model", str(options.model), "--out", options.out.name]),
     }
     run(options, lambda found: options.out.write_text(json.dumps(found, indent=1)), results)
-    print(table(results))  # noqa: T201
+    print(table(results))
 
 
 if __name__ == "__main__":

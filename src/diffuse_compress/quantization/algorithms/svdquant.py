@@ -126,12 +126,14 @@ def _groups(trials: Sequence[_Trial], share: bool) -> list[list[_Trial]]:
     """Layers that get one branch together: all of the same columns and scale, or each for itself."""
     if not share:
         return [[trial] for trial in trials]
-    groups: dict[tuple[object, ...], list[_Trial]] = {}
+    groups: list[list[_Trial]] = []
     for trial in trials:
-        scale = trial.work.act_pre_scale
-        key = (trial.exact.shape[1], trial.work.dense.weight.shape[1:], None if scale is None else scale.data_ptr())
-        groups.setdefault(key, []).append(trial)
-    return list(groups.values())
+        group = next((group for group in groups if trial.fits(group[0])), None)
+        if group is None:
+            groups.append([trial])
+        else:
+            group.append(trial)
+    return groups
 
 
 class _Trial:
@@ -142,6 +144,12 @@ class _Trial:
         self.exact = work.dense.weight.detach().flatten(1).float()
         self.rank = min(rank, *self.exact.shape)
         self.expected = rows @ self.exact.t()
+
+    def fits(self, other: _Trial) -> bool:
+        """Whether both multiply the same smoothed columns."""
+        mine, theirs = self.work.act_pre_scale, other.work.act_pre_scale
+        same = mine is theirs if mine is None or theirs is None else torch.equal(mine, theirs)
+        return same and self.work.dense.weight.shape[1:] == other.work.dense.weight.shape[1:]
 
     def with_(self, scale: torch.Tensor | None, low_rank: LowRank | None) -> LayerWork:
         return dataclasses.replace(self.work, act_pre_scale=scale, low_rank=low_rank, weight=None, ranges=None)
@@ -155,8 +163,9 @@ class _Trial:
         down, up = factors
         if scale is not None:
             down = down * _columns(self.work, scale)
-        dtype = self.work.dense.weight.dtype
-        return down.to(dtype), up.to(dtype)
+        # Copies of their own, in order: layers must not share memory, and products sum alike after a reload.
+        dtype, plain = self.work.dense.weight.dtype, torch.contiguous_format
+        return down.to(dtype, copy=True, memory_format=plain), up.to(dtype, copy=True, memory_format=plain)
 
     def measure(self, layer: LayerWork) -> tuple[float, torch.Tensor]:
         """(squared output error, fp32 [N, K] rounded weight for the smoothed input)."""
@@ -186,7 +195,7 @@ def _smooth(trials: Sequence[_Trial], largest: torch.Tensor | None, num_alphas: 
         if error < best_error:
             best, best_error = scale, error
     for trial in trials:
-        trial.work.act_pre_scale = best
+        trial.work.act_pre_scale = best.clone()
 
 
 def _refine(group: Sequence[_Trial], iterations: int) -> None:
