@@ -37,19 +37,17 @@ from diffuse_compress.evaluation.outliers import add_outlier_channels
 ALGORITHMS: dict[str, Any] = {
     "dense": None,
     "RTN": dc.RTNConfig(),
-    "GPTQ": dc.GPTQConfig(),
     "SmoothQuant": dc.SmoothQuantConfig(),
     "QuaRot": dc.QuaRotConfig(),
     "QuaRot, SmoothQuant": [dc.QuaRotConfig(), dc.SmoothQuantConfig()],
     "QuaRot, GPTQ": [dc.QuaRotConfig(), dc.GPTQConfig()],
-    "SVDQuant r16": dc.SVDQuantConfig(rank=16),
     "SVDQuant": dc.SVDQuantConfig(),
     "SVDQuant, GPTQ": [dc.SVDQuantConfig(), dc.GPTQConfig()],
     "QuaRot, SVDQuant": [dc.QuaRotConfig(), dc.SVDQuantConfig()],
     "QuaRot residual": dc.QuaRotConfig(residual=True),
     "QuaRot residual, GPTQ": [dc.QuaRotConfig(residual=True), dc.GPTQConfig()],
 }
-CALIBRATION_PROMPTS, JUDGED_PROMPTS, STEPS, GUIDANCE = 8, 16, 20, 3.0
+CALIBRATION_PROMPTS, JUDGED_PROMPTS, PICTURES, STEPS, GUIDANCE = 8, 16, 4, 20, 3.0
 CALIBRATION_TEXTS, TEXT_CHARACTERS, JUDGED_TOKENS = 16, 1500, 8192
 
 
@@ -92,8 +90,8 @@ class Pictures:
             return [sample.call.run(pipe.transformer)[0] for sample in self.calls.of("transformer")]
 
     def _pictures(self, pipe: Any) -> torch.Tensor:
-        noise = [torch.Generator().manual_seed(1000 * self.seed + index) for index in range(len(self.judged))]
-        return torch.as_tensor(pipe(self.judged, generator=noise, output_type="np", **self.options).images)
+        noise = [torch.Generator().manual_seed(1000 * self.seed + index) for index in range(PICTURES)]
+        return torch.as_tensor(pipe(self.judged[:PICTURES], generator=noise, output_type="np", **self.options).images)
 
 
 class Text:

@@ -33,8 +33,8 @@ from diffuse_compress.quantization.scheme import PerTensor, Scheme
 
 __all__ = ["SVDQuantConfig", "truncated_svd"]
 
-# Below this size the whole decomposition is as fast as a few of its vectors.
-_EXACT_SIZE = 512
+# Of less than this many times the vectors that are wanted, all are found as fast.
+_FEW = 4
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 4
 
@@ -251,10 +251,10 @@ def truncated_svd(weight: torch.Tensor, rank: int) -> LowRank:
         weight: fp32 [N, K].
         rank: at most the smaller side.
 
-    Large matrices are decomposed by subspace iteration from a fixed start (Halko et al. 2011, arXiv 0909.4061,
-    algorithm 4.4), so that equal weights give equal factors.
+    Where few vectors of many are wanted, they are found by subspace iteration from a fixed start (Halko et al. 2011,
+    arXiv 0909.4061, algorithm 4.4), so that equal weights give equal factors.
     """
-    if min(weight.shape) <= max(_EXACT_SIZE, 2 * (rank + _OVERSAMPLING)):
+    if min(weight.shape) <= _FEW * (rank + _OVERSAMPLING):
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
     else:
         generator = torch.Generator().manual_seed(0)
