@@ -82,7 +82,7 @@ def apply_plan(
         for name, part in plan.components.items():
             started[name] = time.perf_counter()
             if part.residual is not None:
-                _rotate(models[name], part, spill)
+                _rotate(target, models[name], part, spill, callback)
             if part.spec.algorithm.needs_calibration:
                 assert calibration is not None
                 layers[name] = _calibrate(target, models[name], part, spill, probe, calibration, callback)
@@ -100,10 +100,21 @@ def apply_plan(
         probe.keep_preview(target)
 
 
-def _rotate(model: nn.Module, part: ComponentPlan, spill: Transaction) -> None:
-    assert part.residual is not None
-    spill.on_rollback(untie_head(model, part.residual.head, part.residual.embedding))
-    rotate_residual(model, part.residual, part.spec.generator("residual stream"), spill.keep)
+def _rotate(target: Any, model: nn.Module, part: ComponentPlan, spill: Transaction, callback: Callback | None) -> None:
+    """Rotate the residual stream inside the weights, of which those to be quantized are rounded afterwards."""
+    stream, stage = part.residual, f"Rotating {part.name or part.class_name}"
+    assert stream is not None
+    spill.on_rollback(untie_head(model, stream.head, stream.embedding))
+    kept = 0
+    with bar(stage, stream.num_parameters(model), target, callback) as advance:
+
+        def keep(parameter: nn.Parameter) -> None:
+            nonlocal kept
+            spill.keep(parameter)
+            kept += 1
+            advance(kept, {"component": part.name})
+
+        rotate_residual(model, stream, part.spec.generator("residual stream"), keep)
 
 
 def _convert(

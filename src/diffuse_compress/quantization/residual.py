@@ -60,6 +60,13 @@ class ResidualStream:
         readers = {name for names in self.norms.values() for name in names}
         return frozenset(readers | {output for _, output in self.values})
 
+    def num_parameters(self, model: nn.Module) -> int:
+        """How many parameters a rotation changes."""
+        readers = {name for names in self.norms.values() for name in names}
+        turned = {*self.writers, *(value for value, _ in self.values)}
+        biases = sum(isinstance(model.get_submodule(name).bias, nn.Parameter) for name in turned)
+        return len({self.embedding, *self.norms, *readers, *turned}) + biases
+
 
 def rotate_residual(
     model: nn.Module, stream: ResidualStream, generator: torch.Generator, keep: Callable[[nn.Parameter], Any]
