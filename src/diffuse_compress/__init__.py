@@ -47,8 +47,10 @@ from diffuse_compress.plan import CompressionPlan
 from diffuse_compress.quantization.algorithms.awq import AWQConfig
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig
 from diffuse_compress.quantization.algorithms.hqq import HQQConfig
+from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig
+from diffuse_compress.quantization.algorithms.svdquant import SVDQuantConfig
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
     NumberFormat,
@@ -91,9 +93,11 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "PlanMissedError",
+    "QuaRotConfig",
     "QuantizationConfig",
     "RTNConfig",
     "Recipe",
+    "SVDQuantConfig",
     "ScaleRule",
     "Scheme",
     "SensitivityReport",

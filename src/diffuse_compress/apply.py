@@ -16,7 +16,7 @@ from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.components import is_pipeline, model_components
 from diffuse_compress.errors import ConfigError, DiffuseCompressError
 from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries
-from diffuse_compress.integrations.doors import marks_of
+from diffuse_compress.integrations.doors import marks_of, untie_head
 from diffuse_compress.integrations.origin import repository_of
 from diffuse_compress.integrations.placement import require_free
 from diffuse_compress.logging import get_logger
@@ -24,6 +24,7 @@ from diffuse_compress.measurement import LayerMeasurement, PipelineProbe, measur
 from diffuse_compress.plan import ComponentPlan, CompressionPlan
 from diffuse_compress.progress import Callback, bar, track
 from diffuse_compress.quantization.convert import quantize_module
+from diffuse_compress.quantization.residual import rotate_residual
 from diffuse_compress.report import component_report
 from diffuse_compress.transaction import Transaction
 
@@ -79,6 +80,8 @@ def apply_plan(
     for name, part in plan.components.items():
         _check_ready(name or part.class_name, models[name])
     spilled = sum(row.bytes_before for row in plan.rows if row.scheme is not None)
+    # A rotation writes out what it changes beside.
+    spilled += sum(part.bytes_before for part in plan.components.values() if part.residual is not None)
     with _keep_random_state(), torch.no_grad(), Transaction(spilled, work_dir) as spill:
         calibration = _recorded(target, plan, callback)
         probe = PipelineProbe(target, plan, preview=preview, enabled=measure, callback=callback)
@@ -86,6 +89,8 @@ def apply_plan(
         started, layers = {}, {}
         for name, part in plan.components.items():
             started[name] = time.perf_counter()
+            if part.residual is not None:
+                _rotate(target, models[name], part, spill, callback)
             if part.spec.algorithm.needs_calibration:
                 assert calibration is not None
                 layers[name] = _calibrate(target, models[name], part, spill, probe, calibration, callback)
@@ -101,6 +106,23 @@ def apply_plan(
             state.report = component_report(models[name], part, layers[name], probe, seconds=started[name])
             _logger.info("%s: %d layers converted in %.1f s", name or part.class_name, len(layers[name]), started[name])
         probe.keep_preview(target)
+
+
+def _rotate(target: Any, model: nn.Module, part: ComponentPlan, spill: Transaction, callback: Callback | None) -> None:
+    """Rotate the residual stream inside the weights, of which those to be quantized are rounded afterwards."""
+    stream, stage = part.residual, f"Rotating {part.name or part.class_name}"
+    assert stream is not None
+    spill.on_rollback(untie_head(model, stream.head, stream.embedding))
+    kept = 0
+    with bar(stage, stream.num_parameters(model), target, callback) as advance:
+
+        def keep(parameter: nn.Parameter) -> None:
+            nonlocal kept
+            spill.keep(parameter)
+            kept += 1
+            advance(kept, {"component": part.name})
+
+        rotate_residual(model, stream, part.spec.generator("residual stream"), keep)
 
 
 def _convert(

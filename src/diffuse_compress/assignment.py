@@ -5,7 +5,7 @@ Needs only the module tree, so it gives the same answer for a loaded model and f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from diffuse_compress.errors import ConfigError
+from diffuse_compress.families.registry import residual_stream_of
 from diffuse_compress.families.roles import LayerRole, layer_roles
 from diffuse_compress.patterns import first_match, generalize, matches, require_match
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear, supports
@@ -51,6 +52,7 @@ class LayerAssignment:
         shape: (out_features, in_features); a convolution's in_features is C / groups * kh * kw.
         scheme: the format it gets, or None.
         reason: why it is kept (``scheme`` is None), else "".
+        extra_bytes: that the algorithm stores with it beside codes and scales.
     """
 
     name: str
@@ -58,6 +60,7 @@ class LayerAssignment:
     shape: tuple[int, int]
     scheme: Scheme | None
     reason: str = ""
+    extra_bytes: int = 0
 
 
 def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAssignment]:
@@ -66,7 +69,7 @@ def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAs
     A user's pattern may match nothing here: see :func:`require_patterns_match`.
 
     Raises:
-        ConfigError: resolved rules match no layer, or the algorithm cannot reach a layer's format.
+        ConfigError: resolved rules match no layer, or the algorithm cannot reach a layer's format or this model.
         IncompatibleShapeError: a layer named explicitly cannot take its scheme.
     """
     layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
@@ -81,7 +84,8 @@ def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAs
                 f"{spec.preset or spec.scheme.name!r}."
             )
     roles, tied = layer_roles(cast(nn.Module, _WithoutAdapters(model))), _tied_layers(model)
-    decided = {name: _decide(name, module, spec, roles, tied) for name, module in layers.items()}
+    rotated = residual_stream_of(model).rotated_inputs if spec.algorithm.rotates_residual else ()
+    decided = {name: _decide(name, module, spec, roles, tied, rotated) for name, module in layers.items()}
     if not any(item.scheme is not None for item in decided.values()):
         kinds = sorted({type(module).__name__ for module in layers.values()}) or ["none"]
         reasons = sorted({item.reason for item in decided.values()})
@@ -171,7 +175,12 @@ def module_aliases(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _decide(
-    name: str, module: nn.Module, spec: QuantizationSpec, roles: dict[str, LayerRole], tied: dict[str, str]
+    name: str,
+    module: nn.Module,
+    spec: QuantizationSpec,
+    roles: dict[str, LayerRole],
+    tied: dict[str, str],
+    rotated: Collection[str],
 ) -> LayerAssignment:
     shape, own_name = _matrix_shape(module), name
     name = stock_name(name)
@@ -179,6 +188,10 @@ def _decide(
 
     def keep(reason: str) -> LayerAssignment:
         return LayerAssignment(own_name, role, shape, None, reason)
+
+    def converted(scheme: Scheme) -> LayerAssignment:
+        scheme = spec.algorithm.format_of(module, scheme, own_name in rotated)
+        return LayerAssignment(own_name, role, shape, scheme, extra_bytes=spec.algorithm.extra_bytes(module, scheme))
 
     if isinstance(module, QuantizedLinear | QuantizedConv2d):
         return keep(f"already {module.scheme.name}")
@@ -189,8 +202,8 @@ def _decide(
         if scheme is None:
             listed = any(matches(pattern, name) for pattern in spec.modules_to_not_convert)
             return keep("modules_to_not_convert" if listed else _KEPT_ROLE.get(role, "not part of the recipe"))
-        scheme = _checked(name, module, shape, scheme, "It is not the recipe's model")
-        return LayerAssignment(own_name, role, shape, scheme)
+        scheme = _checked(name, module, shape, scheme, "It is not the recipe's model", spec)
+        return LayerAssignment(own_name, role, shape, scheme, extra_bytes=spec.algorithm.extra_bytes(module, scheme))
     overridden = [(pattern, scheme) for pattern, scheme in spec.overrides if matches(pattern, name)]
     if any(matches(pattern, name) for pattern in spec.modules_to_not_convert):
         return keep("modules_to_not_convert")
@@ -201,20 +214,22 @@ def _decide(
         if scheme is None:
             return keep("overrides")
         fix = "Take it out of overrides=, or give it another scheme"
-        return LayerAssignment(own_name, role, shape, _checked(name, module, shape, scheme, fix))
+        return converted(_checked(name, module, shape, scheme, fix, spec))
     if role in _KEPT_ROLE:
         return keep(_KEPT_ROLE[role])
     scheme = spec.modulation_scheme if role is LayerRole.MODULATION else spec.scheme
-    unfit = supports(module, scheme)
+    unfit = supports(module, scheme) or spec.algorithm.unsupported(module, scheme)
     if unfit:
         return keep(unfit)
     scheme.weight.check_shape(name, shape[1])
-    return LayerAssignment(own_name, role, shape, scheme)
+    return converted(scheme)
 
 
-def _checked(name: str, module: nn.Module, shape: tuple[int, int], scheme: Scheme, fix: str) -> Scheme:
+def _checked(
+    name: str, module: nn.Module, shape: tuple[int, int], scheme: Scheme, fix: str, spec: QuantizationSpec
+) -> Scheme:
     """``scheme``, or an error: this layer was named, so it cannot be skipped."""
-    unfit = supports(module, scheme)
+    unfit = supports(module, scheme) or spec.algorithm.unsupported(module, scheme)
     if unfit:
         raise ConfigError(f"{name}: {scheme.name} cannot be applied: {unfit}. {fix}.")
     scheme.weight.check_shape(name, shape[1])

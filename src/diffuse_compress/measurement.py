@@ -112,9 +112,9 @@ def measure_layer(
 
 def _weight_error(dense: nn.Module, layer: QuantizedLinear | QuantizedConv2d) -> float:
     weight = dense.weight.detach().flatten(1)  # type: ignore[operator,union-attr]
-    plain = layer.act_pre_scale is None and layer.low_rank_down is None
+    plain = layer.act_pre_scale is None and layer.low_rank_down is None and layer.scheme.input_rotation is None
     quantized = layer.quantized_weight()
-    # Smoothing scales and low-rank branches reach into the whole weight: there the layer says what it amounts to.
+    # Smoothing scales, branches and rotations reach into the whole weight: there the layer says what it amounts to.
     whole = None if plain else layer.weight.detach().flatten(1)
     step = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
     error = norm = 0.0

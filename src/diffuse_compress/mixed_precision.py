@@ -86,7 +86,7 @@ def _fits(part: ComponentPlan, module: nn.Module, shape: tuple[int, int], scheme
         scheme.weight.check_shape("", shape[1])
     except (ConfigError, IncompatibleShapeError):
         return False
-    return supports(module, scheme) is None
+    return supports(module, scheme) is None and part.spec.algorithm.unsupported(module, scheme) is None
 
 
 def meet_target(

@@ -22,6 +22,7 @@ from diffuse_compress.assignment import (
 )
 from diffuse_compress.components import model_components, resolve_names
 from diffuse_compress.errors import CompressionConflictError, ConfigError, ModelStateError
+from diffuse_compress.families.registry import residual_stream_of
 from diffuse_compress.integrations.component import foreign_quantization, get_state
 from diffuse_compress.integrations.placement import require_own_weights
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
@@ -29,6 +30,7 @@ from diffuse_compress.patterns import generalize, matches, require_match
 from diffuse_compress.plan_text import render_plan
 from diffuse_compress.quantization.dispatch import require_device
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
+from diffuse_compress.quantization.residual import ResidualStream
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import QuantizationSpec, resolve_scheme
 from diffuse_compress.recipe import Recipe
@@ -73,6 +75,24 @@ class ComponentPlan:
     def _refresh(self) -> None:
         self.assigned: dict[str, LayerAssignment] = assign_layers(self._model, self.spec)
         self.rows = list(tensor_rows(self._model, self.assigned))
+        self.residual = self._residual_stream() if self.spec.algorithm.rotates_residual else None
+
+    def _residual_stream(self) -> ResidualStream:
+        if self.name:
+            raise ConfigError(
+                f"{self.name}: {self.spec.algorithm.summary} changes hidden states, which a pipeline reads. "
+                "QuaRotConfig() without residual=True rotates any linear's input."
+            )
+        stream = residual_stream_of(self._model)
+        head = self._model.get_submodule(stream.head).weight
+        if head is self._model.get_submodule(stream.embedding).weight:
+            assert isinstance(head, torch.Tensor)
+            size = head.numel() * head.element_size()
+            reason = "a weight of its own: the rotation differs from the embedding's by the last norm"
+            self.rows.append(
+                PlanRow(f"{stream.head}.weight", stream.head, tuple(head.shape), "", None, 0, size, reason)
+            )
+        return stream
 
     def edit(self, pattern: str, scheme: Scheme | None) -> None:
         """Give every layer matching ``pattern`` this scheme, or None to keep it."""
@@ -311,7 +331,7 @@ def tensor_rows(model: nn.Module, assigned: dict[str, LayerAssignment]) -> Itera
         before = tensor.numel() * tensor.element_size()
         role = item.role.value if item is not None else ""
         if item is not None and item.scheme is not None and leaf == "weight":
-            after = item.scheme.weight_bytes(item.shape)
+            after = item.scheme.weight_bytes(item.shape) + item.extra_bytes
             yield PlanRow(key, layer, tuple(tensor.shape), role, item.scheme.name, before, after, "")
             continue
         reason = _kept_reason(leaf, tensor, modules[layer], item, key in buffers)

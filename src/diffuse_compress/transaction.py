@@ -100,6 +100,10 @@ class Transaction:
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         return converted
 
+    def keep(self, parameter: nn.Parameter) -> None:
+        """Write the data of ``parameter`` out before it is changed in its place; a rollback puts it back."""
+        self._spilled.append(self._spill(nn.Module(), [], nn.Module(), parameter))
+
     def on_rollback(self, undo: Callable[[], Any]) -> None:
         """Call ``undo`` first if the transaction fails (last registered, first called)."""
         self._undo.append(undo)

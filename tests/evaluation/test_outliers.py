@@ -46,6 +46,27 @@ def test_add_outlier_channels_keeps_the_function(seed: int) -> None:
         assert_close(wide(**inputs).sample, exact, KERNEL[torch.float64])
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_add_outlier_channels_keeps_a_decoders_function(name: str) -> None:
+    model = tiny.build(name)
+    probe, inputs = tiny.build(name), tiny.inputs_for(model)
+    with torch.no_grad():
+        before = model(**inputs).logits
+        pairs = add_outlier_channels(model, fraction=1 / 16, seed=1)
+        assert_close(model(**inputs).logits, before, KERNEL[torch.float32])
+    # Two norms and the down projection of each of two layers, and the output projection where heads are not grouped.
+    assert {pair.producer.rpartition(".")[2] for pair in pairs} >= {"input_layernorm", "up_proj"}
+    consumers = {consumer for pair in pairs for consumer in pair.consumers}
+    plain, grown = inputs_of(probe, consumers), inputs_of(model, consumers)
+    for pair in pairs:
+        for consumer in pair.consumers:
+            factors = torch.tensor(pair.factors)
+            channels = list(pair.channels)
+            assert_close(
+                grown[consumer][:, channels], plain[consumer][:, channels] * factors, KERNEL[torch.float32] * 4
+            )
+
+
 def _is_float(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 

@@ -193,3 +193,25 @@ def test_reference_results_fill_the_document(tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "runs" / "emoji_ddim" / "report" / "report.html").is_file()
     with pytest.raises(SystemExit, match="the tables go between them"):
         script.put(tmp_path / "runs" / "emoji_ddim" / "report" / "report.md", "x")
+
+
+@pytest.mark.parametrize("name", [pytest.param("emoji_pixart", marks=pytest.mark.slow), "python_llama"])
+def test_four_bits_runs_resumes_and_prints(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, out = load_script("four_bits"), tmp_path / "found.json"
+    for constant, value in (("JUDGED_PROMPTS", 2), ("PICTURES", 1), ("STEPS", 2), ("JUDGED_TOKENS", 256)):
+        monkeypatch.setattr(script, constant, value)
+    kept = {key: script.ALGORITHMS[key] for key in ("dense", "RTN", "QuaRot", "QuaRot residual")}
+    monkeypatch.setattr(script, "ALGORITHMS", kept)
+    model = EVAL.parent / "examples" / "reference_models" / name
+    monkeypatch.setattr(sys, "argv", ["four_bits.py", "--model", str(model), "--out", str(out), "--seeds", "1"])
+    script.main()
+    printed, arms = capsys.readouterr().out, json.loads(out.read_text())["arms"]
+    metric = "perplexity" if name == "python_llama" else "error"
+    assert arms["QuaRot/plain/0"][metric] < arms["RTN/plain/0"][metric]
+    assert f"| w4a4 | {metric}, plain |" in printed
+    assert ("QuaRot residual/plain/0" in arms) == (name == "python_llama")
+    monkeypatch.setattr(script, "run_arm", None)
+    script.main()
+    assert capsys.readouterr().out == printed

@@ -141,6 +141,33 @@ def test_fuse_quantizes_anew_and_unfuse_restores_every_byte(preset: str) -> None
     assert torch.equal(tiny.sample(pipe), plain)
 
 
+@pytest.mark.parametrize("kind", ["quarot", "svdquant"])
+def test_adapters_on_rotated_layers_and_beside_branches(kind: str) -> None:
+    """Live they see the input as it comes; fused they are in the codes, the branch stays; taken back, nothing moved."""
+    pipe = tiny.build_pipeline("flux")
+    algorithm = dc.QuaRotConfig() if kind == "quarot" else dc.SVDQuantConfig(8, num_alphas=1, iterations=0)
+    given = tiny.call_kwargs(pipe, steps=1)
+    given.pop("generator")
+    calibration = [given] if kind == "svdquant" else None
+    pipe.compress(dc.QuantizationConfig("w8a8", algorithm=algorithm), calibration=calibration, measure=False)
+    name = "transformer_blocks.0.attn.to_q"
+    layer, x = pipe.transformer.get_submodule(name), torch.randn(5, 128)
+    plain, codes = layer(x), packed(pipe.transformer)
+    state = adapter("flux")
+    pipe.load_lora_weights(copied(state), adapter_name="one")
+    down, up = (state[f"transformer.{name}.lora_{side}.weight"] for side in "AB")
+    change = x @ down.t() @ up.t()
+    live = pipe.transformer.get_submodule(name)(x)
+    assert relative_rms(change, live - plain) < 1e-4
+    pipe.fuse_lora()
+    fused = pipe.transformer.get_submodule(name).base_layer
+    assert relative_rms(live, fused(x)) < 0.02
+    if kind == "svdquant":
+        assert torch.equal(fused.low_rank_down, layer.low_rank_down)
+    pipe.unfuse_lora()
+    assert_same(packed(pipe.transformer), codes)
+
+
 def test_fusing_one_after_the_other_is_fusing_both() -> None:
     pipes = [tiny.build_pipeline("flux").compress("w4a8", measure=False) for _ in range(2)]
     for pipe, steps in zip(pipes, ([["one", "two"]], [["one"], ["one", "two"]]), strict=True):

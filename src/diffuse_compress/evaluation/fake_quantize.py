@@ -14,13 +14,15 @@ from torch import nn
 
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
 from diffuse_compress.quantization.numerics import dequantize, fake_quantize_activation
+from diffuse_compress.quantization.rotation import rotate
 from diffuse_compress.quantization.scheme import ActivationScheme
 
 __all__ = ["FakeQuantizedLayer", "to_fake_quantized"]
 
 
 class FakeQuantizedLayer(nn.Module):
-    """What a quantized layer stands for, in float32: ``y = dense(Q(x * act_pre_scale)) + low-rank branch``.
+    """What a quantized layer stands for, in float32: ``y = dense(Q(x * act_pre_scale)) + low-rank branch``, with the
+    rotation of the scheme before Q.
 
     Args:
         layer: a QuantizedLinear or QuantizedConv2d; its codes, scales and bias are copied in float32.
@@ -43,6 +45,7 @@ class FakeQuantizedLayer(nn.Module):
         self.dense = dense.requires_grad_(False)
         self.activation: ActivationScheme | None = layer.scheme.activation if quantize_input else None
         self.feature_dims = 3 if isinstance(dense, nn.Conv2d) else 1
+        self.input_rotation = layer.scheme.input_rotation
         for name in ("act_pre_scale", "input_scale", "input_zero_point", "low_rank_down", "low_rank_up"):
             value = getattr(layer, name)
             self.register_buffer(name, None if value is None else value.detach().clone(), persistent=False)
@@ -53,6 +56,8 @@ class FakeQuantizedLayer(nn.Module):
         inputs = values
         if self.act_pre_scale is not None:
             inputs = values * (self.act_pre_scale.view(-1, 1, 1) if self.feature_dims == 3 else self.act_pre_scale)
+        if self.input_rotation is not None:
+            inputs = rotate(inputs, self.input_rotation)
         if self.activation is not None:
             inputs = fake_quantize_activation(
                 inputs, self.activation, self.input_scale, self.input_zero_point, self.feature_dims

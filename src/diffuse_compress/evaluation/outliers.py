@@ -19,6 +19,9 @@ Three places of a PixArt-like transformer (AdaLN-single blocks with ``scale_shif
     ``caption_projection.linear_2`` rows and bias times s, columns of ``attn2.to_k`` and ``attn2.to_v`` of every block
     over s: nothing else reads the projected caption.
 
+Decoders (Llama and alike) allow it where their family says so: channels of an RMS norm's weight and the columns of the
+linears that read it, and rows of ``up_proj`` and columns of ``down_proj``.
+
 Not exact, so left alone: ``ff.net.2`` (a GELU stands between it and its producer), ``attn2.to_q`` (it reads the
 residual stream, which every norm and branch shares) and ``proj_out``. Factors are powers of two: products and
 quotients are exact in every binary float format, and only the table's ``- 1`` rounds.
@@ -34,6 +37,8 @@ import torch
 from torch import nn
 
 from diffuse_compress.errors import ConfigError
+from diffuse_compress.families.base import Family
+from diffuse_compress.families.registry import family_of
 
 __all__ = ["FACTORS", "OutlierPair", "add_outlier_channels"]
 
@@ -62,10 +67,11 @@ class OutlierPair:
 def add_outlier_channels(
     transformer: nn.Module, *, fraction: float = 1 / 64, factors: Sequence[float] = FACTORS, seed: int = 0
 ) -> list[OutlierPair]:
-    """Give a PixArt-like transformer outlier channels, in place, with the same function.
+    """Give a PixArt-like transformer or a decoder outlier channels, in place, with the same function.
 
     Args:
-        transformer: dense, any dtype and device; a PixArtTransformer2DModel or one built alike.
+        transformer: dense, any dtype and device; a PixArtTransformer2DModel or one built alike, or a LlamaForCausalLM,
+            Qwen2, Qwen3 or Mistral.
         fraction: of the channels of each place, at least one channel.
         factors: to draw from, uniformly.
         seed: of a generator of its own.
@@ -74,8 +80,11 @@ def add_outlier_channels(
         What was changed, in order.
 
     Raises:
-        ConfigError: the model has no AdaLN-single blocks, or is not dense.
+        ConfigError: the model has neither AdaLN-single blocks nor those of a decoder, or is not dense.
     """
+    family = family_of(transformer)
+    if family is not None and family.residual is not None:
+        return _scale_decoder(transformer, family, _Draw(fraction, tuple(factors), seed))
     blocks = _blocks_of(transformer)
     draw = _Draw(fraction, tuple(factors), seed)
     pairs = []
@@ -111,12 +120,15 @@ def _blocks_of(transformer: nn.Module) -> list[Any]:
             f"add_outlier_channels: need AdaLN-single transformer blocks with {', '.join(wanted)}, got "
             f"{type(transformer).__name__}. The transform is exact for PixArt-like models only."
         )
-    layer = blocks[0].attn1.to_v
+    _require_dense(blocks[0].attn1.to_v)
+    return blocks
+
+
+def _require_dense(layer: nn.Module) -> None:
     if type(layer) is not nn.Linear:
         raise ConfigError(
             f"add_outlier_channels: need a dense model, got {type(layer).__name__} layers. Apply it before compress."
         )
-    return blocks
 
 
 def _scale_values(name: str, attention: Any, draw: _Draw) -> OutlierPair:
@@ -153,6 +165,29 @@ def _scale_caption(transformer: Any, blocks: Sequence[Any], draw: _Draw) -> Outl
         _shrink_columns([block.attn2.to_k, block.attn2.to_v], channels, factors)
         names += [f"transformer_blocks.{index}.attn2.{reader}" for reader in ("to_k", "to_v")]
     return _pair("caption_projection.linear_2", names, channels, factors)
+
+
+def _scale_decoder(model: nn.Module, family: Family, draw: _Draw) -> list[OutlierPair]:
+    pairs = []
+    with torch.no_grad():
+        for block_name in family.blocks(model):
+            block = model.get_submodule(block_name)
+            kind = family.kind_of(block)
+            for entry in kind.smoothing(block) if kind is not None else ():
+                if entry.producer is None or entry.unit_offset:
+                    continue
+                readers: list[Any] = [block.get_submodule(name) for name in entry.consumers]
+                producer: Any = block.get_submodule(entry.producer)
+                _require_dense(readers[0])
+                channels, factors = draw(readers[0].in_features)
+                if isinstance(producer, nn.Linear):
+                    _grow_rows(producer, channels, factors)
+                else:
+                    producer.weight[channels.to(producer.weight.device)] *= factors.to(producer.weight)
+                _shrink_columns(readers, channels, factors)
+                names = [f"{block_name}.{name}" for name in entry.consumers]
+                pairs.append(_pair(f"{block_name}.{entry.producer}", names, channels, factors))
+    return pairs
 
 
 def _grow_rows(layer: nn.Linear, rows: torch.Tensor, factors: torch.Tensor) -> None:

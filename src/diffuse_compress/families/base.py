@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from diffuse_compress.patterns import matches
+from diffuse_compress.quantization.residual import ResidualStream
 
 __all__ = [
     "TIMESTEP_NAMES",
@@ -209,6 +210,8 @@ class Family:
         kinds: how they are composed, by class name of the block.
         temporal: which layers depend on the timestep, the condition or neither.
         sensitive: patterns of the layers that lose most when compressed.
+        residual: the stream that all blocks read through RMS norms and add to; raises ConfigError for a model that it
+            cannot be told of. None where norms are adaptive, or not known.
     """
 
     name: str
@@ -217,6 +220,7 @@ class Family:
     kinds: Mapping[str, BlockKind] = field(default_factory=dict)
     temporal: Callable[[nn.Module], TemporalMap] = lambda model: TemporalMap()
     sensitive: tuple[str, ...] = ()
+    residual: Callable[[nn.Module], ResidualStream] | None = None
 
     def kind_of(self, block: nn.Module) -> BlockKind | None:
         """Composition of a block, by its exact class."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffuse_compress.errors import ConfigError
 from diffuse_compress.families.base import (
     BlockKind,
     Branch,
@@ -19,6 +20,7 @@ from diffuse_compress.families.base import (
     Streams,
     single_stream,
 )
+from diffuse_compress.quantization.residual import ResidualStream
 
 __all__ = ["DECODERS"]
 
@@ -107,11 +109,51 @@ def _kind(class_name: str, branches: tuple[Branch, ...]) -> BlockKind:
     )
 
 
+def _residual(model: Any, blocks: list[str], gemma: bool) -> ResidualStream:
+    where = type(model).__name__
+    if not where.endswith("ForCausalLM"):
+        raise ConfigError(f"{where}: returns hidden states, which a rotated residual stream would change.")
+    norms, writers, values = {}, [], []
+    for block in blocks:
+        attention, mlp = f"{block}.self_attn", f"{block}.mlp"
+        norms[f"{block}.input_layernorm"] = tuple(f"{attention}.{part}_proj" for part in "qkv")
+        norms[f"{block}.{_AFTER_ATTENTION}"] = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
+        writers += [f"{attention}.o_proj", f"{mlp}.down_proj"]
+        values.append((f"{attention}.v_proj", f"{attention}.o_proj"))
+    norms["model.norm"] = ("lm_head",)
+    for name in [*writers, *(reader for readers in norms.values() for reader in readers)]:
+        layer = model.get_submodule(name)
+        if type(layer) is not nn.Linear:
+            raise ConfigError(f"{where}: a residual stream is rotated in linears, {name} is {type(layer).__name__}.")
+    embedding = model.get_submodule("model.embed_tokens")
+    head_dim = model.get_submodule(blocks[0]).self_attn.head_dim
+    return ResidualStream(
+        width=embedding.embedding_dim,
+        head_dim=head_dim,
+        embedding="model.embed_tokens",
+        norms=norms,
+        writers=tuple(writers),
+        values=tuple(values),
+        head="lm_head",
+        unit_offset=gemma,
+    )
+
+
+def _sandwiched(model: nn.Module) -> ResidualStream:
+    raise ConfigError(
+        f"{type(model).__name__}: the residual stream cannot be rotated in the weights: what branches return is normed "
+        "before it is added. QuaRotConfig() without residual=True rotates any linear's input."
+    )
+
+
 def _family(name: str, prefix: str, branches: tuple[Branch, ...]) -> Family:
     layer = f"{prefix}DecoderLayer"
 
     def blocks(model: nn.Module) -> list[str]:
         return [name for name, module in model.named_modules() if type(module).__name__ == layer]
+
+    def residual(model: nn.Module) -> ResidualStream:
+        return _residual(model, blocks(model), prefix == "Gemma")
 
     heads = ("ForCausalLM", "Model", "TextModel", "ForConditionalGeneration", "ForSequenceClassification")
     return Family(
@@ -120,6 +162,7 @@ def _family(name: str, prefix: str, branches: tuple[Branch, ...]) -> Family:
         blocks=blocks,
         kinds={layer: _kind(layer, branches)},
         sensitive=("lm_head", "embed_tokens", "mlp.down_proj"),
+        residual=residual if branches is _PRE_NORM else _sandwiched,
     )
 
 

@@ -60,6 +60,11 @@ class QuantizerMixin:
                 f"{type(model).__name__}: {spec.algorithm.summary} needs calibration data, and weights quantized while "
                 "they load see none. Load the dense model, then call compress(..., calibration=...)."
             )
+        if spec.algorithm.rotates_residual:
+            raise ConfigError(
+                f"{type(model).__name__}: {spec.algorithm.summary} needs the whole model, and weights quantized while "
+                "they load come one by one. Load the dense model, then call compress(...)."
+            )
         if spec.rules is None:
             require_patterns_match({"": model}, spec)
         assigned = assign_layers(model, spec)

@@ -104,6 +104,8 @@ def _reason(
         return "a convolution; torchao's loaders know linear layers only"
     if is_low_rank:
         return f"{scheme.name} with a low-rank branch, which torchao's tensors do not have"
+    if scheme.input_rotation is not None:
+        return f"{scheme.name} of rotated inputs, which torchao's tensors do not have"
     if scheme.activation is not None and not scheme.activation.dynamic:
         return f"{scheme.name} with static inputs, whose scales transformers does not read back"
     if not scheme.weight.format.is_integer:

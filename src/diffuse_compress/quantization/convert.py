@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,7 +12,8 @@ from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, quant
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear, supports
 from diffuse_compress.quantization.packed import QuantizedWeight
-from diffuse_compress.quantization.scheme import PerTensor, Scheme, WeightScheme
+from diffuse_compress.quantization.rotation import rotate
+from diffuse_compress.quantization.scheme import PerTensor, Scheme
 
 __all__ = ["placeholder_for", "quantize_module", "replace_module", "requantize"]
 
@@ -57,7 +60,7 @@ def quantize_module(
     scheme.weight.check_shape(label, weight.shape[1])
     try:
         with torch.no_grad():
-            quantized = _quantize(weight, scheme.weight, algorithm, device, generator)
+            quantized = _quantize(weight, scheme, algorithm, device, generator)
         if isinstance(module, nn.Linear):
             return QuantizedLinear.from_dense(module, quantized, scheme, compute_dtype=compute_dtype)
         return QuantizedConv2d.from_dense(module, quantized, scheme, compute_dtype=compute_dtype)
@@ -69,19 +72,21 @@ def quantize_module(
 
 def _quantize(
     weight: torch.Tensor,
-    scheme: WeightScheme,
+    scheme: Scheme,
     algorithm: AlgorithmConfig,
     device: torch.device | str | None,
     generator: torch.Generator | None,
 ) -> QuantizedWeight:
     """Quantize by blocks of rows, which data-free algorithms treat independently, and collect at home."""
     rows, columns = weight.shape
-    step = rows if isinstance(scheme.granularity, PerTensor) else max(1, ROW_BLOCK_BYTES // (4 * columns))
+    step = rows if isinstance(scheme.weight.granularity, PerTensor) else max(1, ROW_BLOCK_BYTES // (4 * columns))
     parts = []
     for start in range(0, rows, step):
         block = weight[start : start + step]
         block = block if device is None else block.to(device)
-        parts.append(_to_device(quantize_with(algorithm, block, scheme, generator), weight.device))
+        if scheme.input_rotation is not None:
+            block = rotate(block.float(), scheme.input_rotation)
+        parts.append(_to_device(quantize_with(algorithm, block, scheme.weight, generator), weight.device))
     return parts[0] if len(parts) == 1 else _concatenate(parts)
 
 
@@ -147,14 +152,20 @@ def requantize(
 ) -> QuantizedLinear | QuantizedConv2d:
     """``layer`` with another weight, that of ``dense``, rounded to nearest in the same format.
 
-    What it knows of its input stays; a low-rank branch does not, for ``dense`` holds it.
+    What it knows of its input stays, and so does a low-rank branch: codes stand for what it leaves of ``dense``.
     """
     weight = dense.weight.detach().flatten(1)
-    if layer._column_scale is not None:
-        weight = weight.float() / layer._column_scale
     with torch.no_grad():
-        quantized = _quantize(weight, layer.scheme.weight, RTNConfig(), None, None)
-    given = {name: getattr(layer, name) for name in ("act_pre_scale", "input_scale", "input_zero_point")}
+        if layer._low_rank is not None:
+            down, up = layer._low_rank
+            weight = weight.float() - up.float() @ down.float()
+        if layer._column_scale is not None:
+            weight = weight.float() / layer._column_scale
+        quantized = _quantize(weight, layer.scheme, RTNConfig(), None, None)
+    given: dict[str, Any] = {
+        name: getattr(layer, name) for name in ("act_pre_scale", "input_scale", "input_zero_point")
+    }
+    given["low_rank"] = layer._low_rank
     if isinstance(layer, QuantizedLinear):
         assert isinstance(dense, nn.Linear)
         return QuantizedLinear.from_dense(dense, quantized, layer.scheme, compute_dtype=layer.compute_dtype, **given)

@@ -169,7 +169,11 @@ def compute_path(
         faster = measured_on_gpu(name, scheme, device, dtype, outputs)
     elif geometry is not None and device.type == "cuda":
         faster = measured_conv(name, scheme, device, dtype, geometry.kernel, geometry.stride)
-    return ComputePath(name, chosen == "int8", _DESCRIPTIONS[name], faster)
+    description = _DESCRIPTIONS[name]
+    if scheme.input_rotation is not None:
+        # It comes on top of what was measured.
+        description, faster = f"input rotated, then {description}", None
+    return ComputePath(name, chosen == "int8", description, faster)
 
 
 def require_device(scheme: Scheme, device: torch.device | str) -> None:

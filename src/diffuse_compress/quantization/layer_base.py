@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from diffuse_compress.errors import ConfigError, IncompatibleShapeError, ModelStateError
-from diffuse_compress.quantization.dispatch import InputQuantization, dense_weight
+from diffuse_compress.quantization.dispatch import ComputePath, InputQuantization, dense_weight
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.packing import packed_columns
+from diffuse_compress.quantization.rotation import rotate, rotate_back
 from diffuse_compress.quantization.scheme import PerGroup, PerTensor, Scheme, TwoLevel, WeightScheme
 
 __all__ = ["LowRank", "QuantizedLayer", "cast_for_autocast", "check_given", "empty_tensors", "fill"]
@@ -140,13 +142,31 @@ class QuantizedLayer(nn.Module):
             scheme=self.scheme.weight,
         )
 
-    def _inputs(self) -> InputQuantization:
-        return InputQuantization(self.input_scale, self.input_zero_point, self.act_pre_scale)
+    def _rotated(self, x: torch.Tensor) -> tuple[torch.Tensor, nn.Parameter | None]:
+        """The input as it is quantized, but for the scale [K] that is still to multiply it: rotations come after it."""
+        size = self.scheme.input_rotation
+        return (x, self.act_pre_scale) if size is None else (rotate(x, size, self.act_pre_scale), None)
+
+    def _inputs(self, pre_scale: torch.Tensor | None) -> InputQuantization:
+        return InputQuantization(self.input_scale, self.input_zero_point, pre_scale)
 
     def _flat_weight(self) -> torch.Tensor:
-        """Dense equivalent [N, K] in the compute dtype, smoothing and low-rank branch folded in."""
+        """Dense equivalent [N, K] in the compute dtype; rotation, smoothing and low-rank branch are folded in."""
+        weight, size = self.quantized_weight(), self.scheme.input_rotation
         with torch.no_grad():
-            return dense_weight(self.quantized_weight(), self.compute_dtype, self._column_scale, self._low_rank)
+            if size is None:
+                return dense_weight(weight, self.compute_dtype, self._column_scale, self._low_rank)
+            values = rotate_back(dense_weight(weight, torch.float32), size)
+            if self._column_scale is not None:
+                values *= self._column_scale
+            if self._low_rank is not None:
+                down, up = self._low_rank
+                values += up.float() @ down.float()
+            return values.to(self.compute_dtype)
+
+    def _with_branch(self, path: ComputePath) -> ComputePath:
+        """``path``, its speed unmeasured where a low-rank branch comes on top of what was measured."""
+        return path if self.low_rank_down is None else replace(path, faster_than_dense=None)
 
     @property
     def num_bytes(self) -> int:
@@ -169,6 +189,8 @@ class QuantizedLayer(nn.Module):
         parts = [f"scheme={self.scheme.name}", f"compute_dtype={str(self.compute_dtype).removeprefix('torch.')}"]
         if self.act_pre_scale is not None:
             parts.append("act_pre_scale=True")
+        if self.scheme.input_rotation is not None:
+            parts.append(f"input_rotation={self.scheme.input_rotation}")
         if self.low_rank_down is not None:
             parts.append(f"low_rank={self.low_rank_down.shape[0]}")
         return ", ".join(parts)

@@ -20,8 +20,10 @@ and computes, with Q the quantizer of the input (the identity in weight-only lay
 
     y = Q(x * act_pre_scale) @ dequantize(qweight, ...).T + bias + (x @ low_rank_down.T) @ low_rank_up.T
 
-The low-rank branch reads the input as it comes, *before* ``act_pre_scale``: an algorithm that factors the smoothed
-weight multiplies the columns of ``low_rank_down`` by ``act_pre_scale`` once, and no second copy of x is made.
+Where the scheme has an ``input_rotation``, a linear layer rotates ``x * act_pre_scale`` before Q; the rotation follows
+from its size alone (``rotation.py``), so it has no tensor. The low-rank branch reads the input as it comes, *before*
+``act_pre_scale``: an algorithm that factors the smoothed weight multiplies the columns of ``low_rank_down`` by
+``act_pre_scale`` once, and no second copy of x is made.
 Casting a layer moves what is in the compute dtype; scales stay fp32 and codes stay codes.
 """
 
@@ -83,6 +85,16 @@ def supports(module: nn.Module, scheme: Scheme) -> str | None:
         return "its weight is empty"
     if scheme.has_integer_path and weight.flatten(1).shape[1] > MAX_INTEGER_COLUMNS:
         return f"in_features over {MAX_INTEGER_COLUMNS} could overflow int32 sums"
+    return _unfit_rotation(module, scheme.input_rotation)
+
+
+def _unfit_rotation(module: nn.Linear | nn.Conv2d, size: int | None) -> str | None:
+    if size is None:
+        return None
+    if not isinstance(module, nn.Linear):
+        return "only inputs of linear layers are rotated"
+    if module.in_features % size:
+        return f"in_features must be divisible by the rotation's size, {size}, got {module.in_features}"
     return None
 
 
@@ -281,24 +293,25 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., N] in the dtype of x, [..., K]; the equation is in the module docstring."""
         x = cast_for_autocast(x)
+        rotated, pre_scale = self._rotated(x)
         if self._needs_grad(x):
             y = cast(
                 torch.Tensor,
                 _LinearFunction.apply(
-                    x,
+                    rotated,
                     self.bias,
                     self.qweight,
                     self.scale,
                     self.zero_point,
                     self.group_scale,
-                    self.act_pre_scale,
+                    pre_scale,
                     self.input_scale,
                     self.input_zero_point,
                     self.scheme,
                 ),
             )
         else:
-            y = linear(x, self.quantized_weight(), self.scheme, self.bias, self._inputs())
+            y = linear(rotated, self.quantized_weight(), self.scheme, self.bias, self._inputs(pre_scale))
         low_rank = self._low_rank
         if low_rank is not None:
             y = y + F.linear(F.linear(x, low_rank[0].to(x.dtype)), low_rank[1].to(x.dtype))
@@ -307,7 +320,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
     def compute_path(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ComputePath:
         """How this layer is computed there (default: where it is, in its compute dtype)."""
         device, dtype = device or self.qweight.device, dtype or self.compute_dtype
-        return compute_path(self.scheme, device, dtype, outputs=self.out_features)
+        return self._with_branch(compute_path(self.scheme, device, dtype, outputs=self.out_features))
 
     def to_dense(self) -> nn.Linear:
         """A stock layer with the weight rounded to the grid, same device, compute dtype and training mode."""
@@ -504,7 +517,8 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
                 ),
             )
         else:
-            y = conv2d(x, self.quantized_weight(), self.scheme, geometry, self.bias, self._inputs())
+            inputs = self._inputs(self.act_pre_scale)
+            y = conv2d(x, self.quantized_weight(), self.scheme, geometry, self.bias, inputs)
         if self.low_rank_down is not None and self.low_rank_up is not None:
             down = self.low_rank_down.to(x.dtype).unflatten(1, (-1, *geometry.kernel))
             hidden = F.conv2d(x, down, None, geometry.stride, geometry.padding, geometry.dilation)
@@ -514,7 +528,8 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
     def compute_path(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ComputePath:
         """How this layer is computed there (default: where it is, in its compute dtype)."""
         device, dtype = device or self.qweight.device, dtype or self.compute_dtype
-        return compute_path(self.scheme, device, dtype, kind="conv2d", groups=self.groups, geometry=self._geometry)
+        path = compute_path(self.scheme, device, dtype, kind="conv2d", groups=self.groups, geometry=self._geometry)
+        return self._with_branch(path)
 
     def to_dense(self) -> nn.Conv2d:
         """A stock layer with the weight rounded to the grid, same device, compute dtype and training mode."""

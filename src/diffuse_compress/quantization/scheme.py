@@ -3,7 +3,8 @@
 A :class:`Scheme` says how a layer's weight is stored and, if its inputs are quantized too, how. It knows no
 tensor, no device and no model; ``to_dict`` is the vocabulary of compressed-tensors' ``QuantizationScheme``
 ("weights", "input_activations", "num_bits", "strategy", ...) with additions of ours, each under its own key:
-``scale_rule``, ``pad``, ``float_zero_point``, ``additive_zero_point`` and the strategy ``two_level``.
+``scale_rule``, ``pad``, ``float_zero_point``, ``additive_zero_point``, ``input_rotation`` and the strategy
+``two_level``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from enum import Enum
 from typing import Any, TypeAlias
 
 from diffuse_compress.errors import ConfigError, IncompatibleShapeError, nearest
+from diffuse_compress.quantization.rotation import is_rotation_size
 
 __all__ = [
     "ActivationScheme",
@@ -244,10 +246,18 @@ class ActivationScheme:
 
 @dataclass(frozen=True)
 class Scheme:
-    """The number formats of one layer: its weight's and, if quantized, its input's."""
+    """The number formats of one layer: its weight's and, if quantized, its input's.
+
+    Args:
+        weight: how the weight is stored.
+        activation: how the input is quantized; None leaves it alone.
+        input_rotation: size of the Hadamard rotation (``rotation.py``) that the input runs through before it is
+            quantized and multiplied; codes are those of the weight rotated alike. Linear layers only.
+    """
 
     weight: WeightScheme
     activation: ActivationScheme | None = None
+    input_rotation: int | None = None
     has_integer_path: bool = dataclasses.field(init=False, repr=False, compare=False)
     """True when the product can be summed exactly in int32: scales sit outside the sum over K."""
 
@@ -260,6 +270,11 @@ class Scheme:
             raise ConfigError(
                 f"Scheme: {weight.format.value} weights with {act.format.value} activations have no matmul. "
                 "Use two integer formats, two float8 formats, or activation=None."
+            )
+        if self.input_rotation is not None and not is_rotation_size(self.input_rotation):
+            raise ConfigError(
+                f"Scheme: input_rotation must be the order of a Hadamard matrix, got {self.input_rotation!r}. Use a "
+                "power of two that divides in_features."
             )
 
     @property
@@ -301,12 +316,16 @@ class Scheme:
                 weights[name] = True
         act = self.activation
         inputs = None if act is None else _args_to_dict(act.format, act.granularity, act.symmetric, dynamic=act.dynamic)
-        return {"weights": weights, "input_activations": inputs}
+        data: dict[str, Any] = {"weights": weights, "input_activations": inputs}
+        if self.input_rotation is not None:
+            data["input_rotation"] = f"{_ROTATION}{self.input_rotation}"
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scheme:
         """Read :meth:`to_dict`'s output. Raises ConfigError on an unknown key or strategy."""
-        unknown = set(data) - {"weights", "input_activations", "output_activations", "targets", "format"}
+        known = {"weights", "input_activations", "output_activations", "targets", "format", "input_rotation"}
+        unknown = set(data) - known
         if unknown or not isinstance(data.get("weights"), dict):
             raise ConfigError(f"Scheme.from_dict: need 'weights' and 'input_activations', got keys {sorted(data)}.")
         weights = dict(data["weights"])
@@ -321,7 +340,7 @@ class Scheme:
         if inputs is not None:
             dynamic = bool(inputs.get("dynamic", False))
             act = ActivationScheme(dynamic=dynamic, **_args_from_dict(dict(inputs)))
-        return cls(weight, act)
+        return cls(weight, act, _rotation_from(data.get("input_rotation")))
 
     def replace(self, **changes: Any) -> Scheme:
         """Copy with fields of this object, or of ``weight`` (prefix ``weight_``), replaced."""
@@ -345,6 +364,18 @@ def _args_to_dict(fmt: NumberFormat, granularity: Granularity, symmetric: bool, 
     if isinstance(granularity, PerGroup) and granularity.pad:
         args["pad"] = True
     return args
+
+
+_ROTATION = "hadamard:"
+
+
+def _rotation_from(text: Any) -> int | None:
+    if text is None:
+        return None
+    size = str(text).removeprefix(_ROTATION)
+    if not str(text).startswith(_ROTATION) or not size.isdecimal():
+        raise ConfigError(f"Scheme.from_dict: input_rotation must read '{_ROTATION}<size>', got {text!r}.")
+    return int(size)
 
 
 def _scale_rule_from(name: str) -> ScaleRule:

@@ -28,6 +28,7 @@ from diffuse_compress.quantization.numerics import (
     fake_quantize,
     split_groups,
 )
+from diffuse_compress.quantization.rotation import rotate
 from diffuse_compress.quantization.scheme import PerTensor, TwoLevel, WeightScheme
 
 __all__ = ["AWQConfig", "AbsMeanCollector", "RowCollector", "clip_weight"]
@@ -62,6 +63,7 @@ class AWQConfig(AlgorithmConfig):
     clip_rows: int = 512
     kind: ClassVar[str] = "awq"
     needs_calibration: ClassVar[bool] = True
+    chooses_codes: ClassVar[bool] = False
 
     @property
     def summary(self) -> str:
@@ -113,7 +115,9 @@ def calibrate(work: BlockWork, config: AWQConfig) -> None:
     """Choose scales for every group of layers that share an input, then ranges for every layer."""
     for names in work.subsets:
         layers = [work.layers[name] for name in names]
-        chosen = [layer for layer in layers if layer.act_pre_scale is None and _is_plain(layer)]
+        # Beside a low-rank branch the error of the codes alone says nothing.
+        chosen = [layer for layer in layers if layer.act_pre_scale is None and layer.low_rank is None]
+        chosen = [layer for layer in chosen if _is_plain(layer)]
         if chosen:
             _search_scale(work, chosen, config)
     if config.clip:
@@ -139,7 +143,7 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
     inputs = collector.mean()
     if inputs is None:
         return
-    weights = [layer.target() for layer in layers]
+    weights = [layer.rest() for layer in layers]
     magnitude = _relative_magnitude(layers, weights)
     parent, calls, expected = _observed(work, [layer.name for layer in layers])
     best, best_error = None, float("inf")
@@ -222,7 +226,8 @@ def _tried(layers: Sequence[LayerWork], weights: Sequence[torch.Tensor], scale: 
             trial = LayerWork(layer.name, layer.dense, layer.scheme, act_pre_scale=1.0 / scale)
             column = trial.column_scale
             assert column is not None
-            rounded = _rounded(weight / column, layer.scheme.weight)
+            scaled, rotation = weight / column, layer.scheme.input_rotation
+            rounded = _rounded(scaled if rotation is None else rotate(scaled, rotation), layer.scheme.weight)
             layer.dense.weight.data = rounded.to(dense[0].dtype).reshape(layer.dense.weight.shape)
             handles.append(layer.dense.register_forward_pre_hook(_scaled(trial)))
         yield

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch import nn
 
 from diffuse_compress.errors import ConfigError, nearest
 from diffuse_compress.quantization.packed import QuantizedWeight
-from diffuse_compress.quantization.scheme import WeightScheme
+from diffuse_compress.quantization.scheme import Scheme, WeightScheme
 
 __all__ = [
     "AlgorithmConfig",
@@ -39,12 +40,19 @@ class AlgorithmConfig:
     """Base of the configs. A subclass is a frozen dataclass of JSON values that sets ``kind``.
 
     The class selects the algorithm; ``kind`` is its name in files and never changes. ``is_random`` says whether the
-    result depends on the seed, ``needs_calibration`` whether it looks at inputs and works on whole blocks.
+    result depends on the seed, ``needs_calibration`` whether it looks at inputs and works on whole blocks,
+    ``chooses_codes`` whether it ends with codes, so that what only prepares layers must come before it.
     """
 
     kind: ClassVar[str]
     is_random: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+    chooses_codes: ClassVar[bool] = True
+
+    @property
+    def rotates_residual(self) -> bool:
+        """Whether it rotates the model's residual stream before any layer is quantized (``residual.py``)."""
+        return False
 
     @property
     def summary(self) -> str:
@@ -53,6 +61,21 @@ class AlgorithmConfig:
 
     def check(self, scheme: WeightScheme) -> None:
         """Raise ConfigError if this algorithm cannot reach ``scheme``; asked before any weight is touched."""
+
+    def unsupported(self, layer: nn.Module, scheme: Scheme) -> str | None:
+        """Why a linear or convolution, dense and perhaps on the meta device, cannot be taken; None if it can."""
+        return None
+
+    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False) -> Scheme:
+        """The format of a layer that was to get ``scheme``: what the algorithm decides without data belongs to it.
+
+        ``arrives_rotated`` says that what stands before the layer will rotate its input.
+        """
+        return scheme
+
+    def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        """Bytes that the algorithm stores with a layer beside its codes and their scales."""
+        return 0
 
 
 BlockCalibrator = Callable[[Any, Any], None]
@@ -79,6 +102,13 @@ class SequenceConfig(AlgorithmConfig):
                 "algorithm: a sequence holds two or more different algorithms, got "
                 f"[{', '.join(kind.__name__ for kind in kinds)}]."
             )
+        choosing = [config.chooses_codes for config in self.algorithms]
+        if choosing != sorted(choosing):
+            late = kinds[choosing.index(False, choosing.index(True))]
+            raise ConfigError(
+                f"algorithm: {late.__name__} prepares layers for the choice of codes, and must come before it, got "
+                f"[{', '.join(kind.__name__ for kind in kinds)}]."
+            )
 
     @property
     def summary(self) -> str:
@@ -92,9 +122,25 @@ class SequenceConfig(AlgorithmConfig):
     def is_random(self) -> bool:  # type: ignore[override]
         return any(config.is_random for config in self.algorithms)
 
+    @property
+    def rotates_residual(self) -> bool:
+        return any(config.rotates_residual for config in self.algorithms)
+
     def check(self, scheme: WeightScheme) -> None:
         for config in self.algorithms:
             config.check(scheme)
+
+    def unsupported(self, layer: nn.Module, scheme: Scheme) -> str | None:
+        reasons = (config.unsupported(layer, scheme) for config in self.algorithms)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False) -> Scheme:
+        for config in self.algorithms:
+            scheme = config.format_of(layer, scheme, arrives_rotated)
+        return scheme
+
+    def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        return sum(config.extra_bytes(layer, scheme) for config in self.algorithms)
 
 
 def steps_of(config: AlgorithmConfig) -> tuple[AlgorithmConfig, ...]:
@@ -110,8 +156,10 @@ _MODULES: dict[str, str] = {
     "awq": "diffuse_compress.quantization.algorithms.awq",
     "gptq": "diffuse_compress.quantization.algorithms.gptq",
     "hqq": "diffuse_compress.quantization.algorithms.hqq",
+    "quarot": "diffuse_compress.quantization.algorithms.quarot",
     "rtn": "diffuse_compress.quantization.algorithms.rtn",
     "smoothquant": "diffuse_compress.quantization.algorithms.smoothquant",
+    "svdquant": "diffuse_compress.quantization.algorithms.svdquant",
 }
 _REGISTRY: dict[type[AlgorithmConfig], WeightQuantizer] = {}
 _BLOCK_REGISTRY: dict[type[AlgorithmConfig], BlockCalibrator] = {}
@@ -163,6 +211,7 @@ def quantize_with(
     Raises:
         ConfigError: no algorithm is registered for the class, or it cannot reach ``scheme``.
     """
+    config = steps_of(config)[-1]
     if type(config) not in _REGISTRY:
         raise ConfigError(f"algorithm: no quantizer for {type(config).__name__}. Available: {', '.join(_kinds())}")
     return _REGISTRY[type(config)](weight, scheme, config, generator)

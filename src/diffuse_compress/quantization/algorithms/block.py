@@ -19,6 +19,7 @@ from diffuse_compress.errors import ModelStateError
 from diffuse_compress.quantization.layer_base import LowRank
 from diffuse_compress.quantization.numerics import fake_quantize_activation
 from diffuse_compress.quantization.packed import QuantizedWeight
+from diffuse_compress.quantization.rotation import rotate
 from diffuse_compress.quantization.scheme import Scheme
 
 __all__ = ["BlockWork", "Collector", "LayerWork", "as_rows", "as_the_layer_sees_it", "per_channel"]
@@ -43,7 +44,8 @@ class LayerWork:
         scheme: the format to reach.
         act_pre_scale: fp32 [K] (convolutions [C]) that multiplies the input, or None.
         low_rank: (down [r, K], up [N, r]) that is added, on the input before ``act_pre_scale``, or None.
-        weight: fp32 [N, K] that the codes are to stand for; None is that of ``dense`` with the two above taken out.
+        weight: fp32 [N, K] that the codes are to stand for; None is that of ``dense`` with the two above taken out,
+            rotated where the scheme rotates inputs.
         quantized: codes, once decided.
         ranges: fp32 [N, K] whose smallest and largest values the codes are to span, in each element of the granularity;
             None leaves the choice to what chooses the codes.
@@ -67,16 +69,22 @@ class LayerWork:
         kernel = self.dense.kernel_size[0] * self.dense.kernel_size[1]
         return scale.reshape(self.dense.groups, -1)[0].repeat_interleave(kernel)
 
+    def rest(self) -> torch.Tensor:
+        """fp32 [N, K], a copy: the dense weight without the low-rank branch, on the input as it comes."""
+        weight = self.dense.weight.detach().flatten(1).float()
+        if self.low_rank is None:
+            return weight.clone()
+        down, up = self.low_rank
+        return weight - up.float() @ down.float()
+
     def target(self) -> torch.Tensor:
         """fp32 [N, K], a copy: the weight that the codes are to stand for."""
         if self.weight is not None:
             return self.weight.clone()
-        weight = self.dense.weight.detach().flatten(1).float()
-        if self.low_rank is not None:
-            down, up = self.low_rank
-            weight = weight - up.float() @ down.float()
-        scale = self.column_scale
-        return weight / scale if scale is not None else weight.clone()
+        weight, scale, rotation = self.rest(), self.column_scale, self.scheme.input_rotation
+        if scale is not None:
+            weight = weight / scale
+        return weight if rotation is None else rotate(weight, rotation)
 
 
 @dataclass
@@ -209,11 +217,13 @@ def per_channel(layer: Dense, columns: torch.Tensor, reduce: Callable[..., torch
 
 
 def as_the_layer_sees_it(x: torch.Tensor, layer: LayerWork) -> torch.Tensor:
-    """Input ``x`` multiplied by ``act_pre_scale`` and rounded to the grid of the layer's input scheme, in its dtype."""
+    """Input ``x`` multiplied by ``act_pre_scale``, rotated and rounded to the grid of its scheme, in its dtype."""
     dims = 1 if isinstance(layer.dense, nn.Linear) else 3
     if layer.act_pre_scale is not None:
         shape = (-1,) if dims == 1 else (-1, 1, 1)
         x = (x.float() * layer.act_pre_scale.reshape(shape)).to(x.dtype)
+    if layer.scheme.input_rotation is not None:
+        x = rotate(x, layer.scheme.input_rotation)
     scheme = layer.scheme.activation
     if scheme is None or not scheme.dynamic:
         return x

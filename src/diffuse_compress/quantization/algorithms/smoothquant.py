@@ -34,6 +34,7 @@ class SmoothQuantConfig(AlgorithmConfig):
     alpha: float = 0.5
     kind: ClassVar[str] = "smoothquant"
     needs_calibration: ClassVar[bool] = True
+    chooses_codes: ClassVar[bool] = False
 
     @property
     def summary(self) -> str:
@@ -69,7 +70,7 @@ def calibrate(work: BlockWork, config: SmoothQuantConfig) -> None:
         work.collect({chosen[0].name: collector})
         if collector.value is None:
             continue
-        weights = [per_channel(layer.dense, layer.target().abs().amax(dim=0), torch.amax) for layer in chosen]
+        weights = [per_channel(layer.dense, layer.rest().abs().amax(dim=0), torch.amax) for layer in chosen]
         scale = smoothing_scale(collector.value, torch.stack(weights).amax(dim=0), config.alpha)
         for layer in chosen:
             layer.act_pre_scale = 1.0 / scale
