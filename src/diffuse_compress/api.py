@@ -102,17 +102,17 @@ def compress(
         overrides: {pattern: preset, Scheme or None} for single layers.
         algorithm: instead of the preset's: a config, or its kind ("hqq").
         seed: of algorithms that draw random numbers; global random states are never touched.
-        generator: source of that seed instead.
+        generator: source of that seed.
         device: compute here, layer by layer; every layer returns to where it was.
-        work_dir: folder for the spill file that lets a failed call restore the model.
+        work_dir: folder for the file that restores the model if the call fails, and for what calibration has finished:
+            the same call goes on from there after a crash. Delete it once the model is saved.
         preview: prompts (or dicts of pipeline arguments) to generate before and after, for the report.
         callback: ``callback(stage, done, total, metrics)``; raising in it cancels and restores.
         measure: run the denoiser at four timesteps before and after to report its output error.
         calibration: for algorithms that need it: a Calibration, or the items to record one from.
 
     Raises:
-        ConfigError: unknown preset, component or pattern, or nothing given (the message lists presets with their
-            bytes for this model).
+        ConfigError: unknown names, nothing given (it lists the presets), or ``work_dir`` is of another calibration.
         CompressionConflictError: a component already carries another configuration of the same kind.
         IncompatibleShapeError: a layer cannot take the scheme asked for it.
         ModelStateError: meta tensors, offload hooks, foreign quantization, or too little disk.

@@ -11,6 +11,7 @@ from torch import nn
 
 from diffuse_compress.calibration.lockstep import Visit, lockstep
 from diffuse_compress.calibration.samples import Sample
+from diffuse_compress.calibration.work_folder import FinishedBlocks
 from diffuse_compress.families.registry import family_of
 from diffuse_compress.families.roles import block_elements
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, calibrate_with, steps_of
@@ -18,6 +19,7 @@ from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
+from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import Scheme
 
 __all__ = ["calibrate_layers", "calibration_blocks"]
@@ -44,6 +46,7 @@ def calibrate_layers(
     replace: Replace,
     *,
     generator: Callable[[str], torch.Generator],
+    finished: FinishedBlocks | None = None,
     on_block: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> list[str]:
     """Quantize ``layers`` in place.
@@ -56,24 +59,34 @@ def calibrate_layers(
         samples: of this model, on any device.
         replace: ``replace(name, convert)`` puts ``convert(dense layer)`` in the layer's place.
         generator: source of random numbers of a layer.
+        finished: blocks that are there are put in place as they are; the others are added as they are done.
         on_block: called after each block with its name, how many are done and how many there are.
 
     Returns:
         Layers that no sample reached; they are rounded to nearest.
 
     Raises:
-        ModelStateError: inputs are not finite.
+        ModelStateError: inputs are not finite, or the disk is full.
+        CheckpointError: a finished block cannot be read.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     blocks = calibration_blocks(model, list(layers))
     done: set[str] = set()
 
     def visit(found: Visit) -> None:
-        work = _work(found, layers, generator, replace)
-        for config in steps_of(algorithm):
-            calibrate_with(config, work)
-        calibrate_with(RTNConfig(), work)
-        done.update(_qualified(found.name, name) for name in work.layers)
+        names = dict(_layers_of(found.name, layers))
+        stored = None if finished is None else finished.load(found.name, names)
+        if stored is None:
+            work = _work(found, layers, generator, replace)
+            for config in steps_of(algorithm):
+                calibrate_with(config, work)
+            calibrate_with(RTNConfig(), work)
+            if finished is not None:
+                finished.save(found.name, {relative: model.get_submodule(name) for relative, name in names.items()})
+        else:
+            for relative, name in names.items():
+                replace(name, functools.partial(_restored, scheme=layers[name], tensors=stored[relative]))
+        done.update(names.values())
         on_block(found.name, len(done), len(layers))
 
     lockstep(model, blocks, [sample.call.to(device) for sample in samples], visit)
@@ -123,7 +136,29 @@ def _qualified(block: str, relative: str) -> str:
 def quantized_layer(layer: LayerWork) -> Quantized:
     """The module that a finished :class:`LayerWork` describes."""
     assert layer.quantized is not None
-    given: dict[str, Any] = {"act_pre_scale": layer.act_pre_scale, "low_rank": layer.low_rank}
-    if isinstance(layer.dense, nn.Linear):
-        return QuantizedLinear.from_dense(layer.dense, layer.quantized, layer.scheme, **given)
-    return QuantizedConv2d.from_dense(layer.dense, layer.quantized, layer.scheme, **given)
+    return _layer_like(
+        layer.dense, layer.quantized, layer.scheme, act_pre_scale=layer.act_pre_scale, low_rank=layer.low_rank
+    )
+
+
+def _restored(dense: nn.Module, *, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> Quantized:
+    """The module whose parameters a :class:`FinishedBlocks` kept."""
+    assert isinstance(dense, nn.Linear | nn.Conv2d)
+    found = {name: tensor.to(dense.weight.device) for name, tensor in tensors.items()}
+    quantized = QuantizedWeight(
+        qweight=found["qweight"],
+        scale=found["scale"],
+        zero_point=found.get("zero_point"),
+        group_scale=found.get("group_scale"),
+        in_features=dense.weight.flatten(1).shape[1],
+        scheme=scheme.weight,
+    )
+    low_rank = (found["low_rank_down"], found["low_rank_up"]) if "low_rank_down" in found else None
+    given = {name: found.get(name) for name in ("act_pre_scale", "input_scale", "input_zero_point")}
+    return _layer_like(dense, quantized, scheme, low_rank=low_rank, **given)
+
+
+def _layer_like(dense: nn.Linear | nn.Conv2d, quantized: QuantizedWeight, scheme: Scheme, **given: Any) -> Quantized:
+    if isinstance(dense, nn.Linear):
+        return QuantizedLinear.from_dense(dense, quantized, scheme, **given)
+    return QuantizedConv2d.from_dense(dense, quantized, scheme, **given)

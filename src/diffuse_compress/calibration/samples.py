@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from diffuse_compress.calibration.trees import flatten, unflatten
+from diffuse_compress.calibration.trees import flatten, hash_tree, unflatten
 from diffuse_compress.calls import Call, map_tensors
 from diffuse_compress.errors import CheckpointError, ConfigError
 
@@ -84,13 +84,7 @@ class Samples:
         digest = hashlib.sha256()
         for name, samples in self.components.items():
             for index, sample in enumerate(samples):
-                tensors: dict[str, torch.Tensor] = {}
-                tree = flatten((sample.call.args, dict(sample.call.kwargs)), f"{name}.{index}", tensors)
-                digest.update(json.dumps(tree, sort_keys=True).encode())
-                for key, tensor in sorted(tensors.items()):
-                    digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                    flat = tensor.clone(memory_format=torch.contiguous_format).reshape(-1)
-                    digest.update(flat.view(torch.uint8).numpy().data)
+                hash_tree(digest, (sample.call.args, dict(sample.call.kwargs)), f"{name}.{index}")
         return digest.hexdigest()[:16]
 
     def summary(self) -> str:
