@@ -83,7 +83,7 @@ def apply_plan(
         _check_ready(name or part.class_name, models[name])
     spilled = sum(row.bytes_before for row in plan.rows if row.scheme is not None)
     with _keep_random_state(), torch.no_grad(), Transaction(spilled, work_dir) as spill:
-        calibration, finished = _prepared(target, models, plan, work_dir, callback)
+        calibration, finished = _prepared(target, models, plan, device, work_dir, callback)
         probe = PipelineProbe(target, plan, preview=preview, enabled=measure, callback=callback)
         probe.record_dense()
         started, layers = {}, {}
@@ -92,7 +92,7 @@ def apply_plan(
             if part.spec.algorithm.needs_calibration:
                 assert calibration is not None
                 layers[name] = _calibrate(
-                    target, models[name], part, spill, probe, calibration, finished.get(name), callback
+                    target, models[name], part, spill, probe, device, calibration, finished.get(name), callback
                 )
             else:
                 layers[name] = _convert(target, models[name], part, spill, probe, device, callback)
@@ -140,6 +140,7 @@ def _prepared(
     target: Any,
     models: Mapping[str, nn.Module],
     plan: CompressionPlan,
+    device: torch.device | str | None,
     work_dir: str | Path | None,
     callback: Callback | None,
 ) -> tuple[Calibration | None, dict[str, FinishedBlocks]]:
@@ -153,7 +154,7 @@ def _prepared(
     folder = None if work_dir is None else WorkFolder(work_dir)
     fingerprints: dict[str, dict[str, Any]] = {}
     if folder is not None:
-        fingerprints = {name: _fingerprint(models[name], part) for name, part in needing.items()}
+        fingerprints = {name: _fingerprint(models[name], part, device) for name, part in needing.items()}
         for name, fingerprint in fingerprints.items():
             folder.require_same(name, fingerprint)
     found = _recorded(target, models, plan.calibration, list(needing), folder, callback)
@@ -166,10 +167,10 @@ def _prepared(
     return found, finished
 
 
-def _fingerprint(model: nn.Module, part: ComponentPlan) -> dict[str, Any]:
+def _fingerprint(model: nn.Module, part: ComponentPlan, device: torch.device | str | None) -> dict[str, Any]:
     """What the codes of a component follow from, but for the samples."""
     versions = installed_versions()
-    device = next(parameter.device for parameter in model.parameters())
+    device = device if device is not None else next(parameter.device for parameter in model.parameters())
     return {
         "weights": digest_of_weights(model),
         "recipe": {
@@ -216,6 +217,7 @@ def _calibrate(
     part: ComponentPlan,
     spill: Transaction,
     probe: PipelineProbe,
+    device: torch.device | str | None,
     calibration: Calibration,
     finished: FinishedBlocks | None,
     callback: Callback | None,
@@ -244,6 +246,7 @@ def _calibrate(
             calibration.of(part.name),
             replace,
             generator=part.spec.generator,
+            device=device,
             finished=finished,
             on_block=on_block,
         )

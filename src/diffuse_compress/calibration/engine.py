@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,10 +13,11 @@ from torch import nn
 from diffuse_compress.calibration.lockstep import Visit, lockstep
 from diffuse_compress.calibration.samples import Sample
 from diffuse_compress.calibration.work_folder import FinishedBlocks
+from diffuse_compress.errors import ModelStateError
 from diffuse_compress.families.registry import family_of
 from diffuse_compress.families.roles import block_elements
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, calibrate_with, steps_of
-from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
+from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, unchanged_twin
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
@@ -28,11 +30,14 @@ Quantized = QuantizedLinear | QuantizedConv2d
 Replace = Callable[[str, Callable[[nn.Module], nn.Module]], nn.Module]
 
 
-def calibration_blocks(model: nn.Module, layers: Sequence[str]) -> list[str]:
-    """Where calibration stops: the model's blocks that hold a layer of ``layers``, and every layer outside of them."""
+def calibration_blocks(model: nn.Module, layers: Sequence[str], *, every: bool = False) -> list[str]:
+    """Where calibration stops: the model's blocks that hold a layer of ``layers``, and every layer outside of them.
+
+    ``every`` adds the blocks that hold none.
+    """
     family = family_of(model)
     known = family.blocks(model) if family is not None else block_elements(model)
-    blocks = [name for name in known if any(layer.startswith(f"{name}.") for layer in layers)]
+    blocks = [name for name in known if every or any(layer.startswith(f"{name}.") for layer in layers)]
     outside = [layer for layer in layers if not any(layer.startswith(f"{name}.") for name in blocks)]
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     return sorted([*blocks, *outside], key=order.__getitem__)
@@ -46,6 +51,7 @@ def calibrate_layers(
     replace: Replace,
     *,
     generator: Callable[[str], torch.Generator],
+    device: torch.device | str | None = None,
     finished: FinishedBlocks | None = None,
     on_block: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> list[str]:
@@ -59,6 +65,7 @@ def calibrate_layers(
         samples: of this model, on any device.
         replace: ``replace(name, convert)`` puts ``convert(dense layer)`` in the layer's place.
         generator: source of random numbers of a layer.
+        device: where each block is calibrated and run; it and its layers then go back to where the model is.
         finished: blocks that are there are put in place as they are; the others are added as they are done.
         on_block: called after each block with its name, how many are done and how many there are.
 
@@ -66,57 +73,94 @@ def calibrate_layers(
         Layers that no sample reached; they are rounded to nearest.
 
     Raises:
-        ModelStateError: inputs are not finite, or the disk is full.
+        ModelStateError: inputs are not finite, memory runs out, or the disk is full.
         CheckpointError: a finished block cannot be read.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    blocks = calibration_blocks(model, list(layers))
+    home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    there = home if device is None else torch.device(device)
+    # On another device every block is worth a stop: what is kept dense runs there too.
+    blocks = calibration_blocks(model, list(layers), every=there != home)
     done: set[str] = set()
 
     def visit(found: Visit) -> None:
         names = dict(_layers_of(found.name, layers))
-        stored = None if finished is None else finished.load(found.name, names)
-        if stored is None:
-            work = _work(found, layers, generator, replace)
+        stored = None if finished is None or not names else finished.load(found.name, names)
+        if stored is not None:
+            for relative, name in names.items():
+                model.get_submodule(name).to(home)
+                replace(name, functools.partial(_restored, scheme=layers[name], tensors=stored[relative])).to(there)
+        elif names:
+            work = _work(found, names, layers, samples, generator, replace, home=home, device=there)
+            work.unchanged = unchanged_twin(found.block) if algorithm.needs_reference else None
             for config in steps_of(algorithm):
                 calibrate_with(config, work)
             calibrate_with(RTNConfig(), work)
             if finished is not None:
                 finished.save(found.name, {relative: model.get_submodule(name) for relative, name in names.items()})
-        else:
-            for relative, name in names.items():
-                replace(name, functools.partial(_restored, scheme=layers[name], tensors=stored[relative]))
         done.update(names.values())
         on_block(found.name, len(done), len(layers))
 
-    lockstep(model, blocks, [sample.call.to(device) for sample in samples], visit)
+    calls = [sample.call.to(home) for sample in samples]
+    with _memory_explained(there, len(samples)):
+        lockstep(model, blocks, calls, visit, references=algorithm.needs_reference, device=there)
     missed = [name for name in layers if name not in done]
     for name in missed:
         scheme, source = layers[name], generator(name)
-        replace(
-            name, functools.partial(quantize_module, scheme=scheme, algorithm=RTNConfig(), name=name, generator=source)
+        convert = functools.partial(
+            quantize_module, scheme=scheme, algorithm=RTNConfig(), device=device, name=name, generator=source
         )
+        replace(name, convert)
     return missed
 
 
-def _work(found: Visit, layers: Mapping[str, Scheme], generator: Callable[[str], Any], replace: Replace) -> BlockWork:
-    names = dict(_layers_of(found.name, layers))
-    modules = {relative: found.block.get_submodule(relative) if relative else found.block for relative in names}
+@contextlib.contextmanager
+def _memory_explained(device: torch.device, samples: int) -> Iterator[None]:
+    """What to lower, where memory runs out inside."""
+    try:
+        yield
+    except RuntimeError as error:
+        # The CPU's allocator has no class of error of its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        where = "" if device.type == "cpu" else ', or device="cpu"'
+        raise ModelStateError(
+            f"calibration: out of memory on {device} with {samples} samples. What it needs is one block, its largest "
+            "intermediate result and the hidden states of all samples: give fewer (calibration.take(n), num_samples=), "
+            f"smaller pictures or shorter texts{where}. ({str(error).splitlines()[0]})"
+        ) from error
 
+
+def _work(
+    found: Visit,
+    names: Mapping[str, str],
+    layers: Mapping[str, Scheme],
+    samples: Sequence[Sample],
+    generator: Callable[[str], Any],
+    replace: Replace,
+    *,
+    home: torch.device,
+    device: torch.device,
+) -> BlockWork:
     def install(layer: LayerWork) -> nn.Module:
-        return replace(_qualified(found.name, layer.name), lambda dense: quantized_layer(layer))
+        # What is put away, measured and restored is at home; the block goes on with its new layer.
+        layer.dense.to(home)
+        return replace(names[layer.name], lambda dense: quantized_layer(layer).to(home)).to(device)
 
-    work = {
-        relative: LayerWork(relative, modules[relative], layers[name])  # type: ignore[arg-type]
-        for relative, name in names.items()
-    }
+    modules = {relative: found.block.get_submodule(relative) if relative else found.block for relative in names}
+    weights = [samples[index].weight for index in found.calls]
     return BlockWork(
         name=found.name,
         block=found.block,
         calls=list(found.calls.values()),
-        layers=work,
-        generators=lambda relative: generator(_qualified(found.name, relative)),
+        layers={
+            relative: LayerWork(relative, modules[relative], layers[name])  # type: ignore[arg-type]
+            for relative, name in names.items()
+        },
+        generators=lambda relative: generator(names[relative]),
         install=install,
+        device=device,
+        weights=weights if any(not isinstance(w, float) or w != 1.0 for w in weights) else None,
+        references=[found.references.get(index, call) for index, call in found.calls.items()],
     )
 
 
@@ -127,10 +171,6 @@ def _layers_of(block: str, layers: Mapping[str, Scheme]) -> Iterator[tuple[str, 
             yield "", name
         elif name.startswith(f"{block}."):
             yield name.removeprefix(f"{block}."), name
-
-
-def _qualified(block: str, relative: str) -> str:
-    return f"{block}.{relative}" if relative else block
 
 
 def quantized_layer(layer: LayerWork) -> Quantized:

@@ -39,12 +39,14 @@ class AlgorithmConfig:
     """Base of the configs. A subclass is a frozen dataclass of JSON values that sets ``kind``.
 
     The class selects the algorithm; ``kind`` is its name in files and never changes. ``is_random`` says whether the
-    result depends on the seed, ``needs_calibration`` whether it looks at inputs and works on whole blocks.
+    result depends on the seed, ``needs_calibration`` whether it looks at inputs and works on whole blocks,
+    ``needs_reference`` whether it also wants the block and its inputs as they are in the model before any change.
     """
 
     kind: ClassVar[str]
     is_random: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
 
     @property
     def summary(self) -> str:
@@ -91,6 +93,10 @@ class SequenceConfig(AlgorithmConfig):
     @property
     def is_random(self) -> bool:  # type: ignore[override]
         return any(config.is_random for config in self.algorithms)
+
+    @property
+    def needs_reference(self) -> bool:  # type: ignore[override]
+        return any(config.needs_reference for config in self.algorithms)
 
     def check(self, scheme: WeightScheme) -> None:
         for config in self.algorithms:
