@@ -113,7 +113,9 @@ _Quantizer = TypeVar("_Quantizer", bound=WeightQuantizer)
 
 # Modules that register an algorithm when they are imported: listing the kinds imports nothing.
 _MODULES: dict[str, str] = {
+    "adaround": "diffuse_compress.quantization.algorithms.adaround",
     "awq": "diffuse_compress.quantization.algorithms.awq",
+    "brecq": "diffuse_compress.quantization.algorithms.brecq",
     "gptq": "diffuse_compress.quantization.algorithms.gptq",
     "hqq": "diffuse_compress.quantization.algorithms.hqq",
     "rtn": "diffuse_compress.quantization.algorithms.rtn",

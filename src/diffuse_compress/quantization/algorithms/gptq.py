@@ -38,7 +38,7 @@ from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import PerGroup, WeightScheme
 
-__all__ = ["GPTQConfig", "HessianCollector", "quantize_columns"]
+__all__ = ["GPTQConfig", "HessianCollector", "collected", "quantize_columns"]
 
 _DAMPING_ATTEMPTS = 6
 
