@@ -44,13 +44,8 @@ def inputs(calls: int = 4, width: int = 128, seed: int = 0) -> list[Call]:
     return found
 
 
-def calibrated(
-    block: nn.Module, scheme: Scheme, algorithm: AlgorithmConfig, calls: list[Call], **given: Any
-) -> BlockWork:
-    """``block`` with every layer quantized by ``algorithm`` (and rounding of what it leaves), in place.
-
-    ``given`` are further fields of the :class:`BlockWork`.
-    """
+def work_of(block: nn.Module, scheme: Scheme, calls: list[Call], **given: Any) -> BlockWork:
+    """A BlockWork of all linears and convolutions of ``block``; ``given`` are further fields of it."""
     layers = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     work = {name: LayerWork(name, layer, scheme) for name, layer in layers.items()}
 
@@ -59,8 +54,15 @@ def calibrated(
         replace_module(block, layer.name, done)
         return done
 
+    return BlockWork("block", block, calls, work, lambda name: torch.Generator(), install, **given)
+
+
+def calibrated(
+    block: nn.Module, scheme: Scheme, algorithm: AlgorithmConfig, calls: list[Call], **given: Any
+) -> BlockWork:
+    """``block`` with every layer quantized by ``algorithm`` (and rounding of what it leaves), in place."""
     given.setdefault("unchanged", unchanged_twin(block) if algorithm.needs_reference else None)
-    found = BlockWork("block", block, calls, work, lambda name: torch.Generator(), install, **given)
+    found = work_of(block, scheme, calls, **given)
     for step in (*steps_of(algorithm), RTNConfig()):
         calibrate_with(step, found)
     return found

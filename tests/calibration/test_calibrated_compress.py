@@ -96,6 +96,31 @@ def test_asymmetric_calibration_of_a_model_is_nearer_to_it() -> None:
     assert loss(dc.GPTQConfig(asymmetric=True, asymmetric_share=1.0)) < 0.97 * loss(dc.GPTQConfig())
 
 
+@pytest.mark.parametrize("name", ["unet_sd1", "llama"])
+@pytest.mark.parametrize("algorithm", [dc.AdaRoundConfig(iterations=3), dc.BRECQConfig(iterations=2, batch_size=1)])
+def test_learned_rounding_of_models_there_and_back(name: str, algorithm: Any, tmp_path: Path) -> None:
+    """Blocks visited on "another" device (``cpu:0`` is compared by name) give the same bytes, also from a work_dir."""
+    items = [tiny.inputs_for(tiny.build(name), seed=seed) for seed in range(2)]
+    config = dc.QuantizationConfig(
+        dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT4, dc.PerGroup(32, pad=True), symmetric=False)),
+        algorithm=algorithm,
+        overrides={"*.0.*": "w8a8"},
+    )
+    models = [
+        tiny.build(name).compress(config, calibration=items, measure=False, device=device, work_dir=folder)
+        for device, folder in ((None, None), ("cpu:0", tmp_path), ("cpu:0", tmp_path))
+    ]
+    assert not any("forward" in vars(module) or module._forward_pre_hooks for module in models[1].modules())
+    for model in models[1:]:
+        for key, tensor in models[0].state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[key]), key
+
+
+def test_reference_algorithms_refuse_float8() -> None:
+    with pytest.raises(dc.ConfigError, match="BRECQConfig: rounds up or down to integer codes, got float8_e4m3fn"):
+        tiny.build("llama").compress(dc.QuantizationConfig("fp8", algorithm="brecq"), calibration=[[1, 2, 3]])
+
+
 @dataclass(frozen=True)
 class TooLarge(AlgorithmConfig):
     kind: ClassVar[str] = "too-large"

@@ -93,9 +93,13 @@ def _reconstruct(
 ) -> None:
     """Learn ``roundings`` so that ``|block(call) - unchanged(reference)|^2``, weighted and summed, is small."""
     targets = _targets(work)
-    nearest = _weights(layers, [rounding.hard() for rounding in roundings])
-    with torch.no_grad():
-        error = sum(float(_loss(work, nearest, index, targets)) for index in range(len(targets)))
+
+    def error_of_codes() -> float:
+        weights = _weights(layers, [rounding.hard() for rounding in roundings])
+        with torch.no_grad():
+            return sum(float(_loss(work, weights, index, targets)) for index in range(len(targets)))
+
+    error, start = error_of_codes(), [rounding.v.clone() for rounding in roundings]
     if error <= 0:
         return
     annealing = Annealing(config.iterations, config.warmup)
@@ -115,6 +119,9 @@ def _reconstruct(
         for rounding, gradient in zip(roundings, gradients, strict=True):
             rounding.v.grad = rounding.gradient(gradient, strength, annealing(step))
         optimizer.step()
+    if error_of_codes() > error:  # nothing promises that what was learned is better
+        for rounding, v in zip(roundings, start, strict=True):
+            rounding.v = v
 
 
 def _targets(work: BlockWork) -> list[list[torch.Tensor]]:
