@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from diffuse_compress.calibration.engine import quantized_layer
 from diffuse_compress.calls import Call
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, calibrate_with, steps_of
-from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
+from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, unchanged_twin
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.convert import replace_module
 from diffuse_compress.quantization.scheme import Scheme
@@ -42,8 +44,8 @@ def inputs(calls: int = 4, width: int = 128, seed: int = 0) -> list[Call]:
     return found
 
 
-def calibrated(block: nn.Module, scheme: Scheme, algorithm: AlgorithmConfig, calls: list[Call]) -> BlockWork:
-    """``block`` with every layer quantized by ``algorithm`` (and rounding of what it leaves), in place."""
+def work_of(block: nn.Module, scheme: Scheme, calls: list[Call], **given: Any) -> BlockWork:
+    """A BlockWork of all linears and convolutions of ``block``; ``given`` are further fields of it."""
     layers = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     work = {name: LayerWork(name, layer, scheme) for name, layer in layers.items()}
 
@@ -52,7 +54,15 @@ def calibrated(block: nn.Module, scheme: Scheme, algorithm: AlgorithmConfig, cal
         replace_module(block, layer.name, done)
         return done
 
-    found = BlockWork("block", block, calls, work, lambda name: torch.Generator(), install)
+    return BlockWork("block", block, calls, work, lambda name: torch.Generator(), install, **given)
+
+
+def calibrated(
+    block: nn.Module, scheme: Scheme, algorithm: AlgorithmConfig, calls: list[Call], **given: Any
+) -> BlockWork:
+    """``block`` with every layer quantized by ``algorithm`` (and rounding of what it leaves), in place."""
+    given.setdefault("unchanged", unchanged_twin(block) if algorithm.needs_reference else None)
+    found = work_of(block, scheme, calls, **given)
     for step in (*steps_of(algorithm), RTNConfig()):
         calibrate_with(step, found)
     return found

@@ -44,7 +44,9 @@ from diffuse_compress.logging import (
     set_verbosity_warning,
 )
 from diffuse_compress.plan import CompressionPlan
+from diffuse_compress.quantization.algorithms.adaround import AdaRoundConfig
 from diffuse_compress.quantization.algorithms.awq import AWQConfig
+from diffuse_compress.quantization.algorithms.brecq import BRECQConfig
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig
 from diffuse_compress.quantization.algorithms.hqq import HQQConfig
 from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
@@ -72,6 +74,8 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "AWQConfig",
     "ActivationScheme",
+    "AdaRoundConfig",
+    "BRECQConfig",
     "Calibration",
     "CheckpointError",
     "CompressionConflictError",

@@ -139,7 +139,8 @@ def compress(
         seed: of algorithms that draw random numbers; global random states are never touched.
         generator: source of that seed.
         device: compute here, layer by layer; every layer returns to where it was.
-        work_dir: folder for the spill file that lets a failed call restore the model.
+        work_dir: folder for the file that restores the model if the call fails, and for what calibration has finished:
+            the same call goes on from there after a crash. Delete it once the model is saved.
         preview: prompts (or dicts of pipeline arguments) to generate before and after, for the report.
         callback: ``callback(stage, done, total, metrics)``; raising in it cancels and restores.
         measure: run the denoiser at four timesteps before and after to report its output error.
@@ -149,7 +150,8 @@ def compress(
         sensitivity: of the layers, if it is measured already.
 
     Raises:
-        ConfigError, CompressionConflictError, IncompatibleShapeError: see :func:`compression_plan`.
+        ConfigError: see :func:`compression_plan`, or ``work_dir`` is of another calibration.
+        CompressionConflictError, IncompatibleShapeError: see :func:`compression_plan`.
         ModelStateError: meta tensors, offload hooks, foreign quantization, or too little disk.
     """
     plan = compression_plan(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,16 @@ from torch import nn
 from diffuse_compress.assignment import module_aliases
 from diffuse_compress.calibration.engine import calibrate_layers
 from diffuse_compress.calibration.recording import Calibration
+from diffuse_compress.calibration.samples import Samples
+from diffuse_compress.calibration.work_folder import (
+    FinishedBlocks,
+    WorkFolder,
+    digest_of_items,
+    digest_of_weights,
+)
 from diffuse_compress.components import is_pipeline, model_components
 from diffuse_compress.errors import ConfigError, DiffuseCompressError
+from diffuse_compress.evaluation.environment import device_name
 from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries
 from diffuse_compress.integrations.doors import marks_of, untie_head
 from diffuse_compress.integrations.origin import repository_of
@@ -23,9 +32,10 @@ from diffuse_compress.logging import get_logger
 from diffuse_compress.measurement import LayerMeasurement, PipelineProbe, measure_layer
 from diffuse_compress.plan import ComponentPlan, CompressionPlan
 from diffuse_compress.progress import Callback, bar, track
+from diffuse_compress.quantization.algorithms.base import algorithm_to_dict
 from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.quantization.residual import rotate_residual
-from diffuse_compress.report import component_report
+from diffuse_compress.report import component_report, installed_versions
 from diffuse_compress.transaction import Transaction
 
 __all__ = ["apply_plan", "needs_calibration", "require_consumer"]
@@ -73,6 +83,7 @@ def apply_plan(
     """Convert the layers of ``plan`` in place, all or nothing. Global random states are left as they were.
 
     Raises:
+        ConfigError: ``work_dir`` holds blocks of another calibration.
         ModelStateError: meta tensors, offload hooks, or too little disk for the spill file.
         DiffuseCompressError: a layer could not be converted; the message names it.
     """
@@ -83,7 +94,7 @@ def apply_plan(
     # A rotation writes out what it changes beside.
     spilled += sum(part.bytes_before for part in plan.components.values() if part.residual is not None)
     with _keep_random_state(), torch.no_grad(), Transaction(spilled, work_dir) as spill:
-        calibration = _recorded(target, plan, callback)
+        calibration, finished = _prepared(target, models, plan, device, work_dir, callback)
         probe = PipelineProbe(target, plan, preview=preview, enabled=measure, callback=callback)
         probe.record_dense()
         started, layers = {}, {}
@@ -93,7 +104,9 @@ def apply_plan(
                 _rotate(target, models[name], part, spill, callback)
             if part.spec.algorithm.needs_calibration:
                 assert calibration is not None
-                layers[name] = _calibrate(target, models[name], part, spill, probe, calibration, callback)
+                layers[name] = _calibrate(
+                    target, models[name], part, spill, probe, device, calibration, finished.get(name), callback
+                )
             else:
                 layers[name] = _convert(target, models[name], part, spill, probe, device, callback)
             started[name] = time.perf_counter() - started[name]
@@ -153,18 +166,79 @@ def _convert(
     return measured
 
 
-def _recorded(target: Any, plan: CompressionPlan, callback: Callback | None) -> Calibration | None:
-    """The plan's calibration with samples of every component that needs them; items are recorded now."""
-    needing = [part.name for part in needs_calibration(plan)]
+def _prepared(
+    target: Any,
+    models: Mapping[str, nn.Module],
+    plan: CompressionPlan,
+    device: torch.device | str | None,
+    work_dir: str | Path | None,
+    callback: Callback | None,
+) -> tuple[Calibration | None, dict[str, FinishedBlocks]]:
+    """Samples of every component that needs them, recorded now where only items are given; and what is done already.
+
+    What can differ from the run that ``work_dir`` is of is compared before anything is recorded.
+    """
+    needing = {part.name: part for part in needs_calibration(plan)}
     if not needing:
-        return None
-    found = plan.calibration
-    if not isinstance(found, Calibration):
-        components = needing if is_pipeline(target) else None
-        found = Calibration.record(target, found, components=components, callback=callback)
+        return None, {}
+    folder = None if work_dir is None else WorkFolder(work_dir)
+    fingerprints: dict[str, dict[str, Any]] = {}
+    if folder is not None:
+        fingerprints = {name: _fingerprint(models[name], part, device) for name, part in needing.items()}
+        for name, fingerprint in fingerprints.items():
+            folder.require_same(name, fingerprint)
+    found = _recorded(target, models, plan.calibration, list(needing), folder, callback)
+    finished = {}
     for name in needing:
-        found.of(name)
-    return found
+        samples = found.of(name)
+        if folder is not None:
+            data = Samples({name: samples}).fingerprint
+            finished[name] = folder.blocks(name, {**fingerprints[name], "calibration": data})
+    return found, finished
+
+
+def _fingerprint(model: nn.Module, part: ComponentPlan, device: torch.device | str | None) -> dict[str, Any]:
+    """What the codes of a component follow from, but for the samples."""
+    versions = installed_versions()
+    device = device if device is not None else next(parameter.device for parameter in model.parameters())
+    return {
+        "weights": digest_of_weights(model),
+        "recipe": {
+            "algorithm": algorithm_to_dict(part.spec.algorithm),
+            "seed": part.spec.seed,
+            **{name: scheme.to_dict() for name, scheme in part.layers.items()},
+        },
+        "versions": {
+            **{name: versions.get(name) for name in ("diffuse-compress", "torch")},
+            "device": device_name(device),
+        },
+    }
+
+
+def _recorded(
+    target: Any,
+    models: Mapping[str, nn.Module],
+    given: Any,
+    needing: Sequence[str],
+    folder: WorkFolder | None,
+    callback: Callback | None,
+) -> Calibration:
+    if isinstance(given, Calibration):
+        return given
+    components = list(needing) if is_pipeline(target) else None
+    key = None
+    if folder is not None and isinstance(given, Sequence):
+        items = digest_of_items(given)
+        if items is not None:
+            schedule = repr(dict(getattr(getattr(target, "scheduler", None), "config", {})))
+            weights = [f"{name} {digest_of_weights(model)}" for name, model in models.items()]
+            known = [type(target).__name__, items, schedule, *needing, *weights]
+            key = hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
+
+    def record() -> Calibration:
+        return Calibration.record(target, given, components=components, callback=callback)
+
+    return record() if folder is None else folder.recording(key, record)
 
 
 def _calibrate(
@@ -173,7 +247,9 @@ def _calibrate(
     part: ComponentPlan,
     spill: Transaction,
     probe: PipelineProbe,
+    device: torch.device | str | None,
     calibration: Calibration,
+    finished: FinishedBlocks | None,
     callback: Callback | None,
 ) -> dict[str, LayerMeasurement]:
     """As :func:`_convert`, block by block on recorded inputs."""
@@ -200,6 +276,8 @@ def _calibrate(
             calibration.of(part.name),
             replace,
             generator=part.spec.generator,
+            device=device,
+            finished=finished,
             on_block=on_block,
         )
     if missed:

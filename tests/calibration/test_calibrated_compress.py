@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 import diffuse_compress as dc
 import tiny
 from diffuse_compress.integrations.component import get_state, quantized_layers
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
+from diffuse_compress.quantization.algorithms.block import BlockWork
 
 W4 = dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT4, dc.PerGroup(32), symmetric=False))
 SEQUENCE = [dc.SmoothQuantConfig(), dc.GPTQConfig()]
@@ -62,6 +65,80 @@ def test_language_model_beats_rounding_and_twice_is_the_same(algorithm: Any) -> 
     assert loss(first) < loss(compressed("rtn"))
     for key, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[key]), key
+
+
+def test_weights_of_samples_choose_what_is_kept() -> None:
+    """With all the weight on one sample, the others might as well not be there."""
+    texts = [torch.randint(0, 64, (1, 24)) for _ in range(3)]
+    calibration = dc.Calibration.record(tiny.build("llama"), texts)
+    config = dc.QuantizationConfig(W4, algorithm=dc.GPTQConfig(damping=1e-3))
+
+    def weight(given: Any) -> torch.Tensor:
+        model = tiny.build("llama").compress(config, calibration=given, measure=False)
+        return quantized_layers(model)["model.layers.0.mlp.down_proj"].weight
+
+    one = weight(calibration.weighted(lambda sample: float(sample.item == 0)))
+    # The sums differ by a factor, and so in the last bit: a tie may fall either way.
+    assert (one == weight(calibration.take(1))).float().mean() > 0.97
+    assert (one == weight(calibration)).float().mean() < 0.9
+
+
+def test_asymmetric_calibration_of_a_model_is_nearer_to_it() -> None:
+    dense, texts = tiny.build("llama"), [torch.randint(0, 64, (1, 24)) for _ in range(12)]
+    scheme = dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT2, dc.PerGroup(32), symmetric=False))
+
+    def loss(algorithm: dc.GPTQConfig) -> float:
+        model = tiny.build("llama").compress(dc.QuantizationConfig(scheme, algorithm=algorithm), calibration=texts)
+        with torch.no_grad():
+            pairs = [(model(input_ids=text).logits, dense(input_ids=text).logits) for text in texts]
+        return float(sum((a - b).square().sum() for a, b in pairs))
+
+    assert loss(dc.GPTQConfig(asymmetric=True, asymmetric_share=1.0)) < 0.97 * loss(dc.GPTQConfig())
+
+
+@pytest.mark.parametrize("name", ["unet_sd1", "llama"])
+@pytest.mark.parametrize("algorithm", [dc.AdaRoundConfig(iterations=3), dc.BRECQConfig(iterations=2, batch_size=1)])
+def test_learned_rounding_of_models_there_and_back(name: str, algorithm: Any, tmp_path: Path) -> None:
+    """Blocks visited on "another" device (``cpu:0`` is compared by name) give the same bytes, also from a work_dir."""
+    items = [tiny.inputs_for(tiny.build(name), seed=seed) for seed in range(2)]
+    config = dc.QuantizationConfig(
+        dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT4, dc.PerGroup(32, pad=True), symmetric=False)),
+        algorithm=algorithm,
+        overrides={"*.0.*": "w8a8"},
+    )
+    models = [
+        tiny.build(name).compress(config, calibration=items, measure=False, device=device, work_dir=folder)
+        for device, folder in ((None, None), ("cpu:0", tmp_path), ("cpu:0", tmp_path))
+    ]
+    assert not any("forward" in vars(module) or module._forward_pre_hooks for module in models[1].modules())
+    for model in models[1:]:
+        for key, tensor in models[0].state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[key]), key
+
+
+def test_reference_algorithms_refuse_float8() -> None:
+    with pytest.raises(dc.ConfigError, match="BRECQConfig: rounds up or down to integer codes, got float8_e4m3fn"):
+        tiny.build("llama").compress(dc.QuantizationConfig("fp8", algorithm="brecq"), calibration=[[1, 2, 3]])
+
+
+@dataclass(frozen=True)
+class TooLarge(AlgorithmConfig):
+    kind: ClassVar[str] = "too-large"
+    needs_calibration: ClassVar[bool] = True
+
+
+@register_block
+def needs_too_much(work: BlockWork, config: TooLarge) -> None:
+    torch.empty(1 << 60, dtype=torch.int8)
+
+
+def test_out_of_memory_says_what_to_lower() -> None:
+    model, texts = tiny.build("llama"), [torch.randint(0, 64, (1, 24)) for _ in range(3)]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(dc.ModelStateError, match=r"out of memory on cpu with 3 samples\. .* give fewer"):
+        model.compress(dc.QuantizationConfig(W4, algorithm=TooLarge()), calibration=texts)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_a_plan_carries_its_calibration() -> None:

@@ -92,6 +92,32 @@ def test_a_change_to_a_block_is_in_force_for_the_next() -> None:
     assert lockstep(model, blocks, samples, visit) == []
 
 
+@pytest.mark.parametrize("name", ["flux", "unet_sd1", "llama"])
+def test_references_are_the_inputs_of_the_unchanged_model(name: str) -> None:
+    model = tiny.build(name).eval()
+    samples = [Call((), tiny.inputs_for(model, seed=seed)) for seed in range(2)]
+    blocks = blocks_of(model)
+    expected = inputs_in_forwards(model, blocks, samples)
+    changed = tiny.build(name).eval()
+    for block in blocks:
+        for parameter in changed.get_submodule(block).parameters():
+            parameter.data.mul_(1.1)
+    expected_changed = inputs_in_forwards(changed, blocks, samples)
+    visited = []
+
+    def visit(found: Visit) -> None:
+        visited.append(found.name)
+        for index in range(2):
+            reference, call = found.references[index], found.calls[index]
+            assert same((reference.args, dict(reference.kwargs)), expected[found.name][index]), (found.name, index)
+            assert same((call.args, dict(call.kwargs)), expected_changed[found.name][index]), (found.name, index)
+        for parameter in found.block.parameters():
+            parameter.data.mul_(1.1)
+
+    assert lockstep(model, blocks, samples, visit, references=True) == []
+    assert visited == blocks
+
+
 def test_a_block_can_be_replaced_itself() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     second = nn.Linear(4, 4)
@@ -138,6 +164,8 @@ def test_samples_may_take_different_ways() -> None:
     assert seen == {"first": [0, 1, 2, 3], "sometimes": [1, 3], "last": [0, 1, 2, 3]}
     assert autocast == [False, True, False, True]
     assert not torch.is_autocast_enabled("cpu")
+    assert lockstep(model, ["first", "sometimes", "last", "never"], samples, visit, references=True) == ["never"]
+    assert seen == {"first": [0, 1, 2, 3], "sometimes": [1, 3], "last": [0, 1, 2, 3]}
 
 
 @pytest.mark.parametrize("where", ["visit", "model"])

@@ -93,6 +93,24 @@ def test_save_and_load(tmp_path: Path) -> None:
         Calibration.load(tmp_path / "bad.safetensors")
 
 
+def test_weights_are_kept_and_checked(tmp_path: Path) -> None:
+    pipe = tiny.build_pipeline("pixart")
+    found = Calibration.record(pipe, ["a cat"], num_samples=4, **arguments(pipe))
+    late = found.weighted(lambda sample: 2.0 if sample.timestep < 500 else torch.arange(4.0))
+    assert {type(sample.weight) for sample in late.of("transformer")} == {float, torch.Tensor}
+    assert found.weighted(lambda sample: 1.0).fingerprint == found.fingerprint != late.fingerprint
+    late.save(tmp_path / "weighted.safetensors")
+    again = Calibration.load(tmp_path / "weighted.safetensors")
+    assert again.fingerprint == late.fingerprint
+    for mine, theirs in zip(again.of("transformer"), late.of("transformer"), strict=True):
+        assert torch.equal(torch.as_tensor(mine.weight), torch.as_tensor(theirs.weight))
+    for weight in (-1.0, float("nan"), torch.tensor([1.0, -1.0])):
+        with pytest.raises(ConfigError, match="weights must be finite and at least 0"):
+            found.weighted(lambda sample, weight=weight: weight)
+    with pytest.raises(ConfigError, match="must not all be 0, got that for transformer"):
+        found.weighted(lambda sample: 0.0)
+
+
 def test_language_model_items() -> None:
     model = tiny.build("llama")
 

@@ -215,3 +215,21 @@ def test_four_bits_runs_resumes_and_prints(
     monkeypatch.setattr(script, "run_arm", None)
     script.main()
     assert capsys.readouterr().out == printed
+
+
+def test_calibrated_algorithms_measures_and_prints(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, out = load_script("calibrated_algorithms"), tmp_path / "results.json"
+    fixed = ["--prompts", "1", "--samples", "2", "--steps", "2", "--guidance", "1.0", "--iterations", "2"]
+    arms = ["--formats", "w8a8", "--algorithms", "rtn", "gptaq", "brecq"]
+    script.main(["--model", str(model_folder), "--seeds", "0", "1", "--out", str(out), *fixed, *arms])
+    results = json.loads(out.read_text())
+    errors = results["errors"]["trained"]["w8a8"]
+    assert {name: len(values) for name, values in errors.items()} == {"rtn": 2, "gptaq": 2, "brecq": 2}
+    assert all(0 < error < 0.1 for values in errors.values() for error in values)
+    assert "calibrated_algorithms.py" in results["environment"]["command"]
+    printed = capsys.readouterr().out
+    script.main(["--table", str(out), str(out)])
+    assert "| gptaq | " in printed
+    assert printed.splitlines()[0] == capsys.readouterr().out.splitlines()[0] == "| | w8a8, trained, % | s |"

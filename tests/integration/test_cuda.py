@@ -80,6 +80,53 @@ def test_compute_device_returns_each_layer() -> None:
         assert torch.equal(layer.scale, other.scale), name
 
 
+@pytest.mark.parametrize("name", ["pixart", "unet_sd1", "llama"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [[dc.SmoothQuantConfig(), dc.GPTQConfig()], dc.AWQConfig(num_ratios=4), dc.GPTQConfig(asymmetric=True)],
+    ids=lambda value: getattr(value, "summary", "sequence"),
+)
+def test_calibration_on_the_device_returns_each_block(name: str, algorithm: Any, tmp_path: Path) -> None:
+    """The model and its samples stay on the CPU; blocks are calibrated, run, stored and restored through the device."""
+    items = [tiny.inputs_for(tiny.build(name), seed=seed) for seed in range(3)]
+    given = {"calibration": items, "measure": False}
+    config = dc.QuantizationConfig("w8a8", algorithm=algorithm)
+    torch.cuda.reset_peak_memory_stats()
+    model = tiny.build(name).compress(config, device="cuda", work_dir=tmp_path, **given)
+    assert torch.cuda.max_memory_allocated() > 0
+    assert {p.device.type for p in [*model.parameters(), *model.buffers()]} == {"cpu"}
+    resumed = tiny.build(name).compress(config, device="cuda", work_dir=tmp_path, **given)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[key]), key
+    with torch.no_grad():
+        dense, ours, theirs = (
+            m.eval()(**items[0])[0] for m in (tiny.build(name), model, tiny.build(name).compress(config, **given))
+        )
+    errors = [relative_rms(dense.float(), found.float()) for found in (ours, theirs)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.15), errors
+
+
+def test_interrupted_on_the_device_everything_is_back() -> None:
+    model = tiny.build("pixart")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def callback(stage: str, done: int, total: int, metrics: dict[str, Any]) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.compress(
+            dc.QuantizationConfig("w8a8", algorithm=dc.GPTQConfig(asymmetric=True)),
+            calibration=[tiny.inputs_for(model)],
+            device="cuda",
+            callback=callback,
+            measure=False,
+        )
+    assert {p.device.type for p in [*model.parameters(), *model.buffers()]} == {"cpu"}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
 def test_random_state_of_the_device_is_left_alone() -> None:
     model = tiny.build("pixart").to("cuda")
     torch.cuda.manual_seed(7)

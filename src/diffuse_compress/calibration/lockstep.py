@@ -8,6 +8,9 @@ code, run once for each sample, and no model class needs to be known.
 
 What is held at any moment is what the suspended forwards hold: the hidden states of every sample, in a UNet the skip
 connections too, and the arguments that each block is given.
+
+Some algorithms compare with what the model computed before it was changed. For them every sample is run twice, once
+through the blocks as they become and once, a block ahead, through the blocks as they were.
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError
@@ -36,11 +40,13 @@ class Visit:
         name: qualified name of the block.
         block: the module.
         calls: {index of the sample: its arguments}; a sample whose forward passes the block by is not among them.
+        references: the same of the unchanged model, if it is run as well.
     """
 
     name: str
     block: nn.Module
     calls: dict[int, Call]
+    references: dict[int, Call] = field(default_factory=dict)
 
 
 def lockstep(
@@ -48,6 +54,9 @@ def lockstep(
     blocks: Sequence[str],
     samples: Sequence[Call],
     visit: Callable[[Visit], None],
+    *,
+    references: bool = False,
+    device: torch.device | None = None,
 ) -> list[str]:
     """Run ``model`` on every sample, stopping at each block until all samples that reach it are there.
 
@@ -61,6 +70,9 @@ def lockstep(
         blocks: qualified names of the submodules to stop at.
         samples: arguments of the model's forward.
         visit: what to do with a block and its inputs; may run the block.
+        references: run the unchanged model as well. A block that one forward runs twice is unchanged in the first only.
+        device: each block is there while it is visited and run by the samples, and then goes back to where the model
+            is; what the samples hold, the arguments in a :class:`Visit` among it, stays with the model.
 
     Returns:
         The blocks that no sample reached.
@@ -71,20 +83,24 @@ def lockstep(
     if not samples:
         raise ConfigError("calibration: at least one sample is needed, got none.")
     modules = {name: _submodule(model, name) for name in blocks}
-    waiting = _Waiting(model, modules)
-    runs = [greenlet(functools.partial(_forward, model, sample)) for sample in samples]
+    waiting = _Waiting(model, modules, len(samples), device)
+    streams = 2 if references else 1
+    runs = [greenlet(functools.partial(_forward, model, sample)) for _ in range(streams) for sample in samples]
     with torch.no_grad(), waiting.intercepting():
         try:
             for index, run in enumerate(runs):
                 waiting.resume(index, run)
             while waiting.calls:
                 name = waiting.next_block(blocks)
-                calls = {i: call for i, (at, call) in sorted(waiting.calls.items()) if at == name}
-                waiting.visited.add(name)
-                with waiting.ignored():
-                    visit(Visit(name, modules[name], calls))
-                for index in calls:
-                    waiting.resume(index, runs[index])
+                with waiting.placed(name):
+                    unchanged = waiting.enter(name, runs, references=True)
+                    if not waiting.at(name):
+                        continue
+                    waiting.visited.add(name)
+                    calls = waiting.at(name)
+                    with waiting.ignored():
+                        visit(Visit(name, modules[name], calls, unchanged))
+                    waiting.enter(name, runs, references=False)
         finally:
             for run in runs:
                 if not run.dead:
@@ -106,13 +122,20 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 class _Waiting:
     """Which sample is suspended in front of which block, with what arguments."""
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, modules: Mapping[str, nn.Module], samples: int, device: torch.device | None
+    ) -> None:
         self.model, self.modules = model, modules
-        self.calls: dict[int, tuple[str, Call]] = {}
+        self.calls: dict[int, tuple[str, Call]] = {}  # from ``samples`` on, those of the unchanged model
         self.visited: set[str] = set()
+        self._samples = samples
+        self._passed: set[str] = set()  # by the unchanged model
         self._running: dict[int, int] = {}  # id of a coroutine -> index of its sample
         self._driver = getcurrent()
         self._ignoring = False
+        self._home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self._device = self._home if device is None else device
+        self._placed: str | None = None
 
     @contextlib.contextmanager
     def intercepting(self) -> Iterator[None]:
@@ -138,6 +161,38 @@ class _Waiting:
         finally:
             self._ignoring = False
 
+    @contextlib.contextmanager
+    def placed(self, name: str) -> Iterator[None]:
+        """Inside, the block is on the device. What took the place of its layers goes home too, and so do they."""
+        if self._device == self._home:
+            yield
+            return
+        before = list(self.modules[name].modules())
+        try:
+            self._placed = name
+            self.modules[name].to(self._device)
+            yield
+        finally:
+            self._placed = None
+            for module in (self.model.get_submodule(name), *before):
+                module.to(self._home)
+
+    def at(self, name: str, *, references: bool = False) -> dict[int, Call]:
+        """The calls of the samples that wait at a block."""
+        first = self._samples if references else 0
+        waiting = {index - first: call for index, (at, call) in sorted(self.calls.items()) if at == name}
+        return {index: call for index, call in waiting.items() if 0 <= index < self._samples}
+
+    def enter(self, name: str, runs: Sequence[greenlet], *, references: bool) -> dict[int, Call]:
+        """Let the samples that wait at a block go on through it; returns their calls."""
+        calls = self.at(name, references=references)
+        if references:
+            self._passed.add(name)
+        for index in calls:
+            place = index + self._samples if references else index
+            self.resume(place, runs[place])
+        return calls
+
     def resume(self, index: int, run: greenlet) -> None:
         """Let a sample go on until it stops at a block, or ends."""
         self.calls.pop(index, None)
@@ -154,13 +209,20 @@ class _Waiting:
 
     def _forward(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         index = self._running.get(id(getcurrent()))
-        if not self._ignoring and index is not None and name not in self.visited:
-            self.calls[index] = (name, Call(args, kwargs))
-            modes = _modes()
-            self._driver.switch()
-            _restore(modes)
+        if not self._ignoring and index is not None:
+            seen = self.visited if index < self._samples else self._passed
+            if name not in seen:
+                self.calls[index] = (name, Call(args, kwargs))
+                modes = _modes()
+                self._driver.switch()
+                _restore(modes)
         present = self.model.get_submodule(name)
-        return forward(*args, **kwargs) if present is self.modules[name] else present(*args, **kwargs)
+        run = forward if present is self.modules[name] else present
+        if self._ignoring or name != self._placed:
+            return run(*args, **kwargs)
+        call = Call(args, kwargs).to(self._device)
+        output = run(*call.args, **call.kwargs)
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._home), output)
 
 
 def _modes() -> tuple[Any, ...]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-from diffuse_compress.calibration.trees import flatten, unflatten
+from diffuse_compress.calibration.trees import flatten, hash_tree, unflatten
 from diffuse_compress.calls import Call, map_tensors
 from diffuse_compress.errors import CheckpointError, ConfigError
 
@@ -32,6 +32,7 @@ class Sample:
         step: of the sampling loop, or None.
         call_in_step: 0 and 1 with guidance by two calls.
         branch: name that the pipeline gave the call ("cond", "uncond"), or None.
+        weight: how much its errors count (see :meth:`Samples.weighted`): a number, or fp32 with one for each token.
     """
 
     call: Call
@@ -40,6 +41,7 @@ class Sample:
     step: int | None = None
     call_in_step: int = 0
     branch: str | None = None
+    weight: float | torch.Tensor = 1.0
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,9 @@ class Samples:
         digest = hashlib.sha256()
         for name, samples in self.components.items():
             for index, sample in enumerate(samples):
-                tensors: dict[str, torch.Tensor] = {}
-                tree = flatten((sample.call.args, dict(sample.call.kwargs)), f"{name}.{index}", tensors)
-                digest.update(json.dumps(tree, sort_keys=True).encode())
-                for key, tensor in sorted(tensors.items()):
-                    digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                    flat = tensor.clone(memory_format=torch.contiguous_format).reshape(-1)
-                    digest.update(flat.view(torch.uint8).numpy().data)
+                hash_tree(digest, (sample.call.args, dict(sample.call.kwargs)), f"{name}.{index}")
+                if _is_weighted(sample):
+                    hash_tree(digest, sample.weight, f"{name}.{index}.weight")
         return digest.hexdigest()[:16]
 
     def summary(self) -> str:
@@ -120,6 +118,11 @@ class Samples:
                 {
                     "call": flatten((sample.call.args, dict(sample.call.kwargs)), f"{name}.{index}", tensors),
                     **{key: getattr(sample, key) for key in ("item", "timestep", "step", "call_in_step", "branch")},
+                    **(
+                        {"weight": flatten(sample.weight, f"{name}.{index}.weight", tensors)}
+                        if _is_weighted(sample)
+                        else {}
+                    ),
                 }
                 for index, sample in enumerate(samples)
             ]
@@ -155,9 +158,43 @@ class Samples:
         """The first ``num_samples`` of each component; they are stratified over timesteps in any such prefix."""
         return replace(self, components={name: list(s[:num_samples]) for name, s in self.components.items()})
 
+    def weighted(self, weight: Callable[[Sample], float | torch.Tensor]) -> Self:
+        """The same with weights: how much the error that a sample shows counts, relative to the others.
+
+        GPTQ, AdaRound and BRECQ minimise the weighted error. Scales of AWQ and SmoothQuant do not look at weights.
+
+        Args:
+            weight: gives for a sample a number at least 0, e.g. of its ``timestep``; or one for each row of the hidden
+                states, a tensor of batch x tokens elements. Layers whose inputs have another number of rows (texts in
+                cross-attention) and losses of whole blocks take the mean of it.
+
+        Raises:
+            ConfigError: weights that are negative or not finite, or none above 0.
+        """
+        components = {
+            name: [replace(s, weight=_checked(weight(s))) for s in old] for name, old in self.components.items()
+        }
+        for name, samples in components.items():
+            if not any(torch.as_tensor(sample.weight).sum() > 0 for sample in samples):
+                raise ConfigError(f"calibration: weights must not all be 0, got that for {name or 'the model'}.")
+        return replace(self, components=components)
+
+
+def _checked(weight: float | torch.Tensor) -> float | torch.Tensor:
+    value = torch.as_tensor(weight, dtype=torch.float32)
+    if not bool((torch.isfinite(value) & (value >= 0)).all()):
+        raise ConfigError(f"calibration: weights must be finite and at least 0, got {weight}.")
+    return value.cpu() if isinstance(weight, torch.Tensor) and weight.numel() > 1 else float(value)
+
+
+def _is_weighted(sample: Sample) -> bool:
+    return isinstance(sample.weight, torch.Tensor) or sample.weight != 1.0
+
 
 def _sample(data: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Sample:
     args, kwargs = unflatten(data.pop("call"), tensors)
+    if "weight" in data:
+        data["weight"] = unflatten(data["weight"], tensors)
     return Sample(Call(args, kwargs), **data)
 
 

@@ -1,7 +1,8 @@
-"""Arguments of a forward as tensors and JSON, and back: no pickle."""
+"""Arguments of a forward as tensors and JSON, and back: no pickle; and their hash."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 
 from diffuse_compress.errors import CheckpointError, ConfigError
 
-__all__ = ["flatten", "unflatten"]
+__all__ = ["flatten", "hash_tensor", "hash_tree", "unflatten"]
 
+_CHUNK_ELEMENTS = 16 << 20
 _TENSOR, _TUPLE, _DTYPE = "__tensor__", "__tuple__", "__dtype__"
 
 
@@ -58,3 +60,24 @@ def unflatten(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     if _TUPLE in tree:
         return tuple(unflatten(value, tensors) for value in tree[_TUPLE])
     return {key: unflatten(value, tensors) for key, value in tree.items()}
+
+
+def hash_tree(digest: Any, tree: Any, prefix: str) -> None:
+    """Add ``tree`` to a hash of hashlib: its JSON-able part, then its tensors.
+
+    Raises:
+        ConfigError: as :func:`flatten`.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    digest.update(json.dumps(flatten(tree, prefix, tensors), sort_keys=True).encode())
+    for key, tensor in sorted(tensors.items()):
+        hash_tensor(digest, key, tensor)
+
+
+def hash_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    """Add name, dtype, shape and bytes of a tensor, on any device and in any layout, to a hash of hashlib."""
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, flat.numel(), _CHUNK_ELEMENTS):
+        part = flat[start : start + _CHUNK_ELEMENTS].cpu().contiguous()
+        digest.update(part.view(torch.uint8).numpy().data)

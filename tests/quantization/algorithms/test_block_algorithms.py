@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from calibrated_block import Block, calibrated, error, inputs
+from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.quantization.algorithms.awq import AWQConfig, clip_weight
 from diffuse_compress.quantization.algorithms.base import (
@@ -17,8 +18,8 @@ from diffuse_compress.quantization.algorithms.base import (
     algorithm_from_dict,
     algorithm_to_dict,
 )
-from diffuse_compress.quantization.algorithms.block import as_rows
-from diffuse_compress.quantization.algorithms.gptq import GPTQConfig
+from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, as_rows, unchanged_twin
+from diffuse_compress.quantization.algorithms.gptq import GPTQConfig, collected
 from diffuse_compress.quantization.algorithms.hqq import HQQConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig, smoothing_scale
@@ -74,8 +75,6 @@ def test_smoothing_preserves_the_product() -> None:
     """x diag(p) (W diag(1/p))^T = x W^T, for linears and convolutions."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(16, 8, 3, padding=1, stride=2), nn.Flatten(2), nn.Linear(16, 4))
-    from diffuse_compress.calls import Call
-
     x = torch.randn(2, 16, 8, 8) * torch.logspace(-1, 1, 16).reshape(-1, 1, 1)
     work = calibrated(copy.deepcopy(model), PRESETS["w8a8"].scheme, SmoothQuantConfig(), [Call((x,))])
     for name, value in (("0", x), ("2", model[:2](x))):
@@ -111,6 +110,46 @@ def test_as_rows_is_what_a_convolution_multiplies() -> None:
         rows = as_rows(conv, x) @ conv.weight.flatten(1).t() + conv.bias
         expected = conv(x).flatten(2).transpose(1, 2).reshape(-1, 4)
         assert torch.allclose(rows, expected, atol=1e-5)
+
+
+def test_rows_count_as_their_weights_say() -> None:
+    """A number for a call, one for each token, and the mean of those where a layer has other rows."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"tokens": nn.Linear(8, 4), "text": nn.Linear(8, 4)})
+    model.forward = lambda x, text: (model["tokens"](x), model["text"](text))
+    calls = [Call((torch.randn(2, 6, 8), torch.randn(2, 3, 8))) for _ in range(3)]
+    weights: list[float | torch.Tensor] = [2.0, torch.rand(2, 6), 0.0]
+    layers = {name: LayerWork(name, layer, W4) for name, layer in model.items()}
+    work = BlockWork("block", model, calls, layers, lambda name: torch.Generator(), lambda layer: layer.dense,
+                     weights=weights)  # fmt: skip
+    found = collected(work, ["tokens", "text"], pairs=False)
+    for name, position in (("tokens", 0), ("text", 1)):
+        expected = torch.zeros(8, 8)
+        for call, weight in zip(calls, weights, strict=True):
+            rows = call.args[position].reshape(-1, 8)
+            each = torch.as_tensor(weight).flatten()
+            each = each if each.numel() == len(rows) else each.mean()
+            expected += (rows * each.reshape(-1, 1)).t() @ rows
+        assert torch.allclose(found[name].sum, expected, atol=1e-4), name
+
+
+def test_pairs_are_the_inputs_of_both_models() -> None:
+    torch.manual_seed(5)
+    block = Block()
+    twin, calls, references = copy.deepcopy(block), inputs(3), inputs(3, seed=1)
+    work = BlockWork("block", block, calls, {"down": LayerWork("down", block.down, W4)}, lambda name: torch.Generator(),
+                     lambda layer: layer.dense, unchanged=unchanged_twin(block), references=references)  # fmt: skip
+    block.up = nn.Linear(128, 256)  # what an algorithm did before
+    collector = collected(work, ["down"], pairs=True)["down"]
+    seen: dict[nn.Module, list[torch.Tensor]] = {block: [], twin: []}
+    for model, given in ((block, calls), (twin, references)):
+        model.down.register_forward_pre_hook(lambda _, args, model=model: seen[model].append(args[0].reshape(-1, 256)))
+        for call in given:
+            call.run(model)
+    x, reference = (torch.cat(rows).detach() for rows in seen.values())
+    assert torch.allclose(collector.sum, x.t() @ x, rtol=1e-4, atol=1e-2)
+    assert torch.allclose(collector.difference, (reference - x).t() @ x, rtol=1e-4, atol=1e-2)
+    assert not work.unchanged.down._forward_pre_hooks
 
 
 def test_clipping_lowers_the_output_error_and_is_asymmetric() -> None:

@@ -97,6 +97,35 @@ def test_equals_the_naive_algorithm(block_size: int) -> None:
     assert output_error(weight, found, x) == pytest.approx(output_error(weight, expected.float(), x), rel=0.02)
 
 
+def test_asymmetric_equals_the_naive_algorithm() -> None:
+    """Column by column: what the columns still to come take over of the rounding error, and of w_q D_q."""
+    x = correlated(500, 64, seed=6)
+    difference = 0.2 * correlated(500, 64, seed=7) + 0.1 * x
+    weight, hessian, cross = torch.randn(24, 64), x.t() @ x * (2 / 500), difference.t() @ x * (2 / 500)
+    w, h, c = weight.double().clone(), hessian.double(), cross.double()
+    h = h + 0.01 * h.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    scale, expected = weight.abs().amax(dim=1).double() / 7 * 1.5, torch.zeros_like(w)
+    for j in range(64):
+        expected[:, j] = (w[:, j] / scale).round().clamp(-7, 7) * scale
+        rest = torch.linalg.inv(h[j + 1 :, j + 1 :])
+        error = w[:, j] - expected[:, j]
+        w[:, j + 1 :] += torch.outer(error, h[j, j + 1 :] @ rest)
+        w[:, j + 1 :] += 0.5 * torch.outer(weight[:, j].double(), c[j, j + 1 :] @ rest)
+    for act_order in (False, True):
+        config = GPTQConfig(act_order=act_order, observer="minmax", asymmetric=True, asymmetric_share=0.5)
+        ranges = scale.float()[:, None] * 7 * torch.ones_like(weight)
+        found = dequantize(quantize_columns(weight.clone(), hessian.clone(), INT4, config, ranges, cross.clone()))
+        if not act_order:
+            assert (found.double() - expected).abs().gt(1e-5).float().mean() < 0.02
+
+        def missed(value: torch.Tensor) -> float:
+            return float((value.double() @ x.t().double() - weight.double() @ (x + difference).t().double()).norm())
+
+        assert missed(found) == pytest.approx(missed(expected), rel=0.05)
+        plain = quantize_columns(weight.clone(), hessian.clone(), INT4, GPTQConfig(act_order=act_order), ranges)
+        assert missed(found) < 0.9 * missed(dequantize(plain))
+
+
 def test_columns_that_no_input_reaches_are_rounded_to_nearest() -> None:
     x = correlated(300, 128, seed=4)
     x[:, 5::9] = 0
@@ -116,7 +145,8 @@ def test_singular_hessian_is_damped() -> None:
         quantize_columns(weight.clone(), torch.full((128, 128), float("nan")), INT4, GPTQConfig())
 
 
-@pytest.mark.parametrize("fields", [{"block_size": 0}, {"damping": 0.0}, {"damping": 1.0}, {"observer": "hqq"}])
+@pytest.mark.parametrize("fields", [{"block_size": 0}, {"damping": 0.0}, {"damping": 1.0}, {"observer": "hqq"},
+                                    {"asymmetric_share": 0.0}])  # fmt: skip
 def test_config_refuses(fields: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="GPTQConfig"):
         GPTQConfig(**fields)  # type: ignore[arg-type]

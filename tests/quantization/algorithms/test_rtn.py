@@ -37,6 +37,8 @@ SCHEMES = {
 }
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
 
+KINDS = "adaround, awq, brecq, gptq, hqq, quarot, rtn, smoothquant, svdquant"
+
 
 def _weight() -> torch.Tensor:
     weight = torch.randn(48, 330)
@@ -135,7 +137,8 @@ def test_config_round_trips_through_json(config: AlgorithmConfig) -> None:
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"unknown kind 'hq'; did you mean 'hqq'\? Available: awq, gptq, hqq, rtn, smoothquant"
+        ConfigError,
+        match=rf"unknown kind 'hq'; did you mean 'hqq'\? Available: {KINDS}",
     ):
         algorithm_from_dict({"kind": "hq"})
     with pytest.raises(ConfigError, match="unknown kind None; "):
@@ -155,7 +158,8 @@ def test_register_collisions_and_missing_quantizers_are_refused(monkeypatch: pyt
         return quantize_weight(weight, scheme)
 
     with pytest.raises(
-        ConfigError, match=r"no quantizer for OtherConfig\. Available: awq, gptq, hqq, rtn, smoothquant"
+        ConfigError,
+        match=rf"no quantizer for OtherConfig\. Available: {KINDS}",
     ):
         quantize_with(OtherConfig(), _weight(), INT4_CHANNEL)
     with pytest.raises(ConfigError, match=r"annotate config of .*quantize with an AlgorithmConfig class"):

@@ -41,12 +41,14 @@ class AlgorithmConfig:
 
     The class selects the algorithm; ``kind`` is its name in files and never changes. ``is_random`` says whether the
     result depends on the seed, ``needs_calibration`` whether it looks at inputs and works on whole blocks,
-    ``chooses_codes`` whether it ends with codes, so that what only prepares layers must come before it.
+    ``chooses_codes`` whether it ends with codes, so that what only prepares layers must come before it,
+    ``needs_reference`` whether it also wants the block and its inputs as they are in the model before any change.
     """
 
     kind: ClassVar[str]
     is_random: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
     chooses_codes: ClassVar[bool] = True
 
     @property
@@ -126,6 +128,10 @@ class SequenceConfig(AlgorithmConfig):
     def rotates_residual(self) -> bool:
         return any(config.rotates_residual for config in self.algorithms)
 
+    @property
+    def needs_reference(self) -> bool:  # type: ignore[override]
+        return any(config.needs_reference for config in self.algorithms)
+
     def check(self, scheme: WeightScheme) -> None:
         for config in self.algorithms:
             config.check(scheme)
@@ -153,7 +159,9 @@ _Quantizer = TypeVar("_Quantizer", bound=WeightQuantizer)
 
 # Modules that register an algorithm when they are imported: listing the kinds imports nothing.
 _MODULES: dict[str, str] = {
+    "adaround": "diffuse_compress.quantization.algorithms.adaround",
     "awq": "diffuse_compress.quantization.algorithms.awq",
+    "brecq": "diffuse_compress.quantization.algorithms.brecq",
     "gptq": "diffuse_compress.quantization.algorithms.gptq",
     "hqq": "diffuse_compress.quantization.algorithms.hqq",
     "quarot": "diffuse_compress.quantization.algorithms.quarot",

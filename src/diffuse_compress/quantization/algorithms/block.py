@@ -7,7 +7,9 @@ the same sequence decided is in there already. Nothing here knows a class of dif
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,7 +24,17 @@ from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.rotation import rotate
 from diffuse_compress.quantization.scheme import Scheme
 
-__all__ = ["BlockWork", "Collector", "LayerWork", "as_rows", "as_the_layer_sees_it", "per_channel"]
+__all__ = [
+    "BlockWork",
+    "Collector",
+    "LayerWork",
+    "PairCollector",
+    "as_rows",
+    "as_the_layer_sees_it",
+    "per_channel",
+    "prepared",
+    "unchanged_twin",
+]
 
 Dense = nn.Linear | nn.Conv2d
 
@@ -32,6 +44,13 @@ class Collector(Protocol):
 
     def update(self, rows: torch.Tensor) -> None:
         """Take the input rows [M, K] of one call, in the layer's dtype."""
+
+
+class PairCollector(Protocol):
+    """Reduces a layer's inputs together with those that it has in the unchanged model."""
+
+    def update(self, rows: torch.Tensor, references: torch.Tensor) -> None:
+        """Take the input rows [M, K] of one call, as the layer sees them, and [M, K] of the unchanged model."""
 
 
 @dataclass
@@ -94,10 +113,15 @@ class BlockWork:
     Attributes:
         name: qualified name of the block, for messages.
         block: the module, on the device it is calibrated on; layers that are done have been replaced in it.
-        calls: arguments it is run with, on its device.
+        calls: arguments it is run with; :meth:`run` and :meth:`collect` move them to ``device`` one by one.
         layers: layers to quantize by name relative to the block, in the order they run in.
         generators: {layer: source of its random numbers}.
         install: puts the layer's quantized form in its place in the block.
+        device: of the block; None is where the calls are.
+        weights: for each call how much it counts: a number, or one for each row of its hidden states.
+        unchanged: the block as it was (:func:`unchanged_twin`), if the algorithm ``needs_reference``.
+        references: for each call the arguments that ``unchanged`` has in a model of which nothing was changed; None,
+            the same as ``calls``.
     """
 
     name: str
@@ -106,6 +130,10 @@ class BlockWork:
     layers: dict[str, LayerWork]
     generators: Callable[[str], torch.Generator]
     install: Callable[[LayerWork], nn.Module]
+    device: torch.device | None = None
+    weights: Sequence[float | torch.Tensor] | None = None
+    unchanged: nn.Module | None = None
+    references: Sequence[Call] | None = None
     _subsets: list[tuple[str, ...]] | None = field(default=None, repr=False)
 
     @property
@@ -115,54 +143,130 @@ class BlockWork:
             self._subsets = self._trace()
         return self._subsets
 
-    def collect(self, collectors: Mapping[str, Collector], *, quantized_inputs: bool = False) -> None:
+    def collect(
+        self, collectors: Mapping[str, Collector], *, quantized_inputs: bool = False, weighted: bool = False
+    ) -> None:
         """Run the block on every call, and give each layer's input rows to its collector.
 
         Args:
             collectors: by layer name.
             quantized_inputs: multiply by ``act_pre_scale`` and round as the layer's scheme will; the collectors then
                 see what the codes of the weight will be multiplied with.
+            weighted: multiply each row by the square root of its weight, for sums of products of rows.
 
         Raises:
             ModelStateError: an input is not finite; the message names layer and sample.
         """
-        handles = []
-        where = {"call": 0}
-        for name, collector in collectors.items():
+
+        def give(name: str, index: int, x: torch.Tensor) -> None:
             layer = self.layers[name]
-            hook = self._hook(layer, collector, quantized_inputs, where)
-            handles.append(self._module(name).register_forward_pre_hook(hook))
-        try:
-            with torch.no_grad():
-                for where["call"], call in enumerate(self.calls):
-                    call.run(self.block)
-        finally:
-            for handle in handles:
-                handle.remove()
+            rows = as_rows(layer.dense, as_the_layer_sees_it(x, layer) if quantized_inputs else x)
+            collectors[name].update(self._weighted(rows, index) if weighted else rows)
+
+        with self._hooked(self.block, collectors, give) as where, torch.no_grad():
+            for where["call"], call in enumerate(self.calls):
+                self.here(call).run(self.block)
+
+    def collect_pairs(self, collectors: Mapping[str, PairCollector]) -> None:
+        """As :meth:`collect` with quantized and weighted inputs, and beside them those of the unchanged model.
+
+        These are multiplied by ``act_pre_scale``, so that both stand before the same weight, but not rounded.
+
+        Raises:
+            ModelStateError: an input is not finite; the message names layer and sample.
+        """
+        kept: dict[str, list[torch.Tensor]] = {}
+
+        def keep(name: str, index: int, x: torch.Tensor) -> None:
+            layer = self.layers[name]
+            kept.setdefault(name, []).append(as_rows(layer.dense, prepared(x, layer)))
+
+        def give(name: str, index: int, x: torch.Tensor) -> None:
+            layer = self.layers[name]
+            rows = as_rows(layer.dense, as_the_layer_sees_it(x, layer))
+            waiting = kept.get(name)
+            reference = waiting.pop(0) if waiting else rows
+            # A router may have sent other rows here.
+            reference = reference if reference.shape == rows.shape else rows
+            collectors[name].update(self._weighted(rows, index), self._weighted(reference, index))
+
+        with (
+            self._hooked(self.block, collectors, give) as where,
+            self._hooked(self.reference_block, collectors, keep) as reference_where,
+            torch.no_grad(),
+        ):
+            for index, (call, reference) in enumerate(zip(self.calls, self.reference_calls, strict=True)):
+                where["call"] = reference_where["call"] = index
+                kept.clear()
+                self.here(reference).run(self.reference_block)
+                self.here(call).run(self.block)
+
+    @property
+    def reference_block(self) -> nn.Module:
+        """``unchanged``, which the caller has to have given."""
+        assert self.unchanged is not None, "the algorithm's config must say needs_reference"
+        return self.unchanged
+
+    @property
+    def reference_calls(self) -> Sequence[Call]:
+        """``references``, or ``calls``."""
+        return self.calls if self.references is None else self.references
+
+    def here(self, call: Call) -> Call:
+        """``call`` on the block's device."""
+        return call if self.device is None else call.to(self.device)
 
     def run(self) -> Iterable[Any]:
         """What the block returns for each call, as it is now."""
         with torch.no_grad():
             for call in self.calls:
-                yield call.run(self.block)
+                yield self.here(call).run(self.block)
+
+    def weight(self, index: int) -> float:
+        """How much a call counts, the mean of its rows."""
+        weight = 1.0 if self.weights is None else self.weights[index]
+        return float(weight.mean()) if isinstance(weight, torch.Tensor) else weight
+
+    def _weighted(self, rows: torch.Tensor, index: int) -> torch.Tensor:
+        """``rows`` times the square root of their weights; rows of another number than the weights count alike."""
+        weight = None if self.weights is None else self.weights[index]
+        if isinstance(weight, torch.Tensor) and weight.numel() == rows.shape[0]:
+            return rows * weight.to(rows.device, torch.float32).reshape(-1, 1).sqrt()
+        factor = self.weight(index)
+        return rows if factor == 1.0 else rows * factor**0.5
 
     def _module(self, name: str) -> nn.Module:
         return self.block.get_submodule(name) if name else self.block
 
-    def _hook(self, layer: LayerWork, collector: Collector, quantized: bool, where: dict[str, int]) -> Any:
-        def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0].detach()
-            if not torch.isfinite(x).all():
-                raise ModelStateError(
-                    f"{self.name}.{layer.name}: calibration needs finite inputs, got inf or nan in sample "
-                    f"{where['call']}. The model overflows on it in {x.dtype}: load it in bfloat16 or float32, or "
-                    "leave the sample out."
-                )
-            if quantized:
-                x = as_the_layer_sees_it(x, layer)
-            collector.update(as_rows(layer.dense, x))
+    @contextlib.contextmanager
+    def _hooked(
+        self, block: nn.Module, layers: Iterable[str], give: Callable[[str, int, torch.Tensor], None]
+    ) -> Iterator[dict[str, int]]:
+        """Inside, ``give(layer, number of the call, input)`` is called for what layers of ``block`` are given."""
+        where = {"call": 0}
 
-        return enter
+        def hook(name: str) -> Callable[..., None]:
+            def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                x = args[0].detach()
+                if not torch.isfinite(x).all():
+                    raise ModelStateError(
+                        f"{self.name}.{name}: calibration needs finite inputs, got inf or nan in sample "
+                        f"{where['call']}. The model overflows on it in {x.dtype}: load it in bfloat16 or float32, or "
+                        "leave the sample out."
+                    )
+                give(name, where["call"], x)
+
+            return enter
+
+        handles = []
+        try:
+            for name in layers:
+                module = block.get_submodule(name) if name else block
+                handles.append(module.register_forward_pre_hook(hook(name)))
+            yield where
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _trace(self) -> list[tuple[str, ...]]:
         """One run that tells who reads what; inputs are held meanwhile, so that no address is used twice."""
@@ -179,7 +283,7 @@ class BlockWork:
         handles = [self._module(name).register_forward_pre_hook(note(name)) for name in self.layers]
         try:
             with torch.no_grad():
-                self.calls[0].run(self.block)
+                self.here(self.calls[0]).run(self.block)
         finally:
             for handle in handles:
                 handle.remove()
@@ -216,15 +320,43 @@ def per_channel(layer: Dense, columns: torch.Tensor, reduce: Callable[..., torch
     return reduce(columns.reshape(-1, kernel), dim=1)
 
 
+def prepared(x: torch.Tensor, layer: LayerWork) -> torch.Tensor:
+    """Input ``x`` multiplied by ``act_pre_scale`` and rotated, in its dtype."""
+    if layer.act_pre_scale is not None:
+        shape = (-1,) if isinstance(layer.dense, nn.Linear) else (-1, 1, 1)
+        x = (x.float() * layer.act_pre_scale.reshape(shape)).to(x.dtype)
+    return x if layer.scheme.input_rotation is None else rotate(x, layer.scheme.input_rotation)
+
+
 def as_the_layer_sees_it(x: torch.Tensor, layer: LayerWork) -> torch.Tensor:
     """Input ``x`` multiplied by ``act_pre_scale``, rotated and rounded to the grid of its scheme, in its dtype."""
-    dims = 1 if isinstance(layer.dense, nn.Linear) else 3
-    if layer.act_pre_scale is not None:
-        shape = (-1,) if dims == 1 else (-1, 1, 1)
-        x = (x.float() * layer.act_pre_scale.reshape(shape)).to(x.dtype)
-    if layer.scheme.input_rotation is not None:
-        x = rotate(x, layer.scheme.input_rotation)
+    x = prepared(x, layer)
     scheme = layer.scheme.activation
     if scheme is None or not scheme.dynamic:
         return x
-    return fake_quantize_activation(x, scheme, feature_dims=dims)
+    return fake_quantize_activation(x, scheme, feature_dims=1 if isinstance(layer.dense, nn.Linear) else 3)
+
+
+def unchanged_twin(module: nn.Module) -> nn.Module:
+    """A module that goes on computing what ``module`` does now, whatever layers are replaced in that.
+
+    It shares the memory of all tensors. A forward that someone else put on the instance is left out.
+    """
+    return _twin(module, {})
+
+
+def _twin(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module not in made:
+        twin = made[module] = type(module).__new__(type(module))
+        # Dicts are copied: hooks that are registered later belong to the module alone.
+        own = {key: copy.copy(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
+        own.pop("forward", None)
+        vars(twin).update(own)
+        for name, parameter in module._parameters.items():
+            # Parameters of its own on the same memory: layers that are replaced have theirs emptied.
+            twin._parameters[name] = (
+                None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
+            )
+        for name, child in module._modules.items():
+            twin._modules[name] = None if child is None else _twin(child, made)
+    return made[module]

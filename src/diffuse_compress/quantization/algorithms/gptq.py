@@ -4,10 +4,20 @@ Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative P
 2210.17323, algorithm 1. Deviations: ranges of the codes are chosen by least squared error instead of minimum and
 maximum, and where they are per group they are those of the weights as compensated so far (``static_groups=False``, as
 the authors' code does without activation order) or of the original ones.
+
+The asymmetric term: Li et al. 2025, "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", arXiv
+2504.02692. A layer is to give on its own, quantized inputs X what the unchanged model gives on X + D. When column q is
+rounded, the columns F after it can also take over ``w_q D_q``, by ``w_q P_qF`` with
+
+    P_qF = D_q X_F^T (X_F X_F^T)^-1,    so    P = strict_upper(D X^T U^T) U    where    U^T U = (X X^T)^-1, U upper.
+
+Deviation: w_q is the original weight, of which the error to be taken over is a multiple, not the one compensated so
+far. So all of it is added before the first column is rounded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,7 +38,7 @@ from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import PerGroup, WeightScheme
 
-__all__ = ["GPTQConfig", "HessianCollector", "quantize_columns"]
+__all__ = ["GPTQConfig", "HessianCollector", "collected", "quantize_columns"]
 
 _DAMPING_ATTEMPTS = 6
 
@@ -46,6 +56,9 @@ class GPTQConfig(AlgorithmConfig):
         static_groups: choose every group's range from the original weights.
         true_sequential: layers that run later in a block see what the earlier ones became.
         observer: "mse" or "minmax", for the ranges.
+        asymmetric: aim at the outputs of the unchanged model instead of those on the same inputs (GPTAQ). Needs the
+            samples twice, and twice the time.
+        asymmetric_share: how much of that difference is taken over, in (0, 1]; the authors' code takes a quarter.
     """
 
     block_size: int = 128
@@ -54,12 +67,18 @@ class GPTQConfig(AlgorithmConfig):
     static_groups: bool = False
     true_sequential: bool = True
     observer: str = "mse"
+    asymmetric: bool = False
+    asymmetric_share: float = 0.25
     kind: ClassVar[str] = "gptq"
     needs_calibration: ClassVar[bool] = True
 
     @property
+    def needs_reference(self) -> bool:  # type: ignore[override]
+        return self.asymmetric
+
+    @property
     def summary(self) -> str:
-        return "GPTQ" + (" (activation order)" if self.act_order else "")
+        return ("GPTAQ" if self.asymmetric else "GPTQ") + (" (activation order)" if self.act_order else "")
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or not 0 < self.damping < 1:
@@ -69,22 +88,32 @@ class GPTQConfig(AlgorithmConfig):
             )
         if self.observer not in ("mse", "minmax"):
             raise ConfigError(f"GPTQConfig: observer must be 'mse' or 'minmax', got {self.observer!r}.")
+        if not 0 < self.asymmetric_share <= 1:
+            raise ConfigError(f"GPTQConfig: need 0 < asymmetric_share <= 1, got {self.asymmetric_share}.")
 
 
 class HessianCollector:
-    """H = 2/n * sum of x x^T over the input rows, [K, K] fp32."""
+    """H = 2/n * sum of x x^T over the input rows, [K, K] fp32; of pairs also C = 2/n * sum of (reference - x) x^T."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self.difference: torch.Tensor | None = None
         self.rows = 0
 
-    def update(self, rows: torch.Tensor) -> None:
+    def update(self, rows: torch.Tensor, references: torch.Tensor | None = None) -> None:
         x = rows.float()
         self.sum.addmm_(x.t(), x)
+        if references is not None:
+            if self.difference is None:
+                self.difference = torch.zeros_like(self.sum)
+            self.difference.addmm_((references.float() - x).t(), x)
         self.rows += x.shape[0]
 
     def hessian(self) -> torch.Tensor:
         return self.sum.mul(2.0 / max(1, self.rows))
+
+    def cross(self) -> torch.Tensor | None:
+        return None if self.difference is None else self.difference.mul(2.0 / max(1, self.rows))
 
 
 @register_block
@@ -92,33 +121,46 @@ def calibrate(work: BlockWork, config: GPTQConfig) -> None:
     """Quantize every layer of a block; those that share an input share its Hessian."""
     subsets = work.subsets if config.true_sequential else [tuple(name for names in work.subsets for name in names)]
     for names in subsets:
-        collectors = {}
-        for name in names:
+        for name, collector in collected(work, names, pairs=config.asymmetric).items():
             layer = work.layers[name]
-            if layer.quantized is None:
-                columns = layer.dense.weight.flatten(1).shape[1]
-                collectors[name] = HessianCollector(columns, layer.dense.weight.device)
-        shared = _shared(work, names, collectors)
-        work.collect({name: collectors[name] for name in dict.fromkeys(shared.values())}, quantized_inputs=True)
-        for name in collectors:
-            layer = work.layers[name]
-            hessian = collectors[shared[name]].hessian()
-            layer.quantized = quantize_columns(layer.target(), hessian, layer.scheme.weight, config, layer.ranges)
+            layer.quantized = quantize_columns(
+                layer.target(), collector.hessian(), layer.scheme.weight, config, layer.ranges, collector.cross()
+            )
             work.install(layer)
 
 
-def _shared(work: BlockWork, names: tuple[str, ...], collectors: dict[str, HessianCollector]) -> dict[str, str]:
+def collected(work: BlockWork, names: Sequence[str], *, pairs: bool) -> dict[str, HessianCollector]:
+    """{layer without codes: second moments of its inputs}; layers that see the same rows share a collector.
+
+    Args:
+        work: the block, which is run.
+        names: of layers.
+        pairs: collect the difference from the unchanged model's inputs as well.
+    """
+    todo = [name for name in names if work.layers[name].quantized is None]
+    owner = _shared(work, todo)
+    collectors = {}
+    for name in dict.fromkeys(owner.values()):
+        weight = work.layers[name].dense.weight
+        collectors[name] = HessianCollector(weight.flatten(1).shape[1], weight.device)
+    if collectors and pairs:
+        work.collect_pairs(collectors)
+    elif collectors:
+        work.collect(collectors, quantized_inputs=True, weighted=True)
+    return {name: collectors[owner[name]] for name in todo}
+
+
+def _shared(work: BlockWork, names: Sequence[str]) -> dict[str, str]:
     """{layer: the layer whose collector it uses}: one for those that see the same rows."""
     first: dict[tuple[object, ...], str] = {}
     owner = {}
     group_of = {name: index for index, group in enumerate(work.subsets) for name in group}
     for name in names:
-        if name not in collectors:
-            continue
         layer = work.layers[name]
         scale = None if layer.act_pre_scale is None else layer.act_pre_scale.data_ptr()
         kind = tuple(getattr(layer.dense, key, None) for key in ("kernel_size", "stride", "padding", "dilation"))
-        owner[name] = first.setdefault((group_of[name], scale, layer.scheme.activation, kind), name)
+        seen = (group_of.get(name, name), scale, layer.scheme.input_rotation, layer.scheme.activation, kind)
+        owner[name] = first.setdefault(seen, name)
     return owner
 
 
@@ -128,6 +170,7 @@ def quantize_columns(
     scheme: WeightScheme,
     config: GPTQConfig,
     ranges: torch.Tensor | None = None,
+    cross: torch.Tensor | None = None,
 ) -> QuantizedWeight:
     """Codes for a weight that minimise ``tr((W - What) H (W - What)^T)`` greedily.
 
@@ -137,6 +180,7 @@ def quantize_columns(
         scheme: the format to reach.
         config: block size, damping, order of the columns.
         ranges: fp32 [N, K] whose ranges the codes span; None chooses them as ``config`` says.
+        cross: fp32 [K, K], (reference - x) x^T summed as ``hessian`` is; None aims at the outputs on the same inputs.
 
     Raises:
         ModelStateError: the Hessian cannot be inverted at any damping that is tried, or is not finite.
@@ -144,13 +188,18 @@ def quantize_columns(
     columns = weight.shape[1]
     dead = torch.diagonal(hessian) == 0
     torch.diagonal(hessian)[dead] = 1.0
+    order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True) if config.act_order else None
+    if order is not None:
+        hessian = hessian[order][:, order]
+    upper = _inverse_factor(hessian, config.damping)
+    if cross is not None:
+        cross = cross if order is None else cross[order][:, order]
+        taken = torch.triu(cross @ upper.t(), diagonal=1) @ upper * config.asymmetric_share
+        weight = weight + weight @ (taken if order is None else _reordered(taken, order))
     grid = _Grid(weight, scheme, config, ranges)
     # A column that no input reaches costs nothing: its rounding error must not be passed on.
     kept = weight[:, dead].clone()
-    order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True) if config.act_order else None
-    if order is not None:
-        weight, hessian = weight[:, order], hessian[order][:, order]
-    upper = _inverse_factor(hessian, config.damping)
+    weight = weight if order is None else weight[:, order]
     result = torch.empty_like(weight)
     # Whole groups of columns, so that a group's range is that of weights compensated for all that went before.
     size = scheme.group_size or 1
@@ -173,6 +222,12 @@ def quantize_columns(
         result = result[:, torch.argsort(order)]
     result[:, dead] = kept
     return quantize_weight(result, scheme, grid.qparams())
+
+
+def _reordered(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """[K, K] of columns in ``order``, back in the layer's own order."""
+    back = torch.argsort(order)
+    return matrix[back][:, back]
 
 
 def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:

@@ -1,0 +1,186 @@
+"""What each calibrated algorithm costs in output error, on samples it has not seen; the command of docs/calibration.md.
+
+    python eval/calibrated_algorithms.py --model examples/reference_models/emoji_pixart \\
+        --formats w4g64 w3g64 --seeds 0 1 2 --variants trained outliers --out results.json
+    python eval/calibrated_algorithms.py --table results*.json      # print the table of earlier runs together
+
+The denoiser is calibrated on calls that are recorded with one set of prompts, and its output compared with the dense
+one on calls of other prompts and other noise: ``||dense - ours|| / ||dense||`` over all of them. A seed decides the
+calls, the steps that they are taken from, and what algorithms draw. The variant ``outliers`` is a denoiser of the same
+function with outlier channels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+import diffuse_compress as dc
+from diffuse_compress.evaluation.environment import command_line, describe_device
+from diffuse_compress.evaluation.outliers import add_outlier_channels
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig
+
+FORMATS = {
+    "w4g64": dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT4, dc.PerGroup(64), symmetric=False)),
+    "w3g64": dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT3, dc.PerGroup(64), symmetric=False)),
+    "w2g64": dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT2, dc.PerGroup(64), symmetric=False)),
+}
+PRESETS = ("w8a8", "w4a8")
+
+
+def algorithms(iterations: int | None) -> dict[str, AlgorithmConfig | list[AlgorithmConfig]]:
+    """The arms; ``iterations`` instead of the defaults of those that learn."""
+    steps = {} if iterations is None else {"iterations": iterations}
+    return {
+        "rtn": dc.RTNConfig(),
+        "awq": dc.AWQConfig(),
+        "gptq": dc.GPTQConfig(),
+        "gptaq": dc.GPTQConfig(asymmetric=True),
+        "awq+gptq": [dc.AWQConfig(), dc.GPTQConfig()],
+        "adaround": dc.AdaRoundConfig(**steps),
+        "brecq": dc.BRECQConfig(**steps),
+        "awq+brecq": [dc.AWQConfig(), dc.BRECQConfig(**steps)],
+    }
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("examples/reference_models/emoji_pixart"))
+    parser.add_argument("--formats", nargs="+", default=["w4g64", "w3g64"], choices=[*FORMATS, *PRESETS])
+    parser.add_argument("--algorithms", nargs="+", choices=list(algorithms(None)), help="default: all")
+    parser.add_argument("--iterations", type=int, help="of the algorithms that learn")
+    parser.add_argument("--prompts", type=int, default=8, help="to calibrate on, and as many to compare on")
+    parser.add_argument("--samples", type=int, default=16, help="calls kept of each set")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", default=["trained"], choices=["trained", "outliers"])
+    parser.add_argument("--device", help="where blocks are calibrated")
+    parser.add_argument("--out", type=Path, help="results as JSON, written after each arm")
+    parser.add_argument("--table", type=Path, nargs="+", help="print the table of these results and stop")
+    return parser.parse_args(arguments)
+
+
+def record(pipe: Any, options: argparse.Namespace, seed: int) -> tuple[dc.Calibration, dc.Calibration]:
+    """Samples to calibrate on, and others of other prompts to compare on."""
+    lines = [line for line in (options.model / "eval_prompts.txt").read_text().splitlines() if line.strip()]
+    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed)).tolist()
+    prompts = [lines[index] for index in order[: 2 * options.prompts]]
+    if len(prompts) < 2:
+        raise SystemExit(f"{options.model / 'eval_prompts.txt'} must hold two prompts at least, got {len(prompts)}.")
+    half = len(prompts) // 2
+    given = {
+        "num_samples": options.samples,
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance,
+    }
+    return (
+        dc.Calibration.record(pipe, prompts[:half], seed=1000 * seed, **given),
+        dc.Calibration.record(pipe, prompts[half:], seed=1000 * seed + 500, **given),
+    )
+
+
+def outputs(model: torch.nn.Module, calibration: dc.Calibration) -> torch.Tensor:
+    """What the denoiser gives for every sample, one after the other."""
+    with torch.no_grad():
+        found = [sample.call.run(model) for sample in calibration.of("transformer")]
+    return torch.cat([(value if isinstance(value, tuple) else value.to_tuple())[0].double() for value in found])
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """All arms: {"environment", "errors": {variant: {format: {algorithm: [error of each seed]}}}, "seconds": ...}."""
+    arms = {name: config for name, config in algorithms(options.iterations).items()
+            if options.algorithms is None or name in options.algorithms}  # fmt: skip
+    results: dict[str, Any] = {"environment": environment(options), "errors": {}, "seconds": {}}
+    total = len(options.seeds) * len(options.variants) * len(options.formats) * len(arms)
+    with tqdm(total=total, unit="arm") as bar:
+        for seed in options.seeds:
+            for variant in options.variants:
+                dense = load(options, variant)
+                calibration, unseen = record(dense, options, seed)
+                expected = outputs(dense.transformer, unseen)
+                for form in options.formats:
+                    for name, algorithm in arms.items():
+                        pipe, started = load(options, variant), time.perf_counter()
+                        config = dc.QuantizationConfig(FORMATS.get(form, form), algorithm=algorithm, seed=seed)
+                        needs = config.spec.algorithm.needs_calibration
+                        given = {"calibration": calibration} if needs else {}
+                        pipe.compress(config, device=options.device, measure=False, **given)
+                        seconds = time.perf_counter() - started
+                        error = float((outputs(pipe.transformer, unseen) - expected).norm() / expected.norm())
+                        for key, value in (("errors", error), ("seconds", seconds)):
+                            results[key].setdefault(variant, {}).setdefault(form, {}).setdefault(name, []).append(value)
+                        if options.out is not None:
+                            options.out.write_text(json.dumps(results, indent=1))
+                        bar.update(1)
+    return results
+
+
+def load(options: argparse.Namespace, variant: str) -> Any:
+    """The pipeline, silent."""
+    pipe = DiffusionPipeline.from_pretrained(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    if variant == "outliers":
+        add_outlier_channels(pipe.transformer)
+    return pipe
+
+
+def environment(options: argparse.Namespace) -> dict[str, Any]:
+    """Where and with what the run was made."""
+    return {
+        "device": describe_device(options.device or "cpu"),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "command": command_line("python eval/calibrated_algorithms.py", sys.argv[1:]),
+    }
+
+
+def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Results of several runs as those of one."""
+    whole: dict[str, Any] = {"errors": {}, "seconds": {}}
+    for part in parts:
+        for key in whole:
+            for variant, forms in part[key].items():
+                for form, arms in forms.items():
+                    for name, values in arms.items():
+                        whole[key].setdefault(variant, {}).setdefault(form, {}).setdefault(name, []).extend(values)
+    return whole
+
+
+def table(results: dict[str, Any]) -> str:
+    """Mean of the seeds and their spread in percent, as Markdown."""
+    columns = [(variant, form) for variant, forms in results["errors"].items() for form in forms]
+    names = list(results["errors"][columns[0][0]][columns[0][1]])
+    lines = ["| | " + " | ".join(f"{form}, {variant}, % | s" for variant, form in columns) + " |"]
+    lines.append("|---" * (1 + 2 * len(columns)) + "|")
+    for name in names:
+        cells = []
+        for variant, form in columns:
+            errors = [100 * error for error in results["errors"][variant][form].get(name, [])]
+            seconds = results["seconds"][variant][form].get(name, [])
+            spread = f" ± {statistics.stdev(errors):.2g}" if len(errors) > 1 else ""
+            cells.append(f"{statistics.mean(errors):.3g}{spread} | {statistics.mean(seconds):.0f}" if errors else "|")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, or print the table of results."""
+    options = parse_arguments(arguments)
+    results = merged([json.loads(path.read_text()) for path in options.table]) if options.table else run(options)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""AdaRound: learn for each weight whether to round it up or down, so that the layer's output stays.
+
+Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", arXiv 2004.10568, equations 21 to 25.
+A code is ``floor(w / s) + h(v)`` with h the rectified sigmoid of a learned v; a regulariser pushes every h to 0 or 1.
+
+Deviations: the squared error of a layer's output depends on its inputs through their second moments alone, so these
+are summed once and the gradient of every step is that of all samples, not of a batch (the activation function behind
+the layer is left out for it). Error and regulariser are relative, to that of rounding to nearest and to the number of
+weights, so one setting holds for outputs of every size. The rate is higher and the steps are fewer than the authors'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from diffuse_compress.errors import ConfigError
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
+from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
+from diffuse_compress.quantization.algorithms.gptq import collected
+from diffuse_compress.quantization.numerics import QParams, choose_qparams, effective_scale, quantize_weight
+from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver
+from diffuse_compress.quantization.packed import QuantizedWeight
+from diffuse_compress.quantization.scheme import WeightScheme
+
+__all__ = ["AdaRoundConfig", "Annealing", "SoftRounding", "nearest_rounding", "round_adaptively"]
+
+# Ends of the sigmoid before it is cut to [0, 1] (the authors' gamma and zeta): 0 and 1 are reached at a finite v.
+_LOW, _HIGH = -0.1, 1.1
+
+
+@dataclass(frozen=True)
+class AdaRoundConfig(AlgorithmConfig):
+    """Learned rounding, layer by layer. Needs calibration data. Integer weights only.
+
+    Args:
+        iterations: steps of Adam for each layer.
+        learning_rate: of Adam.
+        regularization: how strongly h is pushed to 0 or 1, relative to the error.
+        warmup: share of the steps that goes without regulariser.
+        observer: "mse" or "minmax", for the ranges where nothing before chose them.
+    """
+
+    iterations: int = 1000
+    learning_rate: float = 0.03
+    regularization: float = 100.0
+    warmup: float = 0.2
+    observer: str = "mse"
+    kind: ClassVar[str] = "adaround"
+    needs_calibration: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = True
+
+    @property
+    def summary(self) -> str:
+        return f"AdaRound ({self.iterations} steps)"
+
+    def __post_init__(self) -> None:
+        check_learning(self)
+
+    def check(self, scheme: WeightScheme) -> None:
+        check_integer(self, scheme)
+
+
+def check_learning(config: AlgorithmConfig) -> None:
+    """Validate the fields that AdaRound and BRECQ share."""
+    name, given = type(config).__name__, vars(config)
+    if given["iterations"] < 1 or given["learning_rate"] <= 0 or given["regularization"] < 0:
+        raise ConfigError(
+            f"{name}: need iterations >= 1, learning_rate > 0 and regularization >= 0, got "
+            f"iterations={given['iterations']}, learning_rate={given['learning_rate']}, "
+            f"regularization={given['regularization']}."
+        )
+    if not 0 <= given["warmup"] < 1:
+        raise ConfigError(f"{name}: need 0 <= warmup < 1, got {given['warmup']}.")
+    if given["observer"] not in ("mse", "minmax"):
+        raise ConfigError(f"{name}: observer must be 'mse' or 'minmax', got {given['observer']!r}.")
+
+
+def check_integer(config: AlgorithmConfig, scheme: WeightScheme) -> None:
+    """ConfigError unless codes are integers."""
+    if not scheme.format.is_integer:
+        raise ConfigError(
+            f"{type(config).__name__}: rounds up or down to integer codes, got {scheme.format.value} weights. Use "
+            "GPTQConfig() or RTNConfig() for these."
+        )
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """The regulariser's exponent over the steps: none in the warm-up, then linear (as the authors' code and BRECQ's).
+
+    A large exponent leaves all but the nearly decided alone, a small one decides the rest.
+    """
+
+    iterations: int
+    warmup: float
+    first: float = 20.0
+    last: float = 2.0
+
+    def __call__(self, step: int) -> float | None:
+        start = self.warmup * self.iterations
+        if step < start:
+            return None
+        return self.first + (self.last - self.first) * (step - start) / max(1.0, self.iterations - start)
+
+
+class SoftRounding:
+    """A weight between its two neighbouring codes: ``decode(clamp(floor(w in steps) + h(v)))``.
+
+    Args:
+        weight: fp32 [N, K] that the codes are to stand for.
+        scheme: integer format.
+        qparams: scale and zero point, which stay.
+
+    Attributes:
+        v: fp32 [N, K], to be learned; starts where h is the fraction that rounding cuts off. ``v >= 0`` rounds up.
+    """
+
+    def __init__(self, weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -> None:
+        self.scheme, self.qparams = scheme, qparams
+        self._scale = _per_column(effective_scale(qparams), weight.shape, scheme)
+        self._zero: torch.Tensor | None = None
+        if qparams.zero_point is not None:
+            self._zero = _per_column(qparams.zero_point.float(), weight.shape, scheme)
+        if self._zero is None:
+            steps = weight / self._scale
+        elif scheme.additive_zero_point:
+            steps = (weight - self._zero) / self._scale
+        else:
+            steps = weight / self._scale + self._zero
+        self._floor = steps.floor()
+        self.v = torch.logit(((steps - self._floor) - _LOW) / (_HIGH - _LOW))
+
+    def _h(self) -> torch.Tensor:
+        return (torch.sigmoid(self.v) * (_HIGH - _LOW) + _LOW).clamp_(0, 1)
+
+    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
+        codes = codes.clamp_(*self.scheme.range)
+        if self._zero is None:
+            return codes.mul_(self._scale)
+        if self.scheme.additive_zero_point:
+            return codes.mul_(self._scale).add_(self._zero)
+        return codes.sub_(self._zero).mul_(self._scale)
+
+    def soft(self) -> torch.Tensor:
+        """fp32 [N, K] with h as it is."""
+        return self._decode(self._floor + self._h())
+
+    def hard(self) -> torch.Tensor:
+        """fp32 [N, K] with h rounded."""
+        return self._decode(self._floor + (self.v >= 0))
+
+    def quantized(self) -> QuantizedWeight:
+        """The codes of :meth:`hard`."""
+        return quantize_weight(self.hard(), self.scheme, self.qparams)
+
+    def gradient(self, of_weight: torch.Tensor, strength: float, exponent: float | None) -> torch.Tensor:
+        """Gradient in ``v`` of a loss plus ``strength * sum(1 - |2h - 1|^exponent)``.
+
+        Args:
+            of_weight: fp32 [N, K], that of the loss in :meth:`soft`.
+            strength: factor of the regulariser.
+            exponent: of the regulariser; None leaves it out.
+        """
+        h, s = self._h(), torch.sigmoid(self.v)
+        low, high = self.scheme.range
+        codes = self._floor + h
+        found = of_weight * self._scale * ((codes >= low) & (codes <= high))
+        if exponent is not None:
+            signed = 2 * h - 1
+            found -= 2 * strength * exponent * signed.sign() * signed.abs().pow_(exponent - 1)
+        return found.mul_((h > 0) & (h < 1)).mul_(s * (1 - s) * (_HIGH - _LOW))
+
+
+def _per_column(values: torch.Tensor, shape: torch.Size, scheme: WeightScheme) -> torch.Tensor:
+    """Qparams [1, 1], [N, 1] or [N, G] for each element of a weight [N, K]."""
+    size = scheme.group_size
+    wide = values if size is None or values.shape[1] == 1 else values.repeat_interleave(size, dim=1)
+    return wide[:, : shape[1]].expand(shape)
+
+
+def nearest_rounding(layer: LayerWork, observer: str) -> SoftRounding:
+    """The rounding of a layer before anything is learned; in its ``ranges`` if an algorithm before chose some."""
+    scheme, weight = layer.scheme.weight, layer.target()
+    if layer.ranges is not None:
+        return SoftRounding(weight, scheme, choose_qparams(layer.ranges, scheme))
+    found = MSEObserver(scheme) if observer == "mse" else MinMaxObserver(scheme)
+    found.update(weight)
+    return SoftRounding(weight, scheme, found.qparams())
+
+
+@register_block
+def calibrate(work: BlockWork, config: AdaRoundConfig) -> None:
+    """Learn every layer of a block, each on what the ones before it became."""
+    for names in work.subsets:
+        for name, collector in collected(work, names, pairs=True).items():
+            layer = work.layers[name]
+            rounding = nearest_rounding(layer, config.observer)
+            cross = collector.cross()
+            assert cross is not None
+            round_adaptively(rounding, layer.target(), collector.hessian(), cross, config)
+            layer.quantized = rounding.quantized()
+            work.install(layer)
+
+
+def round_adaptively(
+    rounding: SoftRounding,
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    cross: torch.Tensor,
+    config: AdaRoundConfig,
+) -> None:
+    """Learn ``rounding`` so that ``|What x - W reference|^2`` is small, of which the codes can change
+
+        tr(D H D^T) - 2 tr(D (W C)^T)    with    D = What - W.
+
+    No row ends with a larger error than that of rounding to nearest.
+
+    Args:
+        rounding: of ``weight``; its ``v`` is learned.
+        weight: fp32 [N, K].
+        hessian: fp32 [K, K], H: x x^T summed over the inputs.
+        cross: fp32 [K, K], C: (reference - x) x^T summed likewise.
+        config: steps, rate, regulariser.
+    """
+    aim = weight @ cross
+
+    def error_of_rows() -> torch.Tensor:
+        difference = rounding.hard() - weight
+        return (difference @ hessian * difference - 2 * difference * aim).sum(dim=1)
+
+    nearest = rounding.hard() - weight
+    error = float((nearest @ hessian * nearest).sum())
+    if error <= 0:
+        return  # every weight is on the grid, or no input reaches the layer
+    at_first, start = error_of_rows(), rounding.v.clone()
+    annealing = Annealing(config.iterations, config.warmup)
+    optimizer = torch.optim.Adam([rounding.v], lr=config.learning_rate)
+    for step in range(config.iterations):
+        difference = rounding.soft() - weight
+        gradient = (difference @ hessian - aim).mul_(2 / error)
+        rounding.v.grad = rounding.gradient(gradient, config.regularization / weight.numel(), annealing(step))
+        optimizer.step()
+    # Rows do not depend on each other, and nothing promises that each of them found something better.
+    worse = error_of_rows() > at_first
+    rounding.v[worse] = start[worse]
