@@ -60,10 +60,9 @@ def calibrate_layers(
     Args:
         model: in eval mode.
         layers: {qualified name: format to reach}.
-        algorithm: config of a calibrated algorithm, or of several in sequence; layers that it leaves without codes are
-            rounded to nearest.
+        algorithm: of a calibrated algorithm or a sequence; layers that it leaves without codes are rounded to nearest.
         samples: of this model, on any device.
-        replace: ``replace(name, convert)`` puts ``convert(dense layer)`` in the layer's place.
+        replace: ``replace(name, convert)`` puts ``convert(dense)`` in a layer's place.
         generator: source of random numbers of a layer.
         device: where each block is calibrated and run; it and its layers then go back to where the model is.
         finished: blocks that are there are put in place as they are; the others are added as they are done.
@@ -73,44 +72,51 @@ def calibrate_layers(
         Layers that no sample reached; they are rounded to nearest.
 
     Raises:
-        ModelStateError: inputs are not finite, memory runs out, or the disk is full.
+        ModelStateError: inputs are not finite, or memory or disk run out.
         CheckpointError: a finished block cannot be read.
     """
     home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    there = home if device is None else torch.device(device)
+    there, done = home if device is None else torch.device(device), set[str]()
     # On another device every block is worth a stop: what is kept dense runs there too.
     blocks = calibration_blocks(model, list(layers), every=there != home)
-    done: set[str] = set()
 
     def visit(found: Visit) -> None:
         names = dict(_layers_of(found.name, layers))
         stored = None if finished is None or not names else finished.load(found.name, names)
         if stored is not None:
-            for relative, name in names.items():
+            for short, name in names.items():
                 model.get_submodule(name).to(home)
-                replace(name, functools.partial(_restored, scheme=layers[name], tensors=stored[relative])).to(there)
+                replace(name, functools.partial(_restored, scheme=layers[name], tensors=stored[short])).to(there)
         elif names:
             work = _work(found, names, layers, samples, generator, replace, home=home, device=there)
             work.unchanged = unchanged_twin(found.block) if algorithm.needs_reference else None
-            for config in steps_of(algorithm):
+            for config in (*steps_of(algorithm), RTNConfig()):
                 calibrate_with(config, work)
-            calibrate_with(RTNConfig(), work)
             if finished is not None:
-                finished.save(found.name, {relative: model.get_submodule(name) for relative, name in names.items()})
+                finished.save(found.name, {short: model.get_submodule(name) for short, name in names.items()})
         done.update(names.values())
         on_block(found.name, len(done), len(layers))
 
-    calls = [sample.call.to(home) for sample in samples]
     with _memory_explained(there, len(samples)):
+        calls = [sample.call.to(home) for sample in samples]
         lockstep(model, blocks, calls, visit, references=algorithm.needs_reference, device=there)
-    missed = [name for name in layers if name not in done]
-    for name in missed:
-        scheme, source = layers[name], generator(name)
+    missed = {name: scheme for name, scheme in layers.items() if name not in done}
+    _round_to_nearest(missed, generator, replace, device)
+    return list(missed)
+
+
+def _round_to_nearest(
+    layers: Mapping[str, Scheme],
+    generator: Callable[[str], torch.Generator],
+    replace: Replace,
+    device: torch.device | str | None,
+) -> None:
+    for name, scheme in layers.items():
+        source = generator(name)
         convert = functools.partial(
             quantize_module, scheme=scheme, algorithm=RTNConfig(), device=device, name=name, generator=source
         )
         replace(name, convert)
-    return missed
 
 
 @contextlib.contextmanager
