@@ -25,7 +25,7 @@ import torch
 
 from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
-from diffuse_compress.quantization.algorithms.block import BlockWork
+from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
 from diffuse_compress.quantization.numerics import (
     FLOAT8,
     FLOAT8_MAX,
@@ -36,7 +36,7 @@ from diffuse_compress.quantization.numerics import (
 )
 from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver
 from diffuse_compress.quantization.packed import QuantizedWeight
-from diffuse_compress.quantization.scheme import PerGroup, WeightScheme
+from diffuse_compress.quantization.scheme import PerChannel, PerGroup, WeightScheme
 
 __all__ = ["GPTQConfig", "HessianCollector", "collected", "quantize_columns"]
 
@@ -118,15 +118,55 @@ class HessianCollector:
 
 @register_block
 def calibrate(work: BlockWork, config: GPTQConfig) -> None:
-    """Quantize every layer of a block; those that share an input share its Hessian."""
+    """Quantize every layer of a block; those that share an input share its Hessian, and are rounded together."""
     subsets = work.subsets if config.true_sequential else [tuple(name for names in work.subsets for name in names)]
     for names in subsets:
+        sharing: dict[HessianCollector, list[LayerWork]] = {}
         for name, collector in collected(work, names, pairs=config.asymmetric).items():
-            layer = work.layers[name]
-            layer.quantized = quantize_columns(
-                layer.target(), collector.hessian(), layer.scheme.weight, config, layer.ranges, collector.cross()
-            )
-            work.install(layer)
+            sharing.setdefault(collector, []).append(work.layers[name])
+        while sharing:
+            collector, layers = sharing.popitem()
+            for stack in _stacks(layers):
+                _quantize_stack(stack, collector, config, is_last=stack[-1] is layers[-1])
+            for layer in layers:
+                work.install(layer)
+
+
+def _stacks(layers: Sequence[LayerWork]) -> list[list[LayerWork]]:
+    """Layers whose rows may be rounded as those of one weight: nothing but the Hessian is shared between rows."""
+    found: list[list[LayerWork]] = []
+    for layer in layers:
+        last = found[-1][0] if found else None
+        by_row = isinstance(layer.scheme.weight.granularity, PerChannel | PerGroup)
+        if last is not None and by_row and last.scheme.weight == layer.scheme.weight:
+            if (last.ranges is None) == (layer.ranges is None):
+                found[-1].append(layer)
+                continue
+        found.append([layer])
+    return found
+
+
+def _quantize_stack(
+    layers: Sequence[LayerWork], collector: HessianCollector, config: GPTQConfig, *, is_last: bool
+) -> None:
+    """Choose the codes of layers that share a collector, which is used up by the ``is_last`` of them."""
+    # Neither the codes nor the asymmetric term depend on the factor 2/n, which would cost another matrix.
+    hessian = collector.sum if is_last else collector.sum.clone()
+    ranges = None if layers[0].ranges is None else torch.cat([layer.ranges for layer in layers])  # type: ignore[misc]
+    weight = torch.cat([layer.target() for layer in layers])
+    scheme = layers[0].scheme.weight
+    result, qparams = round_columns(weight, hessian, scheme, config, ranges, collector.difference)
+    start = 0
+    for layer in layers:
+        rows = slice(start, start + layer.dense.weight.shape[0])
+        part = _rows_of(qparams, rows) if layers[1:] else qparams
+        layer.quantized = quantize_weight(result[rows], scheme, part)
+        start = rows.stop
+
+
+def _rows_of(qparams: QParams, rows: slice) -> QParams:
+    zero_point = None if qparams.zero_point is None else qparams.zero_point[rows].clone()
+    return QParams(qparams.scale[rows].clone(), zero_point)
 
 
 def collected(work: BlockWork, names: Sequence[str], *, pairs: bool) -> dict[str, HessianCollector]:
@@ -172,11 +212,24 @@ def quantize_columns(
     ranges: torch.Tensor | None = None,
     cross: torch.Tensor | None = None,
 ) -> QuantizedWeight:
-    """Codes for a weight that minimise ``tr((W - What) H (W - What)^T)`` greedily.
+    """Codes for a weight that minimise ``tr((W - What) H (W - What)^T)`` greedily; see :func:`round_columns`."""
+    result, qparams = round_columns(weight, hessian, scheme, config, ranges, cross)
+    return quantize_weight(result, scheme, qparams)
+
+
+def round_columns(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    scheme: WeightScheme,
+    config: GPTQConfig,
+    ranges: torch.Tensor | None = None,
+    cross: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, QParams]:
+    """A weight on its grid that minimises ``tr((W - What) H (W - What)^T)`` greedily, and the grid.
 
     Args:
         weight: fp32 [N, K]; overwritten.
-        hessian: fp32 [K, K], symmetric, positive semidefinite; overwritten.
+        hessian: fp32 [K, K], symmetric, positive semidefinite, of any scale; overwritten.
         scheme: the format to reach.
         config: block size, damping, order of the columns.
         ranges: fp32 [N, K] whose ranges the codes span; None chooses them as ``config`` says.
@@ -190,7 +243,7 @@ def quantize_columns(
     torch.diagonal(hessian)[dead] = 1.0
     order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True) if config.act_order else None
     if order is not None:
-        hessian = hessian[order][:, order]
+        hessian.copy_(hessian[order][:, order])
     upper = _inverse_factor(hessian, config.damping)
     if cross is not None:
         cross = cross if order is None else cross[order][:, order]
@@ -200,28 +253,27 @@ def quantize_columns(
     # A column that no input reaches costs nothing: its rounding error must not be passed on.
     kept = weight[:, dead].clone()
     weight = weight if order is None else weight[:, order]
+    places = range(columns) if order is None else order.tolist()
     result = torch.empty_like(weight)
     # Whole groups of columns, so that a group's range is that of weights compensated for all that went before.
     size = scheme.group_size or 1
     step = -(-config.block_size // size) * size
     for start in range(0, columns, step):
         stop = min(start + step, columns)
-        block, factor = weight[:, start:stop].clone(), upper[start:stop, start:stop]
-        errors = torch.empty_like(block)
+        # Transposed: a column's values lie side by side, and a step starts few and fast kernels.
+        block, factor = weight[:, start:stop].t().contiguous(), upper[start:stop, start:stop]
+        errors, rounded, pivots = torch.empty_like(block), torch.empty_like(block), torch.diagonal(factor)
         for i in range(stop - start):
-            column = start + i if order is None else int(order[start + i])
-            grid.enter(column, block[:, i:])
-            value = block[:, i]
-            rounded = grid.round(value, column)
-            result[:, start + i] = rounded
-            error = (value - rounded) / factor[i, i]
-            block[:, i + 1 :].addr_(error, factor[i, i + 1 :], alpha=-1)
-            errors[:, i] = error
-        weight[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
+            grid.enter(places[start + i], block[i:])
+            grid.round(block[i], places[start + i], rounded[i])
+            torch.sub(block[i], rounded[i], out=errors[i]).div_(pivots[i])
+            block[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+        result[:, start:stop] = rounded.t()
+        weight[:, stop:].addmm_(errors.t(), upper[start:stop, stop:], alpha=-1)
     if order is not None:
         result = result[:, torch.argsort(order)]
     result[:, dead] = kept
-    return quantize_weight(result, scheme, grid.qparams())
+    return result, grid.qparams()
 
 
 def _reordered(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -231,17 +283,19 @@ def _reordered(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """Upper triangular U with U^T U = H^-1, damping as much as it takes."""
+    """Upper triangular U with U^T U = H^-1, damping as much as it takes; the diagonal of H is overwritten."""
     if not torch.isfinite(hessian).all():
         raise ModelStateError("GPTQ: the Hessian of the inputs is not finite. Load the model in bfloat16 or float32.")
-    mean = torch.diagonal(hessian).mean()
+    diagonal = torch.diagonal(hessian).clone()
+    mean = diagonal.mean()
     for attempt in range(_DAMPING_ATTEMPTS):
-        damped = hessian.clone()
-        torch.diagonal(damped).add_(mean * damping * 10**attempt)
-        lower, problem = torch.linalg.cholesky_ex(damped)
+        torch.diagonal(hessian).copy_(diagonal + mean * damping * 10**attempt)
+        # Of wide layers these are a gigabyte each: none is held longer than it must be.
+        inverse, problem = torch.linalg.cholesky_ex(hessian)
         if int(problem) == 0:
+            inverse = torch.cholesky_inverse(inverse)
             upper: torch.Tensor
-            upper, problem = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            upper, problem = torch.linalg.cholesky_ex(inverse, upper=True)
             if int(problem) == 0 and torch.isfinite(upper).all():
                 return upper
     last = damping * 10 ** (_DAMPING_ATTEMPTS - 1)
@@ -267,35 +321,38 @@ class _Grid:
         self._set(self._found)
 
     def enter(self, column: int, rest: torch.Tensor) -> None:
-        """Before ``column``, the first of ``rest``, is rounded: at the start of a group its range may be due."""
+        """Before ``column``, the first row of ``rest`` [R, N], is rounded: at a group's start its range may be due."""
         if not self._dynamic or self.size is None or column % self.size:
             return
         group = column // self.size
-        found = _qparams(rest[:, : self.size], self.scheme, self.config)
+        found = _qparams(rest[: self.size].t().contiguous(), self.scheme, self.config)
         self._found.scale[:, group] = found.scale[:, 0]
         if self._found.zero_point is not None and found.zero_point is not None:
             self._found.zero_point[:, group] = found.zero_point[:, 0]
         self._set(self._found)
 
-    def round(self, values: torch.Tensor, column: int) -> torch.Tensor:
-        """``values`` [N] of a column, each moved to the nearest value a code stands for."""
+    def round(self, values: torch.Tensor, column: int, out: torch.Tensor) -> None:
+        """``values`` [N] of a column, each moved to the nearest value a code stands for, into ``out`` [N]."""
         group = 0 if self.size is None else column // self.size
-        scale = self._scale[:, group]
-        if not self.scheme.format.is_integer:
-            return (values / scale).clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8).float() * scale
+        scale = self._scale[group]
         steps = values / scale
-        if self._zero is None:
-            return steps.round_().clamp_(*self.scheme.range) * scale
-        zero = self._zero[:, group]
-        steps = (steps + zero).round_() if self.scheme.float_zero_point else steps.round_() + zero
-        return (steps.clamp_(*self.scheme.range) - zero) * scale
+        if not self.scheme.format.is_integer:
+            steps = steps.clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8).float()
+        elif self._zero is None:
+            steps.round_().clamp_(*self.scheme.range)
+        elif self.scheme.float_zero_point:
+            steps.add_(self._zero[group]).round_().clamp_(*self.scheme.range).sub_(self._zero[group])
+        else:
+            steps.round_().add_(self._zero[group]).clamp_(*self.scheme.range).sub_(self._zero[group])
+        torch.mul(steps, scale, out=out)
 
     def qparams(self) -> QParams:
         return self._found
 
     def _set(self, found: QParams) -> None:
-        self._scale = effective_scale(found)
-        self._zero = None if found.zero_point is None else found.zero_point.float()
+        """Scales and zero points as [groups, N], or [1, 1]."""
+        self._scale = effective_scale(found).t().contiguous()
+        self._zero = None if found.zero_point is None else found.zero_point.float().t().contiguous()
 
 
 def _qparams(weight: torch.Tensor, scheme: WeightScheme, config: GPTQConfig) -> QParams:
