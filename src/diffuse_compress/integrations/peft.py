@@ -76,7 +76,7 @@ def restore_merge_errors(model: nn.Module, errors: Mapping[str, float]) -> None:
 # --- merging ----------------------------------------------------------------------------------------------------
 
 
-def _with_subclasses(cls: type) -> Iterator[type]:
+def _with_subclasses(cls: Any) -> Iterator[Any]:
     """``cls`` and all that derive from it, which peft has imported by now: one set for each of its methods."""
     yield cls
     for derived in cls.__subclasses__():
