@@ -313,7 +313,7 @@ OTHER_METHODS = {
 
 
 @pytest.mark.parametrize("method", OTHER_METHODS)
-def test_other_methods_of_peft_merge_and_unload(method: str) -> None:
+def test_other_methods_of_peft_merge_and_unload(method: str, tmp_path: Path) -> None:
     """Each has a merge of its own, which would write into a weight that is made anew at every access."""
     model = tiny.build("qwen2").compress("w8a16", measure=False)
     plain, codes = output(model), packed(model)
@@ -329,11 +329,37 @@ def test_other_methods_of_peft_merge_and_unload(method: str) -> None:
     adapted.unmerge_adapter()
     assert_same(packed(model), codes)
     assert torch.equal(output(model), live)
-    copied_model = copy.deepcopy(adapted)
-    merged = copied_model.merge_and_unload()
+    with pytest.raises(dc.CheckpointError, match="holds no adapters, found peft layers"):
+        model.save_pretrained(tmp_path)
+    merged = copy.deepcopy(adapted).merge_and_unload()
     assert relative_rms(live, output(merged)) < min(0.05, effect / 2)
     assert torch.equal(output(adapted.unload()), plain)
     assert_same(packed(model), codes)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_adapter_of_convolutions(kwargs: dict[str, Any]) -> None:
+    """SD1's proj_in and proj_out are convolutions, and most adapters for it reach them."""
+    models = [tiny.build("unet_sd1").compress("w8a16", measure=False) for _ in range(2)]
+    model, dense = models[0], models[1].decompress()
+    plain, codes = output(model), packed(model)
+    assert isinstance(quantized_layers(model)["down_blocks.0.attentions.0.proj_in"], nn.Conv2d)
+    for one in (model, dense):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            targets = ["proj_in", "proj_out", "conv1", "to_q"]
+            one.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **kwargs))
+    state = peft.utils.get_peft_model_state_dict(model)
+    peft.utils.set_peft_model_state_dict(dense, copied(state))
+    live = output(model)
+    assert relative_rms(plain, live) > 1e-2
+    assert relative_rms(output(dense), live) < 1e-4
+    model.fuse_lora()
+    assert relative_rms(live, output(model)) < 0.05
+    model.unfuse_lora()
+    assert_same(packed(model), codes)
+    model.unload_lora()
+    assert torch.equal(output(model), plain)
 
 
 @pytest.mark.parametrize("method", ["pissa", "olora"])

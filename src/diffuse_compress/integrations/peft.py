@@ -28,6 +28,7 @@ __all__ = ["has_adapters", "merge_errors", "restore_merge_errors", "support_adap
 
 _UNMERGED = "_diffuse_compress_unmerged"
 _MERGE_ERROR = "_diffuse_compress_merge_error"
+_PACKED = "_diffuse_compress_packed"
 # LoRA initializations that take out of the base weight what they put into the adapter.
 _REWRITES_BASE = ("pissa_init", "olora_init", "corda_init", "loftq_init", "lora_ga_init")
 
@@ -39,7 +40,7 @@ def support_adapters() -> None:
     """
     if not may_patch() or "peft" not in sys.modules:
         return
-    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lora.layer import LoraLayer, _ConvNd
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
     for cls in _with_subclasses(BaseTunerLayer):
@@ -48,6 +49,7 @@ def support_adapters() -> None:
         _wrap_replacing(cls)
     for name in _REWRITES_BASE:
         _wrap_initializing(LoraLayer, name)
+    _wrap_conv(_ConvNd)
     pipelines = sys.modules.get("diffusers.loaders.lora_pipeline")
     _wrap_expanding(getattr(pipelines, "FluxLoraLoaderMixin", object))
 
@@ -137,15 +139,38 @@ def _wrap_initializing(cls: Any, name: str) -> None:
 
     @wrapping(stock)
     def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
-        if _is_packed(self):
+        packed = self.__dict__.get(_PACKED, self.base_layer)
+        if isinstance(packed, QuantizedLayer):
             raise ModelStateError(
                 f"init_lora_weights={method!r}: needs dense base weights, which it rewrites, found a layer in "
-                f"{self.base_layer.scheme.name}. Add the adapter first and compress then, or initialize it otherwise "
+                f"{packed.scheme.name}. Add the adapter first and compress then, or initialize it otherwise "
                 '(True, "gaussian", "eva", ...).'
             )
         stock(self, *args, **kwargs)
 
     setattr(cls, name, initialize)
+
+
+def _wrap_conv(cls: Any) -> None:
+    """peft makes the adapter of a convolution of the base layer's own class, which must be a dense one for that."""
+    stock = cls.__dict__.get("update_layer")
+    if stock is None or is_wrapped(stock):
+        return
+
+    @wrapping(stock)
+    def update_layer(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not _is_packed(self):
+            stock(self, *args, **kwargs)
+            return
+        packed = self.base_layer
+        self.__dict__[_PACKED] = packed
+        self.base_layer = packed.to_dense().to(packed.qweight.device)
+        try:
+            stock(self, *args, **kwargs)
+        finally:
+            self.base_layer = self.__dict__.pop(_PACKED)
+
+    cls.update_layer = update_layer
 
 
 def _merge(tuner: Any, stock: Callable[..., None], adapter_names: list[str] | None) -> None:
