@@ -12,7 +12,7 @@ from diffuse_compress.integrations.component import get_state
 from diffuse_compress.integrations.hub import remote_text
 from diffuse_compress.integrations.origin import forget_local_paths
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
-from diffuse_compress.integrations.variants import require_no_leftover_weights
+from diffuse_compress.integrations.variants import require_no_leftover_weights, variant_of
 from diffuse_compress.pipelines import shim
 
 __all__ = ["complete_save", "complete_upload"]
@@ -32,7 +32,10 @@ def complete_save(obj: Any, staging: Path, target: Path) -> None:
         return
     card, native = _text(target / model_card.FILE_NAME), method != QUANT_METHOD
     if card is None or model_card.is_ours(card):
-        _write(staging / model_card.FILE_NAME, model_card.model_card(obj, existing=card, native=native))
+        _write(
+            staging / model_card.FILE_NAME,
+            model_card.model_card(obj, existing=card, native=native, variant=_variant_in(staging)),
+        )
     pipeline, there = shim.shim_for(obj), target / shim.FILE_NAME
     if native and there.is_file() and _may_replace(_text(there)):
         there.unlink()  # of an earlier save in our format: nothing here needs it any more
@@ -63,7 +66,9 @@ def complete_upload(obj: Any, folder: Path, repo_id: str, *, subfolder: str, tok
     if method is None:
         return
     native = method != QUANT_METHOD
-    _write(readme, model_card.model_card(obj, existing=existing, repo_id=repo_id, token=token, native=native))
+    variant = _variant_in(folder)
+    card = model_card.model_card(obj, existing=existing, repo_id=repo_id, token=token, native=native, variant=variant)
+    _write(readme, card)
     pipeline = folder / shim.FILE_NAME
     if pipeline.is_file() and not _may_replace(remote_text(repo_id, shim.FILE_NAME, token)):
         pipeline.unlink()
@@ -99,6 +104,12 @@ def _method_in(folder: Path) -> str | None:
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         found.add((config.get("quantization_config") or {}).get("quant_method"))
     return QUANT_METHOD if QUANT_METHOD in found else next((method for method in found if method), None)
+
+
+def _variant_in(folder: Path) -> str | None:
+    """Variant of the weights in ``folder``; None for the plain one, which needs no name, wherever that is there too."""
+    found = {variant_of(file.name) for file in [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]}
+    return None if "" in found else min((name for name in found if name), default=None)
 
 
 def _may_replace(text: str | None) -> bool:

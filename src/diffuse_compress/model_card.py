@@ -47,6 +47,7 @@ def model_card(
     repo_id: str | None = None,
     token: str | bool | None = None,
     native: bool = False,
+    variant: str | None = None,
 ) -> str:
     """Text of the card of a compressed object.
 
@@ -57,6 +58,7 @@ def model_card(
             only one that is there already is read.
         token: for the base model's card.
         native: it is in a format that the libraries load without this package.
+        variant: that of the weight files, which the load snippet must name.
     """
     card = _card(_without_form((existing or "").replace("\r\n", "\n")))
     bases = _base_models(obj)
@@ -70,7 +72,7 @@ def model_card(
     title = _title(obj, bases, repo_id)
     results = card_results(obj, card.data.eval_results)
     _set_results(card.data, results, title)
-    card.text = _merged(card.text, _section(obj, bases, repo_id, native, results_text(results)), title)
+    card.text = _merged(card.text, _section(obj, bases, repo_id, native, variant, results_text(results)), title)
     return str(card)
 
 
@@ -142,7 +144,7 @@ def _title(obj: Any, bases: list[str], repo_id: str | None) -> str:
     return f"{bases[0].rpartition('/')[2]}, compressed" if bases else f"{_class_of(obj).__name__}, compressed"
 
 
-def _section(obj: Any, bases: list[str], repo_id: str | None, native: bool, results: str) -> str:
+def _section(obj: Any, bases: list[str], repo_id: str | None, native: bool, variant: str | None, results: str) -> str:
     report = report_of(obj).to_dict()
     origin = " and ".join(f"[{base}](https://huggingface.co/{base})" for base in bases)
     origin = f" of {origin}" if origin else ""
@@ -157,14 +159,14 @@ def _section(obj: Any, bases: list[str], repo_id: str | None, native: bool, resu
     blocks = [
         "## Compression",
         f"`{_class_of(obj).__name__}`{origin}, compressed with [diffuse_compress]({SOURCE}).",
-        _load_snippet(obj, repo_id or _UNKNOWN_REPO, native),
+        _load_snippet(obj, repo_id or _UNKNOWN_REPO, native, variant),
         f"{tables}\nMade with {made}.\n" if made else tables,
         results,
     ]
     return "\n\n".join(filter(None, blocks))
 
 
-def _load_snippet(obj: Any, where: str, native: bool) -> str:
+def _load_snippet(obj: Any, where: str, native: bool, variant: str | None) -> str:
     is_modular = is_pipeline(obj) and stock_class_of(obj) is None and hasattr(obj, "load_components")
     if is_modular:
         library, cls, name = "diffusers", "ModularPipeline", "pipe"
@@ -175,6 +177,7 @@ def _load_snippet(obj: Any, where: str, native: bool) -> str:
         cls = next(base.__name__ for base in type(obj).__mro__ if base.__module__.partition(".")[0] == library)
     # What stays dense would be float32 in diffusers, and what torchao holds is not.
     dtype = f", dtype={_dtype_of(obj)}" if native and library == "diffusers" else ""
+    rest = f', variant="{variant}"' if variant else ""
     lines = [
         "```bash",
         f"pip install {library} torchao" if native else INSTALL_COMMAND,
@@ -185,7 +188,7 @@ def _load_snippet(obj: Any, where: str, native: bool) -> str:
         *([] if native else ["import diffuse_compress"]),
         f"from {library} import {cls}",
         "",
-        f'{name} = {cls}.from_pretrained("{where}"{dtype})',
+        f'{name} = {cls}.from_pretrained("{where}"{rest}{dtype})',
         *(["pipe.load_components()"] if is_modular else []),
         "```",
     ]
@@ -195,7 +198,8 @@ def _load_snippet(obj: Any, where: str, native: bool) -> str:
         lines += [
             "",
             "Or, with the package installed and no import of it in your code: "
-            f'`DiffusionPipeline.from_pretrained("{where}", custom_pipeline="pipeline", trust_remote_code=True)`.',
+            f'`DiffusionPipeline.from_pretrained("{where}"{rest}, custom_pipeline="pipeline", '
+            "trust_remote_code=True)`.",
         ]
     return "\n".join(lines)
 

@@ -68,6 +68,25 @@ def test_cast_to_the_compute_dtype_is_a_no_op(name: str, preset: str, dtype: tor
         assert_same_tensors(model, before)
 
 
+@pytest.mark.parametrize("name", ["pixart", "wan", "t5_encoder"])
+@pytest.mark.parametrize("dtype", HALF, ids=["bf16", "fp16"])
+def test_cast_to_the_compute_dtype_keeps_what_a_load_in_it_keeps_in_float32(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    # Wan's modulation tables, T5's wo in float16, and PixArt's position table, a buffer that no checkpoint holds.
+    dense = {"modules_to_not_convert": ["wo"]} if name == "t5_encoder" else {}
+    model = tiny.build(name, dtype=dtype).compress("w8a8", measure=False, **dense)
+    model.save_pretrained(tmp_path)
+    model = type(model).from_pretrained(tmp_path, dtype=dtype)
+    expected, before = output(model), tensors(model)
+    method = {torch.bfloat16: "bfloat16", torch.float16: "half"}[dtype]
+    for cast in (lambda: model.to(dtype), lambda: model.to("cpu", dtype), lambda: getattr(model, method)()):
+        assert cast() is model
+        assert_same_tensors(model, before)
+        assert torch.equal(output(model), expected)
+    assert {part.dtype for part in model.to(torch.float32).parameters() if part.is_floating_point()} == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=["fp64", "fp32", "fp16"])
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", ["pixart", "llama"])

@@ -118,8 +118,9 @@ def test_a_save_that_pushes_uploads_what_it_saved(name: str, session: Session) -
     assert all("small" in path for path in weights)
     assert session.hub.repositories[f"me/{name}"].refs["main"].message == "in shards"
     assert session.pushed["same picture from shards"]
-    assert f'from_pretrained("me/{name}")' in files["README.md"].decode()
-    assert f'from_pretrained("me/{name}")' not in local["README.md"].read_text()
+    # What the snippet loads must be there: the files have a variant, and only that.
+    assert f'from_pretrained("me/{name}", variant="small")' in files["README.md"].decode()
+    assert 'from_pretrained("PATH_OR_REPO", variant="small")' in local["README.md"].read_text()
 
 
 def test_pipeline_py_loads_it_without_our_import(session: Session) -> None:
@@ -181,7 +182,8 @@ def test_card_names_base_licence_and_kind(session: Session, repo: str) -> None:
     assert "diffuse_compress" in data["tags"]
     is_pipeline = repo not in ("me/transformer", "me/onload")
     assert data.get("pipeline_tag") == ("text-to-image" if is_pipeline else None)
-    assert f'from_pretrained("{repo}")' in text
+    variant = ', variant="small"' if repo == "me/saved" else ""
+    assert f'from_pretrained("{repo}"{variant})' in text
     assert "More Information Needed" not in text
     assert "secret prompt" not in text
     assert text.count("diffuse_compress: begin") == 1

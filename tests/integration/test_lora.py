@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ def adapter(name: str, seed: int = 1, **kwargs: Any) -> dict[str, torch.Tensor]:
     state = peft.utils.get_peft_model_state_dict(model)
     prefix = "unet" if model is getattr(twin, "unet", None) else "transformer"
     return {f"{prefix}.{key}": value.detach().clone() for key, value in state.items()}
+
+
+def output(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return next(iter(model(**tiny.inputs_for(model), return_dict=False)))
 
 
 def copied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -320,6 +326,82 @@ def test_text_encoder_adapter() -> None:
     pipe.unfuse_lora(components=["text_encoder"])
     assert_same(packed(pipe.text_encoder), codes)
     assert torch.equal(tiny.sample(pipe), live)
+
+
+OTHER_METHODS = {
+    "loha": lambda targets: peft.LoHaConfig(r=2, target_modules=targets, init_weights=False),
+    "lokr": lambda targets: peft.LoKrConfig(r=2, target_modules=targets, init_weights=False),
+    "ia3": lambda targets: peft.IA3Config(target_modules=targets, feedforward_modules=[], init_ia3_weights=False),
+    "adalora": lambda targets: peft.AdaLoraConfig(
+        init_r=3, target_r=2, total_step=9, target_modules=targets, init_lora_weights=False
+    ),
+    "oft": lambda targets: peft.OFTConfig(r=0, oft_block_size=8, target_modules=targets, init_weights=False),
+}
+
+
+@pytest.mark.parametrize("method", OTHER_METHODS)
+def test_other_methods_of_peft_merge_and_unload(method: str, tmp_path: Path) -> None:
+    """Each has a merge of its own, which would write into a weight that is made anew at every access."""
+    model = tiny.build("qwen2").compress("w8a16", measure=False)
+    plain, codes = output(model), packed(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        adapted = peft.get_peft_model(model, OTHER_METHODS[method](["q_proj", "v_proj"])).eval()
+    live = output(model)
+    effect = relative_rms(plain, live)
+    assert effect > 1e-2, "the adapter does nothing"
+    adapted.merge_adapter()
+    assert not torch.equal(output(model), live)
+    assert relative_rms(live, output(model)) < min(0.05, effect / 2)
+    adapted.unmerge_adapter()
+    assert_same(packed(model), codes)
+    assert torch.equal(output(model), live)
+    with pytest.raises(dc.CheckpointError, match="holds no adapters, found peft layers"):
+        model.save_pretrained(tmp_path)
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    assert relative_rms(live, output(merged)) < min(0.05, effect / 2)
+    assert torch.equal(output(adapted.unload()), plain)
+    assert_same(packed(model), codes)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_adapter_of_convolutions(kwargs: dict[str, Any]) -> None:
+    """SD1's proj_in and proj_out are convolutions, and most adapters for it reach them."""
+    models = [tiny.build("unet_sd1").compress("w8a16", measure=False) for _ in range(2)]
+    model, dense = models[0], models[1].decompress()
+    plain, codes = output(model), packed(model)
+    assert isinstance(quantized_layers(model)["down_blocks.0.attentions.0.proj_in"], nn.Conv2d)
+    for one in (model, dense):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            targets = ["proj_in", "proj_out", "conv1", "to_q"]
+            one.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **kwargs))
+    state = peft.utils.get_peft_model_state_dict(model)
+    peft.utils.set_peft_model_state_dict(dense, copied(state))
+    live = output(model)
+    assert relative_rms(plain, live) > 1e-2
+    assert relative_rms(output(dense), live) < 1e-4
+    model.fuse_lora()
+    assert relative_rms(live, output(model)) < 0.05
+    model.unfuse_lora()
+    assert_same(packed(model), codes)
+    model.unload_lora()
+    assert torch.equal(output(model), plain)
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_initialization_that_rewrites_the_base_is_refused(method: str) -> None:
+    model = tiny.build("flux").compress("w8a16", measure=False)
+    plain, codes = output(model), packed(model)
+    with pytest.raises(dc.ModelStateError, match=rf"init_lora_weights='{method}': needs dense base weights.*in w8a16"):
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["to_q"], init_lora_weights=method), model)
+    assert torch.equal(output(model), plain)
+    assert_same(packed(model), codes)
+    # Before compress the base is there to be rewritten.
+    first = tiny.build("flux")
+    expected = output(first)
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["to_q"], init_lora_weights=method), first)
+    assert relative_rms(expected, output(first.compress("w8a16", measure=False))) < 0.05
 
 
 @pytest.mark.parametrize("preset", PRESETS)

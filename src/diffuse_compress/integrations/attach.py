@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from diffuse_compress.integrations.casting import wrap_from_pipe, wrap_half_and_float
+from diffuse_compress.integrations.casting import wrap_casts, wrap_from_pipe
 from diffuse_compress.integrations.compat import NO_PATCH_VARIABLE, may_patch, usable
 from diffuse_compress.integrations.component import get_state
 from diffuse_compress.integrations.copies import wrap_builders
@@ -61,8 +61,8 @@ def attach(
                 found = getattr(import_module("diffusers.loaders"), mixin, None)
                 if found is not None:
                     wrap_from_single_file(found)
-        if cls.__name__ == "PreTrainedModel":
-            wrap_half_and_float(cls)
+        if cls.__name__ in ("ModelMixin", "PreTrainedModel"):
+            wrap_casts(cls)
         wrap_layerwise_casting(cls)
         if isinstance(cls.__dict__.get("dtype"), property):
             _wrap_dtype(cls)

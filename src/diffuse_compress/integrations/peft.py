@@ -9,8 +9,9 @@ were.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ __all__ = ["has_adapters", "merge_errors", "restore_merge_errors", "support_adap
 
 _UNMERGED = "_diffuse_compress_unmerged"
 _MERGE_ERROR = "_diffuse_compress_merge_error"
+_PACKED = "_diffuse_compress_packed"
+# LoRA initializations that take out of the base weight what they put into the adapter.
+_REWRITES_BASE = ("pissa_init", "olora_init", "corda_init", "loftq_init", "lora_ga_init")
 
 
 def support_adapters() -> None:
@@ -36,11 +40,16 @@ def support_adapters() -> None:
     """
     if not may_patch() or "peft" not in sys.modules:
         return
-    from peft.tuners import lycoris_utils
-    from peft.tuners.lora import layer
+    from peft.tuners.lora.layer import LoraLayer, _ConvNd
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
-    for cls in (layer.Linear, layer._ConvNd, lycoris_utils.LycorisLayer):
+    for cls in _with_subclasses(BaseTunerLayer):
         _wrap_merging(cls)
+    for cls in _with_subclasses(BaseTuner):
+        _wrap_replacing(cls)
+    for name in _REWRITES_BASE:
+        _wrap_initializing(LoraLayer, name)
+    _wrap_conv(_ConvNd)
     pipelines = sys.modules.get("diffusers.loaders.lora_pipeline")
     _wrap_expanding(getattr(pipelines, "FluxLoraLoaderMixin", object))
 
@@ -69,26 +78,99 @@ def restore_merge_errors(model: nn.Module, errors: Mapping[str, float]) -> None:
 # --- merging ----------------------------------------------------------------------------------------------------
 
 
+def _with_subclasses(cls: Any) -> Iterator[Any]:
+    """``cls`` and all that derive from it, which peft has imported by now: one set for each of its methods."""
+    yield cls
+    for derived in cls.__subclasses__():
+        yield from _with_subclasses(derived)
+
+
 def _wrap_merging(cls: Any) -> None:
+    """Merging adds to ``weight``, which a packed layer makes anew at every access: what is added would be lost."""
     stock_merge, stock_unmerge = cls.__dict__.get("merge"), cls.__dict__.get("unmerge")
     if stock_merge is None or stock_unmerge is None or is_wrapped(stock_merge):
         return
+    signature = inspect.signature(stock_merge)
 
     @wrapping(stock_merge)
-    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        if isinstance(self.base_layer, QuantizedLayer):
-            _merge(self, functools.partial(stock_merge, self, safe_merge), adapter_names)
-        else:
-            stock_merge(self, safe_merge, adapter_names)
+    def merge(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not _is_packed(self):
+            stock_merge(self, *args, **kwargs)
+            return
+        given = signature.bind(self, *args, **kwargs).arguments
+        stock = functools.partial(stock_merge, self, safe_merge=given.get("safe_merge", False))
+        _merge(self, stock, given.get("adapter_names"))
 
     @wrapping(stock_unmerge)
-    def unmerge(self: Any) -> None:
-        if isinstance(self.base_layer, QuantizedLayer) and self.merged:
+    def unmerge(self: Any, *args: Any, **kwargs: Any) -> None:
+        if _is_packed(self) and self.merged:
             _unmerge(self)
         else:
-            stock_unmerge(self)
+            stock_unmerge(self, *args, **kwargs)
 
     cls.merge, cls.unmerge = merge, unmerge
+
+
+def _is_packed(tuner: Any) -> bool:
+    return isinstance(getattr(tuner, "base_layer", None), QuantizedLayer)
+
+
+def _wrap_replacing(cls: Any) -> None:
+    """A packed layer goes back to its place as it is: peft would set ``weight`` on it, which cannot be set."""
+    stock = cls.__dict__.get("_replace_module")
+    if stock is None or is_wrapped(stock):
+        return
+
+    @wrapping(stock)
+    def replace(self: Any, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, QuantizedLayer):
+            setattr(parent, child_name, new_module)
+        else:
+            stock(self, parent, child_name, new_module, child)
+
+    cls._replace_module = replace
+
+
+def _wrap_initializing(cls: Any, name: str) -> None:
+    stock = cls.__dict__.get(name)
+    if stock is None or is_wrapped(stock):
+        return
+    method = name.removesuffix("_init")
+
+    @wrapping(stock)
+    def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
+        packed = self.__dict__.get(_PACKED, self.base_layer)
+        if isinstance(packed, QuantizedLayer):
+            raise ModelStateError(
+                f"init_lora_weights={method!r}: needs dense base weights, which it rewrites, found a layer in "
+                f"{packed.scheme.name}. Add the adapter first and compress then, or initialize it otherwise "
+                '(True, "gaussian", "eva", ...).'
+            )
+        stock(self, *args, **kwargs)
+
+    setattr(cls, name, initialize)
+
+
+def _wrap_conv(cls: Any) -> None:
+    """peft makes the adapter of a convolution of the base layer's own class, which must be a dense one for that."""
+    stock = cls.__dict__.get("update_layer")
+    if stock is None or is_wrapped(stock):
+        return
+
+    @wrapping(stock)
+    def update_layer(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not _is_packed(self):
+            stock(self, *args, **kwargs)
+            return
+        packed = self.base_layer
+        self.__dict__[_PACKED] = packed
+        self.base_layer = packed.to_dense().to(packed.qweight.device)
+        try:
+            stock(self, *args, **kwargs)
+        finally:
+            self.base_layer = self.__dict__.pop(_PACKED)
+
+    cls.update_layer = update_layer
 
 
 def _merge(tuner: Any, stock: Callable[..., None], adapter_names: list[str] | None) -> None:
@@ -101,8 +183,8 @@ def _merge(tuner: Any, stock: Callable[..., None], adapter_names: list[str] | No
     tuner.merged_adapters = []
     try:
         if merged:
-            stock(merged)
-        stock(adapter_names)
+            stock(adapter_names=merged)
+        stock(adapter_names=adapter_names)
     except BaseException:
         tuner.base_layer, tuner.merged_adapters = packed, merged
         raise

@@ -59,11 +59,14 @@ def up_to_date(obj: Any) -> Iterator[None]:
 
 
 def _require_no_adapters(model: Any) -> None:
-    # transformers saves the adapters alone then, as ever. diffusers would write both, under names that do not load.
-    if hasattr(model, "save_lora_adapter") and has_adapters(model):
+    # Of adapters that transformers has loaded, it saves these alone, as ever. Otherwise both libraries would write the
+    # base and them under names that do not load.
+    saved_alone = not hasattr(model, "save_lora_adapter") and getattr(model, "_hf_peft_config_loaded", False)
+    if has_adapters(model) and not saved_alone:
         raise CheckpointError(
             f"{type(model).__name__}: a checkpoint holds no adapters, found peft layers. Call unload_lora_weights() "
-            "and save, after fuse_lora() if their effect is to stay; save_lora_weights() saves adapters."
+            "and save, after fuse_lora() if their effect is to stay; save_lora_weights() saves adapters. "
+            "Of a PeftModel: unload() or merge_and_unload(); its own save_pretrained() saves adapters."
         )
 
 
