@@ -131,27 +131,27 @@ def compress(
 
     Args:
         target: a diffusers pipeline or model, or a transformers model.
-        methods: a preset name ("w8a8", "w4a16", ...), a QuantizationConfig, a CompressionPlan, a Recipe, or a dict
-            ``{component or group: preset | config | None}``; a bare preset means the denoisers (transformer, ...).
+        methods: presets ("w8a8", ...), QuantizationConfig, CompressionPlan, Recipe, or a dict {component or group:
+            preset | config | None}; a bare preset means the denoisers (transformer, unet, ...).
         modules_to_not_convert: patterns of modules that stay dense (see QuantizationConfig).
         overrides: {pattern: preset, Scheme or None} for single layers.
         algorithm: instead of the preset's: a config, or its kind ("hqq").
         seed: of algorithms that draw random numbers; global random states are never touched.
         generator: source of that seed.
         device: compute here, layer by layer; every layer returns to where it was.
-        work_dir: folder for the file that restores the model if the call fails, and for what calibration has finished:
-            the same call goes on from there after a crash. Delete it once the model is saved.
+        work_dir: folder for what restores the model if the call fails, and for finished blocks of a calibration, from
+            which the same call goes on after a crash. Delete it once the model is saved.
         preview: prompts (or dicts of pipeline arguments) to generate before and after, for the report.
         callback: ``callback(stage, done, total, metrics)``; raising in it cancels and restores.
         measure: run the denoiser at four timesteps before and after to report its output error.
         calibration: a Calibration, or the items to record one from. A preset then means its calibrated algorithm.
         target_size: "11GB" that the result may take; each layer gets its own format (see :func:`compression_plan`).
         target_bits: the same by average bits per weight.
-        sensitivity: of the layers, if it is measured already.
+        sensitivity: of the layers, if known.
 
     Raises:
-        ConfigError: see :func:`compression_plan`, or ``work_dir`` is of another calibration.
-        CompressionConflictError, IncompatibleShapeError: see :func:`compression_plan`.
+        ConfigError, CompressionConflictError, IncompatibleShapeError: see :func:`compression_plan`; ConfigError also
+            where ``work_dir`` is of another calibration.
         ModelStateError: meta tensors, offload hooks, foreign quantization, or too little disk.
     """
     plan = compression_plan(

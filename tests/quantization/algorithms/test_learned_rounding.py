@@ -113,7 +113,7 @@ def test_few_weights_are_rounded_as_brute_force_does() -> None:
     [
         (AdaRoundConfig(iterations=300), W4, 0.9),
         (BRECQConfig(iterations=100, learning_rate=0.1, batch_size=2), W4, 1.0),
-        (BRECQConfig(iterations=80, learning_rate=0.1, batch_size=2), PRESETS["w4a8"].scheme, 1.0),
+        (BRECQConfig(iterations=160, learning_rate=0.1, batch_size=2), PRESETS["w4a8"].scheme, 1.0),
     ],
     ids=["adaround-w4", "brecq-w4", "brecq-w4a8"],
 )
