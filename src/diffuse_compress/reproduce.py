@@ -318,7 +318,8 @@ def _measure_model(job: _Job, source: Source, name: str, recipe: Recipe | None) 
     count = max((metric.count for metric in metrics), default=0)
     cost = {
         "disk_bytes": sum(map(stored_bytes, model_components(model).values())),
-        "seconds_per_sample": seconds / count if count else None,
+        # A token of a text is no sample: eval perplexity gives no such number either.
+        "seconds_per_sample": seconds / count if count and experiment.kind != "language" else None,
         "wall_seconds": seconds,
         "peak_memory_bytes": memory.read() or None,
         "peak_memory_kind": memory.kind,

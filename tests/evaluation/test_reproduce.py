@@ -276,6 +276,7 @@ def test_the_packages_own_scorers_score_as_their_commands(session: Session) -> N
             assert metric.count == same.count == here.samples == there.samples
             assert here.data["kind"] == there.data["kind"] == ("texts" if kind == "language" else "questions")
             assert here.cost["disk_bytes"] == there.cost["disk_bytes"]
+            assert (here.cost["seconds_per_sample"] is None) == ("seconds_per_sample" not in there.cost)
             values.append(metric.value)
         assert kind != "language" or 1 < values[0] != values[1] < 20, values
 

@@ -245,16 +245,10 @@ def perplexity_metrics(
 def score_experiment(
     model: nn.Module, folder: Path, data: Sequence[Path], settings: Mapping[str, Any]
 ) -> tuple[list[Metric], dict[str, str]]:
-    """Perplexity of a model on files of text, as an experiment of ``eval reproduce`` takes it.
+    """Perplexity on files of text, joined as rows are, as an experiment of ``eval reproduce`` takes it.
 
-    Args:
-        model: where it shall run.
-        folder: of the model, with its tokenizer.
-        data: files of text, joined as rows are.
-        settings: ``name`` of the text, and where they are not the default ``window``, ``stride`` and ``batch_size``.
-
-    Returns:
-        The scores, and no reasons for absent ones.
+    Its settings are the ``name`` of the text, and where they are not the default :func:`score_tokens`' ``window``,
+    ``stride`` and ``batch_size``; the rest is as :class:`diffuse_compress.reproduce.ModelScorer` says.
     """
     text = _ROWS_END.join(map(read_text, data))
     options = {key: value for key, value in settings.items() if key != "name"}
