@@ -7,7 +7,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -296,11 +296,12 @@ def _paired(args: argparse.Namespace) -> None:
     classifier = None if args.classifier is None else load_classifier(args.classifier)
     if args.classifier is not None and classifier is None:
         raise ConfigError(f"{args.classifier}: need a classifier.py with load_classifier(folder).")
+    sets = [open_pictures(path) for path in args.samples]
+    _refuse_equal_names(args, sets)
     results = {}
-    for path in args.samples:
-        pictures = open_pictures(path)
+    for pictures in sets:
         metrics, absent = score_pairs(reference, pictures, clip=args.clip, classifier=classifier)
-        results[pictures.name] = _keep(pictures, metrics, torch.device("cpu"), None, args.out)
+        results[pictures.name] = _keep(pictures, metrics, torch.device("cpu"), None, args.out, absent)
         if not args.json:
             lines = [f"{pictures.name} against {reference.name}", *(f"  {metric}" for metric in metrics)]
             print("\n".join([*lines, *(f"  {name}: not measured: {reason}" for name, reason in absent.items())]))
@@ -318,6 +319,7 @@ def _fid(args: argparse.Namespace) -> None:
     opening = {"recursive": args.recursive, "limit": args.limit}
     reference = args.reference if from_file else open_pictures(args.reference, **opening)
     sets = [open_pictures(path, **opening) for path in args.samples]
+    _refuse_equal_names(args, sets)
     device, state = _place(args.device)
     extractor = _extractor(args, device)
     extraction = {"batch_size": args.batch_size, "workers": args.workers, "state": state}
@@ -361,11 +363,26 @@ def _extractor(args: argparse.Namespace, device: torch.device) -> FeatureExtract
     return ClassifierExtractor(args.features, device, args.resize)
 
 
-def _keep(pictures: PictureSet, metrics: Sequence[Metric], device: torch.device, state: Any, out: str | None) -> Record:
+def _refuse_equal_names(args: argparse.Namespace, sets: Sequence[PictureSet]) -> None:
+    """Names are the keys of --json and the files of --out."""
+    names = [pictures.name for pictures in sets]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None and (args.json or args.out):
+        raise ConfigError(f"--json and --out need sets of different names, got {twice} twice. Score them one by one.")
+
+
+def _keep(
+    pictures: PictureSet,
+    metrics: Sequence[Metric],
+    device: torch.device,
+    state: Any,
+    out: str | None,
+    absent: Mapping[str, str] | None = None,
+) -> Record:
     """Put scores into the run's record, or into one of their own for a plain folder; only --out writes the latter."""
     path = pictures.folder / RECORD
     if path.is_file():
-        record = load_record(path).with_metrics(metrics)
+        record = load_record(path).with_metrics(metrics, absent)
     else:
         record = Record(
             name=pictures.name,

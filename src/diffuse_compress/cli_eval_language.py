@@ -31,7 +31,13 @@ from diffuse_compress.evaluation.language_tasks import TaskScores, compare_tasks
 from diffuse_compress.evaluation.perplexity import TextScore, perplexity_metrics, read_text, score_text
 from diffuse_compress.evaluation.questions import KINDS, questions_digest, read_questions
 from diffuse_compress.evaluation.records import Metric
-from diffuse_compress.evaluation.vqa import Answers, answer_metrics, answer_questions
+from diffuse_compress.evaluation.vqa import (
+    DEFAULT_NEW_TOKENS,
+    Answers,
+    answer_metrics,
+    answer_questions,
+    decoding_text,
+)
 
 __all__ = ["add_language"]
 
@@ -85,7 +91,9 @@ def add_language(parts: Any, parser_of: Callable[..., argparse.ArgumentParser], 
         command: tells what was typed.
     """
     verb = parser_of(parts, "perplexity", "perplexity of language models on a text", _PERPLEXITY_EXAMPLES)
-    verb.add_argument("--text", required=True, metavar="FILE", help="text, or .jsonl with 'text' in each line")
+    verb.add_argument(
+        "--text", required=True, metavar="FILE", help="text, or .jsonl or .parquet with 'text' in each row"
+    )
     verb.add_argument(
         "--window", type=int, metavar="N", help="tokens read at once (default: the model's, at most 2048)"
     )
@@ -110,7 +118,13 @@ def add_language(parts: Any, parser_of: Callable[..., argparse.ArgumentParser], 
     verb = parser_of(parts, "vqa", "questions about pictures to vision-language models", _VQA_EXAMPLES)
     verb.add_argument("--data", required=True, metavar="FILE", help="questions, .jsonl; kinds: " + ", ".join(KINDS))
     verb.add_argument("--limit", type=int, metavar="N", help="the first N lines")
-    verb.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="of an answer (default: 32)")
+    verb.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=DEFAULT_NEW_TOKENS,
+        metavar="N",
+        help=f"of an answer (default: {DEFAULT_NEW_TOKENS})",
+    )
     verb.add_argument(
         "--no-instructions", action="store_true", help="ask the bare question: no 'single word or phrase'"
     )
@@ -173,6 +187,8 @@ def _run(
 
 
 def _perplexity(args: argparse.Namespace) -> _Evaluate:
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError(f"eval perplexity: need --limit >= 1, got {args.limit}.")
     text = read_text(args.text)[: args.limit]
     name, digest = Path(args.text).name, hashlib.sha256(text.encode()).hexdigest()[:16]
     reference: list[tuple[str, TextScore]] = []
@@ -243,7 +259,7 @@ def _questions(args: argparse.Namespace) -> _Evaluate:
             identity={"model": known, "recipe": arm.recipe, "device": next(model.parameters()).device.type},
         )
         settings = {"max_new_tokens": args.max_new_tokens, "instructions": not args.no_instructions}
-        how = f"greedy, at most {args.max_new_tokens} tokens" + (", bare questions" if args.no_instructions else "")
+        how = decoding_text(args.max_new_tokens, instructions=not args.no_instructions)
         metrics = answer_metrics(answers, name, settings=how, reference=reference[0] if reference else None)
         reference.append((arm.name, answers))
         data = {"kind": "questions", "name": name, "sha256": digest}

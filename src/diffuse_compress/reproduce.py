@@ -15,7 +15,6 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +23,7 @@ import torch
 from diffuse_compress.arms import DENSE, dtype_text, make_arm, read_recipes
 from diffuse_compress.components import model_components
 from diffuse_compress.errors import ConfigError, MissingDependencyError
+from diffuse_compress.evaluation import perplexity, vqa
 from diffuse_compress.evaluation.conditions import conditions_digest
 from diffuse_compress.evaluation.environment import PeakMemory, describe_device
 from diffuse_compress.evaluation.experiments import (
@@ -75,19 +75,25 @@ class _Kind:
     """Experiments on models of one kind.
 
     Attributes:
-        module: that scores them.
+        scorer: of the package.
+        settings: that it knows, beside ``name``.
         scores: names of the scores, with the experiment's settings filled in.
         data: kind of their data in records.
     """
 
-    module: str
+    scorer: ModelScorer
+    settings: tuple[str, ...]
     scores: tuple[str, ...]
     data: str
 
 
 _MODEL_KINDS = {
-    "language": _Kind("diffuse_compress.evaluation.perplexity", ("perplexity, {name}",), "texts"),
-    "vision-language": _Kind("diffuse_compress.evaluation.vqa", ("VQA accuracy, {name}",), "questions"),
+    "language": _Kind(
+        perplexity.score_experiment, ("window", "stride", "batch_size"), ("perplexity, {name}",), "texts"
+    ),
+    "vision-language": _Kind(
+        vqa.score_experiment, ("count", "max_new_tokens", "batch_size"), ("VQA accuracy, {name}",), "questions"
+    ),
 }
 _registered: dict[str, ModelScorer] = {}
 
@@ -225,40 +231,17 @@ def _scorer_of(experiment: Experiment) -> ModelScorer:
     if kind in _registered:
         return _registered[kind]
     if kind not in _MODEL_KINDS:
-        known = ", ".join(sorted({*_PAIRED, *_MODEL_KINDS, *_registered}))
-        raise ConfigError(f"{experiment.name}: kind must be one of {known}, got {kind!r}.")
-    name, files = _MODEL_KINDS[kind].module, experiment.data.files if experiment.data else ()
+        kinds = ", ".join(sorted({*_PAIRED, *_MODEL_KINDS, *_registered}))
+        raise ConfigError(f"{experiment.name}: kind must be one of {kinds}, got {kind!r}.")
+    known, files = _MODEL_KINDS[kind], experiment.data.files if experiment.data else ()
+    unknown = sorted(set(experiment.settings) - {"name", *known.settings})
+    if not files or "name" not in experiment.settings or unknown:
+        need = f"settings among name, {', '.join(known.settings)}" if unknown else "data, and settings with a name"
+        got = f"the setting {unknown[0]!r}" if unknown else f"{len(files)} files and {dict(experiment.settings)}"
+        raise ConfigError(f"{experiment.name}: experiments of kind {kind!r} need {need}, got {got}.")
     if any(file.endswith(".parquet") for file in files) and importlib.util.find_spec("pyarrow") is None:
         raise MissingDependencyError(f"{experiment.name}: its data are parquet files. pip install pyarrow")
-    try:
-        module = importlib.import_module(name)
-        found: ModelScorer = partial(_score_text, module) if kind == "language" else module.score_experiment
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ConfigError(
-            f"{experiment.name}: experiments of kind {kind!r} are measured by {name}, which this version lacks. "
-            "pip install -U diffuse-compress, or register_scorer() your own."
-        ) from error
-    return found
-
-
-def _score_text(
-    perplexity: Any, model: Any, folder: Path, data: Sequence[Path], settings: Mapping[str, Any]
-) -> tuple[list[Metric], dict[str, str]]:
-    from transformers import AutoTokenizer
-
-    text = "\n\n".join(_text_of(path, perplexity) for path in data)
-    how = {key: value for key, value in settings.items() if key != "name"}
-    score = perplexity.score_text(model, AutoTokenizer.from_pretrained(folder), text, **how)
-    return perplexity.perplexity_metrics(score, settings["name"]), {}
-
-
-def _text_of(path: Path, perplexity: Any) -> str:
-    """A text file, or the rows of a parquet file as papers join those of WikiText-2."""
-    if path.suffix != ".parquet":
-        return str(perplexity.read_text(path))
-    from pyarrow import parquet
-
-    return "\n\n".join(parquet.read_table(path, columns=["text"])["text"].to_pylist())
+    return known.scorer
 
 
 def _fetched(job: _Job) -> tuple[_Job, Source]:
@@ -335,7 +318,8 @@ def _measure_model(job: _Job, source: Source, name: str, recipe: Recipe | None) 
     count = max((metric.count for metric in metrics), default=0)
     cost = {
         "disk_bytes": sum(map(stored_bytes, model_components(model).values())),
-        "seconds_per_sample": seconds / count if count else None,
+        # A token of a text is no sample: eval perplexity gives no such number either.
+        "seconds_per_sample": seconds / count if count and experiment.kind != "language" else None,
         "wall_seconds": seconds,
         "peak_memory_bytes": memory.read() or None,
         "peak_memory_kind": memory.kind,

@@ -1,7 +1,8 @@
 """Runs commands in a process of its own: run by test_reproduce.py with HF_ENDPOINT set to a loopback Hub.
 
-``python reproduce_user.py '[["eval", "reproduce", ...], ...]'`` prints a JSON list of exit codes and outputs. Language
-models are scored by the loss of their last layer on the lines of the data: a scorer as a user would register one.
+``python reproduce_user.py '[["eval", "reproduce", ...], ...]'`` prints a JSON list of exit codes and outputs. With
+``--register``, language models are scored by the loss of their last layer on the lines of the data: a scorer as a user
+would register one.
 """
 
 from __future__ import annotations
@@ -44,5 +45,7 @@ def run(argv: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    register_scorer("language", loss_on_lines)
-    print(json.dumps([run(argv) for argv in json.loads(sys.argv[1])]))
+    commands = json.loads(sys.argv[1])
+    if "--register" in sys.argv:
+        register_scorer("language", loss_on_lines)
+    print(json.dumps([run(argv) for argv in commands]))

@@ -250,6 +250,12 @@ def test_command_scores_folders_and_writes_records(
     assert main(["eval", "fid", str(one), "--save-stats", str(stats), *options]) == 0
     assert main(["eval", "fid", str(stats), str(two), *options]) == 0
     assert "Fréchet distance, colour classifier features" in capsys.readouterr().out
+    twin = write_pictures(tmp_path / "other" / "fake", 8, 2)
+    assert main(["eval", "fid", str(one), str(two), str(twin), *options, "--json"]) == 1
+    assert "need sets of different names, got fake twice" in capsys.readouterr().err
+    for more, message in ((["--limit", "-1"], "need limit >= 1, got -1"), (["--resamples", "-1"], "need 0 or more")):
+        assert main(["eval", "fid", str(one), str(two), *options, *more]) == 1
+        assert message in capsys.readouterr().err
     assert main(["eval", "fid", str(one), *options]) == 1
     assert "give REFERENCE and SAMPLES" in capsys.readouterr().err
 

@@ -140,6 +140,13 @@ def test_a_folder_of_another_run_is_refused(pipe: Any, tmp_path: Path) -> None:
         generate(
             [Arm("dense", lambda: pipe, {"id": "tiny"}, {"components": {}})], prompts(2), tmp_path, options=OPTIONS
         )
+    with pytest.raises(ConfigError, match="cannot be asked for classes"):
+        generate([arm_of(pipe, "failed")], [Condition(class_label=1)], tmp_path, options=OPTIONS)
+    generate([arm_of(pipe, "failed")], prompts(2), tmp_path, options=OPTIONS)  # nothing was made, so nothing is lost
+    assert load_record(tmp_path / "failed").data["kind"] == "prompts"
+    load_record(tmp_path / "dense").save(tmp_path / "scored" / "record.json")
+    with pytest.raises(ConfigError, match="holds a run of other data, samples"):
+        generate([arm_of(pipe, "scored")], prompts(3), tmp_path, options=OPTIONS)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("x")
     with pytest.raises(ConfigError, match="is not empty and holds no run"):

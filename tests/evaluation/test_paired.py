@@ -13,7 +13,7 @@ from PIL import Image
 from diffuse_compress.cli import main
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.evaluation.metrics import psnr, ssim
-from diffuse_compress.evaluation.paired import paired_metric, paired_values, score_pairs
+from diffuse_compress.evaluation.paired import paired_interval, paired_metric, paired_values, score_pairs
 from diffuse_compress.evaluation.samples import MANIFEST, Sample, open_pictures, read_picture, sample_hash
 
 
@@ -42,6 +42,21 @@ class Dull:
 
     def classify(self, images: torch.Tensor) -> torch.Tensor:
         return torch.stack([torch.ones(len(images)), torch.zeros(len(images))], dim=1)
+
+
+def test_intervals_are_over_prompts_in_whatever_order_they_come(tmp_path: Path) -> None:
+    """``--classes 0-9 --count 50`` goes through the classes five times."""
+    one, two = (
+        open_pictures(make_run(tmp_path / n, ["a", "b", "a", "b", "a", "b"], e)) for n, e in (("x", 0), ("y", 9))
+    )
+    (found, *_), _ = score_pairs(one, two)
+    x, y = (torch.stack([read_picture(path) for path in side.files]) / 255 for side in (one, two))
+    values = psnr(x, y)
+    by_prompt = paired_interval(torch.stack([values[::2], values[1::2]]))
+    assert (found.low, found.high) == pytest.approx((by_prompt.low, by_prompt.high), abs=1e-4)
+    # Prompts of unequal numbers of samples: the samples are the units.
+    one, two = (open_pictures(make_run(tmp_path / n, ["a", "b", "a", "c"], e)) for n, e in (("u", 0), ("v", 9)))
+    assert score_pairs(one, two)[0][0].count == 4
 
 
 def test_score_pairs_are_the_metrics_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tiny
-from diffuse_compress.errors import ConfigError, ModelStateError
+from diffuse_compress.errors import ConfigError, MissingDependencyError, ModelStateError
 from diffuse_compress.evaluation.perplexity import (
     TextScore,
     perplexity_metrics,
@@ -149,6 +149,12 @@ def test_read_text(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a\n", "", "b")))
     assert read_text(rows) == "a\n\n\n\n\nb"
+    broken = tmp_path / "rows.parquet"
+    broken.write_bytes(b"PAR1")
+    with pytest.raises(
+        (ConfigError, MissingDependencyError), match=r"rows\.parquet: (not a readable|parquet files need)"
+    ):
+        read_text(broken)
     rows.write_text('{"words": 1}\n')
     with pytest.raises(ConfigError, match="JSON lines with 'text'"):
         read_text(rows)

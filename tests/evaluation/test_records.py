@@ -166,6 +166,8 @@ def test_comparison_table_lines_up_metrics_that_compare() -> None:
     lines = table.splitlines()
     assert lines[0] == ("|  | N | FID-to-dense (1) | FID-to-dense (2) | on disk | s a sample | peak memory |")
     assert lines[2] == "| dense | 5000 | – | – | 3.00 MiB | 0.25 | 9.00 MiB |"
+    fewer = table_notes([record("w8a8", metric(1.0)), record("w4a8", metric(2.0, count=100))])
+    assert fewer[0] == "FID-to-dense: Inception; lower is better. N differs: w8a8 5000, w4a8 100."
     notes = table_notes(records)
     assert notes[0] == "FID-to-dense (1): Inception; lower is better."
     assert notes[-1].startswith(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import tiny
+import tiny_vlm
 from diffuse_compress.cli import main
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.evaluation.experiments import load_experiments
@@ -49,10 +52,10 @@ class Session:
     folder: Path
     shas: dict[str, str]
 
-    def run(self, *commands: list[str], **environment: str) -> list[dict[str, Any]]:
+    def run(self, *commands: list[str], register: bool = True, **environment: str) -> list[dict[str, Any]]:
         paths = [str(ROOT / name) for name in ("src", "kernels", "tests")]
         env = {**os.environ, **self.hub.environment(str(self.folder / "cache")), "PYTHONPATH": os.pathsep.join(paths)}
-        command = [sys.executable, str(USER), json.dumps(commands)]
+        command = [sys.executable, str(USER), json.dumps(commands), *(["--register"] if register else [])]
         done = subprocess.run(
             command, env=env | environment, cwd=self.folder, capture_output=True, text=True, check=False
         )
@@ -193,6 +196,91 @@ def test_language_models_are_scored_by_what_is_registered(session: Session, outc
     assert not any("train.txt" in path for path in fetched)
 
 
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    from pyarrow import Table
+    from pyarrow import parquet as files
+
+    content = io.BytesIO()
+    files.write_table(Table.from_pylist(rows), content)
+    return content.getvalue()
+
+
+def test_the_packages_own_scorers_score_as_their_commands(session: Session) -> None:
+    """Language and vision-language experiments on parquet data of the Hub: the numbers of ``eval perplexity`` and
+    ``eval vqa`` on the same files, under the same names."""
+    pytest.importorskip("pyarrow")
+    folder = session.folder
+    model, processor = tiny_vlm.build_llava()
+    model.save_pretrained(folder / "llava")
+    processor.save_pretrained(folder / "llava")
+    # As the published Qwen2.5-VL has it.
+    (folder / "llava/chat_template.jinja").unlink()
+    (folder / "llava/chat_template.json").write_text(json.dumps({"chat_template": processor.chat_template}))
+    python = ROOT / "examples/reference_models/python_llama"
+    for name, place in (("python", python), ("llava", folder / "llava")):
+        session.hub.add(f"base/{name}", {p.name: p.read_bytes() for p in place.iterdir() if p.is_file()})
+    lines = (python / "heldout.txt").read_text()[:3000].splitlines(keepends=True)
+    picture = io.BytesIO()
+    Image.linear_gradient("L").resize((40, 28)).save(picture, "PNG")
+    rows = [
+        {
+            "question_id": i,
+            "question": f"What is {i}?",
+            "image": {"bytes": picture.getvalue()},
+            "answers": [str(i)] * 10,
+        }
+        for i in range(3)
+    ]
+    texts, questions = parquet([{"text": line} for line in lines]), parquet(rows)
+    (folder / "texts.parquet").write_bytes(texts)
+    (folder / "questions.parquet").write_bytes(questions)
+    session.hub.add("data/own", {"texts.parquet": texts, "questions.parquet": questions})
+    models = {
+        "python": ("language", {"name": "texts.parquet", "window": 128, "stride": 64}, "texts.parquet"),
+        "llava": (
+            "vision-language",
+            {"name": "questions.parquet", "count": 2, "max_new_tokens": 4},
+            "questions.parquet",
+        ),
+    }
+    experiments = {
+        name: {
+            "repo": f"base/{name}",
+            "kind": kind,
+            "dtype": "float32",
+            "data": {"repo": "data/own", "files": [file]},
+            "settings": settings,
+        }
+        for name, (kind, settings, file) in models.items()
+    }
+    (folder / "models.json").write_text(json.dumps({"schema_version": 1, "experiments": experiments}))
+    reproduced = ["eval", "reproduce", "python", "llava", "--recipe", "w8a8", "--experiments", "models.json"]
+    arms = ["--recipe", "dense", "w8a8", "--device", "cpu", "--out"]
+    text = ["--text", "texts.parquet", "--window", "128", "--stride", "64"]
+    asked = ["--data", "questions.parquet", "--limit", "2", "--max-new-tokens", "4"]
+    found = session.run(
+        [*reproduced, "--device", "cpu"],
+        ["eval", "perplexity", str(python), *text, *arms, "own/python"],
+        ["eval", "vqa", "llava", *asked, *arms, "own/llava"],
+        ["eval", "report", *(f"reproduced/{n}/{arm}" for n in models for arm in ("dense", "w8a8")), "--out", "models"],
+        register=False,
+    )
+    assert [done["code"] for done in found] == [0] * 4, [done["err"] for done in found]
+    for name, (kind, _, _) in models.items():
+        values = []
+        for arm in ("dense", "w8a8"):
+            here, there = (load_record(folder / place / name / arm) for place in ("reproduced", "own"))
+            (metric,) = here.metrics
+            same = next(one for one in there.metrics if one.key == metric.key)
+            assert (metric.value, metric.low, metric.high) == (same.value, same.low, same.high)
+            assert metric.count == same.count == here.samples == there.samples
+            assert here.data["kind"] == there.data["kind"] == ("texts" if kind == "language" else "questions")
+            assert here.cost["disk_bytes"] == there.cost["disk_bytes"]
+            assert (here.cost["seconds_per_sample"] is None) == ("seconds_per_sample" not in there.cost)
+            values.append(metric.value)
+        assert kind != "language" or 1 < values[0] != values[1] < 20, values
+
+
 def test_goes_on_offline_and_keeps_what_it_had(session: Session, outcomes: list[dict[str, Any]]) -> None:
     """What is complete is not made again, what was lost is, and unpinned experiments stay at their first commit."""
     folder = session.folder / "reproduced"
@@ -302,5 +390,13 @@ def test_what_cannot_work_is_refused_before_anything_is_fetched(
     assert main(command) == 1
     assert "x: kind must be one of" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    language = {"repo": "a/b", "kind": "language", "dtype": "bfloat16", "data": {"repo": "c/d", "files": ["a.txt"]}}
+    for settings, message in (
+        ({"name": "x", "windw": 4}, "need settings among name, window, stride, batch_size, got the setting 'windw'"),
+        ({"window": 4}, "need data, and settings with a name, got 1 files"),
+    ):
+        path.write_text(json.dumps({"schema_version": 1, "experiments": {"x": {**language, "settings": settings}}}))
+        with pytest.raises(ConfigError, match=message):
+            reproduce(load_experiments(path)["x"], ["w8a8"], tmp_path)
     assert main(["eval", "reproduce", "flux.1-dew", "--recipe", "w8a8"]) == 1
     assert "no experiment 'flux.1-dew'; did you mean 'FLUX.1-dev'" in capsys.readouterr().err

@@ -84,7 +84,7 @@ class SetScorer:
         seed: of everything drawn here.
 
     Raises:
-        ConfigError: unknown metrics, or such that the reference or the extractor cannot give.
+        ConfigError: unknown metrics, or such that the reference or the extractor cannot give; resamples under 0.
     """
 
     def __init__(
@@ -104,6 +104,8 @@ class SetScorer:
         unknown = [name for name in metrics if name not in METRICS]
         if unknown or not metrics:
             raise ConfigError(f"metrics: {nearest(unknown[0] if unknown else '', METRICS)}.")
+        if resamples is not None and resamples < 0:
+            raise ConfigError(f"resamples: need 0 or more, got {resamples}.")
         self.extractor, self.metrics, self.seed = extractor, tuple(metrics), seed
         self._resamples, self._allow_unequal, self._allow_other = resamples, allow_unequal, allow_other_prompts
         self._extraction = {"batch_size": batch_size, "workers": workers, "state": state}
@@ -146,7 +148,8 @@ class SetScorer:
             ConfigError: see :meth:`check`; a metric that the extractor has no features for; unreadable pictures.
         """
         self.check(samples)
-        if len(samples) < FULL_RANK_COUNT and self.extractor.is_published and "fid" in self.metrics:
+        frechet = {"fid", "fid_infinity", "sfid"} & set(self.metrics)
+        if len(samples) < FULL_RANK_COUNT and self.extractor.is_published and frechet:
             warnings.warn(
                 f"FID of {len(samples)} pictures: under N = {FULL_RANK_COUNT} it is mostly bias. Compare sets of this "
                 "same N only, and look at KID or CMMD.",

@@ -214,19 +214,28 @@ class _Run:
             return
         here, there = self._identity(self.record), self._identity(load_record(path))
         different = [key for key in here if here[key] != there[key]]
-        if different:
+        if different and not self._is_bare():
             details = "; ".join(f"{key}: {there[key]} there, {here[key]} now" for key in different)
             raise ConfigError(
                 f"{self.folder}: holds a run of other {', '.join(different)} ({details:.600}). Choose another --out, "
                 "or delete the folder."
             )
 
+    def _is_bare(self) -> bool:
+        """A run that failed before its first sample: nothing in the folder is lost to another one."""
+        path = self.folder / RECORD
+        record = load_record(path) if path.exists() else None
+        if record is not None and (record.metrics or record.cost):
+            return False
+        lines = [line for path in self.folder.glob(f"{_PROGRESS}*.jsonl") for line in _read_lines(path)]
+        return not (lines or (self.folder / MANIFEST).exists() or (self.folder / "samples").exists())
+
     # --- progress -----------------------------------------------------------------------------------------------
 
     def _collect(self) -> None:
         """Join all progress into one file, without lines that broke off and samples that are not what they were."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / RECORD).exists():
+        if not (self.folder / RECORD).exists() or self._is_bare():
             self.record.save(self.folder / RECORD)
         found: dict[int, dict[str, Any]] = {}
         files = sorted(self.folder.glob(f"{_PROGRESS}*.jsonl"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from diffuse_compress.evaluation.comparison import Classifier
 from diffuse_compress.evaluation.features import ClipExtractor
 from diffuse_compress.evaluation.metrics import PSNR_CAP_DB, SSIM_WINDOW, as_pictures, flicker, psnr, ssim
 from diffuse_compress.evaluation.records import Metric
-from diffuse_compress.evaluation.samples import PictureSet, read_clip, read_picture
+from diffuse_compress.evaluation.samples import PictureSet, Sample, read_clip, read_picture
 from diffuse_compress.evaluation.statistics import (
     Interval,
     bootstrap_mean,
@@ -101,13 +101,22 @@ def score_pairs(
         values, absent = paired_values(x, y, clip)
         for name, value in values.items():
             found.setdefault(name, []).append(value.double().cpu())
-    conditions = [(sample.prompt, sample.class_label) for sample in samples.samples]
-    groups = max(1, len(set(conditions))) if set(conditions) != {(None, None)} else len(conditions)
-    shape = (groups, -1) if len(conditions) % groups == 0 else (len(conditions), 1)
-    metrics = [paired_metric(name, torch.cat(parts).reshape(shape), reference.name) for name, parts in found.items()]
+    groups = _by_condition(samples.samples)
+    metrics = [paired_metric(name, torch.cat(parts)[groups], reference.name) for name, parts in found.items()]
     if classifier is not None:
         metrics += naming_metrics(reference, samples, classifier)
     return metrics, absent
+
+
+def _by_condition(samples: Sequence[Sample]) -> torch.Tensor:
+    """[prompts or classes, samples of each] indices; [n, 1] where nothing was asked for or their numbers differ."""
+    found: dict[Any, list[int]] = {}
+    for i, sample in enumerate(samples):
+        asked = sample.prompt, sample.class_label
+        found.setdefault(i if asked == (None, None) else asked, []).append(i)
+    if len({len(group) for group in found.values()}) == 1:
+        return torch.tensor(list(found.values()))
+    return torch.arange(len(samples))[:, None]
 
 
 def naming_metrics(reference: PictureSet, samples: PictureSet, classifier: Classifier) -> list[Metric]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffuse_compress.errors import ConfigError, ModelStateError
-from diffuse_compress.evaluation.language_models import evaluating
+from diffuse_compress.errors import ConfigError, MissingDependencyError, ModelStateError
+from diffuse_compress.evaluation.language_models import evaluating, load_tokenizer
 from diffuse_compress.evaluation.records import Metric
 from diffuse_compress.evaluation.statistics import Interval, bootstrap_ratio
 from diffuse_compress.progress import track
@@ -37,12 +37,14 @@ __all__ = [
     "perplexity_metrics",
     "perplexity_ratio",
     "read_text",
+    "score_experiment",
     "score_text",
     "score_tokens",
 ]
 
 DEFAULT_WINDOW = 2048
 """Of a model that can read as much: what papers on quantization use."""
+_ROWS_END = "\n\n"
 _POSITIONS = 256
 
 
@@ -94,25 +96,42 @@ class TextScore:
 
 
 def read_text(path: str | Path) -> str:
-    """A text file as it is; of a ``.jsonl`` file the ``text`` of its lines, joined by two newlines.
+    """A text file as it is; of a ``.jsonl`` or ``.parquet`` file the ``text`` of its rows, joined by two newlines.
 
     The latter is how the rows of WikiText-2 become one text in the papers.
 
     Raises:
+        MissingDependencyError: a ``.parquet`` file without pyarrow.
         ConfigError: not readable, or without text.
     """
     path = Path(path)
+    text = _parquet_text(path) if path.suffix.lower() == ".parquet" else _plain_text(path)
+    if not text.strip():
+        raise ConfigError(f"{path}: has no text.")
+    return text
+
+
+def _plain_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix.lower() == ".jsonl":
-            text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+            text = _ROWS_END.join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: not a readable text, or not JSON lines with 'text' ({type(error).__name__}: {error})."
         ) from error
-    if not text.strip():
-        raise ConfigError(f"{path}: has no text.")
     return text
+
+
+def _parquet_text(path: Path) -> str:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise MissingDependencyError(f"{path}: parquet files need pyarrow: pip install pyarrow") from error
+    try:
+        return _ROWS_END.join(parquet.read_table(path, columns=["text"])["text"].to_pylist())
+    except (OSError, KeyError, TypeError, ArrowException) as error:
+        raise ConfigError(f"{path}: not a readable parquet file with a column 'text' ({error}).") from error
 
 
 def score_text(model: nn.Module, tokenizer: Any, text: str, **options: Any) -> TextScore:
@@ -221,6 +240,20 @@ def perplexity_metrics(
             )
         )
     return found
+
+
+def score_experiment(
+    model: nn.Module, folder: Path, data: Sequence[Path], settings: Mapping[str, Any]
+) -> tuple[list[Metric], dict[str, str]]:
+    """Perplexity on files of text, joined as rows are, as an experiment of ``eval reproduce`` takes it.
+
+    Its settings are the ``name`` of the text, and where they are not the default :func:`score_tokens`' ``window``,
+    ``stride`` and ``batch_size``; the rest is as :class:`diffuse_compress.reproduce.ModelScorer` says.
+    """
+    text = _ROWS_END.join(map(read_text, data))
+    options = {key: value for key, value in settings.items() if key != "name"}
+    score = score_text(model, load_tokenizer(folder), text, **options)
+    return perplexity_metrics(score, settings["name"], size=len(text.encode())), {}
 
 
 def _checked_window(model: nn.Module, window: int | None) -> int:

@@ -221,7 +221,7 @@ def table_notes(records: Sequence[Record], *, commands: bool = True) -> list[str
         other_count = f", N={reference.get('count')}" if reference.get("count") != metric.count else ""
         against = f"; against {reference['name']}{other_count}" if reference else ""
         better = "higher" if metric.higher_is_better else "lower"
-        notes.append(f"{heading}: {metric.implementation}{against}; {better} is better.")
+        notes.append(f"{heading}: {metric.implementation}{against}; {better} is better.{_counts(records, column)}")
     notes += ["In brackets: 95 % intervals.", *_absence_notes(records)]
     sources: dict[str, list[str]] = {}
     for record in records:
@@ -233,6 +233,14 @@ def table_notes(records: Sequence[Record], *, commands: bool = True) -> list[str
     if len(sources) == 1:
         return [*notes, f"Made with {next(iter(sources))}"]
     return notes + [f"{', '.join(names)}: {source}" for source, names in sources.items()]
+
+
+def _counts(records: Sequence[Record], column: tuple[Any, ...]) -> str:
+    """What a column's N are where rows differ, which not all scores can be compared over; nothing where they agree."""
+    found = {record.name: metric.count for record in records if (metric := _metric(record, column)) is not None}
+    if len(set(found.values())) < 2:
+        return ""
+    return " N differs: " + ", ".join(f"{name} {count}" for name, count in found.items()) + "."
 
 
 def _absence_notes(records: Sequence[Record]) -> list[str]:

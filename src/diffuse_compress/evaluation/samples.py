@@ -201,10 +201,12 @@ def open_pictures(path: str | Path, *, recursive: bool = False, limit: int | Non
         limit: the first so many only.
 
     Raises:
-        ConfigError: no such folder, or no pictures in it.
+        ConfigError: no such folder, no pictures in it, or a limit under 1.
         CheckpointError: an unfinished run, or one whose files are gone.
     """
     folder = Path(path)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"{folder}: need limit >= 1, got {limit}.")
     if not folder.is_dir():
         raise ConfigError(
             f"{folder}: need a folder of pictures, got {'a file' if folder.exists() else 'nothing there'}."

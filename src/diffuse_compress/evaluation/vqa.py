@@ -43,12 +43,14 @@ from diffuse_compress.evaluation.statistics import bootstrap_ratio
 from diffuse_compress.progress import track
 
 __all__ = [
+    "DEFAULT_NEW_TOKENS",
     "Answer",
     "Answers",
     "Around",
     "answer_metrics",
     "answer_questions",
     "compare_answers",
+    "decoding_text",
     "score_experiment",
 ]
 
@@ -56,6 +58,8 @@ Around = Callable[[Mapping[str, Any]], AbstractContextManager[dict[str, Any]]]
 """``around(inputs)`` is entered around each call of ``generate(**inputs)``. What stands in the dict that it yields when
 the call is over is kept with each answer of the batch: JSON values, such as the number of vision tokens kept."""
 
+DEFAULT_NEW_TOKENS = 32
+"""Of one answer."""
 _OPTIONS = ("batch_size", "max_new_tokens")
 
 
@@ -140,7 +144,7 @@ def answer_questions(
     *,
     out: str | Path | None = None,
     batch_size: int = 1,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
     instructions: Mapping[str, str] | None = None,
     around: Around | None = None,
     identity: Mapping[str, Any] | None = None,
@@ -284,7 +288,13 @@ def score_experiment(
         if count is None or len(conversations) < count:
             conversations += read_questions(path, limit=None if count is None else count - len(conversations))
     answers = answer_questions(model, load_processor(folder), conversations, **options)
-    return answer_metrics(answers, settings["name"]), {}
+    return answer_metrics(answers, settings["name"], settings=decoding_text(options.get("max_new_tokens"))), {}
+
+
+def decoding_text(max_new_tokens: int | None = None, *, instructions: bool = True) -> str:
+    """How answers were made, for the ``implementation`` of their scores; arguments as :func:`answer_questions`."""
+    bare = "" if instructions else ", bare questions"
+    return f"greedy, at most {max_new_tokens or DEFAULT_NEW_TOKENS} tokens{bare}"
 
 
 def _by_kind(answers: Answers) -> dict[str, tuple[list[float], list[int], list[list[float]]]]:
