@@ -1,11 +1,11 @@
 """Time and peak memory of a calibrated algorithm on a whole language model of true shapes, with random weights.
 
-    python eval/calibration_cost.py                                     # Llama-3.1-8B, 128 x 2048 tokens, GPTQ, on a GPU
-    python eval/calibration_cost.py --layers 4 --samples 32             # a share of it
-    python eval/calibration_cost.py --tiny --device cpu                 # a rehearsal without a GPU
+    python eval/calibration_cost.py                             # Llama-3.1-8B, 128 x 2048 tokens, GPTQ, on a GPU
+    python eval/calibration_cost.py --layers 4 --samples 32     # a share of it
+    python eval/calibration_cost.py --tiny --device cpu         # a rehearsal without a GPU
 
 Cost only: weights and tokens are random. The model is on the device; ``--offload`` leaves it on the CPU and calibrates
-block by block on the device. One JSON line: {model, algorithm, preset, seconds, peak_bytes, bytes, samples, tokens, ...}.
+block by block on the device. One JSON line: {model, algorithm, preset, seconds, peak_bytes, bytes, samples, ...}.
 """
 
 from __future__ import annotations

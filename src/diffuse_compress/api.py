@@ -139,20 +139,18 @@ def compress(
         seed: of algorithms that draw random numbers; global random states are never touched.
         generator: source of that seed.
         device: compute here, layer by layer; every layer returns to where it was.
-        work_dir: folder for what restores the model if the call fails, and for finished blocks of a calibration, from
-            which the same call goes on after a crash. Delete it once the model is saved.
+        work_dir: folder for what restores the model if the call fails, and for the finished blocks of one calibration,
+            from which the same call goes on after a crash (another is a ConfigError). Delete it at the end.
         preview: prompts (or dicts of pipeline arguments) to generate before and after, for the report.
         callback: ``callback(stage, done, total, metrics)``; raising in it cancels and restores.
         measure: run the denoiser at four timesteps before and after to report its output error.
         calibration: a Calibration, or the items to record one from. A preset then means its calibrated algorithm.
-        target_size: "11GB" that the result may take; each layer gets its own format (see :func:`compression_plan`).
+        target_size: "11GB" that the result may take; each layer gets its own format.
         target_bits: the same by average bits per weight.
         sensitivity: of the layers, if known.
 
     Raises:
-        ConfigError, CompressionConflictError, IncompatibleShapeError: see :func:`compression_plan`; ConfigError also
-            where ``work_dir`` is of another calibration.
-        ModelStateError: meta tensors, offload hooks, foreign quantization, or too little disk.
+        DiffuseCompressError: see :func:`compression_plan`; also offload hooks, meta tensors, too little disk.
     """
     plan = compression_plan(
         target,

@@ -30,7 +30,7 @@ from diffuse_compress.integrations.quantization_config import QUANT_METHOD, Quan
 __all__ = ["MODEL_FILES", "default_dtype", "load", "local_folder", "model_class", "read_skeleton", "stored_dtype"]
 
 _PIPELINE_INDEX = "model_index.json"
-MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 """What is fetched of a repository that holds a model, not a pipeline."""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

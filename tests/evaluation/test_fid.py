@@ -201,6 +201,9 @@ def test_unreadable_empty_and_mixed_folders_are_named(tmp_path: Path, classifier
         ClassifierExtractor(tmp_path / "empty")
 
     run = make_run(tmp_path / "run", ["cat", "dog"], 0)
+    (run / "samples" / "001.png").write_bytes((run / "samples" / "000.png").read_bytes())
+    with pytest.raises(CheckpointError, match=r"001\.png: is not the sample that the manifest lists"):
+        open_pictures(run)
     (run / "samples" / "001.png").unlink()
     with pytest.raises(CheckpointError, match=r"001\.png: the manifest lists it, but it is gone"):
         open_pictures(run)

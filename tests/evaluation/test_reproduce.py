@@ -213,9 +213,6 @@ def test_the_packages_own_scorers_score_as_their_commands(session: Session) -> N
     model, processor = tiny_vlm.build_llava()
     model.save_pretrained(folder / "llava")
     processor.save_pretrained(folder / "llava")
-    # As the published Qwen2.5-VL has it.
-    (folder / "llava/chat_template.jinja").unlink()
-    (folder / "llava/chat_template.json").write_text(json.dumps({"chat_template": processor.chat_template}))
     python = ROOT / "examples/reference_models/python_llama"
     for name, place in (("python", python), ("llava", folder / "llava")):
         session.hub.add(f"base/{name}", {p.name: p.read_bytes() for p in place.iterdir() if p.is_file()})

@@ -202,7 +202,7 @@ def open_pictures(path: str | Path, *, recursive: bool = False, limit: int | Non
 
     Raises:
         ConfigError: no such folder, no pictures in it, or a limit under 1.
-        CheckpointError: an unfinished run, or one whose files are gone.
+        CheckpointError: an unfinished run, or one whose files are gone or were changed.
     """
     folder = Path(path)
     if limit is not None and limit < 1:
@@ -230,6 +230,11 @@ def _open_run(folder: Path, limit: int | None) -> PictureSet:
             path = frames[len(frames) // 2] if frames else path
         if not path.is_file():
             raise CheckpointError(f"{path}: the manifest lists it, but it is gone. Generate the run again.")
+        if sample_hash(folder / sample.file) != sample.sha256:
+            raise CheckpointError(
+                f"{folder / sample.file}: is not the sample that the manifest lists, its hash is another. Run the same "
+                "eval generate command again, which makes it anew."
+            )
         files.append(path)
     if not files:
         raise ConfigError(f"{folder}: the run has no samples.")
