@@ -115,7 +115,6 @@ def test_repeated_blocks_of_a_class_that_names_none_is_the_stock_error(name: str
         tiny.build(name).compress("w8a8", measure=False).compile_repeated_blocks(fullgraph=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["w8a8", "w4a16"])
 @pytest.mark.parametrize("name", ["pixart", "flux"])
 def test_inductor(name: str, preset: str) -> None:
