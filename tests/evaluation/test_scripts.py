@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import tiny
 
@@ -233,3 +234,28 @@ def test_calibrated_algorithms_measures_and_prints(
     script.main(["--table", str(out), str(out)])
     assert "| gptaq | " in printed
     assert printed.splitlines()[0] == capsys.readouterr().out.splitlines()[0] == "| | w8a8, trained, % | s |"
+
+
+def test_against_llmcompressor_gives_back_dense_weights_of_the_scheme(tmp_path: Path) -> None:
+    """This package's half; the other needs an environment of its own."""
+    script = load_script("against_llmcompressor")
+    tokens = script.calibration_tokens(0, 2)
+    assert tokens.shape == (2, script.LENGTH)
+    assert not tokens.equal(script.calibration_tokens(1, 2))
+    save_file({"tokens": tokens}, tmp_path / "tokens.safetensors")
+    script.main(["--worker", "here", "--arm", "GPTQ", "--folder", str(tmp_path)])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["seconds"] > 0
+    dense, found = load_file(script.MODEL / "model.safetensors"), load_file(tmp_path / "weights.safetensors")
+    assert set(found) == set(dense)
+    for name, weight in found.items():
+        levels = [len(group.unique()) for group in weight.reshape(-1, script.GROUP)[:50]]
+        if "_proj" in name:
+            assert max(levels) <= 16
+        else:
+            assert weight.equal(dense[name].float()), name
+    cell = {"perplexity": [6.5, 6.7], "seconds": [2.0, 4.0]}
+    made = {"dense": 6.4, "versions": {}, "arms": {"GPTQ": {"here": cell, "peer": cell}, "AWQ-default": {"here": cell}}}
+    lines = script.table(made).splitlines()
+    assert lines[-2].endswith("| 6.600 (6.500-6.700) | 6.600 (6.500-6.700) | 3.0 (2.0-4.0) | 3.0 (2.0-4.0) | 1.00 |")
+    assert lines[-1].endswith("| 6.600 (6.500-6.700) |  | 3.0 (2.0-4.0) |  |  |")
