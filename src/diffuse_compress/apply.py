@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -183,11 +184,13 @@ def _prepared(
         return None, {}
     folder = None if work_dir is None else WorkFolder(work_dir)
     fingerprints: dict[str, dict[str, Any]] = {}
+    digest = functools.cache(lambda name: digest_of_weights(models[name]))  # a second for a gigabyte
     if folder is not None:
-        fingerprints = {name: _fingerprint(models[name], part, device) for name, part in needing.items()}
+        for name, part in needing.items():
+            fingerprints[name] = {"weights": digest(name), **_fingerprint(models[name], part, device)}
         for name, fingerprint in fingerprints.items():
             folder.require_same(name, fingerprint)
-    found = _recorded(target, models, plan.calibration, list(needing), folder, callback)
+    found = _recorded(target, models, digest, plan.calibration, list(needing), folder, callback)
     finished = {}
     for name in needing:
         samples = found.of(name)
@@ -198,11 +201,10 @@ def _prepared(
 
 
 def _fingerprint(model: nn.Module, part: ComponentPlan, device: torch.device | str | None) -> dict[str, Any]:
-    """What the codes of a component follow from, but for the samples."""
+    """What the codes of a component follow from, but for weights and samples."""
     versions = installed_versions()
     device = device if device is not None else next(parameter.device for parameter in model.parameters())
     return {
-        "weights": digest_of_weights(model),
         "recipe": {
             "algorithm": algorithm_to_dict(part.spec.algorithm),
             "seed": part.spec.seed,
@@ -218,6 +220,7 @@ def _fingerprint(model: nn.Module, part: ComponentPlan, device: torch.device | s
 def _recorded(
     target: Any,
     models: Mapping[str, nn.Module],
+    digest: Callable[[str], str],
     given: Any,
     needing: Sequence[str],
     folder: WorkFolder | None,
@@ -231,7 +234,7 @@ def _recorded(
         items = digest_of_items(given)
         if items is not None:
             schedule = repr(dict(getattr(getattr(target, "scheduler", None), "config", {})))
-            weights = [f"{name} {digest_of_weights(model)}" for name, model in models.items()]
+            weights = [f"{name} {digest(name)}" for name in models]
             known = [type(target).__name__, items, schedule, *needing, *weights]
             key = hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
 

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from diffuse_compress.errors import ConfigError, ModelStateError
-from diffuse_compress.quantization.algorithms.gptq import GPTQConfig, quantize_columns
+from diffuse_compress.quantization.algorithms.gptq import GPTQConfig, round_columns
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.rtn import quantize as rtn
-from diffuse_compress.quantization.numerics import dequantize
+from diffuse_compress.quantization.numerics import dequantize, quantize_weight
+from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.presets import PRESETS
 from diffuse_compress.quantization.scheme import NumberFormat, PerChannel, PerGroup, WeightScheme
 
@@ -20,6 +21,13 @@ SCHEMES = {name: preset.scheme.weight for name, preset in PRESETS.items()} | {
     "w3-g64": WeightScheme(NumberFormat.INT3, PerGroup(64), symmetric=False),
     "w2-g64": WeightScheme(NumberFormat.INT2, PerGroup(64), symmetric=False),
 }
+
+
+def quantize_columns(
+    weight: torch.Tensor, hessian: torch.Tensor, scheme: WeightScheme, *more: GPTQConfig | torch.Tensor
+) -> QuantizedWeight:
+    result, qparams = round_columns(weight, hessian, scheme, *more)
+    return quantize_weight(result, scheme, qparams)
 
 
 def correlated(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -149,7 +157,7 @@ def test_singular_hessian_is_damped() -> None:
                                     {"asymmetric_share": 0.0}])  # fmt: skip
 def test_config_refuses(fields: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="GPTQConfig"):
-        GPTQConfig(**fields)  # type: ignore[arg-type]
+        GPTQConfig(**fields)
 
 
 def test_equal_inputs_give_equal_bytes() -> None:

@@ -25,18 +25,25 @@ from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import WeightScheme
 
-__all__ = ["AdaRoundConfig", "Annealing", "SoftRounding", "nearest_rounding", "round_adaptively"]
+__all__ = [
+    "AdaRoundConfig",
+    "Annealing",
+    "LearnedRoundingConfig",
+    "SoftRounding",
+    "nearest_rounding",
+    "round_adaptively",
+]
 
 # Ends of the sigmoid before it is cut to [0, 1] (the authors' gamma and zeta): 0 and 1 are reached at a finite v.
 _LOW, _HIGH = -0.1, 1.1
 
 
 @dataclass(frozen=True)
-class AdaRoundConfig(AlgorithmConfig):
-    """Learned rounding, layer by layer. Needs calibration data. Integer weights only.
+class LearnedRoundingConfig(AlgorithmConfig):
+    """What AdaRound and BRECQ share. Both need calibration data, and take integer weights only.
 
     Args:
-        iterations: steps of Adam for each layer.
+        iterations: steps of Adam.
         learning_rate: of Adam.
         regularization: how strongly h is pushed to 0 or 1, relative to the error.
         warmup: share of the steps that goes without regulariser.
@@ -48,43 +55,39 @@ class AdaRoundConfig(AlgorithmConfig):
     regularization: float = 100.0
     warmup: float = 0.2
     observer: str = "mse"
-    kind: ClassVar[str] = "adaround"
     needs_calibration: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if self.iterations < 1 or self.learning_rate <= 0 or self.regularization < 0:
+            raise ConfigError(
+                f"{name}: need iterations >= 1, learning_rate > 0 and regularization >= 0, got "
+                f"iterations={self.iterations}, learning_rate={self.learning_rate}, "
+                f"regularization={self.regularization}."
+            )
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"{name}: need 0 <= warmup < 1, got {self.warmup}.")
+        if self.observer not in ("mse", "minmax"):
+            raise ConfigError(f"{name}: observer must be 'mse' or 'minmax', got {self.observer!r}.")
+
+    def check(self, scheme: WeightScheme) -> None:
+        if not scheme.format.is_integer:
+            raise ConfigError(
+                f"{type(self).__name__}: rounds up or down to integer codes, got {scheme.format.value} weights. Use "
+                "GPTQConfig() or RTNConfig() for these."
+            )
+
+
+@dataclass(frozen=True)
+class AdaRoundConfig(LearnedRoundingConfig):
+    """Learned rounding, layer by layer: ``iterations`` for each; fields of :class:`LearnedRoundingConfig`."""
+
+    kind: ClassVar[str] = "adaround"
 
     @property
     def summary(self) -> str:
         return f"AdaRound ({self.iterations} steps)"
-
-    def __post_init__(self) -> None:
-        check_learning(self)
-
-    def check(self, scheme: WeightScheme) -> None:
-        check_integer(self, scheme)
-
-
-def check_learning(config: AlgorithmConfig) -> None:
-    """Validate the fields that AdaRound and BRECQ share."""
-    name, given = type(config).__name__, vars(config)
-    if given["iterations"] < 1 or given["learning_rate"] <= 0 or given["regularization"] < 0:
-        raise ConfigError(
-            f"{name}: need iterations >= 1, learning_rate > 0 and regularization >= 0, got "
-            f"iterations={given['iterations']}, learning_rate={given['learning_rate']}, "
-            f"regularization={given['regularization']}."
-        )
-    if not 0 <= given["warmup"] < 1:
-        raise ConfigError(f"{name}: need 0 <= warmup < 1, got {given['warmup']}.")
-    if given["observer"] not in ("mse", "minmax"):
-        raise ConfigError(f"{name}: observer must be 'mse' or 'minmax', got {given['observer']!r}.")
-
-
-def check_integer(config: AlgorithmConfig, scheme: WeightScheme) -> None:
-    """ConfigError unless codes are integers."""
-    if not scheme.format.is_integer:
-        raise ConfigError(
-            f"{type(config).__name__}: rounds up or down to integer codes, got {scheme.format.value} weights. Use "
-            "GPTQConfig() or RTNConfig() for these."
-        )
 
 
 @dataclass(frozen=True)

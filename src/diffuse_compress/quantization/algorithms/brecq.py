@@ -25,53 +25,37 @@ from torch.utils._pytree import tree_leaves
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.adaround import (
     Annealing,
+    LearnedRoundingConfig,
     SoftRounding,
-    check_integer,
-    check_learning,
     nearest_rounding,
 )
-from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
+from diffuse_compress.quantization.algorithms.base import register_block
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, as_rows, as_the_layer_sees_it
-from diffuse_compress.quantization.scheme import WeightScheme
 
 __all__ = ["BRECQConfig"]
 
 
 @dataclass(frozen=True)
-class BRECQConfig(AlgorithmConfig):
-    """Learned rounding of whole blocks. Needs calibration data. Integer weights only.
+class BRECQConfig(LearnedRoundingConfig):
+    """Learned rounding of whole blocks; the other fields are those of :class:`LearnedRoundingConfig`.
 
     Args:
         iterations: steps of Adam for each block; the authors take 20000.
         batch_size: calls that are looked at in a step, drawn anew for each.
-        learning_rate: of Adam.
-        regularization: how strongly rounding is pushed to a decision, relative to the error.
-        warmup: share of the steps that goes without regulariser.
-        observer: "mse" or "minmax", for the ranges where nothing before chose them.
     """
 
-    iterations: int = 1000
     batch_size: int = 4
-    learning_rate: float = 0.03
-    regularization: float = 100.0
-    warmup: float = 0.2
-    observer: str = "mse"
     kind: ClassVar[str] = "brecq"
     is_random: ClassVar[bool] = True
-    needs_calibration: ClassVar[bool] = True
-    needs_reference: ClassVar[bool] = True
 
     @property
     def summary(self) -> str:
         return f"BRECQ ({self.iterations} steps)"
 
     def __post_init__(self) -> None:
-        check_learning(self)
+        super().__post_init__()
         if self.batch_size < 1:
             raise ConfigError(f"BRECQConfig: need batch_size >= 1, got {self.batch_size}.")
-
-    def check(self, scheme: WeightScheme) -> None:
-        check_integer(self, scheme)
 
 
 @register_block

@@ -35,10 +35,9 @@ from diffuse_compress.quantization.numerics import (
     quantize_weight,
 )
 from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver
-from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import PerChannel, PerGroup, WeightScheme
 
-__all__ = ["GPTQConfig", "HessianCollector", "collected", "quantize_columns"]
+__all__ = ["GPTQConfig", "HessianCollector", "collected", "round_columns"]
 
 _DAMPING_ATTEMPTS = 6
 
@@ -202,19 +201,6 @@ def _shared(work: BlockWork, names: Sequence[str]) -> dict[str, str]:
         seen = (group_of.get(name, name), scale, layer.scheme.input_rotation, layer.scheme.activation, kind)
         owner[name] = first.setdefault(seen, name)
     return owner
-
-
-def quantize_columns(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    scheme: WeightScheme,
-    config: GPTQConfig,
-    ranges: torch.Tensor | None = None,
-    cross: torch.Tensor | None = None,
-) -> QuantizedWeight:
-    """Codes for a weight that minimise ``tr((W - What) H (W - What)^T)`` greedily; see :func:`round_columns`."""
-    result, qparams = round_columns(weight, hessian, scheme, config, ranges, cross)
-    return quantize_weight(result, scheme, qparams)
 
 
 def round_columns(
