@@ -182,13 +182,14 @@ def test_ecosystem_cost_rehearses_without_a_gpu(tmp_path: Path, capsys: pytest.C
 def test_reference_results_fill_the_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script, document = load_script("reference_results"), tmp_path / "results.md"
     document.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
-    options = ["--models", "emoji_ddim", "--presets", "w8a8", "--count", "3", "--steps", "2", "--batch-size", "3"]
-    script.main([*options, "--out", str(tmp_path / "runs"), "--markdown", str(document)])
+    options = ["--models", "emoji_ddim", "--presets", "w8a16", "--count", "3", "--steps", "2", "--batch-size", "3"]
+    script.main([*options, "--calibration-items", "1", "--out", str(tmp_path / "runs"), "--markdown", str(document)])
     text = document.read_text()
     assert text.startswith(f"before\n{script.BEGIN}\n### emoji_ddim\n")
     assert text.endswith(f"{script.END}\nafter\n")
     assert "old" not in text
-    assert "| w8a8 | 3 |" in text
+    assert "| w8a16 | 3 |" in text
+    assert "| w8a16-calibrated | 3 |" in text
     assert "Fréchet distance to dense, emoji classifier features" in text
     assert "FID" not in text
     assert (tmp_path / "runs" / "emoji_ddim" / "report" / "report.html").is_file()
