@@ -39,6 +39,7 @@ _WRAPPED = ".base_layer"
 _KEPT_ROLE = {
     LayerRole.EMBEDDER: "embedder: few parameters and sensitive",
     LayerRole.OUTPUT: "last layer: few parameters and sensitive",
+    LayerRole.OTHER_MODALITY: "vision or audio part: the language model is converted",
 }
 
 
@@ -158,6 +159,7 @@ class _WithoutAdapters:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self.config = getattr(model, "config", None)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         for name, module in self._model.named_modules():

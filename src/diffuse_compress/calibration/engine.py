@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffuse_compress.calibration.failures import is_out_of_memory
 from diffuse_compress.calibration.lockstep import Visit, lockstep
 from diffuse_compress.calibration.samples import Sample
 from diffuse_compress.calibration.work_folder import FinishedBlocks
@@ -125,8 +126,7 @@ def _memory_explained(device: torch.device, samples: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # The CPU's allocator has no class of error of its own.
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        if not is_out_of_memory(error):
             raise
         where = "" if device.type == "cpu" else ', or device="cpu"'
         raise ModelStateError(
