@@ -153,7 +153,7 @@ def _work(
         return replace(names[layer.name], lambda dense: quantized_layer(layer).to(home)).to(device)
 
     modules = {relative: found.block.get_submodule(relative) if relative else found.block for relative in names}
-    weights = [samples[index].weight for index in found.calls]
+    weights = [_weight(samples[index]) for index in found.calls]
     return BlockWork(
         name=found.name,
         block=found.block,
@@ -168,6 +168,22 @@ def _work(
         weights=weights if any(not isinstance(w, float) or w != 1.0 for w in weights) else None,
         references=[found.references.get(index, call) for index, call in found.calls.items()],
     )
+
+
+def _weight(sample: Sample) -> float | torch.Tensor:
+    """The sample's weight, which is 0 for the padding of its texts.
+
+    Padding is computed like any token and looked at by none; as most of a batch it would decide about the layers.
+    """
+    mask, weight = sample.call.kwargs.get("attention_mask"), sample.weight
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return weight
+    if bool((mask < 0).any() or mask.all() or not mask.any()):
+        return weight  # one that is added to scores, or no padding
+    there = (mask != 0).reshape(-1).float().cpu()
+    if isinstance(weight, torch.Tensor):
+        return weight.reshape(-1) * there if weight.numel() == there.numel() else weight
+    return weight * there
 
 
 def _layers_of(block: str, layers: Mapping[str, Scheme]) -> Iterator[tuple[str, str]]:

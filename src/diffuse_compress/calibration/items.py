@@ -326,7 +326,9 @@ def _is_chat_or_ids(value: Any) -> bool:
 
 
 def _is_words(value: Any) -> bool:
-    """Text, a number, or lists of text: what datasets hold about an item."""
+    """Text, a number, or a list of either: what datasets hold about an item, or about those of a batch."""
+    if isinstance(value, torch.Tensor):
+        return value.ndim < 2
     return isinstance(value, str | numbers.Number) or _is_list_of(value, str)
 
 

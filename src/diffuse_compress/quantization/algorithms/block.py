@@ -118,7 +118,8 @@ class BlockWork:
         generators: {layer: source of its random numbers}.
         install: puts the layer's quantized form in its place in the block.
         device: of the block; None is where the calls are.
-        weights: for each call how much it counts: a number, or one for each row of its hidden states.
+        weights: for each call how much it counts: a number, or one for each row of its hidden states. Rows of weight 0
+            are padding: no algorithm looks at them (:meth:`counted`).
         unchanged: the block as it was (:func:`unchanged_twin`), if the algorithm ``needs_reference``.
         references: for each call the arguments that ``unchanged`` has in a model of which nothing was changed; None,
             the same as ``calls``.
@@ -161,7 +162,9 @@ class BlockWork:
         def give(name: str, index: int, x: torch.Tensor) -> None:
             layer = self.layers[name]
             rows = as_rows(layer.dense, as_the_layer_sees_it(x, layer) if quantized_inputs else x)
-            collectors[name].update(self._weighted(rows, index) if weighted else rows)
+            rows = self._weighted(rows, index) if weighted else self.counted(rows, index)
+            if rows.shape[0]:
+                collectors[name].update(rows)
 
         with self._hooked(self.block, collectors, give) as where, torch.no_grad():
             for where["call"], call in enumerate(self.calls):
@@ -188,7 +191,8 @@ class BlockWork:
             reference = waiting.pop(0) if waiting else rows
             # A router may have sent other rows here.
             reference = reference if reference.shape == rows.shape else rows
-            collectors[name].update(self._weighted(rows, index), self._weighted(reference, index))
+            if self.counted(rows, index).shape[0]:
+                collectors[name].update(self._weighted(rows, index), self._weighted(reference, index))
 
         with (
             self._hooked(self.block, collectors, give) as where,
@@ -223,15 +227,27 @@ class BlockWork:
                 yield self.here(call).run(self.block)
 
     def weight(self, index: int) -> float:
-        """How much a call counts, the mean of its rows."""
+        """How much a call counts, the mean of its rows that do."""
         weight = 1.0 if self.weights is None else self.weights[index]
-        return float(weight.mean()) if isinstance(weight, torch.Tensor) else weight
+        return float(weight[weight > 0].mean()) if isinstance(weight, torch.Tensor) else weight
+
+    def counted(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """Rows [M, K] of a tensor [..., K] of a call without those of weight 0; ``x`` if it has other rows."""
+        weight = self._row_weights(x, index)
+        return x if weight is None or bool((weight > 0).all()) else x.flatten(0, -2)[weight > 0]
+
+    def _row_weights(self, x: torch.Tensor, index: int) -> torch.Tensor | None:
+        """fp32 [M], on the device of a tensor [..., K] with M rows; None where rows have no weights of their own."""
+        weight = None if self.weights is None else self.weights[index]
+        if not isinstance(weight, torch.Tensor) or weight.numel() != x.shape[:-1].numel():
+            return None
+        return weight.to(x.device, torch.float32).reshape(-1)
 
     def _weighted(self, rows: torch.Tensor, index: int) -> torch.Tensor:
         """``rows`` times the square root of their weights; rows of another number than the weights count alike."""
-        weight = None if self.weights is None else self.weights[index]
-        if isinstance(weight, torch.Tensor) and weight.numel() == rows.shape[0]:
-            return rows * weight.to(rows.device, torch.float32).reshape(-1, 1).sqrt()
+        weight = self._row_weights(rows, index)
+        if weight is not None:
+            return self.counted(rows, index) * weight[weight > 0].reshape(-1, 1).sqrt()
         factor = self.weight(index)
         return rows if factor == 1.0 else rows * factor**0.5
 
