@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.calibration.failures import is_out_of_memory
 from diffuse_compress.calibration.lockstep import Visit, lockstep
 from diffuse_compress.calibration.samples import Sample
 from diffuse_compress.calibration.work_folder import FinishedBlocks
 from diffuse_compress.errors import ModelStateError
+from diffuse_compress.failures import is_out_of_memory
 from diffuse_compress.families.registry import family_of
 from diffuse_compress.families.roles import block_elements
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, calibrate_with, steps_of
@@ -167,6 +167,7 @@ def _work(
         device=device,
         weights=weights if any(not isinstance(w, float) or w != 1.0 for w in weights) else None,
         references=[found.references.get(index, call) for index, call in found.calls.items()],
+        samples=list(found.calls),
     )
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from diffuse_compress.calibration.failures import failures_explained
 from diffuse_compress.calls import Call
 from diffuse_compress.components import unwrap
 from diffuse_compress.errors import ConfigError
-from diffuse_compress.pipeline_call import accepted_arguments, prompt_arguments
+from diffuse_compress.failures import failures_explained
+from diffuse_compress.pipeline_call import accepted_arguments, named_arguments, prompt_arguments
 
 __all__ = ["MAX_LENGTH", "ModelItems", "pipeline_arguments"]
 
@@ -48,7 +48,7 @@ def pipeline_arguments(pipe: Any, item: Any, shared: Mapping[str, Any], index: i
     Raises:
         ConfigError: an item of another kind, or arguments that the pipeline does not take.
     """
-    accepted, where = accepted_arguments(pipe), type(pipe).__name__
+    accepted, named, where = accepted_arguments(pipe), named_arguments(pipe), type(pipe).__name__
     labels = _class_labels(item)
     if isinstance(item, str) or _is_list_of(item, str):
         if accepted is not None and "prompt" not in accepted:
@@ -61,7 +61,7 @@ def pipeline_arguments(pipe: Any, item: Any, shared: Mapping[str, Any], index: i
         given = {"class_labels": labels}
     elif isinstance(item, Mapping):
         given = dict(item)
-        if "text" in given and accepted is not None and "text" not in accepted and "prompt" in accepted:
+        if "text" in given and "text" not in named and "prompt" in named:
             given.setdefault("prompt", given.pop("text"))
         if "class_labels" in given:
             given["class_labels"] = _class_labels(given["class_labels"]) or given["class_labels"]

@@ -26,9 +26,9 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from diffuse_compress.calibration.failures import failures_explained
 from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError
+from diffuse_compress.failures import failures_explained
 
 __all__ = ["Visit", "lockstep"]
 

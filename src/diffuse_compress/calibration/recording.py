@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.calibration.failures import failures_explained
 from diffuse_compress.calibration.items import MAX_LENGTH, ModelItems, pipeline_arguments
 from diffuse_compress.calibration.samples import Sample, Samples
 from diffuse_compress.calls import Call
 from diffuse_compress.components import GROUPS, is_pipeline, model_components, resolve_names, unwrap
 from diffuse_compress.errors import ConfigError
+from diffuse_compress.failures import failures_explained
 from diffuse_compress.pipeline_call import accepted_arguments, seeded, untouched
 from diffuse_compress.progress import Callback
 from diffuse_compress.progress import track as progress
@@ -69,8 +69,8 @@ class Calibration(Samples):
                 processor returns); for any other model a dict of forward arguments, or tensors by position. A batch
                 of texts, chats or ids is as many items; a dict of tensors may hold a batch, whose padding (0 in a
                 2-d ``attention_mask``) does not count. Of a row of a dataset, "text" and "messages" are found.
-            num_samples: calls kept of each component; with two calls per step (sequential guidance) both count as one.
-                64 for pipelines, 128 for models.
+            num_samples: calls kept of each component; with two calls per step (sequential guidance) both count as one,
+                and two experts share them by their shares of the steps. 64 for pipelines, 128 for models.
             seed: of the steps that are kept, and of the starting noise: item i gets ``seed + i``.
             components: names or groups of a pipeline's components; the denoisers by default.
             tokenizer: for texts, or a processor; by default the one beside the model's weights.
@@ -83,10 +83,7 @@ class Calibration(Samples):
         """
         if num_samples is not None and num_samples < 1:
             raise ConfigError(f"calibration: num_samples must be at least 1, got {num_samples}.")
-        if isinstance(items, str | Mapping):
-            raise ConfigError(
-                f"calibration: a list of items is needed, got one {type(items).__name__}. Put it in a list."
-            )
+        items = _each(items)
         if is_pipeline(target):
             return _record_pipeline(target, items, num_samples, seed, components, callback, call_arguments)
         if call_arguments:
@@ -102,6 +99,20 @@ class Calibration(Samples):
         samples = [Sample(call.to("cpu"), item=index) for index, call in enumerate(chosen)]
         settings = {"model": type(unwrap(target)).__name__, "items": len(samples)}
         return Calibration({"": samples}, settings)
+
+
+def _each(items: Any) -> Iterable[Any]:
+    """``items``, checked. What torch calls a dataset need not be iterable."""
+    if isinstance(items, str | Mapping):
+        raise ConfigError(f"calibration: a list of items is needed, got one {type(items).__name__}. Put it in a list.")
+    if hasattr(items, "__iter__"):
+        return items  # type: ignore[no-any-return]
+    if hasattr(items, "__getitem__") and hasattr(items, "__len__"):
+        return (items[index] for index in range(len(items)))
+    raise ConfigError(
+        f"calibration: a list of items or a Calibration is needed, got a {type(items).__name__}. A file is read with "
+        "Calibration.load(path)."
+    )
 
 
 # --- pipelines --------------------------------------------------------------------------------------------------
@@ -181,7 +192,7 @@ class _Recorder:
         handles = []
         try:
             for name, model in self.models.items():
-                if GROUPS["denoisers"].match(name):
+                if _is_stepped(name):
                     track(model, Consumer(_CONSUMER))
                 handles.append(model.register_forward_pre_hook(self._hook(name), with_kwargs=True))
             yield
@@ -204,10 +215,10 @@ class _Recorder:
         return {name: [sample for _, sample in found] for name, found in ordered.items()}
 
     def _hook(self, name: str) -> Any:
-        is_denoiser = bool(GROUPS["denoisers"].match(name))
+        is_stepped = _is_stepped(name)
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not is_denoiser:
+            if not is_stepped:
                 number = len(self.kept[name])
                 if number < self._wanted:
                     self.kept[name].append((number, Sample(Call(args, kwargs).copied(), self._item)))
@@ -247,6 +258,11 @@ class _Recorder:
             count += 1
         self._counted[name] = (timestep, count)
         return count
+
+
+def _is_stepped(name: str) -> bool:
+    """Whether the sampling loop calls a component in every step, with the timestep."""
+    return GROUPS["denoisers"].match(name) is not None or name.startswith("controlnet")
 
 
 def _nearest(step: int, total: int) -> Iterator[int]:

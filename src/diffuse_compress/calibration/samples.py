@@ -64,7 +64,7 @@ class Samples:
             found = f"none for {', '.join(empty) or 'the model'}" if empty else "no component"
             raise ConfigError(
                 f"calibration: at least one recorded call is needed, got {found}. Check that the pipeline calls it "
-                "with these items (an expert of two may see no step of a short run)."
+                "with these items (an expert of two may see no step of a short run, or of few samples)."
             )
 
     def of(self, component: str) -> Sequence[Sample]:

@@ -65,6 +65,7 @@ class AWQConfig(AlgorithmConfig):
     kind: ClassVar[str] = "awq"
     needs_calibration: ClassVar[bool] = True
     chooses_codes: ClassVar[bool] = False
+    chooses_scales: ClassVar[bool] = True
 
     @property
     def summary(self) -> str:

@@ -18,6 +18,7 @@ from torch import nn
 
 from diffuse_compress.calls import Call
 from diffuse_compress.errors import ModelStateError
+from diffuse_compress.failures import failures_explained
 from diffuse_compress.quantization.layer_base import LowRank
 from diffuse_compress.quantization.numerics import fake_quantize_activation
 from diffuse_compress.quantization.packed import QuantizedWeight
@@ -51,6 +52,11 @@ class PairCollector(Protocol):
 
     def update(self, rows: torch.Tensor, references: torch.Tensor) -> None:
         """Take the input rows [M, K] of one call, as the layer sees them, and [M, K] of the unchanged model."""
+
+
+class _Ignored:
+    def update(self, rows: torch.Tensor) -> None:
+        """Rows are looked at on their way here."""
 
 
 @dataclass
@@ -123,6 +129,7 @@ class BlockWork:
         unchanged: the block as it was (:func:`unchanged_twin`), if the algorithm ``needs_reference``.
         references: for each call the arguments that ``unchanged`` has in a model of which nothing was changed; None,
             the same as ``calls``.
+        samples: for each call the number of its sample, for messages; None, the calls' own numbers.
     """
 
     name: str
@@ -135,6 +142,7 @@ class BlockWork:
     weights: Sequence[float | torch.Tensor] | None = None
     unchanged: nn.Module | None = None
     references: Sequence[Call] | None = None
+    samples: Sequence[int] | None = None
     _subsets: list[tuple[str, ...]] | None = field(default=None, repr=False)
 
     @property
@@ -167,8 +175,8 @@ class BlockWork:
                 collectors[name].update(rows)
 
         with self._hooked(self.block, collectors, give) as where, torch.no_grad():
-            for where["call"], call in enumerate(self.calls):
-                self.here(call).run(self.block)
+            for where["call"] in range(len(self.calls)):
+                self.run_call(where["call"])
 
     def collect_pairs(self, collectors: Mapping[str, PairCollector]) -> None:
         """As :meth:`collect` with quantized and weighted inputs, and beside them those of the unchanged model.
@@ -199,11 +207,11 @@ class BlockWork:
             self._hooked(self.reference_block, collectors, keep) as reference_where,
             torch.no_grad(),
         ):
-            for index, (call, reference) in enumerate(zip(self.calls, self.reference_calls, strict=True)):
+            for index, reference in enumerate(self.reference_calls):
                 where["call"] = reference_where["call"] = index
                 kept.clear()
                 self.here(reference).run(self.reference_block)
-                self.here(call).run(self.block)
+                self.run_call(index)
 
     @property
     def reference_block(self) -> nn.Module:
@@ -223,8 +231,29 @@ class BlockWork:
     def run(self) -> Iterable[Any]:
         """What the block returns for each call, as it is now."""
         with torch.no_grad():
-            for call in self.calls:
-                yield self.here(call).run(self.block)
+            for index in range(len(self.calls)):
+                yield self.run_call(index)
+
+    def run_call(self, index: int) -> Any:
+        """What the block returns for one call, as it is now.
+
+        Raises:
+            ConfigError: it raises; the message names block and sample.
+        """
+        with failures_explained(f"sample {self.sample(index)} cannot be run through {self.name}"):
+            return self.here(self.calls[index]).run(self.block)
+
+    def require_finite(self) -> None:
+        """Look at the inputs of every layer, for algorithms that do not collect them.
+
+        Raises:
+            ModelStateError: an input is not finite; the message names layer and sample.
+        """
+        self.collect({name: _Ignored() for name in self.layers})
+
+    def sample(self, index: int) -> int:
+        """Number of the sample that a call is of."""
+        return index if self.samples is None else self.samples[index]
 
     def weight(self, index: int) -> float:
         """How much a call counts, the mean of its rows that do."""
@@ -265,10 +294,11 @@ class BlockWork:
             def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 x = args[0].detach()
                 if not torch.isfinite(x).all():
+                    layer = ".".join(part for part in (self.name, name) if part)
                     raise ModelStateError(
-                        f"{self.name}.{name}: calibration needs finite inputs, got inf or nan in sample "
-                        f"{where['call']}. The model overflows on it in {x.dtype}: load it in bfloat16 or float32, or "
-                        "leave the sample out."
+                        f"{layer}: calibration needs finite inputs, got inf or nan in sample "
+                        f"{self.sample(where['call'])}. The model overflows on it in {x.dtype}: load it in bfloat16 or "
+                        "float32, or leave the sample out."
                     )
                 give(name, where["call"], x)
 
@@ -299,7 +329,7 @@ class BlockWork:
         handles = [self._module(name).register_forward_pre_hook(note(name)) for name in self.layers]
         try:
             with torch.no_grad():
-                self.here(self.calls[0]).run(self.block)
+                self.run_call(0)
         finally:
             for handle in handles:
                 handle.remove()

@@ -64,6 +64,7 @@ def calibrate(work: BlockWork, config: BRECQConfig) -> None:
     layers = [layer for layer in work.layers.values() if layer.quantized is None]
     if not layers:
         return
+    work.require_finite()
     roundings = [nearest_rounding(layer, config.observer) for layer in layers]
     with _seen_as_quantized(layers):
         _reconstruct(work, layers, roundings, config)
