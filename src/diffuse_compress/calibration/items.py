@@ -188,7 +188,7 @@ class ModelItems:
         about_tokens = {
             key
             for key, value in extra.items()
-            if isinstance(value, torch.Tensor) and isinstance(ids, torch.Tensor) and value.shape[:2] == ids.shape
+            if isinstance(value, torch.Tensor) and isinstance(ids, torch.Tensor) and value.shape == ids.shape
         }
         unused = [key for key in extra if key not in about_tokens and not _is_words(extra[key])]
         if unused:
