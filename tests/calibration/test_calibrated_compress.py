@@ -276,6 +276,17 @@ def test_a_plan_carries_its_calibration() -> None:
     assert "transformer_blocks.1.attn1.to_q" in quantized_layers(pipe.transformer)
 
 
+def test_bars_can_be_switched_off() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = tiny.build("llama").compress("w8a16", calibration=[[1, 2, 3]], measure=False)
+    finally:
+        logging.enable_progress_bar()
+    assert quantized_layers(model)
+
+
 def test_an_interrupted_call_leaves_the_model_as_it_was() -> None:
     pipe = tiny.build_pipeline("flux")
     before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}

@@ -112,7 +112,7 @@ class ModelItems:
         variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         self._names = [name for name, it in self._signature.parameters.items() if it.kind not in variable]
         self._is_transformers = hasattr(self.model, "can_generate")
-        # A wrapper (peft's) may pass on whatever it is given.
+        # A wrapper may pass on whatever it is given.
         self._is_language = "input_ids" in self._names or (self._is_transformers and not self._names)
 
     def calls(self, item: Any, index: int) -> list[Call]:

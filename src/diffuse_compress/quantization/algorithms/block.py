@@ -258,7 +258,9 @@ class BlockWork:
     def weight(self, index: int) -> float:
         """How much a call counts, the mean of its rows that do."""
         weight = 1.0 if self.weights is None else self.weights[index]
-        return float(weight[weight > 0].mean()) if isinstance(weight, torch.Tensor) else weight
+        if not isinstance(weight, torch.Tensor):
+            return weight
+        return float(weight.sum() / (weight > 0).sum().clamp(min=1))
 
     def counted(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """Rows [M, K] of a tensor [..., K] of a call without those of weight 0; ``x`` if it has other rows."""
