@@ -16,6 +16,7 @@ from diffuse_compress.errors import ConfigError
 from diffuse_compress.families.registry import residual_stream_of
 from diffuse_compress.families.roles import LayerRole, layer_roles
 from diffuse_compress.patterns import first_match, generalize, matches, require_match
+from diffuse_compress.quantization.algorithms.base import steps_of
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear, supports
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import QuantizationSpec, Rules
@@ -39,6 +40,7 @@ _WRAPPED = ".base_layer"
 _KEPT_ROLE = {
     LayerRole.EMBEDDER: "embedder: few parameters and sensitive",
     LayerRole.OUTPUT: "last layer: few parameters and sensitive",
+    LayerRole.OTHER_MODALITY: "vision or audio part: the language model is converted",
 }
 
 
@@ -105,7 +107,21 @@ def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAs
                 spec.algorithm.check(item.scheme.weight)
             except ConfigError as error:
                 raise ConfigError(f"{item.name}: {item.scheme.name}: {error}") from error
+    if spec.rules is None:
+        _require_work(model, decided, spec)
     return decided
+
+
+def _require_work(model: nn.Module, decided: Mapping[str, LayerAssignment], spec: QuantizationSpec) -> None:
+    """Raise ConfigError if one of the algorithms is for quantized inputs and no layer has such."""
+    schemes = [item.scheme for item in decided.values() if item.scheme is not None]
+    idle = [step for step in steps_of(spec.algorithm) if step.needs_quantized_inputs]
+    if idle and all(scheme.activation is None for scheme in schemes):
+        found = ", ".join(sorted({scheme.name for scheme in schemes}))
+        raise ConfigError(
+            f"{type(model).__name__}: {type(idle[0]).__name__} is for quantized inputs, got none ({found}). Leave it "
+            'out, or take a format that quantizes inputs, such as "w8a8".'
+        )
 
 
 def unsupported_kind(module: nn.Module, parameter: torch.Tensor) -> str | None:
@@ -158,6 +174,7 @@ class _WithoutAdapters:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self.config = getattr(model, "config", None)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         for name, module in self._model.named_modules():

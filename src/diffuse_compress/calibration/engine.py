@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffuse_compress.calibration.lockstep import Visit, lockstep
 from diffuse_compress.calibration.samples import Sample
 from diffuse_compress.calibration.work_folder import FinishedBlocks
 from diffuse_compress.errors import ModelStateError
+from diffuse_compress.failures import is_out_of_memory
 from diffuse_compress.families.registry import family_of
 from diffuse_compress.families.roles import block_elements
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, calibrate_with, steps_of
@@ -77,6 +79,7 @@ def calibrate_layers(
     """
     home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     there, done = home if device is None else torch.device(device), set[str]()
+    weights = [_weight(sample, model) for sample in samples]
     # On another device every block is worth a stop: what is kept dense runs there too.
     blocks = calibration_blocks(model, list(layers), every=there != home)
 
@@ -88,7 +91,7 @@ def calibrate_layers(
                 model.get_submodule(name).to(home)
                 replace(name, functools.partial(_restored, scheme=layers[name], tensors=stored[short])).to(there)
         elif names:
-            work = _work(found, names, layers, samples, generator, replace, home=home, device=there)
+            work = _work(found, names, layers, weights, generator, replace, home=home, device=there)
             work.unchanged = unchanged_twin(found.block) if algorithm.needs_reference else None
             for config in (*steps_of(algorithm), RTNConfig()):
                 calibrate_with(config, work)
@@ -125,8 +128,7 @@ def _memory_explained(device: torch.device, samples: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # The CPU's allocator has no class of error of its own.
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        if not is_out_of_memory(error):
             raise
         where = "" if device.type == "cpu" else ', or device="cpu"'
         raise ModelStateError(
@@ -140,7 +142,7 @@ def _work(
     found: Visit,
     names: Mapping[str, str],
     layers: Mapping[str, Scheme],
-    samples: Sequence[Sample],
+    weights: Sequence[float | torch.Tensor],
     generator: Callable[[str], Any],
     replace: Replace,
     *,
@@ -153,7 +155,7 @@ def _work(
         return replace(names[layer.name], lambda dense: quantized_layer(layer).to(home)).to(device)
 
     modules = {relative: found.block.get_submodule(relative) if relative else found.block for relative in names}
-    weights = [samples[index].weight for index in found.calls]
+    own = [weights[index] for index in found.calls]
     return BlockWork(
         name=found.name,
         block=found.block,
@@ -165,9 +167,27 @@ def _work(
         generators=lambda relative: generator(names[relative]),
         install=install,
         device=device,
-        weights=weights if any(not isinstance(w, float) or w != 1.0 for w in weights) else None,
+        weights=own if any(not isinstance(w, float) or w != 1.0 for w in own) else None,
         references=[found.references.get(index, call) for index, call in found.calls.items()],
+        samples=list(found.calls),
     )
+
+
+def _weight(sample: Sample, model: nn.Module) -> float | torch.Tensor:
+    """The sample's weight, which is 0 for the padding of its texts.
+
+    Padding is computed like any token and looked at by none; as most of a batch it would decide about the layers.
+    """
+    named = dict(zip(inspect.signature(model.forward).parameters, sample.call.args, strict=False))
+    mask, weight = {**named, **sample.call.kwargs}.get("attention_mask"), sample.weight
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return weight
+    if bool((mask < 0).any() or mask.all() or not mask.any()):
+        return weight  # one that is added to scores, or no padding
+    there = (mask != 0).reshape(-1).float().cpu()
+    if isinstance(weight, torch.Tensor):
+        return weight.reshape(-1) * there if weight.numel() == there.numel() else weight
+    return weight * there
 
 
 def _layers_of(block: str, layers: Mapping[str, Scheme]) -> Iterator[tuple[str, str]]:

@@ -64,7 +64,7 @@ class Samples:
             found = f"none for {', '.join(empty) or 'the model'}" if empty else "no component"
             raise ConfigError(
                 f"calibration: at least one recorded call is needed, got {found}. Check that the pipeline calls it "
-                "with these items (an expert of two may see no step of a short run)."
+                "with these items (an expert of two may see no step of a short run, or of few samples)."
             )
 
     def of(self, component: str) -> Sequence[Sample]:
@@ -166,7 +166,8 @@ class Samples:
         Args:
             weight: gives for a sample a number at least 0, e.g. of its ``timestep``; or one for each row of the hidden
                 states, a tensor of batch x tokens elements. Layers whose inputs have another number of rows (texts in
-                cross-attention) and losses of whole blocks take the mean of it.
+                cross-attention) and losses of whole blocks take the mean of those above 0. Rows of weight 0 are not
+                looked at by any algorithm; padding (0 in a 2-d ``attention_mask``) has that weight without being asked.
 
         Raises:
             ConfigError: weights that are negative or not finite, or none above 0.

@@ -9,8 +9,9 @@ the layers (``act_pre_scale``), so layers behind an adaptive norm or an activati
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,6 +65,7 @@ class AWQConfig(AlgorithmConfig):
     kind: ClassVar[str] = "awq"
     needs_calibration: ClassVar[bool] = True
     chooses_codes: ClassVar[bool] = False
+    chooses_scales: ClassVar[bool] = True
 
     @property
     def summary(self) -> str:
@@ -145,7 +147,7 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
         return
     weights = [layer.rest() for layer in layers]
     magnitude = _relative_magnitude(layers, weights)
-    parent, calls, expected = _observed(work, [layer.name for layer in layers])
+    parent, observed = _observed(work, [layer.name for layer in layers])
     best, best_error = None, float("inf")
     for step in range(config.num_ratios):
         ratio = step / config.num_ratios
@@ -156,7 +158,10 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
             scale = torch.ones_like(scale)  # the candidate that changes nothing is always among them
         scale = torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
         with _tried(layers, weights, scale):
-            error = sum(_distance(call.run(parent), output) for call, output in zip(calls, expected, strict=True))
+            error = sum(
+                _distance(call.run(parent), output, functools.partial(work.counted, index=index))
+                for index, call, output in observed
+            )
         if error < best_error:
             best, best_error = scale, error
     if best is not None and not torch.equal(best, torch.ones_like(best)):
@@ -178,26 +183,25 @@ def _relative_magnitude(layers: Sequence[LayerWork], weights: Sequence[torch.Ten
     return per_channel(layers[0].dense, mean, torch.mean).clamp(min=1e-6)
 
 
-def _observed(work: BlockWork, names: Sequence[str]) -> tuple[nn.Module, list[Call], list[Any]]:
-    """The smallest module that runs all of the layers, what it is called with, and what it returns."""
+def _observed(work: BlockWork, names: Sequence[str]) -> tuple[nn.Module, list[tuple[int, Call, Any]]]:
+    """The smallest module that runs all of the layers; the block's call, what it is called with and returns there."""
     path = _common_parent(names)
     while path and not _is_callable(work.block.get_submodule(path)):
         path = path.rpartition(".")[0]
     parent = work.block.get_submodule(path) if path else work.block
-    calls: list[Call] = []
-    outputs: list[Any] = []
+    observed: list[tuple[int, Call, Any]] = []
+    done = 0  # calls of the block
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.append(Call(args, kwargs))
-        outputs.append(output)
+        observed.append((done, Call(args, kwargs), output))
 
     handle = parent.register_forward_hook(note, with_kwargs=True)
     try:
         for _ in work.run():
-            pass
+            done += 1
     finally:
         handle.remove()
-    return parent, calls, outputs
+    return parent, observed
 
 
 def _common_parent(names: Sequence[str]) -> str:
@@ -256,14 +260,15 @@ def _scaled(layer: LayerWork) -> Any:
     return enter
 
 
-def _distance(a: Any, b: Any) -> float:
-    """Summed squared difference of all floating tensors in two outputs."""
+def _distance(a: Any, b: Any, counted: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    """Summed squared difference of the rows that count in all floating tensors of two outputs."""
     if isinstance(a, torch.Tensor):
-        return float((a.float() - b.float()).square().sum(dtype=torch.float64)) if a.is_floating_point() else 0.0
+        difference = counted(a.float() - b.float()) if a.is_floating_point() else torch.zeros(1)
+        return float(difference.square().sum(dtype=torch.float64))
     if isinstance(a, dict):
-        return sum(_distance(a[key], b[key]) for key in a)
+        return sum(_distance(a[key], b[key], counted) for key in a)
     if isinstance(a, tuple | list):
-        return sum(_distance(x, y) for x, y in zip(a, b, strict=True))
+        return sum(_distance(x, y, counted) for x, y in zip(a, b, strict=True))
     return 0.0
 
 

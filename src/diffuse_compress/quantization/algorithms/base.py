@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,7 +43,9 @@ class AlgorithmConfig:
     The class selects the algorithm; ``kind`` is its name in files and never changes. ``is_random`` says whether the
     result depends on the seed, ``needs_calibration`` whether it looks at inputs and works on whole blocks,
     ``chooses_codes`` whether it ends with codes, so that what only prepares layers must come before it,
-    ``needs_reference`` whether it also wants the block and its inputs as they are in the model before any change.
+    ``chooses_scales`` whether it gives channels of the inputs a scale, ``needs_quantized_inputs`` whether it has
+    nothing to do where inputs stay as they are, ``needs_reference`` whether it also wants the block and its inputs as
+    they are in the model before any change.
     """
 
     kind: ClassVar[str]
@@ -50,6 +53,8 @@ class AlgorithmConfig:
     needs_calibration: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
     chooses_codes: ClassVar[bool] = True
+    chooses_scales: ClassVar[bool] = False
+    needs_quantized_inputs: ClassVar[bool] = False
 
     @property
     def rotates_residual(self) -> bool:
@@ -63,6 +68,10 @@ class AlgorithmConfig:
 
     def check(self, scheme: WeightScheme) -> None:
         """Raise ConfigError if this algorithm cannot reach ``scheme``; asked before any weight is touched."""
+
+    def idle_after(self, earlier: AlgorithmConfig) -> str | None:
+        """Why ``earlier`` in a sequence leaves it nothing to do; None if it does not."""
+        return "both choose the codes, and the first has" if self.chooses_codes and earlier.chooses_codes else None
 
     def unsupported(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """Why a linear or convolution, dense and perhaps on the meta device, cannot be taken; None if it can."""
@@ -111,6 +120,13 @@ class SequenceConfig(AlgorithmConfig):
                 f"algorithm: {late.__name__} prepares layers for the choice of codes, and must come before it, got "
                 f"[{', '.join(kind.__name__ for kind in kinds)}]."
             )
+        for earlier, later in itertools.combinations(self.algorithms, 2):
+            reason = later.idle_after(earlier)
+            if reason is not None:
+                raise ConfigError(
+                    f"algorithm: {type(later).__name__} has nothing to do after {type(earlier).__name__}: {reason}. "
+                    f"Leave one of them out, got [{', '.join(kind.__name__ for kind in kinds)}]."
+                )
 
     @property
     def summary(self) -> str:

@@ -18,6 +18,7 @@ from torch import nn
 
 from diffuse_compress.calls import Call
 from diffuse_compress.errors import ModelStateError
+from diffuse_compress.failures import failures_explained
 from diffuse_compress.quantization.layer_base import LowRank
 from diffuse_compress.quantization.numerics import fake_quantize_activation
 from diffuse_compress.quantization.packed import QuantizedWeight
@@ -51,6 +52,11 @@ class PairCollector(Protocol):
 
     def update(self, rows: torch.Tensor, references: torch.Tensor) -> None:
         """Take the input rows [M, K] of one call, as the layer sees them, and [M, K] of the unchanged model."""
+
+
+class _Ignored:
+    def update(self, rows: torch.Tensor) -> None:
+        """Rows are looked at on their way here."""
 
 
 @dataclass
@@ -118,10 +124,12 @@ class BlockWork:
         generators: {layer: source of its random numbers}.
         install: puts the layer's quantized form in its place in the block.
         device: of the block; None is where the calls are.
-        weights: for each call how much it counts: a number, or one for each row of its hidden states.
+        weights: for each call how much it counts: a number, or one for each row of its hidden states. Rows of weight 0
+            are padding: no algorithm looks at them (:meth:`counted`).
         unchanged: the block as it was (:func:`unchanged_twin`), if the algorithm ``needs_reference``.
         references: for each call the arguments that ``unchanged`` has in a model of which nothing was changed; None,
             the same as ``calls``.
+        samples: for each call the number of its sample, for messages; None, the calls' own numbers.
     """
 
     name: str
@@ -134,6 +142,7 @@ class BlockWork:
     weights: Sequence[float | torch.Tensor] | None = None
     unchanged: nn.Module | None = None
     references: Sequence[Call] | None = None
+    samples: Sequence[int] | None = None
     _subsets: list[tuple[str, ...]] | None = field(default=None, repr=False)
 
     @property
@@ -161,11 +170,13 @@ class BlockWork:
         def give(name: str, index: int, x: torch.Tensor) -> None:
             layer = self.layers[name]
             rows = as_rows(layer.dense, as_the_layer_sees_it(x, layer) if quantized_inputs else x)
-            collectors[name].update(self._weighted(rows, index) if weighted else rows)
+            rows = self._weighted(rows, index) if weighted else self.counted(rows, index)
+            if rows.shape[0]:
+                collectors[name].update(rows)
 
         with self._hooked(self.block, collectors, give) as where, torch.no_grad():
-            for where["call"], call in enumerate(self.calls):
-                self.here(call).run(self.block)
+            for where["call"] in range(len(self.calls)):
+                self.run_call(where["call"])
 
     def collect_pairs(self, collectors: Mapping[str, PairCollector]) -> None:
         """As :meth:`collect` with quantized and weighted inputs, and beside them those of the unchanged model.
@@ -188,18 +199,19 @@ class BlockWork:
             reference = waiting.pop(0) if waiting else rows
             # A router may have sent other rows here.
             reference = reference if reference.shape == rows.shape else rows
-            collectors[name].update(self._weighted(rows, index), self._weighted(reference, index))
+            if self.counted(rows, index).shape[0]:
+                collectors[name].update(self._weighted(rows, index), self._weighted(reference, index))
 
         with (
             self._hooked(self.block, collectors, give) as where,
             self._hooked(self.reference_block, collectors, keep) as reference_where,
             torch.no_grad(),
         ):
-            for index, (call, reference) in enumerate(zip(self.calls, self.reference_calls, strict=True)):
+            for index, reference in enumerate(self.reference_calls):
                 where["call"] = reference_where["call"] = index
                 kept.clear()
                 self.here(reference).run(self.reference_block)
-                self.here(call).run(self.block)
+                self.run_call(index)
 
     @property
     def reference_block(self) -> nn.Module:
@@ -219,19 +231,54 @@ class BlockWork:
     def run(self) -> Iterable[Any]:
         """What the block returns for each call, as it is now."""
         with torch.no_grad():
-            for call in self.calls:
-                yield self.here(call).run(self.block)
+            for index in range(len(self.calls)):
+                yield self.run_call(index)
+
+    def run_call(self, index: int) -> Any:
+        """What the block returns for one call, as it is now.
+
+        Raises:
+            ConfigError: it raises; the message names block and sample.
+        """
+        with failures_explained(f"sample {self.sample(index)} cannot be run through {self.name}"):
+            return self.here(self.calls[index]).run(self.block)
+
+    def require_finite(self) -> None:
+        """Look at the inputs of every layer, for algorithms that do not collect them.
+
+        Raises:
+            ModelStateError: an input is not finite; the message names layer and sample.
+        """
+        self.collect({name: _Ignored() for name in self.layers})
+
+    def sample(self, index: int) -> int:
+        """Number of the sample that a call is of."""
+        return index if self.samples is None else self.samples[index]
 
     def weight(self, index: int) -> float:
-        """How much a call counts, the mean of its rows."""
+        """How much a call counts, the mean of its rows that do."""
         weight = 1.0 if self.weights is None else self.weights[index]
-        return float(weight.mean()) if isinstance(weight, torch.Tensor) else weight
+        if not isinstance(weight, torch.Tensor):
+            return weight
+        return float(weight.sum() / (weight > 0).sum().clamp(min=1))
+
+    def counted(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """Rows [M, K] of a tensor [..., K] of a call without those of weight 0; ``x`` if it has other rows."""
+        weight = self._row_weights(x, index)
+        return x if weight is None or bool((weight > 0).all()) else x.flatten(0, -2)[weight > 0]
+
+    def _row_weights(self, x: torch.Tensor, index: int) -> torch.Tensor | None:
+        """fp32 [M], on the device of a tensor [..., K] with M rows; None where rows have no weights of their own."""
+        weight = None if self.weights is None else self.weights[index]
+        if not isinstance(weight, torch.Tensor) or weight.numel() != x.shape[:-1].numel():
+            return None
+        return weight.to(x.device, torch.float32).reshape(-1)
 
     def _weighted(self, rows: torch.Tensor, index: int) -> torch.Tensor:
         """``rows`` times the square root of their weights; rows of another number than the weights count alike."""
-        weight = None if self.weights is None else self.weights[index]
-        if isinstance(weight, torch.Tensor) and weight.numel() == rows.shape[0]:
-            return rows * weight.to(rows.device, torch.float32).reshape(-1, 1).sqrt()
+        weight = self._row_weights(rows, index)
+        if weight is not None:
+            return self.counted(rows, index) * weight[weight > 0].reshape(-1, 1).sqrt()
         factor = self.weight(index)
         return rows if factor == 1.0 else rows * factor**0.5
 
@@ -249,10 +296,11 @@ class BlockWork:
             def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 x = args[0].detach()
                 if not torch.isfinite(x).all():
+                    layer = ".".join(part for part in (self.name, name) if part)
                     raise ModelStateError(
-                        f"{self.name}.{name}: calibration needs finite inputs, got inf or nan in sample "
-                        f"{where['call']}. The model overflows on it in {x.dtype}: load it in bfloat16 or float32, or "
-                        "leave the sample out."
+                        f"{layer}: calibration needs finite inputs, got inf or nan in sample "
+                        f"{self.sample(where['call'])}. The model overflows on it in {x.dtype}: load it in bfloat16 or "
+                        "float32, or leave the sample out."
                     )
                 give(name, where["call"], x)
 
@@ -283,7 +331,7 @@ class BlockWork:
         handles = [self._module(name).register_forward_pre_hook(note(name)) for name in self.layers]
         try:
             with torch.no_grad():
-                self.here(self.calls[0]).run(self.block)
+                self.run_call(0)
         finally:
             for handle in handles:
                 handle.remove()

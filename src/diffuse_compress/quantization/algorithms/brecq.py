@@ -64,6 +64,7 @@ def calibrate(work: BlockWork, config: BRECQConfig) -> None:
     layers = [layer for layer in work.layers.values() if layer.quantized is None]
     if not layers:
         return
+    work.require_finite()
     roundings = [nearest_rounding(layer, config.observer) for layer in layers]
     with _seen_as_quantized(layers):
         _reconstruct(work, layers, roundings, config)
@@ -134,11 +135,12 @@ def _weights(layers: Sequence[LayerWork], values: Sequence[torch.Tensor]) -> dic
 def _loss(
     work: BlockWork, weights: dict[str, torch.Tensor], index: int, targets: Sequence[Sequence[torch.Tensor]]
 ) -> torch.Tensor:
-    """Squared error of the block's output on a call, times the call's weight; fp32 scalar."""
+    """Squared error of the rows of the block's output on a call that count, times the call's weight; fp32 scalar."""
     call = work.here(work.calls[index])
     output = functional_call(work.block, weights, call.args, dict(call.kwargs))
     pairs = zip([leaf for leaf in tree_leaves(output) if _is_float(leaf)], targets[index], strict=True)
-    errors = [(found.float() - target.to(found.device).float()).square().sum() for found, target in pairs]
+    differences = [found.float() - target.to(found.device).float() for found, target in pairs]
+    errors = [work.counted(difference, index).square().sum() for difference in differences]
     return torch.stack(errors).sum() * work.weight(index)
 
 

@@ -35,6 +35,11 @@ class SmoothQuantConfig(AlgorithmConfig):
     kind: ClassVar[str] = "smoothquant"
     needs_calibration: ClassVar[bool] = True
     chooses_codes: ClassVar[bool] = False
+    chooses_scales: ClassVar[bool] = True
+    needs_quantized_inputs: ClassVar[bool] = True
+
+    def idle_after(self, earlier: AlgorithmConfig) -> str | None:
+        return "it has chosen the scales of the channels" if earlier.chooses_scales else None
 
     @property
     def summary(self) -> str:

@@ -62,6 +62,7 @@ class SVDQuantConfig(AlgorithmConfig):
     kind: ClassVar[str] = "svdquant"
     needs_calibration: ClassVar[bool] = True
     chooses_codes: ClassVar[bool] = False
+    chooses_scales: ClassVar[bool] = True
 
     @property
     def summary(self) -> str:
