@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffuse_compress.plan_text import align, format_bytes
+from diffuse_compress.runtime.sampling import SamplingSettings
 
 __all__ = [
     "SPEED",
@@ -178,6 +179,14 @@ def _notes(part: dict[str, Any]) -> list[str]:
     notes = []
     if part["output_error"]["note"]:
         notes.append(f"output error: {part['output_error']['note']}")
+    if part.get("calibration"):
+        notes.append(f"calibrated on {_calibration(part['calibration'])}")
+    unreached = part.get("made_dynamic")
+    if unreached:
+        notes.append(
+            f"no sample reached {len(unreached)} layers that were to have static inputs, e.g. {unreached[0]}: their "
+            "inputs are quantized dynamically"
+        )
     fused = part.get("fused_adapters")
     if fused:
         notes.append(
@@ -192,6 +201,14 @@ def _notes(part: dict[str, Any]) -> list[str]:
         memory = "" if peak is None else f", peak memory {format_bytes(peak)}"
         notes.append(f"compressed in {volatile['seconds']:.1f} s on {volatile['device']}{memory}, {volatile['date']}")
     return notes
+
+
+def _calibration(settings: dict[str, Any]) -> str:
+    sampling = str(SamplingSettings.from_dict(settings.get("sampling", {})))
+    calls = f"{settings['samples']} calls"
+    calls += f" of {settings['items']} items" if "items" in settings else ""
+    scale = f", guidance scale {settings['guidance_scale']:g}" if "guidance_scale" in settings else ""
+    return calls + (f", run with {sampling}" if sampling else "") + scale
 
 
 def _total(report: dict[str, Any]) -> str:

@@ -20,16 +20,19 @@ from torch import nn
 from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
-from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, as_the_layer_sees_it, per_channel
-from diffuse_compress.quantization.algorithms.rtn import RTNConfig, quantize
-from diffuse_compress.quantization.numerics import (
-    choose_qparams,
-    dequantize,
-    fake_quantize,
-    split_groups,
+from diffuse_compress.quantization.algorithms.block import (
+    BlockWork,
+    LayerWork,
+    as_the_layer_sees_it,
+    observed_qparams,
+    per_channel,
+    prepared,
 )
+from diffuse_compress.quantization.algorithms.rtn import RTNConfig, quantize
+from diffuse_compress.quantization.numerics import QParams, choose_qparams, dequantize, fake_quantize, split_groups
+from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.rotation import rotate
-from diffuse_compress.quantization.scheme import PerTensor, TwoLevel, WeightScheme
+from diffuse_compress.quantization.scheme import PerTensor, Scheme, TwoLevel, WeightScheme
 
 __all__ = ["AWQConfig", "AbsMeanCollector", "RowCollector", "clip_weight"]
 
@@ -123,6 +126,7 @@ def calibrate(work: BlockWork, config: AWQConfig) -> None:
     if config.clip:
         layers = [layer for layer in work.layers.values() if _is_plain(layer) and not _NOT_CLIPPED.search(layer.name)]
         collectors = {layer.name: RowCollector(config.clip_rows, len(work.calls)) for layer in layers}
+        work.observe_inputs()
         work.collect(collectors, quantized_inputs=True)
         for layer in layers:
             rows = collectors[layer.name].rows()
@@ -145,7 +149,7 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
         return
     weights = [layer.rest() for layer in layers]
     magnitude = _relative_magnitude(layers, weights)
-    parent, calls, expected = _observed(work, [layer.name for layer in layers])
+    parent, calls, expected, given = _observed(work, layers)
     best, best_error = None, float("inf")
     for step in range(config.num_ratios):
         ratio = step / config.num_ratios
@@ -155,7 +159,7 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
         if step == 0:
             scale = torch.ones_like(scale)  # the candidate that changes nothing is always among them
         scale = torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
-        with _tried(layers, weights, scale):
+        with _tried(layers, weights, scale, given, work.observer):
             error = sum(_distance(call.run(parent), output) for call, output in zip(calls, expected, strict=True))
         if error < best_error:
             best, best_error = scale, error
@@ -178,26 +182,36 @@ def _relative_magnitude(layers: Sequence[LayerWork], weights: Sequence[torch.Ten
     return per_channel(layers[0].dense, mean, torch.mean).clamp(min=1e-6)
 
 
-def _observed(work: BlockWork, names: Sequence[str]) -> tuple[nn.Module, list[Call], list[Any]]:
-    """The smallest module that runs all of the layers, what it is called with, and what it returns."""
-    path = _common_parent(names)
+def _observed(
+    work: BlockWork, layers: Sequence[LayerWork]
+) -> tuple[nn.Module, list[Call], list[Any], list[torch.Tensor]]:
+    """The smallest module that runs all of the layers, what it is called with, and what it returns; and where a static
+    range must be found for every candidate, what the layers, which share their input, are given."""
+    path = _common_parent([layer.name for layer in layers])
     while path and not _is_callable(work.block.get_submodule(path)):
         path = path.rpartition(".")[0]
     parent = work.block.get_submodule(path) if path else work.block
     calls: list[Call] = []
     outputs: list[Any] = []
+    given: list[torch.Tensor] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls.append(Call(args, kwargs))
         outputs.append(output)
 
-    handle = parent.register_forward_hook(note, with_kwargs=True)
+    def note_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        given.append(args[0])
+
+    handles = [parent.register_forward_hook(note, with_kwargs=True)]
+    if any(layer.scheme.has_static_inputs for layer in layers):
+        handles.append(layers[0].dense.register_forward_pre_hook(note_input))
     try:
         for _ in work.run():
             pass
     finally:
-        handle.remove()
-    return parent, calls, outputs
+        for handle in handles:
+            handle.remove()
+    return parent, calls, outputs, given
 
 
 def _common_parent(names: Sequence[str]) -> str:
@@ -217,13 +231,26 @@ def _is_callable(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _tried(layers: Sequence[LayerWork], weights: Sequence[torch.Tensor], scale: torch.Tensor) -> Iterator[None]:
-    """Inside, the layers compute as they will with ``1 / scale`` on their inputs and rounded weights."""
+def _tried(
+    layers: Sequence[LayerWork],
+    weights: Sequence[torch.Tensor],
+    scale: torch.Tensor,
+    given: Sequence[torch.Tensor],
+    observer: ObserverConfig,
+) -> Iterator[None]:
+    """Inside, the layers compute as they will with ``1 / scale`` on their inputs and rounded weights; static ranges are
+    those of ``given``."""
+    ranges: dict[Scheme, QParams] = {}
     dense = [layer.dense.weight.data for layer in layers]
     handles = []
     try:
         for layer, weight in zip(layers, weights, strict=True):
             trial = LayerWork(layer.name, layer.dense, layer.scheme, act_pre_scale=1.0 / scale)
+            if layer.scheme.activation is not None and trial.needs_range:
+                if layer.scheme not in ranges:
+                    inputs = (prepared(x, trial) for x in given)
+                    ranges[layer.scheme] = observed_qparams(inputs, layer.scheme.activation, observer)
+                trial.input_qparams = ranges[layer.scheme]
             column = trial.column_scale
             assert column is not None
             scaled, rotation = weight / column, layer.scheme.input_rotation
