@@ -214,7 +214,7 @@ class BlockWork:
             if qparams is None:
                 layer.scheme = layer.scheme.with_dynamic_inputs()
             else:
-                layer.input_qparams = _moved(qparams, layer.dense.weight.device)
+                layer.input_qparams = _copied(qparams, layer.dense.weight.device)
                 layer.observed_scale = layer.act_pre_scale
 
     def _seeing_alike(self, names: Iterable[str]) -> dict[str, str]:
@@ -415,12 +415,13 @@ def observed_qparams(inputs: Iterable[torch.Tensor], scheme: ActivationScheme, o
     for x in inputs:
         found.update(x)
         device = x.device
-    return _moved(found.qparams(), device)
+    return _copied(found.qparams(), device)
 
 
-def _moved(qparams: QParams, device: torch.device) -> QParams:
-    zero_point = None if qparams.zero_point is None else qparams.zero_point.to(device)
-    return QParams(qparams.scale.to(device), zero_point)
+def _copied(qparams: QParams, device: torch.device) -> QParams:
+    """Layers must not share memory, or they could not be saved."""
+    zero_point = None if qparams.zero_point is None else qparams.zero_point.to(device, copy=True)
+    return QParams(qparams.scale.to(device, copy=True), zero_point)
 
 
 def unchanged_twin(module: nn.Module) -> nn.Module:
