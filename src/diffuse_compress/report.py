@@ -87,7 +87,7 @@ class CompressionReport:
                 "schema_version": 1, "class", "preset": name or null, "scheme", "algorithm": text,
                 "measured": true if written by compress, false if only what the layers tell is known,
                 "imported": {source: layers},            # only of models that import_quantized made
-                "calibration": what it was calibrated on or null,   # Calibration.settings_of
+                "calibration": what it was calibrated on,  # only of calibrated ones: Calibration.settings_of
                 "made_dynamic": [name],                  # only where no sample reached layers of static inputs
                 "parameters": count of the dense component,
                 "disk_bytes": {"before", "after"},       # exact tensor bytes of a checkpoint, headers excluded
@@ -243,7 +243,8 @@ def _view(model: nn.Module, state: ComponentState) -> dict[str, Any]:
         stored = _facts(model, spec.preset, spec.scheme.name, spec.algorithm.summary, {})
     ranked = sorted(stored["layers"], key=_sensitivity, reverse=True)
     view = {**stored, "sensitive_layers": ranked[:MOST_SENSITIVE], "compute": _compute_paths(model)}
-    view["calibration"] = state.config.calibration
+    if state.config.calibration is not None:
+        view["calibration"] = state.config.calibration
     fused = merge_errors(model)
     if fused:
         worst = max(fused, key=lambda name: fused[name])

@@ -197,7 +197,7 @@ def with_spare_layer() -> Any:
 
 def test_layers_that_no_sample_reaches_are_dynamic_and_listed(tmp_path: Path) -> None:
     items = [tiny.inputs_for(tiny.build("pixart"), seed=seed) for seed in range(2)]
-    config = dc.QuantizationConfig(W8A8, observer="minmax", modules_to_not_convert=["transformer_blocks.1"])
+    config = dc.QuantizationConfig(W8A8, modules_to_not_convert=["transformer_blocks.1"])
     given: dict[str, Any] = {"calibration": items, "measure": False}
     models = [with_spare_layer().compress(config, work_dir=tmp_path, **given) for _ in range(2)]
     models.append(with_spare_layer().compress(models[0].compression_recipe(), **given))
@@ -236,7 +236,7 @@ def test_configs_keep_the_observer_only_where_something_is_static() -> None:
     assert again == config
     assert config.spec.differences(dc.QuantizationConfig(W8A8).spec) == [
         "observer: ObserverConfig(kind='mse', norm=2.4, percentile=99.99) -> "
-        "ObserverConfig(kind='mse', norm=2.0, percentile=99.99)"
+        "ObserverConfig(kind='minmax', norm=2.0, percentile=99.99)"
     ]
     assert "observer" not in dc.QuantizationConfig("w8a8").to_dict()
 
@@ -244,7 +244,7 @@ def test_configs_keep_the_observer_only_where_something_is_static() -> None:
 def test_models_in_train_mode_are_calibrated_in_eval_mode() -> None:
     """A dropout of 0.9 would change every sum; afterwards all modules are as before, the new ones too."""
     items = [tiny.inputs_for(tiny.build("pixart"), seed=seed) for seed in range(2)]
-    config = dc.QuantizationConfig(W8A8, algorithm=dc.GPTQConfig(), observer="minmax")
+    config = dc.QuantizationConfig(W8A8, algorithm=dc.GPTQConfig())
     expected = tiny.build("pixart").compress(config, calibration=items, measure=False)
     model = tiny.build("pixart", dropout=0.9).train()
     model.transformer_blocks[1].eval()

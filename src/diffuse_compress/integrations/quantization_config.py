@@ -50,8 +50,8 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
             its role.
         seed: of algorithms that draw random numbers.
         compute_dtype: dtype of the unquantized layers; recorded when a model is compressed.
-        observer: how ranges of static inputs (``ActivationScheme(dynamic=False)``) follow from the calibration: "mse",
-            "minmax", "percentile" or an ObserverConfig.
+        observer: how ranges of static inputs (``ActivationScheme(dynamic=False)``) follow from the calibration:
+            "minmax" (the default), "mse", "percentile" or an ObserverConfig.
 
     Attributes:
         calibration: what a compressed component was calibrated on (``Calibration.settings_of``), or None.

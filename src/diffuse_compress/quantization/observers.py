@@ -40,7 +40,7 @@ _HISTOGRAM_ROUNDS = 3
 _CACHED_ELEMENTS = 1 << 16
 
 
-_KINDS = ("mse", "minmax", "percentile")
+_KINDS = ("minmax", "mse", "percentile")
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class ObserverConfig:
     """How the range of a static input follows from the values that calibration shows.
 
     Args:
-        kind: "mse" takes the range with the least expected rounding error (:class:`HistogramObserver`), "minmax" never
-            clips (:class:`MinMaxObserver`), "percentile" clips a fixed share (:class:`PercentileObserver`).
+        kind: "minmax" takes the whole range (:class:`MinMaxObserver`), "mse" the one with the least expected rounding
+            error (:class:`HistogramObserver`), "percentile" clips a fixed share (:class:`PercentileObserver`).
         norm: exponent of the error that "mse" minimises.
         percentile: percent of the values that "percentile" keeps, in (50, 100].
     """
 
-    kind: str = "mse"
+    kind: str = "minmax"
     norm: float = 2.0
     percentile: float = 99.99
 
