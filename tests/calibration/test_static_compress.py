@@ -13,7 +13,9 @@ from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 
 import diffuse_compress as dc
 import tiny
+from diffuse_compress.calibration.samples import Sample
 from diffuse_compress.calibration.work_folder import digest_of_weights
+from diffuse_compress.calls import Call
 from diffuse_compress.integrations.component import get_state, quantized_layers
 from diffuse_compress.runtime.sampling import SamplingSettings
 from diffuse_compress.runtime.steps import tracker_of
@@ -264,7 +266,7 @@ def test_models_in_train_mode_are_calibrated_in_eval_mode() -> None:
 
 @pytest.mark.parametrize("name", sorted(tiny.PIPELINES))
 def test_samples_of_a_float32_pipeline_fit_a_bfloat16_one(name: str) -> None:
-    """Argument by argument what the bfloat16 pipeline gives; timesteps stay exact, whatever it gives."""
+    """Argument by argument of the dtype that the bfloat16 pipeline gives."""
     pipes = [tiny.build_pipeline(name, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     denoiser = "unet" if hasattr(pipes[0], "unet") else "transformer"
     full, half = (recorded(pipe).of(denoiser, torch.bfloat16)[0].call for pipe in pipes)
@@ -277,5 +279,24 @@ def test_samples_of_a_float32_pipeline_fit_a_bfloat16_one(name: str) -> None:
             assert mine.dtype == theirs.dtype, key
     with torch.no_grad():
         full.run(getattr(pipes[1], denoiser))
-    timestep = full.kwargs.get("timestep")
-    assert timestep is None or timestep.dtype != torch.bfloat16
+
+
+def test_what_pipelines_make_in_a_dtype_of_its_own_keeps_it() -> None:
+    """999.0 would be 1000 in bfloat16, and the cosines of a rotary table lose what tells neighbours apart."""
+    table, wide = torch.rand(6, 8), torch.rand(2, 6, 8)
+    kwargs = {"hidden_states": wide, "timestep": torch.full((2, 6), 999.0), "image_rotary_emb": (table, table)}
+    settings = {"components": {"": {"dtype": "float32"}}}
+    samples = {
+        "": [Sample(Call((wide, torch.tensor(999.0)), {**kwargs, "added": {"ids": wide, "n": torch.arange(3)}}))]
+    }
+    (cast,) = dc.Calibration(samples, settings).of("", torch.bfloat16)
+    assert torch.equal(cast.call.args[0], wide.bfloat16())
+    assert torch.equal(cast.call.kwargs["added"]["ids"], wide.bfloat16())
+    assert cast.call.args[1].dtype == cast.call.kwargs["timestep"].dtype == table.dtype
+    assert torch.equal(cast.call.kwargs["image_rotary_emb"][1], table)
+    assert cast.call.kwargs["added"]["n"].dtype == torch.int64
+    for same in (
+        dc.Calibration(samples, settings).of("", torch.float32),
+        dc.Calibration(samples).of("", torch.float16),
+    ):
+        assert same is samples[""]

@@ -127,7 +127,7 @@ class CallStats:
     lost: int = 0
     methods: dict[str, MethodStats] = field(default_factory=dict)
     shares: dict[int, RunShare] = field(default_factory=dict)
-    sampling: SamplingLog = field(default_factory=SamplingLog)
+    sampling: SamplingLog = field(default_factory=SamplingLog, repr=False, compare=False)
 
     def method(self, name: str) -> MethodStats:
         """Statistics of a method, made on first use."""
