@@ -36,6 +36,14 @@ FORMATS = {
     "w2g64": dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT2, dc.PerGroup(64), symmetric=False)),
 }
 PRESETS = ("w8a8", "w4a8")
+# Static inputs: formats of their own, for each observer; what works on one row stays weight-only, as in the preset.
+STATIC = {
+    name: dc.Scheme(
+        dc.WeightScheme(dc.NumberFormat.INT8),
+        dc.ActivationScheme(dc.NumberFormat.INT8, dc.PerTensor(), dynamic=False, symmetric=symmetric),
+    )
+    for name, symmetric in (("w8a8-static", True), ("w8a8-static-asymmetric", False))
+}
 
 
 def algorithms(iterations: int | None) -> dict[str, AlgorithmConfig | list[AlgorithmConfig]]:
@@ -43,6 +51,7 @@ def algorithms(iterations: int | None) -> dict[str, AlgorithmConfig | list[Algor
     steps = {} if iterations is None else {"iterations": iterations}
     return {
         "rtn": dc.RTNConfig(),
+        "smoothquant": dc.SmoothQuantConfig(),
         "awq": dc.AWQConfig(),
         "gptq": dc.GPTQConfig(),
         "gptaq": dc.GPTQConfig(asymmetric=True),
@@ -57,7 +66,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("examples/reference_models/emoji_pixart"))
-    parser.add_argument("--formats", nargs="+", default=["w4g64", "w3g64"], choices=[*FORMATS, *PRESETS])
+    parser.add_argument("--formats", nargs="+", default=["w4g64", "w3g64"], choices=[*FORMATS, *PRESETS, *STATIC])
+    parser.add_argument(
+        "--observers", nargs="+", default=["minmax"], help="of static inputs; mse:2.4 is mse with that norm"
+    )
     parser.add_argument("--algorithms", nargs="+", choices=list(algorithms(None)), help="default: all")
     parser.add_argument("--iterations", type=int, help="of the algorithms that learn")
     parser.add_argument("--prompts", type=int, default=8, help="to calibrate on, and as many to compare on")
@@ -103,20 +115,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     arms = {name: config for name, config in algorithms(options.iterations).items()
             if options.algorithms is None or name in options.algorithms}  # fmt: skip
     results: dict[str, Any] = {"environment": environment(options), "errors": {}, "seconds": {}}
-    total = len(options.seeds) * len(options.variants) * len(options.formats) * len(arms)
+    formats = format_options(options)
+    total = len(options.seeds) * len(options.variants) * len(formats) * len(arms)
     with tqdm(total=total, unit="arm") as bar:
         for seed in options.seeds:
             for variant in options.variants:
                 dense = load(options, variant)
                 calibration, unseen = record(dense, options, seed)
                 expected = outputs(dense.transformer, unseen)
-                for form in options.formats:
+                for form, given in formats.items():
                     for name, algorithm in arms.items():
                         pipe, started = load(options, variant), time.perf_counter()
-                        config = dc.QuantizationConfig(FORMATS.get(form, form), algorithm=algorithm, seed=seed)
-                        needs = config.spec.algorithm.needs_calibration
-                        given = {"calibration": calibration} if needs else {}
-                        pipe.compress(config, device=options.device, measure=False, **given)
+                        config = dc.QuantizationConfig(**given, algorithm=algorithm, seed=seed)
+                        data = calibration if config.spec.needs_calibration else None
+                        pipe.compress(config, device=options.device, measure=False, calibration=data)
                         seconds = time.perf_counter() - started
                         error = float((outputs(pipe.transformer, unseen) - expected).norm() / expected.norm())
                         for key, value in (("errors", error), ("seconds", seconds)):
@@ -125,6 +137,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                             options.out.write_text(json.dumps(results, indent=1))
                         bar.update(1)
     return results
+
+
+def format_options(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """{label: arguments of QuantizationConfig}."""
+    found: dict[str, dict[str, Any]] = {}
+    for form in options.formats:
+        if form not in STATIC:
+            found[form] = {"scheme": FORMATS.get(form, form)}
+            continue
+        for text in options.observers:
+            kind, _, norm = text.partition(":")
+            observer = dc.ObserverConfig(kind, **({"norm": float(norm)} if norm else {}))
+            found[f"{form} {text}"] = {"scheme": STATIC[form], "modulation_scheme": "w8a16", "observer": observer}
+    return found
 
 
 def load(options: argparse.Namespace, variant: str) -> Any:

@@ -54,7 +54,7 @@ class LayerAssignment:
         shape: (out_features, in_features); a convolution's in_features is C / groups * kh * kw.
         scheme: the format it gets, or None.
         reason: why it is kept (``scheme`` is None), else "".
-        extra_bytes: that the algorithm stores with it beside codes and scales.
+        extra_bytes: stored with it beside the codes and scales of its weight: what the algorithm adds, static scales.
     """
 
     name: str
@@ -207,8 +207,11 @@ def _decide(
         return LayerAssignment(own_name, role, shape, None, reason)
 
     def converted(scheme: Scheme) -> LayerAssignment:
-        scheme = spec.algorithm.format_of(module, scheme, own_name in rotated)
-        return LayerAssignment(own_name, role, shape, scheme, extra_bytes=spec.algorithm.extra_bytes(module, scheme))
+        return assigned(spec.algorithm.format_of(module, scheme, own_name in rotated))
+
+    def assigned(scheme: Scheme) -> LayerAssignment:
+        extra_bytes = spec.algorithm.extra_bytes(module, scheme) + scheme.input_bytes
+        return LayerAssignment(own_name, role, shape, scheme, extra_bytes=extra_bytes)
 
     if isinstance(module, QuantizedLinear | QuantizedConv2d):
         return keep(f"already {module.scheme.name}")
@@ -219,8 +222,7 @@ def _decide(
         if scheme is None:
             listed = any(matches(pattern, name) for pattern in spec.modules_to_not_convert)
             return keep("modules_to_not_convert" if listed else _KEPT_ROLE.get(role, "not part of the recipe"))
-        scheme = _checked(name, module, shape, scheme, "It is not the recipe's model", spec)
-        return LayerAssignment(own_name, role, shape, scheme, extra_bytes=spec.algorithm.extra_bytes(module, scheme))
+        return assigned(_checked(name, module, shape, scheme, "It is not the recipe's model", spec))
     overridden = [(pattern, scheme) for pattern, scheme in spec.overrides if matches(pattern, name)]
     if any(matches(pattern, name) for pattern in spec.modules_to_not_convert):
         return keep("modules_to_not_convert")

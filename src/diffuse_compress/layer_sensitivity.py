@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.calibration.samples import Sample
 from diffuse_compress.calibration.sensitivity import layer_sensitivities
-from diffuse_compress.components import GROUPS, is_pipeline, model_components
+from diffuse_compress.components import GROUPS, compute_dtype_of, is_pipeline, model_components
 from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.logging import get_logger
 from diffuse_compress.measurement import measure_layer
@@ -132,7 +133,7 @@ def measure_sensitivity(
                 "on the meta device. Load the model first."
             )
         stage = f"Measuring the sensitivity of {name or part.class_name}"
-        samples = _samples_of(name, calibration)
+        samples = _samples_of(name, calibration, compute_dtype_of(model))
         with bar(stage, len(wanted), target, callback) as advance:
             if samples:
                 errors, basis = _output_errors(model, part, wanted, samples, advance)
@@ -158,10 +159,10 @@ def own_calibration(target: Any, components: Sequence[str], callback: Callback |
         return None
 
 
-def _samples_of(component: str, calibration: Calibration | None) -> Sequence[Sample]:
+def _samples_of(component: str, calibration: Calibration | None, dtype: torch.dtype) -> Sequence[Sample]:
     if calibration is None or component not in calibration.components:
         return ()
-    return calibration.of(component)[:NUM_SAMPLES]
+    return calibration.of(component, dtype)[:NUM_SAMPLES]
 
 
 def _output_errors(

@@ -51,10 +51,18 @@ def candidate_schemes(plan: CompressionPlan, target: Any, schemes: Sequence[Sche
         schemes: to choose from; by default those that the preset of the component mixes.
 
     Raises:
-        ConfigError: a component follows a resolved recipe.
+        ConfigError: a component follows a resolved recipe, or a format has static inputs.
     """
     models = model_components(target)
-    return {name: _of_component(part, models[name], schemes) for name, part in plan.components.items()}
+    found = {name: _of_component(part, models[name], schemes) for name, part in plan.components.items()}
+    for name, layers in found.items():
+        static = next((s for formats in layers.values() for s in formats if s.has_static_inputs), None)
+        if static is not None:
+            raise ConfigError(
+                f"{name or plan.target_class}: a search tries formats with dynamic inputs, got {static.name}. Name the "
+                "layers that are to be static in overrides=, which it leaves alone, or search without them."
+            )
+    return found
 
 
 def _of_component(part: ComponentPlan, model: nn.Module, schemes: Sequence[Scheme] | None) -> dict[str, list[Scheme]]:

@@ -30,6 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from diffuse_compress.errors import DiffuseCompressWarning
 from diffuse_compress.runtime import events, run, steps
+from diffuse_compress.runtime.sampling import SamplingSettings
 from diffuse_compress.runtime.stats import PlanMissedError, Reason
 from tiny import build, build_pipeline, call_kwargs
 
@@ -817,6 +818,8 @@ def test_no_value_is_read_back(pixart, monkeypatch):
 def test_compiled_models_are_said_to_be_unseen():
     pipe = build_pipeline("pixart")
     steps.track(pipe.transformer, steps.Consumer("cache"))
+    known = SamplingSettings(("AnotherScheduler",), (50,))
+    steps.track(pipe.transformer, steps.Consumer("static scales", saves=False, calibrated=known))  # has nothing to say
     pipe.transformer.compile(backend="eager", fullgraph=True)
     with pytest.warns(DiffuseCompressWarning, match=r"^transformer: cache saved nothing: the model was not seen.*Fix"):
         pipe(**call_kwargs(pipe) | {"num_inference_steps": 2})

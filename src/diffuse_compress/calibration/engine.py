@@ -23,10 +23,11 @@ from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork,
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
+from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import Scheme
 
-__all__ = ["calibrate_layers", "calibration_blocks"]
+__all__ = ["calibrate_block", "calibrate_layers", "calibration_blocks", "evaluating", "quantized_layer"]
 
 Quantized = QuantizedLinear | QuantizedConv2d
 Replace = Callable[[str, Callable[[nn.Module], nn.Module]], nn.Module]
@@ -53,6 +54,7 @@ def calibrate_layers(
     replace: Replace,
     *,
     generator: Callable[[str], torch.Generator],
+    observer: ObserverConfig | None = None,
     device: torch.device | str | None = None,
     finished: FinishedBlocks | None = None,
     on_block: Callable[[str, int, int], None] = lambda name, done, total: None,
@@ -60,18 +62,19 @@ def calibrate_layers(
     """Quantize ``layers`` in place.
 
     Args:
-        model: in eval mode.
+        model: is in eval mode meanwhile.
         layers: {qualified name: format to reach}.
-        algorithm: of a calibrated algorithm or a sequence; layers that it leaves without codes are rounded to nearest.
+        algorithm: or a sequence; layers that it leaves without codes are rounded to nearest.
         samples: of this model, on any device.
         replace: ``replace(name, convert)`` puts ``convert(dense)`` in a layer's place.
         generator: source of random numbers of a layer.
+        observer: chooses the ranges of static inputs; by default ``ObserverConfig()``.
         device: where each block is calibrated and run; it and its layers then go back to where the model is.
         finished: blocks that are there are put in place as they are; the others are added as they are done.
         on_block: called after each block with its name, how many are done and how many there are.
 
     Returns:
-        Layers that no sample reached; they are rounded to nearest.
+        Layers that no sample reached; they are rounded to nearest, and inputs that were to be static are dynamic.
 
     Raises:
         ModelStateError: inputs are not finite, or memory or disk run out.
@@ -92,20 +95,42 @@ def calibrate_layers(
                 replace(name, functools.partial(_restored, scheme=layers[name], tensors=stored[short])).to(there)
         elif names:
             work = _work(found, names, layers, weights, generator, replace, home=home, device=there)
+            work.observer = observer or work.observer
             work.unchanged = unchanged_twin(found.block) if algorithm.needs_reference else None
-            for config in (*steps_of(algorithm), RTNConfig()):
-                calibrate_with(config, work)
+            calibrate_block(work, algorithm)
             if finished is not None:
                 finished.save(found.name, {short: model.get_submodule(name) for short, name in names.items()})
         done.update(names.values())
         on_block(found.name, len(done), len(layers))
 
-    with _memory_explained(there, len(samples)):
+    with evaluating(model), _memory_explained(there, len(samples)):
         calls = [sample.call.to(home) for sample in samples]
         lockstep(model, blocks, calls, visit, references=algorithm.needs_reference, device=there)
     missed = {name: scheme for name, scheme in layers.items() if name not in done}
     _round_to_nearest(missed, generator, replace, device)
     return list(missed)
+
+
+def calibrate_block(work: BlockWork, algorithm: AlgorithmConfig) -> None:
+    """Let ``algorithm`` decide on a block, and round what it leaves to nearest. Ranges of static inputs are chosen when
+    everything is decided that changes inputs, and nothing yet that must know their grid."""
+    for config in (*steps_of(algorithm), RTNConfig()):
+        if config.chooses_codes:
+            work.observe_inputs()
+        calibrate_with(config, work)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` is in eval mode. Afterwards every module is as before, and what has taken its place like it."""
+    before = {name: (module, module.training) for name, module in model.named_modules(remove_duplicate=False)}
+    try:
+        model.eval()
+        yield
+    finally:
+        now = dict(model.named_modules(remove_duplicate=False))
+        for name, (module, training) in before.items():
+            module.training = now.get(name, module).training = training
 
 
 def _round_to_nearest(
@@ -117,7 +142,12 @@ def _round_to_nearest(
     for name, scheme in layers.items():
         source = generator(name)
         convert = functools.partial(
-            quantize_module, scheme=scheme, algorithm=RTNConfig(), device=device, name=name, generator=source
+            quantize_module,
+            scheme=scheme.with_dynamic_inputs(),
+            algorithm=RTNConfig(),
+            device=device,
+            name=name,
+            generator=source,
         )
         replace(name, convert)
 
@@ -202,9 +232,10 @@ def _layers_of(block: str, layers: Mapping[str, Scheme]) -> Iterator[tuple[str, 
 def quantized_layer(layer: LayerWork) -> Quantized:
     """The module that a finished :class:`LayerWork` describes."""
     assert layer.quantized is not None
-    return _layer_like(
-        layer.dense, layer.quantized, layer.scheme, act_pre_scale=layer.act_pre_scale, low_rank=layer.low_rank
-    )
+    given: dict[str, Any] = {"act_pre_scale": layer.act_pre_scale, "low_rank": layer.low_rank}
+    if layer.input_qparams is not None:
+        given |= {"input_scale": layer.input_qparams.scale, "input_zero_point": layer.input_qparams.zero_point}
+    return _layer_like(layer.dense, layer.quantized, layer.scheme, **given)
 
 
 def _restored(dense: nn.Module, *, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> Quantized:
@@ -220,6 +251,8 @@ def _restored(dense: nn.Module, *, scheme: Scheme, tensors: Mapping[str, torch.T
         scheme=scheme.weight,
     )
     low_rank = (found["low_rank_down"], found["low_rank_up"]) if "low_rank_down" in found else None
+    if "input_scale" not in found:  # of a layer in the block that no sample reached
+        scheme = scheme.with_dynamic_inputs()
     given = {name: found.get(name) for name in ("act_pre_scale", "input_scale", "input_zero_point")}
     return _layer_like(dense, quantized, scheme, low_rank=low_rank, **given)
 

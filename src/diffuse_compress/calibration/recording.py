@@ -19,13 +19,23 @@ from torch import nn
 from diffuse_compress.calibration.items import MAX_LENGTH, ModelItems, pipeline_arguments
 from diffuse_compress.calibration.samples import Sample, Samples
 from diffuse_compress.calls import Call
-from diffuse_compress.components import GROUPS, is_pipeline, model_components, resolve_names, unwrap
+from diffuse_compress.components import (
+    GROUPS,
+    compute_dtype_of,
+    is_pipeline,
+    model_components,
+    resolve_names,
+    unwrap,
+)
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.failures import failures_explained
 from diffuse_compress.pipeline_call import accepted_arguments, seeded, untouched
 from diffuse_compress.progress import Callback
 from diffuse_compress.progress import track as progress
-from diffuse_compress.runtime.steps import Consumer, current, track, untrack
+from diffuse_compress.runtime.sampling import SamplingSettings
+from diffuse_compress.runtime.stats import CallStats
+from diffuse_compress.runtime.steps import Consumer, current, track, tracker_of, untrack
+from diffuse_compress.versions import installed_versions
 
 __all__ = ["Calibration"]
 
@@ -97,7 +107,12 @@ class Calibration(Samples):
         if not chosen:
             raise ConfigError("calibration: needs at least one item, got none.")
         samples = [Sample(call.to("cpu"), item=index) for index, call in enumerate(chosen)]
-        settings = {"model": type(unwrap(target)).__name__, "items": len(samples)}
+        settings = {
+            "model": type(unwrap(target)).__name__,
+            "items": len(samples),
+            "versions": installed_versions(),
+            "components": {"": {"dtype": _dtype_name(unwrap(target))}},
+        }
         return Calibration({"": samples}, settings)
 
 
@@ -149,8 +164,10 @@ def _record_pipeline(
             what = f"item {index} cannot be run: {type(pipe).__name__} called with {', '.join(given)}"
             with failures_explained(what, _MEMORY), contextlib.suppress(_EnoughError):
                 pipe(**call)
+            recorder.end()
             settings = settings or _settings(pipe, given)
-    settings |= {"items": len(arguments), "seed": seed}
+    settings |= {"items": len(arguments), "seed": seed, "versions": installed_versions()}
+    settings["components"] = recorder.settings()
     return Calibration(recorder.samples(), settings)
 
 
@@ -176,12 +193,17 @@ def _settings(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if isinstance(value, str | int | float)}
 
 
+def _dtype_name(model: nn.Module) -> str:
+    return str(compute_dtype_of(model)).removeprefix("torch.")
+
+
 class _Recorder:
     """Hooks on the components that keep the calls of the chosen steps."""
 
     def __init__(self, models: Mapping[str, nn.Module], wanted: int, items: int, seed: int) -> None:
         self.models = models
         self.kept: dict[str, list[tuple[int, Sample]]] = {name: [] for name in models}
+        self._sampling = dict.fromkeys(models, SamplingSettings())
         # Point k of the sequence belongs to item k modulo items.
         start = torch.rand((), generator=seeded(seed)).item()
         self._points = [[(k, (start + k * _GOLDEN) % 1.0) for k in range(i, wanted, items)] for i in range(items)]
@@ -193,7 +215,7 @@ class _Recorder:
         try:
             for name, model in self.models.items():
                 if _is_stepped(name):
-                    track(model, Consumer(_CONSUMER))
+                    track(model, Consumer(_CONSUMER, saves=False))
                 handles.append(model.register_forward_pre_hook(self._hook(name), with_kwargs=True))
             yield
         finally:
@@ -208,6 +230,26 @@ class _Recorder:
         self._steps: dict[int, int] | None = None  # step -> point
         self._counted: dict[str, tuple[Any, int]] = {}
         self._calls: dict[tuple[str, int], int] = {}
+        self._before = {name: self._last_stats(name) for name in self.models}
+
+    def end(self) -> None:
+        """The pipeline is done with the item, or was stopped."""
+        for name in self.models:
+            stats = self._last_stats(name)
+            if stats is not None and stats is not self._before[name]:
+                self._sampling[name] |= stats.sampling.settings()
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Of each component: its dtype, and how it was run where that is known."""
+        found = {}
+        for name, model in self.models.items():
+            sampling = self._sampling[name].to_dict()
+            found[name] = {"dtype": _dtype_name(model), **({"sampling": sampling} if sampling else {})}
+        return found
+
+    def _last_stats(self, name: str) -> CallStats | None:
+        tracker = tracker_of(self.models[name])
+        return None if tracker is None else tracker.last
 
     def samples(self) -> dict[str, list[Sample]]:
         """By component, in the order of the sequence."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.calibration.engine import calibration_blocks
+from diffuse_compress.calibration.engine import calibration_blocks, evaluating
 from diffuse_compress.calibration.lockstep import Visit, lockstep
 from diffuse_compress.calibration.samples import Sample
 from diffuse_compress.calls import Call, map_tensors
@@ -76,7 +76,7 @@ def layer_sensitivities(
                     found[name][scheme] = block.error() * factor
         on_block(reached.name, len(found), len(candidates))
 
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         references = _outputs(model, calls)
         lockstep(model, calibration_blocks(model, list(candidates)), calls, visit)
     return found
@@ -131,14 +131,3 @@ def _replaced(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Non
     finally:
         for name, layer in dense.items():
             replace_module(model, name, layer)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag

@@ -21,16 +21,19 @@ from torch import nn
 from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
-from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, as_the_layer_sees_it, per_channel
-from diffuse_compress.quantization.algorithms.rtn import RTNConfig, quantize
-from diffuse_compress.quantization.numerics import (
-    choose_qparams,
-    dequantize,
-    fake_quantize,
-    split_groups,
+from diffuse_compress.quantization.algorithms.block import (
+    BlockWork,
+    LayerWork,
+    as_the_layer_sees_it,
+    observed_qparams,
+    per_channel,
+    prepared,
 )
+from diffuse_compress.quantization.algorithms.rtn import RTNConfig, quantize
+from diffuse_compress.quantization.numerics import QParams, choose_qparams, dequantize, fake_quantize, split_groups
+from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.rotation import rotate
-from diffuse_compress.quantization.scheme import PerTensor, TwoLevel, WeightScheme
+from diffuse_compress.quantization.scheme import PerTensor, Scheme, TwoLevel, WeightScheme
 
 __all__ = ["AWQConfig", "AbsMeanCollector", "RowCollector", "clip_weight"]
 
@@ -125,6 +128,7 @@ def calibrate(work: BlockWork, config: AWQConfig) -> None:
     if config.clip:
         layers = [layer for layer in work.layers.values() if _is_plain(layer) and not _NOT_CLIPPED.search(layer.name)]
         collectors = {layer.name: RowCollector(config.clip_rows, len(work.calls)) for layer in layers}
+        work.observe_inputs()
         work.collect(collectors, quantized_inputs=True)
         for layer in layers:
             rows = collectors[layer.name].rows()
@@ -147,7 +151,7 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
         return
     weights = [layer.rest() for layer in layers]
     magnitude = _relative_magnitude(layers, weights)
-    parent, observed = _observed(work, [layer.name for layer in layers])
+    parent, observed, given = _observed(work, layers)
     best, best_error = None, float("inf")
     for step in range(config.num_ratios):
         ratio = step / config.num_ratios
@@ -157,7 +161,7 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
         if step == 0:
             scale = torch.ones_like(scale)  # the candidate that changes nothing is always among them
         scale = torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
-        with _tried(layers, weights, scale):
+        with _tried(layers, weights, scale, given, work.observer):
             error = sum(
                 _distance(call.run(parent), output, functools.partial(work.counted, index=index))
                 for index, call, output in observed
@@ -183,25 +187,36 @@ def _relative_magnitude(layers: Sequence[LayerWork], weights: Sequence[torch.Ten
     return per_channel(layers[0].dense, mean, torch.mean).clamp(min=1e-6)
 
 
-def _observed(work: BlockWork, names: Sequence[str]) -> tuple[nn.Module, list[tuple[int, Call, Any]]]:
-    """The smallest module that runs all of the layers; the block's call, what it is called with and returns there."""
-    path = _common_parent(names)
+def _observed(
+    work: BlockWork, layers: Sequence[LayerWork]
+) -> tuple[nn.Module, list[tuple[int, Call, Any]], list[torch.Tensor]]:
+    """The smallest module that runs all of the layers; the block's call, what it is called with and returns there; and
+    where a static range must be found for every candidate, what the layers, which share their input, are given."""
+    path = _common_parent([layer.name for layer in layers])
     while path and not _is_callable(work.block.get_submodule(path)):
         path = path.rpartition(".")[0]
     parent = work.block.get_submodule(path) if path else work.block
     observed: list[tuple[int, Call, Any]] = []
+    given: list[torch.Tensor] = []
     done = 0  # calls of the block
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         observed.append((done, Call(args, kwargs), output))
 
-    handle = parent.register_forward_hook(note, with_kwargs=True)
+    def note_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0]
+        given.append(work.counted(x, done) if isinstance(module, nn.Linear) else x)
+
+    handles = [parent.register_forward_hook(note, with_kwargs=True)]
+    if any(layer.scheme.has_static_inputs for layer in layers):
+        handles.append(layers[0].dense.register_forward_pre_hook(note_input))
     try:
         for _ in work.run():
             done += 1
     finally:
-        handle.remove()
-    return parent, observed
+        for handle in handles:
+            handle.remove()
+    return parent, observed, given
 
 
 def _common_parent(names: Sequence[str]) -> str:
@@ -221,13 +236,26 @@ def _is_callable(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _tried(layers: Sequence[LayerWork], weights: Sequence[torch.Tensor], scale: torch.Tensor) -> Iterator[None]:
-    """Inside, the layers compute as they will with ``1 / scale`` on their inputs and rounded weights."""
+def _tried(
+    layers: Sequence[LayerWork],
+    weights: Sequence[torch.Tensor],
+    scale: torch.Tensor,
+    given: Sequence[torch.Tensor],
+    observer: ObserverConfig,
+) -> Iterator[None]:
+    """Inside, the layers compute as they will with ``1 / scale`` on their inputs and rounded weights; static ranges are
+    those of ``given``."""
+    ranges: dict[Scheme, QParams] = {}
     dense = [layer.dense.weight.data for layer in layers]
     handles = []
     try:
         for layer, weight in zip(layers, weights, strict=True):
             trial = LayerWork(layer.name, layer.dense, layer.scheme, act_pre_scale=1.0 / scale)
+            if layer.scheme.activation is not None and trial.needs_range:
+                if layer.scheme not in ranges:
+                    inputs = (prepared(x, trial) for x in given)
+                    ranges[layer.scheme] = observed_qparams(inputs, layer.scheme.activation, observer)
+                trial.input_qparams = ranges[layer.scheme]
             column = trial.column_scale
             assert column is not None
             scaled, rotation = weight / column, layer.scheme.input_rotation

@@ -2,7 +2,8 @@
 
 An algorithm looks at the inputs of the layers (:meth:`BlockWork.collect`), decides, and writes its decisions into the
 layers' :class:`LayerWork`: a smoothing scale, a low-rank branch, clipped weights, codes. What an earlier algorithm of
-the same sequence decided is in there already. Nothing here knows a class of diffusers or transformers.
+the same sequence decided is in there already. Ranges of static inputs are chosen between the two
+(:meth:`BlockWork.observe_inputs`). Nothing here knows a class of diffusers or transformers.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from diffuse_compress.calls import Call
 from diffuse_compress.errors import ModelStateError
 from diffuse_compress.failures import failures_explained
 from diffuse_compress.quantization.layer_base import LowRank
-from diffuse_compress.quantization.numerics import fake_quantize_activation
+from diffuse_compress.quantization.numerics import QParams, fake_quantize_activation
+from diffuse_compress.quantization.observers import Observer, ObserverConfig
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.rotation import rotate
-from diffuse_compress.quantization.scheme import Scheme
+from diffuse_compress.quantization.scheme import ActivationScheme, Scheme
 
 __all__ = [
     "BlockWork",
@@ -32,6 +34,7 @@ __all__ = [
     "PairCollector",
     "as_rows",
     "as_the_layer_sees_it",
+    "observed_qparams",
     "per_channel",
     "prepared",
     "unchanged_twin",
@@ -74,6 +77,8 @@ class LayerWork:
         quantized: codes, once decided.
         ranges: fp32 [N, K] whose smallest and largest values the codes are to span, in each element of the granularity;
             None leaves the choice to what chooses the codes.
+        input_qparams: of a static input, scale [1] fp32 and zero point [1] int8 or None; None until they are chosen.
+        observed_scale: the ``act_pre_scale`` they were chosen for.
     """
 
     name: str
@@ -84,6 +89,15 @@ class LayerWork:
     weight: torch.Tensor | None = None
     quantized: QuantizedWeight | None = None
     ranges: torch.Tensor | None = None
+    input_qparams: QParams | None = None
+    observed_scale: torch.Tensor | None = None
+
+    @property
+    def needs_range(self) -> bool:
+        """Its input is static, and no range was chosen yet, or for another ``act_pre_scale``."""
+        if self.quantized is not None or not self.scheme.has_static_inputs:
+            return False
+        return self.input_qparams is None or self.observed_scale is not self.act_pre_scale
 
     @property
     def column_scale(self) -> torch.Tensor | None:
@@ -130,6 +144,7 @@ class BlockWork:
         references: for each call the arguments that ``unchanged`` has in a model of which nothing was changed; None,
             the same as ``calls``.
         samples: for each call the number of its sample, for messages; None, the calls' own numbers.
+        observer: chooses the ranges of static inputs.
     """
 
     name: str
@@ -143,6 +158,7 @@ class BlockWork:
     unchanged: nn.Module | None = None
     references: Sequence[Call] | None = None
     samples: Sequence[int] | None = None
+    observer: ObserverConfig = field(default_factory=ObserverConfig)
     _subsets: list[tuple[str, ...]] | None = field(default=None, repr=False)
 
     @property
@@ -177,6 +193,53 @@ class BlockWork:
         with self._hooked(self.block, collectors, give) as where, torch.no_grad():
             for where["call"] in range(len(self.calls)):
                 self.run_call(where["call"])
+
+    def observe_inputs(self) -> None:
+        """Choose the ranges of static inputs that are due, as the layers will see these: smoothed and rotated.
+
+        The block is run once, as it is now. A layer that no call reaches can have no range; its inputs are to be
+        quantized dynamically then.
+
+        Raises:
+            ModelStateError: an input is not finite; the message names layer and sample.
+        """
+        due = [name for name, layer in self.layers.items() if layer.needs_range]
+        if not due:
+            return
+        owner = self._seeing_alike(due)
+        observers: dict[str, Observer] = {}
+
+        def give(name: str, index: int, x: torch.Tensor) -> None:
+            layer = self.layers[name]
+            x = self.counted(x, index) if isinstance(layer.dense, nn.Linear) else x
+            if x.numel() and layer.scheme.activation is not None:
+                if name not in observers:
+                    observers[name] = self.observer.make(layer.scheme.activation)
+                observers[name].update(prepared(x, layer))
+
+        with self._hooked(self.block, dict.fromkeys(owner.values()), give) as where, torch.no_grad():
+            for where["call"] in range(len(self.calls)):
+                self.run_call(where["call"])
+        found = {name: observer.qparams() for name, observer in observers.items()}
+        for name in due:
+            layer, qparams = self.layers[name], found.get(owner[name])
+            if qparams is None:
+                layer.scheme = layer.scheme.with_dynamic_inputs()
+            else:
+                layer.input_qparams = _copied(qparams, layer.dense.weight.device)
+                layer.observed_scale = layer.act_pre_scale
+
+    def _seeing_alike(self, names: Iterable[str]) -> dict[str, str]:
+        """{layer: the first one that quantizes the very same values}."""
+        group_of = {name: index for index, group in enumerate(self.subsets) for name in group}
+        first: dict[tuple[Any, ...], str] = {}
+        owner = {}
+        for name in names:
+            layer = self.layers[name]
+            scale = None if layer.act_pre_scale is None else tuple(layer.act_pre_scale.tolist())
+            seen = (group_of.get(name, name), scale, layer.scheme.input_rotation, layer.scheme.activation)
+            owner[name] = first.setdefault(seen, name)
+        return owner
 
     def collect_pairs(self, collectors: Mapping[str, PairCollector]) -> None:
         """As :meth:`collect` with quantized and weighted inputs, and beside them those of the unchanged model.
@@ -377,12 +440,37 @@ def prepared(x: torch.Tensor, layer: LayerWork) -> torch.Tensor:
 
 
 def as_the_layer_sees_it(x: torch.Tensor, layer: LayerWork) -> torch.Tensor:
-    """Input ``x`` multiplied by ``act_pre_scale``, rotated and rounded to the grid of its scheme, in its dtype."""
+    """Input ``x`` multiplied by ``act_pre_scale``, rotated and rounded to the grid of its scheme, in its dtype.
+
+    Of a static scheme, the grid of ``input_qparams``, which must have been chosen.
+    """
     x = prepared(x, layer)
     scheme = layer.scheme.activation
-    if scheme is None or not scheme.dynamic:
+    if scheme is None:
         return x
-    return fake_quantize_activation(x, scheme, feature_dims=1 if isinstance(layer.dense, nn.Linear) else 3)
+    if scheme.dynamic:
+        return fake_quantize_activation(x, scheme, feature_dims=1 if isinstance(layer.dense, nn.Linear) else 3)
+    assert layer.input_qparams is not None, "BlockWork.observe_inputs() comes first"
+    return fake_quantize_activation(x, scheme, layer.input_qparams.scale, layer.input_qparams.zero_point)
+
+
+def observed_qparams(inputs: Iterable[torch.Tensor], scheme: ActivationScheme, observer: ObserverConfig) -> QParams:
+    """What ``observer`` chooses for a static scheme and these inputs, prepared already; on the device of the last.
+
+    Raises:
+        ModelStateError: there are no values, or some are not finite.
+    """
+    found, device = observer.make(scheme), torch.device("cpu")
+    for x in inputs:
+        found.update(x)
+        device = x.device
+    return _copied(found.qparams(), device)
+
+
+def _copied(qparams: QParams, device: torch.device) -> QParams:
+    """Layers must not share memory, or they could not be saved."""
+    zero_point = None if qparams.zero_point is None else qparams.zero_point.to(device, copy=True)
+    return QParams(qparams.scale.to(device, copy=True), zero_point)
 
 
 def unchanged_twin(module: nn.Module) -> nn.Module:

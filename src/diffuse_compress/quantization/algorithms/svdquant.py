@@ -23,11 +23,12 @@ from torch import nn
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.awq import RowCollector
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
-from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, per_channel
+from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, observed_qparams, per_channel
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig, quantize
 from diffuse_compress.quantization.algorithms.smoothquant import AbsMaxCollector, smoothing_scale
 from diffuse_compress.quantization.layer_base import LowRank
 from diffuse_compress.quantization.numerics import dequantize, fake_quantize_activation
+from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.rotation import rotate, rotate_back
 from diffuse_compress.quantization.scheme import PerTensor, Scheme
 
@@ -111,7 +112,11 @@ def calibrate(work: BlockWork, config: SVDQuantConfig) -> None:
         collectors = {layer.name: _InputCollector(layer, config.num_rows, len(work.calls)) for layer in layers}
         work.collect(collectors)
         samples = {name: found.sample.rows() for name, found in collectors.items()}
-        trials = [_Trial(layer, rows, config.rank) for layer in layers if (rows := samples[layer.name]) is not None]
+        trials = [
+            _Trial(layer, rows, config.rank, work.observer)
+            for layer in layers
+            if (rows := samples[layer.name]) is not None
+        ]
         smoothed = [trial for trial in trials if trial.work.act_pre_scale is None and trial.work.scheme.activation]
         if smoothed and config.num_alphas:
             _smooth(smoothed, collectors[smoothed[0].work.name].largest.value, config.num_alphas)
@@ -140,11 +145,12 @@ def _groups(trials: Sequence[_Trial], share: bool) -> list[list[_Trial]]:
 class _Trial:
     """A layer with input rows: what its output would be with some scale and branch."""
 
-    def __init__(self, work: LayerWork, rows: torch.Tensor, rank: int) -> None:
-        self.work, self.rows = work, rows
+    def __init__(self, work: LayerWork, rows: torch.Tensor, rank: int, observer: ObserverConfig) -> None:
+        self.work, self.rows, self.observer = work, rows, observer
         self.exact = work.dense.weight.detach().flatten(1).float()
         self.rank = min(rank, *self.exact.shape)
         self.expected = rows @ self.exact.t()
+        self._quantized: tuple[torch.Tensor | None, torch.Tensor] | None = None  # rows, and for which scale
 
     def fits(self, other: _Trial) -> bool:
         """Whether both multiply the same smoothed columns."""
@@ -171,7 +177,9 @@ class _Trial:
     def measure(self, layer: LayerWork) -> tuple[float, torch.Tensor]:
         """(squared output error, fp32 [N, K] rounded weight for the smoothed input)."""
         rounded = dequantize(quantize(layer.target(), layer.scheme.weight, RTNConfig()))
-        output = _quantized_rows(self.rows, layer) @ rounded.t()
+        if self._quantized is None or self._quantized[0] is not layer.act_pre_scale:
+            self._quantized = layer.act_pre_scale, _quantized_rows(self.rows, layer, self.observer)
+        output = self._quantized[1] @ rounded.t()
         if layer.low_rank is not None:
             down, up = layer.low_rank
             output += self.rows @ down.float().t() @ up.float().t()
@@ -228,18 +236,22 @@ def _columns(layer: LayerWork, scale: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _quantized_rows(rows: torch.Tensor, layer: LayerWork) -> torch.Tensor:
+def _quantized_rows(rows: torch.Tensor, layer: LayerWork, observer: ObserverConfig) -> torch.Tensor:
     """fp32 [M, K]: input rows as they meet the codes.
 
-    A convolution's samples have one scale each; of their rows alone it cannot be told, and the largest is taken.
+    A convolution's samples have one scale each; of their rows alone it cannot be told, and the largest is taken. Static
+    ranges are those that ``observer`` chooses for these rows.
     """
     scale, scheme = layer.column_scale, layer.scheme.activation
     if scale is not None:
         rows = rows * scale
     if layer.scheme.input_rotation is not None:
         rows = rotate(rows, layer.scheme.input_rotation)
-    if scheme is None or not scheme.dynamic:
+    if scheme is None:
         return rows
+    if not scheme.dynamic:
+        qparams = observed_qparams([rows], scheme, observer)
+        return fake_quantize_activation(rows, scheme, qparams.scale, qparams.zero_point)
     if isinstance(layer.dense, nn.Conv2d):
         scheme = dataclasses.replace(scheme, granularity=PerTensor())
     return fake_quantize_activation(rows, scheme)
