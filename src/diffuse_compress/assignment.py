@@ -241,7 +241,17 @@ def _decide(
     if unfit:
         return keep(unfit)
     scheme.weight.check_shape(name, shape[1])
-    return converted(scheme)
+    found = converted(scheme)
+    # Asked for by name, or in a recipe that was made in a wider dtype, it is taken all the same.
+    if found.extra_bytes and scheme.weight_bytes(shape) + found.extra_bytes > _bytes_of(module):
+        return keep("with its low-rank branch it would be larger")
+    return found
+
+
+def _bytes_of(module: nn.Module) -> int:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.numel() * weight.element_size()
 
 
 def _checked(

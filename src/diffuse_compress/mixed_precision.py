@@ -82,10 +82,16 @@ def _of_component(part: ComponentPlan, model: nn.Module, schemes: Sequence[Schem
             family = schemes
         elif preset is not None:
             family = preset.mixed_modulation if item.role is LayerRole.MODULATION else preset.mixed
-        fitting = [scheme for scheme in family if _fits(part, model.get_submodule(name), item.shape, scheme)]
+        # As the planned format is: an algorithm rotates a layer's input, or does not, whatever it is quantized to.
+        turned = [scheme if scheme.activation is None else _rotated(scheme, item.scheme) for scheme in family]
+        fitting = [scheme for scheme in turned if _fits(part, model.get_submodule(name), item.shape, scheme)]
         first = [item.scheme] if item.scheme in fitting or schemes is None else []
         found[name] = list(dict.fromkeys([*first, *fitting])) or [item.scheme]
     return found
+
+
+def _rotated(scheme: Scheme, like: Scheme) -> Scheme:
+    return dataclasses.replace(scheme, input_rotation=like.input_rotation)
 
 
 def _fits(part: ComponentPlan, module: nn.Module, shape: tuple[int, int], scheme: Scheme) -> bool:

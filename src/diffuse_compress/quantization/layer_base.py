@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -165,8 +164,7 @@ class QuantizedLayer(nn.Module):
             return values.to(self.compute_dtype)
 
     def _with_branch(self, path: ComputePath) -> ComputePath:
-        """``path``, its speed unmeasured where a low-rank branch comes on top of what was measured."""
-        return path if self.low_rank_down is None else replace(path, faster_than_dense=None)
+        return path if self.low_rank_down is None else path.with_branch()
 
     @property
     def num_bytes(self) -> int:

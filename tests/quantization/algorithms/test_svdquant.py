@@ -18,6 +18,7 @@ from diffuse_compress.errors import ConfigError
 from diffuse_compress.integrations.component import quantized_layers
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, SequenceConfig
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig
+from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig
 from diffuse_compress.quantization.algorithms.svdquant import SVDQuantConfig, truncated_svd
@@ -123,11 +124,18 @@ def test_large_matrices_are_decomposed_as_small_ones_are() -> None:
     assert torch.equal(truncated_svd(weight, 16)[0], down)
 
 
-def test_plan_counts_the_bytes_and_reload_is_equal(tmp_path: Path) -> None:
-    pipe = tiny.build_pipeline("pixart")
+@pytest.mark.parametrize(
+    ("algorithm", "dtype"),
+    [((QUICK, GPTQConfig()), torch.float32), ((QuaRotConfig(), QUICK), torch.bfloat16)],
+    ids=["then gptq", "rotated"],
+)
+def test_plan_counts_the_bytes_and_reload_is_equal(
+    algorithm: tuple[AlgorithmConfig, ...], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    pipe = tiny.build_pipeline("pixart", dtype=dtype)
     given = tiny.call_kwargs(pipe, steps=2)
     given.pop("generator")
-    config = dc.QuantizationConfig("w4a4", algorithm=[QUICK, dc.GPTQConfig()])
+    config = dc.QuantizationConfig("w4a4", algorithm=algorithm)
     plan = pipe.compression_plan(config, calibration=[{**given, "prompt": "a cat"}])
     pipe.compress(plan, measure=False)
     model = pipe.transformer
@@ -136,10 +144,13 @@ def test_plan_counts_the_bytes_and_reload_is_equal(tmp_path: Path) -> None:
     )
     layer = quantized_layers(model)["transformer_blocks.0.attn1.to_q"]
     assert layer.low_rank_down.shape == (8, 128)
-    assert layer.compute_path().faster_than_dense is None
+    path = layer.compute_path()
+    assert path.faster_than_dense is None
+    assert path.description.endswith("and a low-rank branch")
+    assert path.description in str(plan)
     picture = tiny.sample(pipe)
     pipe.save_pretrained(tmp_path)
-    again = type(pipe).from_pretrained(tmp_path)
+    again = type(pipe).from_pretrained(tmp_path, torch_dtype=dtype)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(tiny.sample(again), picture)
 

@@ -45,7 +45,8 @@ class AlgorithmConfig:
     ``chooses_codes`` whether it ends with codes, so that what only prepares layers must come before it,
     ``chooses_scales`` whether it gives channels of the inputs a scale, ``needs_quantized_inputs`` whether it has
     nothing to do where inputs stay as they are, ``needs_reference`` whether it also wants the block and its inputs as
-    they are in the model before any change.
+    they are in the model before any change, ``adds_branch`` whether layers get a dense branch beside their codes: it
+    makes 4-bit inputs usable where a layer cannot be rotated, and takes time.
     """
 
     kind: ClassVar[str]
@@ -55,6 +56,7 @@ class AlgorithmConfig:
     chooses_codes: ClassVar[bool] = True
     chooses_scales: ClassVar[bool] = False
     needs_quantized_inputs: ClassVar[bool] = False
+    adds_branch: ClassVar[bool] = False
 
     @property
     def rotates_residual(self) -> bool:
@@ -148,13 +150,20 @@ class SequenceConfig(AlgorithmConfig):
     def needs_reference(self) -> bool:  # type: ignore[override]
         return any(config.needs_reference for config in self.algorithms)
 
+    @property
+    def adds_branch(self) -> bool:  # type: ignore[override]
+        return any(config.adds_branch for config in self.algorithms)
+
     def check(self, scheme: WeightScheme) -> None:
         for config in self.algorithms:
             config.check(scheme)
 
     def unsupported(self, layer: nn.Module, scheme: Scheme) -> str | None:
-        reasons = (config.unsupported(layer, scheme) for config in self.algorithms)
-        return next((reason for reason in reasons if reason is not None), None)
+        """The first reason; what prepares layers has none to keep one dense that gets a branch."""
+        reasons = [(config, config.unsupported(layer, scheme)) for config in self.algorithms]
+        with_branch = any(config.adds_branch and reason is None for config, reason in reasons)
+        counted = (reason for config, reason in reasons if config.chooses_codes or not with_branch)
+        return next((reason for reason in counted if reason is not None), None)
 
     def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False) -> Scheme:
         for config in self.algorithms:

@@ -37,7 +37,7 @@ from diffuse_compress.quantization.numerics import (
 from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver
 from diffuse_compress.quantization.scheme import PerChannel, PerGroup, WeightScheme
 
-__all__ = ["GPTQConfig", "HessianCollector", "collected", "round_columns"]
+__all__ = ["GPTQConfig", "HessianCollector", "collected", "round_columns", "shared_inputs"]
 
 _DAMPING_ATTEMPTS = 6
 
@@ -177,7 +177,7 @@ def collected(work: BlockWork, names: Sequence[str], *, pairs: bool) -> dict[str
         pairs: collect the difference from the unchanged model's inputs as well.
     """
     todo = [name for name in names if work.layers[name].quantized is None]
-    owner = _shared(work, todo)
+    owner = shared_inputs(work, todo)
     collectors = {}
     for name in dict.fromkeys(owner.values()):
         weight = work.layers[name].dense.weight
@@ -189,7 +189,7 @@ def collected(work: BlockWork, names: Sequence[str], *, pairs: bool) -> dict[str
     return {name: collectors[owner[name]] for name in todo}
 
 
-def _shared(work: BlockWork, names: Sequence[str]) -> dict[str, str]:
+def shared_inputs(work: BlockWork, names: Sequence[str]) -> dict[str, str]:
     """{layer: the layer whose collector it uses}: one for those that see the same rows."""
     first: dict[tuple[object, ...], str] = {}
     owner = {}
