@@ -16,7 +16,7 @@ import diffuse_compress as dc
 import tiny
 from diffuse_compress.assignment import assign_layers
 from diffuse_compress.calibration.samples import Sample
-from diffuse_compress.calibration.sensitivity import layer_sensitivities
+from diffuse_compress.calibration.sensitivity import Split, layer_sensitivities, output_error, split_samples
 from diffuse_compress.calls import Call
 from diffuse_compress.cli import main
 from diffuse_compress.families.published import meta_components, published_config
@@ -76,7 +76,7 @@ def test_layer_sensitivities_equal_those_of_the_whole_model() -> None:
         model,
         {name: [W4, W3, W8] for name in layers},
         RTNConfig(),
-        [Sample(Call((x,))) for x in xs],
+        Split((), [Sample(Call((x,))) for x in xs]),
         generator=lambda name: torch.Generator(),
     )
     assert list(model.modules()) == modules
@@ -147,7 +147,8 @@ def test_mixed_precision_beats_uniform_at_equal_bytes() -> None:
     dense = loss(load())
     uniform, mixed = load().compress(scheme, measure=False), load()
     size = uniform.compression_report().bytes_after
-    report = dc.sensitivity(mixed, [scheme, "w4a16", "w8a16", TWO_BITS], calibration=[row[None] for row in rows[:4]])
+    formats, samples = [scheme, "w4a16", "w8a16", TWO_BITS], [row[None] for row in rows[:4]]
+    report = dc.sensitivity(mixed, formats, calibration=samples, algorithm="rtn")
     mixed.compress(target_size=size, sensitivity=report, measure=False)
     assert mixed.compression_report().bytes_after <= size
     assert loss(mixed) - dense < 0.85 * (loss(uniform) - dense)
@@ -287,7 +288,10 @@ def test_command_line_takes_targets_and_calibration(
     command = ["compress", str(dense), "--recipe", "w4a8", "--target-bits", "6"]
     command += ["--calibration", str(samples)]
     assert main([*command, "--dry-run"]) == 0
-    assert "mixed precision for target_bits=6 by error of the output, 3 calls" in capsys.readouterr().out
+    assert (
+        "mixed precision for target_bits=6 by error of the output, 1 calls, GPTQ (activation order) on 2 others; tried, "
+        in capsys.readouterr().out
+    )
     assert main([*command, "--out", str(out), "--no-measure"]) == 0
     pipe = type(tiny.build_pipeline("pixart")).from_pretrained(out)
     assert len({layer.scheme for layer in quantized_layers(pipe.transformer).values()}) > 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,15 @@ from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinea
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import Scheme
 
-__all__ = ["calibrate_layers", "calibration_blocks"]
+__all__ = [
+    "block_work",
+    "calibrate_block",
+    "calibrate_layers",
+    "calibration_blocks",
+    "layers_of",
+    "quantize_layers",
+    "quantized_layer",
+]
 
 Quantized = QuantizedLinear | QuantizedConv2d
 Replace = Callable[[str, Callable[[nn.Module], nn.Module]], nn.Module]
@@ -81,17 +89,21 @@ def calibrate_layers(
     blocks = calibration_blocks(model, list(layers), every=there != home)
 
     def visit(found: Visit) -> None:
-        names = dict(_layers_of(found.name, layers))
+        names = dict(layers_of(found.name, layers))
+
+        def install(layer: LayerWork) -> nn.Module:
+            # What is put away, measured and restored is at home; the block goes on with its new layer.
+            layer.dense.to(home)
+            return replace(names[layer.name], lambda dense: quantized_layer(layer).to(home)).to(there)
+
         stored = None if finished is None or not names else finished.load(found.name, names)
         if stored is not None:
             for short, name in names.items():
                 model.get_submodule(name).to(home)
                 replace(name, functools.partial(_restored, scheme=layers[name], tensors=stored[short])).to(there)
         elif names:
-            work = _work(found, names, layers, samples, generator, replace, home=home, device=there)
-            work.unchanged = unchanged_twin(found.block) if algorithm.needs_reference else None
-            for config in (*steps_of(algorithm), RTNConfig()):
-                calibrate_with(config, work)
+            work = block_work(found, names, layers, samples, generator, install, there)
+            calibrate_block(work, algorithm)
             if finished is not None:
                 finished.save(found.name, {short: model.get_submodule(name) for short, name in names.items()})
         done.update(names.values())
@@ -101,20 +113,30 @@ def calibrate_layers(
         calls = [sample.call.to(home) for sample in samples]
         lockstep(model, blocks, calls, visit, references=algorithm.needs_reference, device=there)
     missed = {name: scheme for name, scheme in layers.items() if name not in done}
-    _round_to_nearest(missed, generator, replace, device)
+    quantize_layers(missed, RTNConfig(), replace, generator=generator, device=device)
     return list(missed)
 
 
-def _round_to_nearest(
+def calibrate_block(work: BlockWork, algorithm: AlgorithmConfig) -> None:
+    """Let ``algorithm`` decide on a block; layers that it leaves without codes are rounded to nearest."""
+    work.unchanged = unchanged_twin(work.block) if algorithm.needs_reference else None
+    for config in (*steps_of(algorithm), RTNConfig()):
+        calibrate_with(config, work)
+
+
+def quantize_layers(
     layers: Mapping[str, Scheme],
-    generator: Callable[[str], torch.Generator],
+    algorithm: AlgorithmConfig,
     replace: Replace,
-    device: torch.device | str | None,
+    *,
+    generator: Callable[[str], torch.Generator],
+    device: torch.device | str | None = None,
 ) -> None:
+    """As :func:`calibrate_layers` for a data-free ``algorithm``, which looks at one weight after the other."""
     for name, scheme in layers.items():
         source = generator(name)
         convert = functools.partial(
-            quantize_module, scheme=scheme, algorithm=RTNConfig(), device=device, name=name, generator=source
+            quantize_module, scheme=scheme, algorithm=algorithm, device=device, name=name, generator=source
         )
         replace(name, convert)
 
@@ -136,22 +158,26 @@ def _memory_explained(device: torch.device, samples: int) -> Iterator[None]:
         ) from error
 
 
-def _work(
+def block_work(
     found: Visit,
     names: Mapping[str, str],
     layers: Mapping[str, Scheme],
     samples: Sequence[Sample],
     generator: Callable[[str], Any],
-    replace: Replace,
-    *,
-    home: torch.device,
+    install: Callable[[LayerWork], nn.Module],
     device: torch.device,
 ) -> BlockWork:
-    def install(layer: LayerWork) -> nn.Module:
-        # What is put away, measured and restored is at home; the block goes on with its new layer.
-        layer.dense.to(home)
-        return replace(names[layer.name], lambda dense: quantized_layer(layer).to(home)).to(device)
+    """What an algorithm gets of a block.
 
+    Args:
+        found: the block, on ``device``, and its calls by the index of their sample.
+        names: {name relative to the block: qualified name} of the layers to quantize.
+        layers: {qualified name: format to reach}.
+        samples: for their weights.
+        generator: source of random numbers of a layer, by its qualified name.
+        install: puts a finished layer in its place.
+        device: where the block is run.
+    """
     modules = {relative: found.block.get_submodule(relative) if relative else found.block for relative in names}
     weights = [samples[index].weight for index in found.calls]
     return BlockWork(
@@ -170,8 +196,8 @@ def _work(
     )
 
 
-def _layers_of(block: str, layers: Mapping[str, Scheme]) -> Iterator[tuple[str, str]]:
-    """(name relative to the block, qualified name)."""
+def layers_of(block: str, layers: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(name relative to the block, qualified name) of those of ``layers`` that are in ``block``."""
     for name in layers:
         if name == block:
             yield "", name
