@@ -4,8 +4,9 @@
     python eval/mixed_precision.py --models pixart --algorithms GPTQ --seeds 0 1
 
 Each uniform format sets a size; the search gets that size, the formats of "w4a16" and the calibration samples, from
-which a report is measured for each algorithm. Both are calibrated on the same samples and judged on others. Of emoji_pixart: relative error of the denoiser's output over the steps of the loop. Of
-python_llama: perplexity on the second half of its held-out text. Calibration is drawn anew for each seed.
+which a report is measured for each algorithm. Both are calibrated on the same samples and judged on others. Of
+emoji_pixart: relative error of the denoiser's output over the steps of the loop. Of python_llama: perplexity on the
+second half of its held-out text. Calibration is drawn anew for each seed.
 """
 
 from __future__ import annotations

@@ -244,8 +244,9 @@ def _output_errors(
     if missed:
         _logger.info("%s: no sample reached %d layers: their weights alone", part.name or part.class_name, len(missed))
         errors |= _weight_errors(model, part, missed, lambda done, metrics: None)
-    given = f" on {len(split.fit)} others" if algorithm.needs_calibration else ""
-    return errors, f"error of the output, {len(split.judge)} calls, {algorithm.for_search().summary}{given}"
+    calls = f"{len(split.judge)} call{'s' if len(split.judge) > 1 else ''}"
+    given = f" on {len(split.fit)} other{'s' if len(split.fit) > 1 else ''}" if algorithm.needs_calibration else ""
+    return errors, f"error of the output, {calls}, {algorithm.for_search().summary}{given}"
 
 
 def _by_block(component: str, advance: Any) -> Callable[[str, int, int], None]:

@@ -105,8 +105,8 @@ def meet_target(
 ) -> None:
     """Edit ``plan`` so that it meets a size with the least sum of errors; "dense" is among every layer's formats.
 
-    Where the plan has samples, the choice and the best single format that fits in are both tried on the whole model,
-    and the better one is taken: a mixture is never worse than that on samples which its calibration was not given.
+    Where the plan has samples, the choice and the largest single format that fits in are both tried on the whole model,
+    and the better one is taken: no mixture is worse than that on samples which its calibration was not given.
 
     Args:
         plan: of dense components.
@@ -127,7 +127,7 @@ def meet_target(
     known = {name: report.of(name) for name in candidates}
     errors = [[known[i.component][i.layer][s] if s is not None else 0.0 for s in i.schemes] for i in items]
     costs = [item.costs for item in items]
-    chosen, uniform = allocate(costs, errors, budget), _one_for_all(items, errors, budget)
+    chosen, uniform = allocate(costs, errors, budget), _one_for_all(items, budget)
     outcome = ""
     if uniform is not None and uniform.choice != chosen:
         tried = [
@@ -177,22 +177,20 @@ class _Uniform:
     choice: list[int]
 
 
-def _one_for_all(items: Sequence[_Item], errors: Sequence[Sequence[float]], budget: int) -> _Uniform | None:
-    """The format that, given to all layers, fits into the budget with the least sum of errors; None if none fits.
+def _one_for_all(items: Sequence[_Item], budget: int) -> _Uniform | None:
+    """The largest format that fits into the budget if all layers get it; None if none does.
 
     A layer that does not know it takes its largest format that is no larger, or its smallest.
     """
-    best: tuple[float, _Uniform] | None = None
     schemes = dict.fromkeys(scheme for item in items for scheme in item.schemes if scheme is not None)
     labels = scheme_labels(list(schemes))
+    best: tuple[int, _Uniform | None] = (-1, None)
     for scheme in schemes:
         choice = [item.nearest(scheme) for item in items]
-        if sum(item.costs[option] for item, option in zip(items, choice, strict=True)) > budget:
-            continue
-        error = sum(values[option] for values, option in zip(errors, choice, strict=True))
-        if best is None or error < best[0]:
-            best = error, _Uniform(labels[scheme], choice)
-    return None if best is None else best[1]
+        cost = sum(item.costs[option] for item, option in zip(items, choice, strict=True))
+        if best[0] < cost <= budget:
+            best = cost, _Uniform(labels[scheme], choice)
+    return best[1]
 
 
 def _by_component(items: Sequence[_Item], choice: Sequence[int]) -> dict[str, dict[str, Scheme | None]]:
