@@ -69,7 +69,8 @@ def compression_plan(
     ``target_bits`` (average bits of a layer's weight, scales included) each layer gets its own of the preset's formats
     (``QuantizationPreset.mixed``, or dense) so that the output error is least; "w4a16" if there is no preset. This
     needs loaded weights, and takes minutes where it runs the model; ``sensitivity`` is what :func:`sensitivity`
-    measured, so that it is not measured anew, and only its formats are used.
+    measured, so that it is not measured anew, and only its formats are used. With samples the choice is tried against
+    one format for all layers on a held-out half of them, which takes two calibrations, and the better one is planned.
 
     Returns:
         A plan: print it, edit it with ``plan.set(pattern, scheme)`` and ``plan.keep(pattern)``, pass it to compress.
