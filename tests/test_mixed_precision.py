@@ -352,6 +352,8 @@ def test_errors_say_what_can_be() -> None:
         model.compress(target_size="1GB")
     with pytest.raises(dc.ConfigError, match="and no target"):
         model.compress("w4a16", sensitivity=dc.sensitivity(model, ["w4a16"]))
+    with pytest.raises(dc.ConfigError, match="needs calibration data, got none"):
+        dc.sensitivity(model, algorithm="gptq")
     other = dc.sensitivity(model, modules_to_not_convert=["q_proj"])
     with pytest.raises(dc.ConfigError, match="knows nothing of"):
         model.compress(target_bits=5, sensitivity=other)

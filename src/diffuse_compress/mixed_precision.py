@@ -126,27 +126,34 @@ def meet_target(
     report = report if report is not None else measurements.sensitivity(candidates)
     known = {name: report.of(name) for name in candidates}
     errors = [[known[i.component][i.layer][s] if s is not None else 0.0 for s in i.schemes] for i in items]
-    costs = [item.costs for item in items]
-    chosen, uniform = allocate(costs, errors, budget), _one_for_all(items, budget)
-    outcome = ""
-    if uniform is not None and uniform.choice != chosen:
-        tried = [
-            measurements.output_errors(_by_component(items, choice), label)
-            for choice, label in ((uniform.choice, uniform.name), (chosen, "the mixture"))
-        ]
-        if tried[0]:
-            # Components without samples count by what the report expects of them.
-            one, mixed = (
-                sum(found.values()) + _expected(items, errors, choice, without=found)
-                for found, choice in zip(tried, (uniform.choice, chosen), strict=True)
-            )
-            outcome = f"; tried, its error is {_percent(mixed)}, that of {uniform.name} for all {_percent(one)}"
-            if one < mixed:
-                chosen, outcome = uniform.choice, f"{outcome}, which is taken"
+    mixture = allocate([item.costs for item in items], errors, budget)
+    chosen, outcome = _better(measurements, items, errors, mixture, _one_for_all(items, budget))
     for name, schemes in _by_component(items, chosen).items():
         plan.components[name].assign(schemes)
     plan.search = f"mixed precision for {_asked(size, bits)} by {report.basis}{outcome}"
     plan.sensitivity = report
+
+
+def _better(
+    measurements: Measurements,
+    items: Sequence[_Item],
+    errors: Sequence[Sequence[float]],
+    mixture: list[int],
+    uniform: _Uniform | None,
+) -> tuple[list[int], str]:
+    """``mixture``, or what is uniform where that has the smaller error on the whole model; and what was found."""
+    if uniform is None or uniform.choice == mixture:
+        return mixture, ""
+    totals = []
+    for choice, label in ((uniform.choice, uniform.name), (mixture, "the mixture")):
+        found = measurements.output_errors(_by_component(items, choice), label)
+        if not found:  # no samples
+            return mixture, ""
+        # Components without samples count by what the report expects of them.
+        totals.append(sum(found.values()) + _expected(items, errors, choice, without=found))
+    one, mixed = totals
+    outcome = f"; tried, its error is {_percent(mixed)}, that of {uniform.name} for all {_percent(one)}"
+    return (mixture, outcome) if mixed <= one else (uniform.choice, f"{outcome}, which is taken")
 
 
 def _budget(plan: CompressionPlan, items: Sequence[_Item], size: int | None, bits: float | None) -> int:

@@ -146,7 +146,7 @@ def output_error(
         split: samples of this model.
         generator: source of random numbers of a layer.
         device: as in :func:`layer_sensitivities`.
-        advance: called after each block of a calibrated algorithm.
+        advance: called after each block that is calibrated with its name, layers done, and layers there are.
 
     Cost:
         One calibration, two forwards for each sample to judge, and the memory of the packed layers beside the dense.
@@ -161,6 +161,7 @@ def output_error(
             )
         else:
             quantize_layers(layers, algorithm, replace, generator=generator, device=device)
+            advance("", len(layers), len(layers))
         return _error(references, subject.run(calls)[1])
 
 
