@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.assignment import module_aliases
 from diffuse_compress.calibration.engine import calibrate_layers
 from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.calibration.samples import Samples
@@ -34,7 +33,7 @@ from diffuse_compress.measurement import LayerMeasurement, PipelineProbe, measur
 from diffuse_compress.plan import ComponentPlan, CompressionPlan
 from diffuse_compress.progress import Callback, bar, track
 from diffuse_compress.quantization.algorithms.base import algorithm_to_dict
-from diffuse_compress.quantization.convert import quantize_module
+from diffuse_compress.quantization.convert import module_aliases, quantize_module
 from diffuse_compress.quantization.residual import rotate_residual
 from diffuse_compress.report import component_report
 from diffuse_compress.transaction import Transaction

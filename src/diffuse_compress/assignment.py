@@ -24,7 +24,6 @@ from diffuse_compress.quantization.spec import QuantizationSpec, Rules
 __all__ = [
     "LayerAssignment",
     "assign_layers",
-    "module_aliases",
     "require_patterns_match",
     "resolve_rules",
     "stock_name",
@@ -181,14 +180,6 @@ class _WithoutAdapters:
             # A peft layer gives its name to the layer that it wraps.
             if not _is_adapter(name) and "base_layer" not in module._modules:
                 yield stock_name(name), module
-
-
-def module_aliases(model: nn.Module) -> dict[int, list[str]]:
-    """Every qualified name of each module by ``id``: one that is shared must be replaced everywhere."""
-    names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-    return names
 
 
 def _decide(

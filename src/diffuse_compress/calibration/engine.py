@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,17 @@ from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import Scheme
 
-__all__ = ["calibrate_block", "calibrate_layers", "calibration_blocks", "evaluating", "quantized_layer"]
+__all__ = [
+    "block_work",
+    "calibrate_block",
+    "calibrate_layers",
+    "calibration_blocks",
+    "evaluating",
+    "layers_of",
+    "quantize_layers",
+    "quantized_layer",
+    "sample_weights",
+]
 
 Quantized = QuantizedLinear | QuantizedConv2d
 Replace = Callable[[str, Callable[[nn.Module], nn.Module]], nn.Module]
@@ -82,21 +92,26 @@ def calibrate_layers(
     """
     home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     there, done = home if device is None else torch.device(device), set[str]()
-    weights = [_weight(sample, model) for sample in samples]
+    weights = sample_weights(samples, model)
     # On another device every block is worth a stop: what is kept dense runs there too.
     blocks = calibration_blocks(model, list(layers), every=there != home)
 
     def visit(found: Visit) -> None:
-        names = dict(_layers_of(found.name, layers))
+        names = dict(layers_of(found.name, layers))
+
+        def install(layer: LayerWork) -> nn.Module:
+            # What is put away, measured and restored is at home; the block goes on with its new layer.
+            layer.dense.to(home)
+            return replace(names[layer.name], lambda dense: quantized_layer(layer).to(home)).to(there)
+
         stored = None if finished is None or not names else finished.load(found.name, names)
         if stored is not None:
             for short, name in names.items():
                 model.get_submodule(name).to(home)
                 replace(name, functools.partial(_restored, scheme=layers[name], tensors=stored[short])).to(there)
         elif names:
-            work = _work(found, names, layers, weights, generator, replace, home=home, device=there)
+            work = block_work(found, names, layers, weights, generator, install, there)
             work.observer = observer or work.observer
-            work.unchanged = unchanged_twin(found.block) if algorithm.needs_reference else None
             calibrate_block(work, algorithm)
             if finished is not None:
                 finished.save(found.name, {short: model.get_submodule(name) for short, name in names.items()})
@@ -107,13 +122,14 @@ def calibrate_layers(
         calls = [sample.call.to(home) for sample in samples]
         lockstep(model, blocks, calls, visit, references=algorithm.needs_reference, device=there)
     missed = {name: scheme for name, scheme in layers.items() if name not in done}
-    _round_to_nearest(missed, generator, replace, device)
+    quantize_layers(missed, RTNConfig(), replace, generator=generator, device=device)
     return list(missed)
 
 
 def calibrate_block(work: BlockWork, algorithm: AlgorithmConfig) -> None:
     """Let ``algorithm`` decide on a block, and round what it leaves to nearest. Ranges of static inputs are chosen when
     everything is decided that changes inputs, and nothing yet that must know their grid."""
+    work.unchanged = unchanged_twin(work.block) if algorithm.needs_reference else None
     for config in (*steps_of(algorithm), RTNConfig()):
         if config.chooses_codes:
             work.observe_inputs()
@@ -133,18 +149,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = now.get(name, module).training = training
 
 
-def _round_to_nearest(
+def quantize_layers(
     layers: Mapping[str, Scheme],
-    generator: Callable[[str], torch.Generator],
+    algorithm: AlgorithmConfig,
     replace: Replace,
-    device: torch.device | str | None,
+    *,
+    generator: Callable[[str], torch.Generator],
+    device: torch.device | str | None = None,
 ) -> None:
+    """As :func:`calibrate_layers` for a data-free ``algorithm``, which looks at one weight after the other. Inputs that
+    were to be static are dynamic: nothing tells their ranges."""
     for name, scheme in layers.items():
         source = generator(name)
         convert = functools.partial(
             quantize_module,
             scheme=scheme.with_dynamic_inputs(),
-            algorithm=RTNConfig(),
+            algorithm=algorithm,
             device=device,
             name=name,
             generator=source,
@@ -168,22 +188,26 @@ def _memory_explained(device: torch.device, samples: int) -> Iterator[None]:
         ) from error
 
 
-def _work(
+def block_work(
     found: Visit,
     names: Mapping[str, str],
     layers: Mapping[str, Scheme],
     weights: Sequence[float | torch.Tensor],
     generator: Callable[[str], Any],
-    replace: Replace,
-    *,
-    home: torch.device,
+    install: Callable[[LayerWork], nn.Module],
     device: torch.device,
 ) -> BlockWork:
-    def install(layer: LayerWork) -> nn.Module:
-        # What is put away, measured and restored is at home; the block goes on with its new layer.
-        layer.dense.to(home)
-        return replace(names[layer.name], lambda dense: quantized_layer(layer).to(home)).to(device)
+    """What an algorithm gets of a block.
 
+    Args:
+        found: the block, on ``device``, and its calls by the index of their sample.
+        names: {name relative to the block: qualified name} of the layers to quantize.
+        layers: {qualified name: format to reach}.
+        weights: of all samples (:func:`sample_weights`).
+        generator: source of random numbers of a layer, by its qualified name.
+        install: puts a finished layer in its place.
+        device: where the block is run.
+    """
     modules = {relative: found.block.get_submodule(relative) if relative else found.block for relative in names}
     own = [weights[index] for index in found.calls]
     return BlockWork(
@@ -203,12 +227,16 @@ def _work(
     )
 
 
-def _weight(sample: Sample, model: nn.Module) -> float | torch.Tensor:
-    """The sample's weight, which is 0 for the padding of its texts.
+def sample_weights(samples: Sequence[Sample], model: nn.Module) -> list[float | torch.Tensor]:
+    """Weight of each sample, which is 0 for the padding of its texts.
 
     Padding is computed like any token and looked at by none; as most of a batch it would decide about the layers.
     """
-    named = dict(zip(inspect.signature(model.forward).parameters, sample.call.args, strict=False))
+    return [_weight(sample, list(inspect.signature(model.forward).parameters)) for sample in samples]
+
+
+def _weight(sample: Sample, names: Sequence[str]) -> float | torch.Tensor:
+    named = dict(zip(names, sample.call.args, strict=False))
     mask, weight = {**named, **sample.call.kwargs}.get("attention_mask"), sample.weight
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         return weight
@@ -220,8 +248,8 @@ def _weight(sample: Sample, model: nn.Module) -> float | torch.Tensor:
     return weight * there
 
 
-def _layers_of(block: str, layers: Mapping[str, Scheme]) -> Iterator[tuple[str, str]]:
-    """(name relative to the block, qualified name)."""
+def layers_of(block: str, layers: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(name relative to the block, qualified name) of those of ``layers`` that are in ``block``."""
     for name in layers:
         if name == block:
             yield "", name

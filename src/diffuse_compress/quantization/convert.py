@@ -15,7 +15,7 @@ from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.rotation import rotate
 from diffuse_compress.quantization.scheme import PerTensor, Scheme
 
-__all__ = ["placeholder_for", "quantize_module", "replace_module", "requantize"]
+__all__ = ["module_aliases", "placeholder_for", "quantize_module", "replace_module", "requantize"]
 
 ROW_BLOCK_BYTES = 64 << 20
 
@@ -171,6 +171,14 @@ def requantize(
         return QuantizedLinear.from_dense(dense, quantized, layer.scheme, compute_dtype=layer.compute_dtype, **given)
     assert isinstance(dense, nn.Conv2d)
     return QuantizedConv2d.from_dense(dense, quantized, layer.scheme, compute_dtype=layer.compute_dtype, **given)
+
+
+def module_aliases(model: nn.Module) -> dict[int, list[str]]:
+    """Every qualified name of each module by ``id``: one that is shared must be replaced everywhere."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
 
 
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:

@@ -19,7 +19,7 @@ import torch
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
-from diffuse_compress.quantization.algorithms.gptq import collected
+from diffuse_compress.quantization.algorithms.gptq import GPTQConfig, collected
 from diffuse_compress.quantization.numerics import QParams, choose_qparams, effective_scale, quantize_weight
 from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver
 from diffuse_compress.quantization.packed import QuantizedWeight
@@ -77,6 +77,10 @@ class LearnedRoundingConfig(AlgorithmConfig):
                 f"{type(self).__name__}: rounds up or down to integer codes, got {scheme.format.value} weights. Use "
                 "GPTQConfig() or RTNConfig() for these."
             )
+
+    def for_search(self) -> GPTQConfig:
+        """GPTQ, whose errors are near those of learned rounding and which takes a tenth of the time."""
+        return GPTQConfig(observer=self.observer).for_search()
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,10 @@ class AlgorithmConfig:
         """Bytes that the algorithm stores with a layer beside its codes and their scales."""
         return 0
 
+    def for_search(self) -> AlgorithmConfig:
+        """What a search judges formats by, one after the other: itself, or what comes near it in much less time."""
+        return self
+
 
 BlockCalibrator = Callable[[Any, Any], None]
 _Calibrator = TypeVar("_Calibrator", bound=BlockCalibrator)
@@ -172,6 +176,11 @@ class SequenceConfig(AlgorithmConfig):
 
     def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
         return sum(config.extra_bytes(layer, scheme) for config in self.algorithms)
+
+    def for_search(self) -> AlgorithmConfig:
+        # Two of them may come to the same.
+        steps = tuple({type(step): step for step in (config.for_search() for config in self.algorithms)}.values())
+        return steps[0] if len(steps) == 1 else SequenceConfig(steps)
 
 
 def steps_of(config: AlgorithmConfig) -> tuple[AlgorithmConfig, ...]:

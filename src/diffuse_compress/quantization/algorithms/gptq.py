@@ -18,7 +18,7 @@ far. So all of it is added before the first column is rounded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -89,6 +89,10 @@ class GPTQConfig(AlgorithmConfig):
             raise ConfigError(f"GPTQConfig: observer must be 'mse' or 'minmax', got {self.observer!r}.")
         if not 0 < self.asymmetric_share <= 1:
             raise ConfigError(f"GPTQConfig: need 0 < asymmetric_share <= 1, got {self.asymmetric_share}.")
+
+    def for_search(self) -> GPTQConfig:
+        """The block is run once, not once for each group of its layers, and its inputs are the unchanged model's."""
+        return replace(self, true_sequential=False, asymmetric=False)
 
 
 class HessianCollector:
