@@ -93,10 +93,6 @@ def _of_component(part: ComponentPlan, model: nn.Module, schemes: Sequence[Schem
     return found
 
 
-def _rotated(scheme: Scheme, like: Scheme) -> Scheme:
-    return dataclasses.replace(scheme, input_rotation=like.input_rotation)
-
-
 def _fits(part: ComponentPlan, module: nn.Module, shape: tuple[int, int], scheme: Scheme) -> bool:
     try:
         part.spec.algorithm.check(scheme.weight)
