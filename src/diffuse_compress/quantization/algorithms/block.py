@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -82,8 +83,11 @@ class LayerWork:
     @property
     def column_scale(self) -> torch.Tensor | None:
         """``act_pre_scale`` for each column of the flattened weight."""
-        scale = self.act_pre_scale
-        if scale is None or isinstance(self.dense, nn.Linear):
+        return None if self.act_pre_scale is None else self.per_column(self.act_pre_scale)
+
+    def per_column(self, scale: torch.Tensor) -> torch.Tensor:
+        """A scale of the input's channels, [K] (convolutions [C]), for each column of the flattened weight."""
+        if isinstance(self.dense, nn.Linear):
             return scale
         kernel = self.dense.kernel_size[0] * self.dense.kernel_size[1]
         return scale.reshape(self.dense.groups, -1)[0].repeat_interleave(kernel)
@@ -134,14 +138,19 @@ class BlockWork:
     weights: Sequence[float | torch.Tensor] | None = None
     unchanged: nn.Module | None = None
     references: Sequence[Call] | None = None
-    _subsets: list[tuple[str, ...]] | None = field(default=None, repr=False)
 
-    @property
+    @functools.cached_property
+    def entries(self) -> dict[str, list[tuple[Any, ...]]]:
+        """{layer that the first call reaches: which tensor it is given, each time}, in the order they run in."""
+        return self._trace()
+
+    @functools.cached_property
     def subsets(self) -> list[tuple[str, ...]]:
         """Layers that are given the same tensor, together; in the order they run in."""
-        if self._subsets is None:
-            self._subsets = self._trace()
-        return self._subsets
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        for name, (first, *_) in self.entries.items():
+            groups.setdefault(first, []).append(name)
+        return [tuple(names) for names in groups.values()]
 
     def collect(
         self, collectors: Mapping[str, Collector], *, quantized_inputs: bool = False, weighted: bool = False
@@ -163,9 +172,9 @@ class BlockWork:
             rows = as_rows(layer.dense, as_the_layer_sees_it(x, layer) if quantized_inputs else x)
             collectors[name].update(self._weighted(rows, index) if weighted else rows)
 
-        with self._hooked(self.block, collectors, give) as where, torch.no_grad():
-            for where["call"], call in enumerate(self.calls):
-                self.here(call).run(self.block)
+        with self._hooked(self.block, collectors, give) as run, torch.no_grad():
+            for index, call in enumerate(self.calls):
+                run(index, call)
 
     def collect_pairs(self, collectors: Mapping[str, PairCollector]) -> None:
         """As :meth:`collect` with quantized and weighted inputs, and beside them those of the unchanged model.
@@ -191,15 +200,14 @@ class BlockWork:
             collectors[name].update(self._weighted(rows, index), self._weighted(reference, index))
 
         with (
-            self._hooked(self.block, collectors, give) as where,
-            self._hooked(self.reference_block, collectors, keep) as reference_where,
+            self._hooked(self.block, collectors, give) as run,
+            self._hooked(self.reference_block, collectors, keep) as run_reference,
             torch.no_grad(),
         ):
             for index, (call, reference) in enumerate(zip(self.calls, self.reference_calls, strict=True)):
-                where["call"] = reference_where["call"] = index
                 kept.clear()
-                self.here(reference).run(self.reference_block)
-                self.here(call).run(self.block)
+                run_reference(index, reference)
+                run(index, call)
 
     @property
     def reference_block(self) -> nn.Module:
@@ -241,9 +249,13 @@ class BlockWork:
     @contextlib.contextmanager
     def _hooked(
         self, block: nn.Module, layers: Iterable[str], give: Callable[[str, int, torch.Tensor], None]
-    ) -> Iterator[dict[str, int]]:
-        """Inside, ``give(layer, number of the call, input)`` is called for what layers of ``block`` are given."""
-        where = {"call": 0}
+    ) -> Iterator[Callable[[int, Call], None]]:
+        """Inside, what is yielded runs ``block`` on a call, and gives ``give(layer, number of the call, input)``.
+
+        A run ends where the last of the layers has its input: nothing behind that is looked at.
+        """
+        names, now, awaited = list(layers), {"call": 0}, set[str]()
+        stops = bool(names) and all(len(self.entries.get(name, ())) == 1 for name in names)
 
         def hook(name: str) -> Callable[..., None]:
             def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -251,32 +263,41 @@ class BlockWork:
                 if not torch.isfinite(x).all():
                     raise ModelStateError(
                         f"{self.name}.{name}: calibration needs finite inputs, got inf or nan in sample "
-                        f"{where['call']}. The model overflows on it in {x.dtype}: load it in bfloat16 or float32, or "
+                        f"{now['call']}. The model overflows on it in {x.dtype}: load it in bfloat16 or float32, or "
                         "leave the sample out."
                     )
-                give(name, where["call"], x)
+                give(name, now["call"], x)
+                awaited.discard(name)
+                if stops and not awaited:
+                    raise _Enough
 
             return enter
 
+        def run(index: int, call: Call) -> None:
+            now["call"] = index
+            awaited.update(names)
+            with contextlib.suppress(_Enough):
+                self.here(call).run(block)
+
         handles = []
         try:
-            for name in layers:
+            for name in names:
                 module = block.get_submodule(name) if name else block
                 handles.append(module.register_forward_pre_hook(hook(name)))
-            yield where
+            yield run
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _trace(self) -> list[tuple[str, ...]]:
+    def _trace(self) -> dict[str, list[tuple[Any, ...]]]:
         """One run that tells who reads what; inputs are held meanwhile, so that no address is used twice."""
-        seen: dict[str, tuple[Any, ...]] = {}
+        found: dict[str, list[tuple[Any, ...]]] = {}
         held: list[torch.Tensor] = []
 
         def note(name: str) -> Callable[..., None]:
             def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 held.append(args[0])
-                seen.setdefault(name, (args[0].data_ptr(), args[0].shape, args[0].stride()))
+                found.setdefault(name, []).append((args[0].data_ptr(), args[0].shape, args[0].stride()))
 
             return enter
 
@@ -287,10 +308,11 @@ class BlockWork:
         finally:
             for handle in handles:
                 handle.remove()
-        groups: dict[tuple[Any, ...], list[str]] = {}
-        for name, key in seen.items():
-            groups.setdefault(key, []).append(name)
-        return [tuple(names) for names in groups.values()]
+        return found
+
+
+class _Enough(BaseException):
+    """Ends a forward of which nothing more is needed. No Exception: a model may catch those."""
 
 
 def as_rows(layer: Dense, x: torch.Tensor) -> torch.Tensor:
