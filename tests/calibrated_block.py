@@ -11,6 +11,7 @@ from diffuse_compress.calibration.engine import quantized_layer
 from diffuse_compress.calls import Call
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, calibrate_with, steps_of
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, unchanged_twin
+from diffuse_compress.quantization.algorithms.folding import fold_scales
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.convert import replace_module
 from diffuse_compress.quantization.scheme import Scheme
@@ -65,6 +66,7 @@ def calibrated(
     found = work_of(block, scheme, calls, **given)
     for step in (*steps_of(algorithm), RTNConfig()):
         calibrate_with(step, found)
+    fold_scales(found)
     return found
 
 

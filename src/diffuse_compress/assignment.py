@@ -52,7 +52,7 @@ class LayerAssignment:
         shape: (out_features, in_features); a convolution's in_features is C / groups * kh * kw.
         scheme: the format it gets, or None.
         reason: why it is kept (``scheme`` is None), else "".
-        extra_bytes: that the algorithm stores with it beside codes and scales.
+        extra_bytes: that the algorithm stores with it beside codes and scales, at most.
     """
 
     name: str

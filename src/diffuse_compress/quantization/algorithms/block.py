@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -126,6 +126,11 @@ class BlockWork:
         unchanged: the block as it was (:func:`unchanged_twin`), if the algorithm ``needs_reference``.
         references: for each call the arguments that ``unchanged`` has in a model of which nothing was changed; None,
             the same as ``calls``.
+        change: sets a parameter of the block, by its name, so that a failure undoes it; None, where nothing but the
+            layers may change.
+        folds: whether scales are folded into what precedes the layers where a config does not say (``folding.py``).
+        shared: ids of the parameters that the model has under several names: they stay.
+        reached, folded: what ``folding.py`` has found, and decided.
     """
 
     name: str
@@ -138,6 +143,11 @@ class BlockWork:
     weights: Sequence[float | torch.Tensor] | None = None
     unchanged: nn.Module | None = None
     references: Sequence[Call] | None = None
+    change: Callable[[str, torch.Tensor], None] | None = None
+    folds: bool = False
+    shared: frozenset[int] = frozenset()
+    reached: dict[str, set[str]] | None = field(default=None, repr=False)
+    folded: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def entries(self) -> dict[str, list[tuple[Any, ...]]]:

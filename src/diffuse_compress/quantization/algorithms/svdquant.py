@@ -22,7 +22,7 @@ from torch import nn
 
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.awq import RowCollector
-from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block, takes_scale
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, per_channel
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig, quantize
 from diffuse_compress.quantization.algorithms.smoothquant import AbsMaxCollector, smoothing_scale
@@ -80,14 +80,14 @@ class SVDQuantConfig(AlgorithmConfig):
             return "SVDQuant: grouped convolutions take no low-rank branch"
         return None
 
-    def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
-        """Of the branch, and of the smoothing scale where there will be one."""
+    def scales_input(self, layer: nn.Module, scheme: Scheme) -> bool:
+        return self.num_alphas > 0 and scheme.activation is not None and takes_scale(layer)
+
+    def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
         rows, columns = weight.flatten(1).shape
-        branch = min(self.rank, rows, columns) * (rows + columns) * weight.element_size()
-        smoothed = self.num_alphas > 0 and scheme.activation is not None
-        return branch + (4 * weight.shape[1] if smoothed else 0)
+        return min(self.rank, rows, columns) * (rows + columns) * weight.element_size()
 
 
 class _InputCollector:
@@ -106,7 +106,7 @@ def calibrate(work: BlockWork, config: SVDQuantConfig) -> None:
     """Give every layer of a block its smoothing scale and its branch."""
     for names in work.subsets:
         layers = [work.layers[name] for name in names]
-        layers = [layer for layer in layers if layer.quantized is None and not _is_grouped(layer)]
+        layers = [layer for layer in layers if layer.quantized is None and takes_scale(layer.dense)]
         collectors = {layer.name: _InputCollector(layer, config.num_rows, len(work.calls)) for layer in layers}
         work.collect(collectors)
         samples = {name: found.sample.rows() for name, found in collectors.items()}
@@ -116,10 +116,6 @@ def calibrate(work: BlockWork, config: SVDQuantConfig) -> None:
             _smooth(smoothed, collectors[smoothed[0].work.name].largest.value, config.num_alphas)
         for group in _groups(trials, config.share):
             _refine(group, config.iterations)
-
-
-def _is_grouped(layer: LayerWork) -> bool:
-    return isinstance(layer.dense, nn.Conv2d) and layer.dense.groups != 1
 
 
 def _groups(trials: Sequence[_Trial], share: bool) -> list[list[_Trial]]:
@@ -156,13 +152,13 @@ class _Trial:
 
     def smoothed(self, scale: torch.Tensor | None) -> torch.Tensor:
         """``W diag(s)``, fp32 [N, K]."""
-        return self.exact if scale is None else self.exact / _columns(self.work, scale)
+        return self.exact if scale is None else self.exact / self.work.per_column(scale)
 
     def branch(self, factors: LowRank, scale: torch.Tensor | None) -> LowRank:
         """Factors of the smoothed weight as the layer keeps them: for the input as it comes, in the layer's dtype."""
         down, up = factors
         if scale is not None:
-            down = down * _columns(self.work, scale)
+            down = down * self.work.per_column(scale)
         # Copies of their own, in order: layers must not share memory, and products sum alike after a reload.
         dtype, plain = self.work.dense.weight.dtype, torch.contiguous_format
         return down.to(dtype, copy=True, memory_format=plain), up.to(dtype, copy=True, memory_format=plain)
@@ -195,7 +191,7 @@ def _smooth(trials: Sequence[_Trial], largest: torch.Tensor | None, num_alphas: 
         if error < best_error:
             best, best_error = scale, error
     for trial in trials:
-        trial.work.act_pre_scale = best.clone()
+        trial.work.act_pre_scale = best
 
 
 def _refine(group: Sequence[_Trial], iterations: int) -> None:
@@ -219,12 +215,6 @@ def _refine(group: Sequence[_Trial], iterations: int) -> None:
         trial.work.low_rank = low_rank
         # What was decided for the whole weight does not hold for what the branch leaves of it.
         trial.work.weight = trial.work.ranges = None
-
-
-def _columns(layer: LayerWork, scale: torch.Tensor) -> torch.Tensor:
-    found = dataclasses.replace(layer, act_pre_scale=scale).column_scale
-    assert found is not None
-    return found
 
 
 def _quantized_rows(rows: torch.Tensor, layer: LayerWork) -> torch.Tensor:
