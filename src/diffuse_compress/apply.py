@@ -21,7 +21,7 @@ from diffuse_compress.calibration.work_folder import (
     digest_of_items,
     digest_of_weights,
 )
-from diffuse_compress.components import is_pipeline, model_components
+from diffuse_compress.components import generates_text, is_pipeline, model_components
 from diffuse_compress.errors import ConfigError, DiffuseCompressError
 from diffuse_compress.evaluation.environment import device_name
 from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries, quantized_layers
@@ -289,6 +289,9 @@ def _calibrate(
             replace,
             generator=part.spec.generator,
             observer=part.spec.observer,
+            keep=spill.keep,
+            # Adapters for a pipeline's denoiser come from the Hub, where they were made for the model as it was.
+            folds=not part.name and generates_text(model),
             device=device,
             finished=finished,
             on_block=on_block,

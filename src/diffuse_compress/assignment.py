@@ -53,7 +53,7 @@ class LayerAssignment:
         shape: (out_features, in_features); a convolution's in_features is C / groups * kh * kw.
         scheme: the format it gets, or None.
         reason: why it is kept (``scheme`` is None), else "".
-        extra_bytes: stored with it beside the codes and scales of its weight: what the algorithm adds, static scales.
+        extra_bytes: stored with it beside the codes and scales of its weight, at most: by the algorithm, static scales.
     """
 
     name: str

@@ -11,7 +11,7 @@ from torch import nn
 
 from diffuse_compress.errors import ConfigError, nearest
 
-__all__ = ["GROUPS", "compute_dtype_of", "is_pipeline", "model_components", "resolve_names", "unwrap"]
+__all__ = ["GROUPS", "compute_dtype_of", "generates_text", "is_pipeline", "model_components", "resolve_names", "unwrap"]
 
 GROUPS: dict[str, re.Pattern[str]] = {
     "denoisers": re.compile(r"(?:transformer|unet|prior|decoder|denoiser|dit)(?:_\d+)?\Z|super_res_(?:first|last)\Z"),
@@ -28,6 +28,11 @@ SELF = ""
 def is_pipeline(obj: Any) -> bool:
     """True for diffusers' DiffusionPipeline and ModularPipeline (anything that lists its components)."""
     return not isinstance(obj, nn.Module) and isinstance(getattr(obj, "components", None), dict)
+
+
+def generates_text(model: Any) -> bool:
+    """True for a transformers model with a language head, of which ``generate`` makes text."""
+    return callable(getattr(model, "can_generate", None)) and bool(model.can_generate())
 
 
 def unwrap(module: Any) -> Any:

@@ -284,7 +284,10 @@ def _bytes_by_scheme(
     sizes: dict[str, dict[Scheme | None, int]] = {layer: {} for layer in layers}
     for scheme in dict.fromkeys(scheme for formats in layers.values() for scheme in formats):
         takes = [layer for layer, formats in layers.items() if scheme in formats]
-        assigned = {layer: dataclasses.replace(part.assigned[layer], scheme=scheme) for layer in takes}
+        assigned = {}
+        for layer in takes:
+            extra = part.spec.algorithm.extra_bytes(model.get_submodule(layer), scheme)
+            assigned[layer] = dataclasses.replace(part.assigned[layer], scheme=scheme, extra_bytes=extra)
         for row in tensor_rows(model, assigned):
             if row.layer in assigned and row.scheme is not None:
                 sizes[row.layer][scheme] = row.bytes_after

@@ -25,7 +25,7 @@ from diffuse_compress.integrations.component import (
 from diffuse_compress.integrations.peft import support_adapters
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
 from diffuse_compress.integrations.quantizer import QuantizerMixin
-from diffuse_compress.integrations.refusals import wrap_fusing
+from diffuse_compress.integrations.refusals import wrap_fusing, wrap_ip_adapters
 from diffuse_compress.runtime.sampling import SamplingSettings
 from diffuse_compress.runtime.steps import Consumer, track, untrack
 
@@ -174,6 +174,7 @@ def _mark(model: Any, quantizer: DiffuseCompressQuantizer, state: ComponentState
     model.is_quantized = False
     add_to_diffusers_config(model, "quantization_config", state.config)
     wrap_fusing(model)
+    wrap_ip_adapters(model)
     support_adapters()
     _compare_settings(model, state)
 

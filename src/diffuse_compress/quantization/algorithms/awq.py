@@ -2,8 +2,9 @@
 
 Lin et al. 2024, "AWQ: Activation-aware Weight Quantization for On-Device LLM Compression and Acceleration", arXiv
 2306.00978, equations 4 and 5. Deviations: the error of a candidate is summed over all calibration calls before the best
-is chosen, never call by call; both ends of an asymmetric range are clipped on their own; the inverse scale stays with
-the layers (``act_pre_scale``), so layers behind an adaptive norm or an activation are treated alike.
+is chosen, never call by call; both ends of an asymmetric range are clipped on their own; the inverse scale is folded
+into what precedes the layers (``folding.py``) in language models only, unless ``fold`` says otherwise. Elsewhere it
+stays with the layers (``act_pre_scale``), so those behind an adaptive norm or an activation are treated alike.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import nn
 
 from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError
-from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block, takes_scale
 from diffuse_compress.quantization.algorithms.block import (
     BlockWork,
     LayerWork,
@@ -29,6 +30,7 @@ from diffuse_compress.quantization.algorithms.block import (
     per_channel,
     prepared,
 )
+from diffuse_compress.quantization.algorithms.folding import check_fold, set_scale
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig, quantize
 from diffuse_compress.quantization.numerics import QParams, choose_qparams, dequantize, fake_quantize, split_groups
 from diffuse_compress.quantization.observers import ObserverConfig
@@ -58,6 +60,7 @@ class AWQConfig(AlgorithmConfig):
         clip: search ranges narrower than the weights'.
         clip_steps: ranges that are tried, from the whole one down to half of it.
         clip_rows: input rows that the search of ranges looks at.
+        fold: as in :class:`SmoothQuantConfig`.
     """
 
     num_ratios: int = 20
@@ -65,6 +68,7 @@ class AWQConfig(AlgorithmConfig):
     clip: bool = True
     clip_steps: int = 10
     clip_rows: int = 512
+    fold: bool | None = None
     kind: ClassVar[str] = "awq"
     needs_calibration: ClassVar[bool] = True
     chooses_codes: ClassVar[bool] = False
@@ -80,6 +84,10 @@ class AWQConfig(AlgorithmConfig):
                 "AWQConfig: need num_ratios >= 2, clip_steps >= 2 and clip_rows >= 1, got "
                 f"num_ratios={self.num_ratios}, clip_steps={self.clip_steps}, clip_rows={self.clip_rows}."
             )
+        check_fold("AWQConfig", self.fold)
+
+    def scales_input(self, layer: nn.Module, scheme: Scheme) -> bool:
+        return takes_scale(layer)
 
 
 class AbsMeanCollector:
@@ -137,7 +145,7 @@ def calibrate(work: BlockWork, config: AWQConfig) -> None:
 
 
 def _is_plain(layer: LayerWork) -> bool:
-    return layer.quantized is None and (isinstance(layer.dense, nn.Linear) or layer.dense.groups == 1)
+    return layer.quantized is None and takes_scale(layer.dense)
 
 
 # --- scales -----------------------------------------------------------------------------------------------------
@@ -169,8 +177,8 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
         if error < best_error:
             best, best_error = scale, error
     if best is not None and not torch.equal(best, torch.ones_like(best)):
+        set_scale(work, layers, 1.0 / best, config.fold)
         for layer in layers:
-            layer.act_pre_scale = 1.0 / best
             # A least-squares range would clip the very channels that were scaled up because they matter. Two-level
             # scales are searched together, and tried so.
             layer.ranges = None if _is_two_level(layer.scheme.weight) else layer.target()
@@ -256,9 +264,7 @@ def _tried(
                     inputs = (prepared(x, trial) for x in given)
                     ranges[layer.scheme] = observed_qparams(inputs, layer.scheme.activation, observer)
                 trial.input_qparams = ranges[layer.scheme]
-            column = trial.column_scale
-            assert column is not None
-            scaled, rotation = weight / column, layer.scheme.input_rotation
+            scaled, rotation = weight / layer.per_column(1.0 / scale), layer.scheme.input_rotation
             rounded = _rounded(scaled if rotation is None else rotate(scaled, rotation), layer.scheme.weight)
             layer.dense.weight.data = rounded.to(dense[0].dtype).reshape(layer.dense.weight.shape)
             handles.append(layer.dense.register_forward_pre_hook(_scaled(trial)))

@@ -33,6 +33,7 @@ __all__ = [
     "register",
     "register_block",
     "steps_of",
+    "takes_scale",
 ]
 
 
@@ -86,13 +87,31 @@ class AlgorithmConfig:
         """
         return scheme
 
-    def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
-        """Bytes that the algorithm stores with a layer beside its codes and their scales."""
+    def scales_input(self, layer: nn.Module, scheme: Scheme) -> bool:
+        """Whether it may give a linear or convolution a smoothing scale of its input (``act_pre_scale``)."""
+        return False
+
+    def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        """Bytes of the low-rank branch that it stores with a layer."""
         return 0
 
     def for_search(self) -> AlgorithmConfig:
         """What a search judges formats by, one after the other: itself, or what comes near it in much less time."""
         return self
+
+    def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        """Bytes that are stored with a layer beside its codes and their scales, at most.
+
+        Only the data tell whether a smoothing scale is folded into what precedes the layer, or changes nothing.
+        """
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        return self.branch_bytes(layer, scheme) + (4 * weight.shape[1] if self.scales_input(layer, scheme) else 0)
+
+
+def takes_scale(layer: nn.Module) -> bool:
+    """Whether a layer can have a smoothing scale of its input: linears and ungrouped convolutions can."""
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
 
 
 BlockCalibrator = Callable[[Any, Any], None]
@@ -174,8 +193,11 @@ class SequenceConfig(AlgorithmConfig):
             scheme = config.format_of(layer, scheme, arrives_rotated)
         return scheme
 
-    def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
-        return sum(config.extra_bytes(layer, scheme) for config in self.algorithms)
+    def scales_input(self, layer: nn.Module, scheme: Scheme) -> bool:
+        return any(config.scales_input(layer, scheme) for config in self.algorithms)
+
+    def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        return sum(config.branch_bytes(layer, scheme) for config in self.algorithms)
 
     def for_search(self) -> AlgorithmConfig:
         # Two of them may come to the same.

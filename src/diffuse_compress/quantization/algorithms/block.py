@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -102,8 +103,11 @@ class LayerWork:
     @property
     def column_scale(self) -> torch.Tensor | None:
         """``act_pre_scale`` for each column of the flattened weight."""
-        scale = self.act_pre_scale
-        if scale is None or isinstance(self.dense, nn.Linear):
+        return None if self.act_pre_scale is None else self.per_column(self.act_pre_scale)
+
+    def per_column(self, scale: torch.Tensor) -> torch.Tensor:
+        """A scale of the input's channels, [K] (convolutions [C]), for each column of the flattened weight."""
+        if isinstance(self.dense, nn.Linear):
             return scale
         kernel = self.dense.kernel_size[0] * self.dense.kernel_size[1]
         return scale.reshape(self.dense.groups, -1)[0].repeat_interleave(kernel)
@@ -145,6 +149,11 @@ class BlockWork:
             the same as ``calls``.
         samples: for each call the number of its sample, for messages; None, the calls' own numbers.
         observer: chooses the ranges of static inputs.
+        change: sets a parameter of the block, by its name, so that a failure undoes it; None, where nothing but the
+            layers may change.
+        folds: whether scales are folded into what precedes the layers where a config does not say (``folding.py``).
+        shared: ids of the parameters that the model has under several names: they stay.
+        reached, folded: what ``folding.py`` has found, and decided.
     """
 
     name: str
@@ -159,14 +168,24 @@ class BlockWork:
     references: Sequence[Call] | None = None
     samples: Sequence[int] | None = None
     observer: ObserverConfig = field(default_factory=ObserverConfig)
-    _subsets: list[tuple[str, ...]] | None = field(default=None, repr=False)
+    change: Callable[[str, torch.Tensor], None] | None = None
+    folds: bool = False
+    shared: frozenset[int] = frozenset()
+    reached: dict[str, set[str]] | None = field(default=None, repr=False)
+    folded: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
 
-    @property
+    @functools.cached_property
+    def entries(self) -> dict[str, list[tuple[Any, ...]]]:
+        """{layer that the first call reaches: which tensor it is given, each time}, in the order they run in."""
+        return self._trace()
+
+    @functools.cached_property
     def subsets(self) -> list[tuple[str, ...]]:
         """Layers that are given the same tensor, together; in the order they run in."""
-        if self._subsets is None:
-            self._subsets = self._trace()
-        return self._subsets
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        for name, (first, *_) in self.entries.items():
+            groups.setdefault(first, []).append(name)
+        return [tuple(names) for names in groups.values()]
 
     def collect(
         self, collectors: Mapping[str, Collector], *, quantized_inputs: bool = False, weighted: bool = False
@@ -190,9 +209,9 @@ class BlockWork:
             if rows.shape[0]:
                 collectors[name].update(rows)
 
-        with self._hooked(self.block, collectors, give) as where, torch.no_grad():
-            for where["call"] in range(len(self.calls)):
-                self.run_call(where["call"])
+        with self._hooked(self.block, collectors, give) as run, torch.no_grad():
+            for index, call in enumerate(self.calls):
+                run(index, call)
 
     def observe_inputs(self) -> None:
         """Choose the ranges of static inputs that are due, as the layers will see these: smoothed and rotated.
@@ -217,9 +236,9 @@ class BlockWork:
                     observers[name] = self.observer.make(layer.scheme.activation)
                 observers[name].update(prepared(x, layer))
 
-        with self._hooked(self.block, dict.fromkeys(owner.values()), give) as where, torch.no_grad():
-            for where["call"] in range(len(self.calls)):
-                self.run_call(where["call"])
+        with self._hooked(self.block, dict.fromkeys(owner.values()), give) as run, torch.no_grad():
+            for index, call in enumerate(self.calls):
+                run(index, call)
         found = {name: observer.qparams() for name, observer in observers.items()}
         for name in due:
             layer, qparams = self.layers[name], found.get(owner[name])
@@ -266,15 +285,14 @@ class BlockWork:
                 collectors[name].update(self._weighted(rows, index), self._weighted(reference, index))
 
         with (
-            self._hooked(self.block, collectors, give) as where,
-            self._hooked(self.reference_block, collectors, keep) as reference_where,
+            self._hooked(self.block, collectors, give) as run,
+            self._hooked(self.reference_block, collectors, keep) as run_reference,
             torch.no_grad(),
         ):
-            for index, reference in enumerate(self.reference_calls):
-                where["call"] = reference_where["call"] = index
+            for index, (call, reference) in enumerate(zip(self.calls, self.reference_calls, strict=True)):
                 kept.clear()
-                self.here(reference).run(self.reference_block)
-                self.run_call(index)
+                run_reference(index, reference)
+                run(index, call)
 
     @property
     def reference_block(self) -> nn.Module:
@@ -303,8 +321,11 @@ class BlockWork:
         Raises:
             ConfigError: it raises; the message names block and sample.
         """
-        with failures_explained(f"sample {self.sample(index)} cannot be run through {self.name}"):
+        with self._failures_explained(index):
             return self.here(self.calls[index]).run(self.block)
+
+    def _failures_explained(self, index: int) -> contextlib.AbstractContextManager[None]:
+        return failures_explained(f"sample {self.sample(index)} cannot be run through {self.name}")
 
     def require_finite(self) -> None:
         """Look at the inputs of every layer, for algorithms that do not collect them.
@@ -351,9 +372,13 @@ class BlockWork:
     @contextlib.contextmanager
     def _hooked(
         self, block: nn.Module, layers: Iterable[str], give: Callable[[str, int, torch.Tensor], None]
-    ) -> Iterator[dict[str, int]]:
-        """Inside, ``give(layer, number of the call, input)`` is called for what layers of ``block`` are given."""
-        where = {"call": 0}
+    ) -> Iterator[Callable[[int, Call], None]]:
+        """Inside, what is yielded runs ``block`` on a call, and gives ``give(layer, number of the call, input)``.
+
+        A run ends where the last of the layers has its input: nothing behind that is looked at.
+        """
+        names, now, awaited = list(layers), {"call": 0}, set[str]()
+        stops = bool(names) and all(len(self.entries.get(name, ())) == 1 for name in names)
 
         def hook(name: str) -> Callable[..., None]:
             def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -362,32 +387,41 @@ class BlockWork:
                     layer = ".".join(part for part in (self.name, name) if part)
                     raise ModelStateError(
                         f"{layer}: calibration needs finite inputs, got inf or nan in sample "
-                        f"{self.sample(where['call'])}. The model overflows on it in {x.dtype}: load it in bfloat16 or "
+                        f"{self.sample(now['call'])}. The model overflows on it in {x.dtype}: load it in bfloat16 or "
                         "float32, or leave the sample out."
                     )
-                give(name, where["call"], x)
+                give(name, now["call"], x)
+                awaited.discard(name)
+                if stops and not awaited:
+                    raise _Enough
 
             return enter
 
+        def run(index: int, call: Call) -> None:
+            now["call"] = index
+            awaited.update(names)
+            with contextlib.suppress(_Enough), self._failures_explained(index):
+                self.here(call).run(block)
+
         handles = []
         try:
-            for name in layers:
+            for name in names:
                 module = block.get_submodule(name) if name else block
                 handles.append(module.register_forward_pre_hook(hook(name)))
-            yield where
+            yield run
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _trace(self) -> list[tuple[str, ...]]:
+    def _trace(self) -> dict[str, list[tuple[Any, ...]]]:
         """One run that tells who reads what; inputs are held meanwhile, so that no address is used twice."""
-        seen: dict[str, tuple[Any, ...]] = {}
+        found: dict[str, list[tuple[Any, ...]]] = {}
         held: list[torch.Tensor] = []
 
         def note(name: str) -> Callable[..., None]:
             def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 held.append(args[0])
-                seen.setdefault(name, (args[0].data_ptr(), args[0].shape, args[0].stride()))
+                found.setdefault(name, []).append((args[0].data_ptr(), args[0].shape, args[0].stride()))
 
             return enter
 
@@ -398,10 +432,11 @@ class BlockWork:
         finally:
             for handle in handles:
                 handle.remove()
-        groups: dict[tuple[Any, ...], list[str]] = {}
-        for name, key in seen.items():
-            groups.setdefault(key, []).append(name)
-        return [tuple(names) for names in groups.values()]
+        return found
+
+
+class _Enough(BaseException):
+    """Ends a forward of which nothing more is needed. No Exception: a model may catch those."""
 
 
 def as_rows(layer: Dense, x: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.awq import RowCollector
-from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block, takes_scale
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, observed_qparams, per_channel
 from diffuse_compress.quantization.algorithms.gptq import shared_inputs
 from diffuse_compress.quantization.algorithms.smoothquant import AbsMaxCollector, smoothing_scale
@@ -89,14 +89,14 @@ class SVDQuantConfig(AlgorithmConfig):
             return "SVDQuant: grouped convolutions take no low-rank branch"
         return None
 
-    def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
-        """Of the branch, and of the smoothing scale where there will be one."""
+    def scales_input(self, layer: nn.Module, scheme: Scheme) -> bool:
+        return self.num_alphas > 0 and scheme.activation is not None and takes_scale(layer)
+
+    def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
         rows, columns = weight.flatten(1).shape
-        branch = min(self.rank, rows, columns) * (rows + columns) * weight.element_size()
-        smoothed = self.num_alphas > 0 and scheme.activation is not None
-        return branch + (4 * weight.shape[1] if smoothed else 0)
+        return min(self.rank, rows, columns) * (rows + columns) * weight.element_size()
 
 
 class _InputCollector:
@@ -114,7 +114,9 @@ class _InputCollector:
 def calibrate(work: BlockWork, config: SVDQuantConfig) -> None:
     """Give every layer of a block its smoothing scale and its branch."""
     reached = [work.layers[name] for names in work.subsets for name in names]
-    owner = shared_inputs(work, [layer.name for layer in reached if layer.quantized is None and not _is_grouped(layer)])
+    owner = shared_inputs(
+        work, [layer.name for layer in reached if layer.quantized is None and takes_scale(layer.dense)]
+    )
     collectors = {name: _InputCollector(work.layers[name], config.num_rows, len(work.calls)) for name in owner.values()}
     # One run for all: nothing that is decided here is in the block before all of it is.
     work.collect(collectors)
@@ -129,10 +131,6 @@ def calibrate(work: BlockWork, config: SVDQuantConfig) -> None:
             _smooth(smoothed, collectors[owner[smoothed[0].work.name]].largest.value, config.num_alphas)
         for group in _groups(trials, config.share):
             _refine(group, config.iterations)
-
-
-def _is_grouped(layer: LayerWork) -> bool:
-    return isinstance(layer.dense, nn.Conv2d) and layer.dense.groups != 1
 
 
 def _groups(trials: Sequence[_Trial], share: bool) -> list[list[_Trial]]:
@@ -239,7 +237,7 @@ def _smooth(trials: Sequence[_Trial], largest: torch.Tensor | None, num_alphas: 
 
     best = scale(_coarse_to_fine(error, num_alphas))
     for trial in trials:
-        trial.work.act_pre_scale = best.clone()
+        trial.work.act_pre_scale = best
         trial.scale(trial.work.act_pre_scale)
 
 
