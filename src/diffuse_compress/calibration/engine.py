@@ -93,7 +93,6 @@ def calibrate_layers(
         elif names:
             work = _work(found, names, layers, samples, generator, replace, home=home, device=there)
             work.observer = observer or work.observer
-            work.unchanged = unchanged_twin(found.block) if algorithm.needs_reference else None
             calibrate_block(work, algorithm)
             if finished is not None:
                 finished.save(found.name, {short: model.get_submodule(name) for short, name in names.items()})
@@ -104,13 +103,17 @@ def calibrate_layers(
         calls = [sample.call.to(home) for sample in samples]
         lockstep(model, blocks, calls, visit, references=algorithm.needs_reference, device=there)
     missed = {name: scheme for name, scheme in layers.items() if name not in done}
-    _round_to_nearest(missed, generator, replace, device)
-    return list(missed)
+    return _round_to_nearest(missed, generator, replace, device)
 
 
 def calibrate_block(work: BlockWork, algorithm: AlgorithmConfig) -> None:
-    """Let ``algorithm`` decide on a block, and round what it leaves to nearest. Ranges of static inputs are chosen when
-    everything is decided that changes inputs, and nothing yet that must know their grid."""
+    """Let ``algorithm`` decide on a block, and round what it leaves to nearest.
+
+    Ranges of static inputs are chosen when everything is decided that changes inputs, and nothing yet that must know
+    their grid.
+    """
+    if algorithm.needs_reference and work.unchanged is None:
+        work.unchanged = unchanged_twin(work.block)
     for config in (*steps_of(algorithm), RTNConfig()):
         if config.chooses_codes:
             work.observe_inputs()
@@ -135,7 +138,8 @@ def _round_to_nearest(
     generator: Callable[[str], torch.Generator],
     replace: Replace,
     device: torch.device | str | None,
-) -> None:
+) -> list[str]:
+    """Layers that no sample reached, of whose inputs nothing is known; returns their names."""
     for name, scheme in layers.items():
         source = generator(name)
         convert = functools.partial(
@@ -147,6 +151,7 @@ def _round_to_nearest(
             generator=source,
         )
         replace(name, convert)
+    return list(layers)
 
 
 @contextlib.contextmanager
