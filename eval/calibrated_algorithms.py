@@ -68,7 +68,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=Path("examples/reference_models/emoji_pixart"))
     parser.add_argument("--formats", nargs="+", default=["w4g64", "w3g64"], choices=[*FORMATS, *PRESETS, *STATIC])
     parser.add_argument(
-        "--observers", nargs="+", default=["minmax"], help="of static inputs; mse:2.4 is mse with that norm"
+        "--observers", nargs="+", default=["minmax"], help="of static inputs; mse:2 is mse with that norm"
     )
     parser.add_argument("--algorithms", nargs="+", choices=list(algorithms(None)), help="default: all")
     parser.add_argument("--iterations", type=int, help="of the algorithms that learn")

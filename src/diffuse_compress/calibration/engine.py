@@ -191,9 +191,13 @@ class _Changes:
 
 
 def calibrate_block(work: BlockWork, algorithm: AlgorithmConfig) -> None:
-    """Let ``algorithm`` decide on a block, and round what it leaves to nearest. Ranges of static inputs are chosen when
-    everything is decided that changes inputs, and nothing yet that must know their grid."""
-    work.unchanged = unchanged_twin(work.block) if algorithm.needs_reference else None
+    """Let ``algorithm`` decide on a block, and round what it leaves to nearest.
+
+    Ranges of static inputs are chosen when everything is decided that changes inputs, and nothing yet that must know
+    their grid. Scales are folded last, on codes that are final.
+    """
+    if algorithm.needs_reference and work.unchanged is None:
+        work.unchanged = unchanged_twin(work.block)
     for config in (*steps_of(algorithm), RTNConfig()):
         if config.chooses_codes:
             work.observe_inputs()

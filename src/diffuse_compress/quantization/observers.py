@@ -50,12 +50,12 @@ class ObserverConfig:
     Args:
         kind: "minmax" takes the whole range (:class:`MinMaxObserver`), "mse" the one with the least expected rounding
             error (:class:`HistogramObserver`), "percentile" clips a fixed share (:class:`PercentileObserver`).
-        norm: exponent of the error that "mse" minimises.
+        norm: exponent of the error that "mse" minimises; above 2, what is clipped weighs more.
         percentile: percent of the values that "percentile" keeps, in (50, 100].
     """
 
     kind: str = "minmax"
-    norm: float = 2.0
+    norm: float = 2.4
     percentile: float = 99.99
 
     def __post_init__(self) -> None:

@@ -65,7 +65,7 @@ def test_ranges_are_those_of_all_values_seen(act: dc.ActivationScheme, observer:
     dense = Block()
     seen = given_to(dense, inputs(3))
     weight = W8 if act.format.is_integer else dc.WeightScheme(act.format)
-    config = dc.ObserverConfig(observer, percentile=99.5)
+    config = dc.ObserverConfig(observer, norm=2.0, percentile=99.5)
     calibrated(dense, dc.Scheme(weight, act), dc.RTNConfig(), inputs(3), observer=config)
     for name, x in seen.items():
         layer = dense.get_submodule(name)
