@@ -75,6 +75,7 @@ def calibrate_layers(
 
     Raises:
         ModelStateError: inputs are not finite, or memory or disk run out.
+        ConfigError: the model cannot be run on a sample.
         CheckpointError: a finished block cannot be read.
     """
     home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -87,9 +88,7 @@ def calibrate_layers(
         names = dict(_layers_of(found.name, layers))
         stored = None if finished is None or not names else finished.load(found.name, names)
         if stored is not None:
-            for short, name in names.items():
-                model.get_submodule(name).to(home)
-                replace(name, functools.partial(_restored, scheme=layers[name], tensors=stored[short])).to(there)
+            _put_back(model, stored, names, layers, replace, home=home, device=there)
         elif names:
             work = _work(found, names, layers, weights, generator, replace, home=home, device=there)
             work.unchanged = unchanged_twin(found.block) if algorithm.needs_reference else None
@@ -106,6 +105,22 @@ def calibrate_layers(
     missed = {name: scheme for name, scheme in layers.items() if name not in done}
     _round_to_nearest(missed, generator, replace, device)
     return list(missed)
+
+
+def _put_back(
+    model: nn.Module,
+    stored: Mapping[str, Mapping[str, torch.Tensor]],
+    names: Mapping[str, str],
+    layers: Mapping[str, Scheme],
+    replace: Replace,
+    *,
+    home: torch.device,
+    device: torch.device,
+) -> None:
+    """Layers of a block that was finished before."""
+    for short, name in names.items():
+        model.get_submodule(name).to(home)
+        replace(name, functools.partial(_restored, scheme=layers[name], tensors=stored[short])).to(device)
 
 
 def _round_to_nearest(
