@@ -179,6 +179,18 @@ def test_ecosystem_cost_rehearses_without_a_gpu(tmp_path: Path, capsys: pytest.C
     assert "bitsandbytes" in found["error"]
 
 
+@pytest.mark.parametrize("model", ["llama_8b", "flux1_dev"])
+def test_calibration_cost_rehearses_without_a_gpu(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load_script("calibration_cost")
+    options = ["--model", model, "--tiny", "--device", "cpu", "--samples", "2", "--layers", "2"]
+    assert script.main([*options, "--algorithms", "quarot,smoothquant", "smoothquant"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["algorithm"] for line in lines] == ["quarot,smoothquant", "smoothquant"]
+    assert {(line["samples"], line["peak_bytes"]) for line in lines} == {(2, None)}
+    assert all(line["seconds"] > 0 < line["bytes"] for line in lines)
+    assert "2 layers of width" in lines[0]["model"]
+
+
 def test_reference_results_fill_the_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script, document = load_script("reference_results"), tmp_path / "results.md"
     document.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")

@@ -7,7 +7,8 @@ equations 4 to 7. With ``s`` the smoothing scale of the input channels::
 
 ``L`` is the best approximation of rank r of ``W diag(s)``, and then, again and again, of ``W diag(s) - Q(R)``, as long
 as the output error on the calibration inputs falls (the authors' code does the same). Deviations: every layer that
-shares an input has a branch of its own, unless ``share`` asks for one, and no smoothing at all is among the candidates.
+shares an input has a branch of its own, unless ``share`` asks for one; no smoothing at all is among the candidates, of
+which a few are tried first and then the neighbours of the best; each decomposition starts from the one before it.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork,
 from diffuse_compress.quantization.algorithms.gptq import shared_inputs
 from diffuse_compress.quantization.algorithms.smoothquant import AbsMaxCollector, smoothing_scale
 from diffuse_compress.quantization.layer_base import LowRank
-from diffuse_compress.quantization.numerics import QParams, fake_quantize, fake_quantize_activation
+from diffuse_compress.quantization.numerics import QParams, choose_qparams, fake_quantize, fake_quantize_activation
 from diffuse_compress.quantization.observers import MSEObserver, ObserverConfig
 from diffuse_compress.quantization.rotation import rotate, rotate_back
-from diffuse_compress.quantization.scheme import PerTensor, Scheme, WeightScheme
+from diffuse_compress.quantization.scheme import PerTensor, Scheme
 
-__all__ = ["SVDQuantConfig", "truncated_svd"]
+__all__ = ["SVDQuantConfig", "coarse_to_fine", "truncated_svd"]
 
 # Of less than this many times the vectors that are wanted, all are found as fast.
 _FEW = 4
@@ -159,6 +160,8 @@ class _Trial:
     def __init__(self, work: LayerWork, rows: torch.Tensor, rank: int, observer: ObserverConfig) -> None:
         self.work, self.rows, self._observer = work, rows, observer
         self.dense = work.dense.weight.detach().flatten(1).float()
+        # Raises for values that are not finite, of which there is no decomposition.
+        choose_qparams(self.dense, work.scheme.weight)
         self.rank = min(rank, *self.dense.shape)
         self._expected = rows @ self.dense.t()
         self.scale(work.act_pre_scale)
@@ -215,8 +218,8 @@ class _Trial:
 def _smooth(trials: Sequence[_Trial], largest: torch.Tensor | None, num_alphas: int) -> None:
     """Choose the smoothing scale that all of the layers share, by their output error with the first branch.
 
-    Strengths are ranked with a rough decomposition and with ranges that are not searched: both leave the choice within
-    what another draw of the rows does to it, at a tenth of the cost.
+    Strengths are ranked with a rough decomposition and with ranges that are not searched: the models of
+    docs/calibration.md lose nothing by it that other samples would not change as well.
     """
     assert largest is not None
     parts = [per_channel(trial.work.dense, trial.dense.abs().amax(dim=0), torch.amax) for trial in trials]
@@ -235,13 +238,13 @@ def _smooth(trials: Sequence[_Trial], largest: torch.Tensor | None, num_alphas: 
             found.append(trial.error(branch, trial.rounded(trial.rest(branch))))
         return torch.stack(found).sum()
 
-    best = scale(_coarse_to_fine(error, num_alphas))
+    best = scale(coarse_to_fine(error, num_alphas))
     for trial in trials:
         trial.work.act_pre_scale = best
         trial.scale(trial.work.act_pre_scale)
 
 
-def _coarse_to_fine(error: Callable[[int], torch.Tensor], last: int) -> int:
+def coarse_to_fine(error: Callable[[int], torch.Tensor], last: int) -> int:
     """The strength of least error, of ``_NO_SMOOTHING`` and 0 to ``last``: some first, then those around the best."""
     step = 1
     while 8 * step <= last:
@@ -263,23 +266,20 @@ def _refine(group: Sequence[_Trial], iterations: int) -> None:
     rank = min(trial.rank for trial in group)
     target = exact = torch.cat([trial.exact for trial in group])
     best: list[LowRank] = []
-    # The ranges of the codes are searched once: another search changes little but what the branch has adapted to.
-    best_error, up, ranges = float("inf"), None, dict[_Trial, QParams]()
+    ranges: list[QParams] = []
+    best_error, up = float("inf"), None
     for _ in range(iterations + 1):
         down, up = truncated_svd(target, rank, near=up)
         parts = up.split([trial.dense.shape[0] for trial in group])
-        branches, rounded, errors = [], [], []
-        for trial, part in zip(group, parts, strict=True):
-            branch = trial.branch((down, part))
-            rest = trial.rest(branch)
-            if trial not in ranges:
-                ranges[trial] = _searched(rest, trial.work.scheme.weight)
-            rounded.append(trial.rounded(rest, ranges[trial]))
-            errors.append(trial.error(branch, rounded[-1]))
-            branches.append(branch)
+        branches = [trial.branch((down, part)) for trial, part in zip(group, parts, strict=True)]
+        rests = [trial.rest(branch) for trial, branch in zip(group, branches, strict=True)]
+        # Searched once: other ranges change little but what the branch has adapted to.
+        ranges = ranges or [_searched(trial, rest) for trial, rest in zip(group, rests, strict=True)]
+        rounded = [trial.rounded(rest, found) for trial, rest, found in zip(group, rests, ranges, strict=True)]
+        errors = [trial.error(branch, codes) for trial, branch, codes in zip(group, branches, rounded, strict=True)]
         error = float(torch.stack(errors).sum())
         goes_on = error < (1 - _SMALLEST_GAIN) * best_error
-        if error < best_error:
+        if not best or error < best_error:
             best, best_error = branches, error
         if not goes_on:
             break
@@ -290,9 +290,9 @@ def _refine(group: Sequence[_Trial], iterations: int) -> None:
         trial.work.weight = trial.work.ranges = None
 
 
-def _searched(weight: torch.Tensor, scheme: WeightScheme) -> QParams:
-    observer = MSEObserver(scheme)
-    observer.update(weight)
+def _searched(trial: _Trial, rest: torch.Tensor) -> QParams:
+    observer = MSEObserver(trial.work.scheme.weight)
+    observer.update(rest)
     return observer.qparams()
 
 
@@ -335,9 +335,9 @@ def truncated_svd(
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         root = values[:rank].sqrt()
         return right[:rank] * root.unsqueeze(1), left[:, :rank] * root
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(weight.device).manual_seed(0)
     width = _OVERSAMPLING if near is not None else rank + _OVERSAMPLING
-    start = weight @ torch.randn(weight.shape[1], width, generator=generator).to(weight)
+    start = weight @ torch.randn(weight.shape[1], width, generator=generator, device=weight.device, dtype=weight.dtype)
     if near is not None:
         start, power_iterations = normalize(torch.cat([near, start], dim=1), dim=0), 1
     left, _, _ = _orthogonalized(start)
@@ -352,12 +352,12 @@ def truncated_svd(
 def _orthogonalized(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(left [n, k], values [k] descending, turn [k, k]): the thin singular value decomposition of fp32 [n, k].
 
-    By the eigenvectors of the Gram matrix (Stathopoulos and Wu 2002, doi 10.1137/S1064827500370883): products that a
-    GPU is quick at, where its QR and SVD of tall matrices take milliseconds. In float64, of these few columns, nothing
-    is lost by squaring. Directions below the rounding of ``columns`` become 0.
+    By the eigenvectors of the Gram matrix (Stathopoulos and Wu 2002, SIAM J. Sci. Comput. 23, p. 2165): products, which
+    a GPU is quicker at than at factorizations of tall matrices. In float64, of these few columns, nothing is lost by
+    squaring. Directions below the rounding of ``columns`` become 0.
     """
     wide = columns.double()
-    # Of k x k numbers: faster on the CPU, there and back included.
+    # So few numbers are a CPU's work.
     squares, turn = torch.linalg.eigh((wide.t() @ wide).cpu())
     values, turn = squares.clamp(min=0).sqrt().flip(0), turn.flip(1)
     inverse = torch.where(values > _NEGLIGIBLE * values[0], 1 / values, 0.0)
