@@ -30,6 +30,7 @@ __all__ = [
     "calibrate_layers",
     "calibration_blocks",
     "layers_of",
+    "memory_explained",
     "quantize_layers",
     "quantized_layer",
 ]
@@ -90,31 +91,33 @@ def calibrate_layers(
 
     def visit(found: Visit) -> None:
         names = dict(layers_of(found.name, layers))
-
-        def install(layer: LayerWork) -> nn.Module:
-            # What is put away, measured and restored is at home; the block goes on with its new layer.
-            layer.dense.to(home)
-            return replace(names[layer.name], lambda dense: quantized_layer(layer).to(home)).to(there)
-
         stored = None if finished is None or not names else finished.load(found.name, names)
         if stored is not None:
             for short, name in names.items():
                 model.get_submodule(name).to(home)
                 replace(name, functools.partial(_restored, scheme=layers[name], tensors=stored[short])).to(there)
         elif names:
-            work = block_work(found, names, layers, samples, generator, install, there)
-            calibrate_block(work, algorithm)
+            install = functools.partial(_install, names, replace, home, there)
+            calibrate_block(block_work(found, names, layers, samples, generator, install, there), algorithm)
             if finished is not None:
                 finished.save(found.name, {short: model.get_submodule(name) for short, name in names.items()})
         done.update(names.values())
         on_block(found.name, len(done), len(layers))
 
-    with _memory_explained(there, len(samples)):
+    with memory_explained(there, len(samples)):
         calls = [sample.call.to(home) for sample in samples]
         lockstep(model, blocks, calls, visit, references=algorithm.needs_reference, device=there)
     missed = {name: scheme for name, scheme in layers.items() if name not in done}
     quantize_layers(missed, RTNConfig(), replace, generator=generator, device=device)
     return list(missed)
+
+
+def _install(
+    names: Mapping[str, str], replace: Replace, home: torch.device, device: torch.device, layer: LayerWork
+) -> nn.Module:
+    # What is put away, measured and restored is at home; the block goes on with its new layer.
+    layer.dense.to(home)
+    return replace(names[layer.name], lambda dense: quantized_layer(layer).to(home)).to(device)
 
 
 def calibrate_block(work: BlockWork, algorithm: AlgorithmConfig) -> None:
@@ -142,7 +145,7 @@ def quantize_layers(
 
 
 @contextlib.contextmanager
-def _memory_explained(device: torch.device, samples: int) -> Iterator[None]:
+def memory_explained(device: torch.device, samples: int) -> Iterator[None]:
     """What to lower, where memory runs out inside."""
     try:
         yield

@@ -29,6 +29,7 @@ from diffuse_compress.calibration.engine import (
     calibrate_layers,
     calibration_blocks,
     layers_of,
+    memory_explained,
     quantize_layers,
     quantized_layer,
 )
@@ -248,8 +249,8 @@ class _Subject:
                     found.setdefault(name, {})[scheme] = error
             advance(reached.name, len(self._candidates) + len(found), 2 * len(self._candidates))
 
-        calls = self.at_home(samples)
-        lockstep(self._model, self._blocks, calls, visit, device=self._there)
+        with memory_explained(self._there, len(samples)):
+            lockstep(self._model, self._blocks, self.at_home(samples), visit, device=self._there)
         return found
 
     def _quantized(
