@@ -37,6 +37,7 @@ __all__ = [
     "calibration_blocks",
     "evaluating",
     "layers_of",
+    "memory_explained",
     "quantize_layers",
     "quantized_layer",
     "sample_weights",
@@ -109,7 +110,7 @@ def calibrate_layers(
         run.visit(found)
         on_block(found.name, len(run.done), len(layers))
 
-    with evaluating(model), _memory_explained(there, len(samples)):
+    with evaluating(model), memory_explained(there, len(samples)):
         calls = [sample.call.to(home) for sample in samples]
         lockstep(model, blocks, calls, visit, references=algorithm.needs_reference, device=there)
     missed = {name: scheme for name, scheme in layers.items() if name not in run.done}
@@ -242,7 +243,7 @@ def quantize_layers(
 
 
 @contextlib.contextmanager
-def _memory_explained(device: torch.device, samples: int) -> Iterator[None]:
+def memory_explained(device: torch.device, samples: int) -> Iterator[None]:
     """What to lower, where memory runs out inside."""
     try:
         yield

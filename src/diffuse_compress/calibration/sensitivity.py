@@ -30,6 +30,7 @@ from diffuse_compress.calibration.engine import (
     calibration_blocks,
     evaluating,
     layers_of,
+    memory_explained,
     quantize_layers,
     quantized_layer,
     sample_weights,
@@ -251,8 +252,8 @@ class _Subject:
                     found.setdefault(name, {})[scheme] = error
             advance(reached.name, len(self._candidates) + len(found), 2 * len(self._candidates))
 
-        calls = self.at_home(samples)
-        lockstep(self._model, self._blocks, calls, visit, device=self._there)
+        with memory_explained(self._there, len(samples)):
+            lockstep(self._model, self._blocks, self.at_home(samples), visit, device=self._there)
         return found
 
     def _quantized(
