@@ -232,21 +232,25 @@ def test_four_bits_runs_resumes_and_prints(
 
 
 def test_calibrated_algorithms_measures_and_prints(
-    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script, out = load_script("calibrated_algorithms"), tmp_path / "results.json"
     fixed = ["--prompts", "1", "--samples", "2", "--steps", "2", "--guidance", "1.0", "--iterations", "2"]
     arms = ["--formats", "w8a8", "--algorithms", "rtn", "gptaq", "brecq"]
     script.main(["--model", str(model_folder), "--seeds", "0", "1", "--out", str(out), *fixed, *arms])
     results = json.loads(out.read_text())
-    errors = results["errors"]["trained"]["w8a8"]
-    assert {name: len(values) for name, values in errors.items()} == {"rtn": 2, "gptaq": 2, "brecq": 2}
-    assert all(0 < error < 0.1 for values in errors.values() for error in values)
-    assert "calibrated_algorithms.py" in results["environment"]["command"]
+    assert set(results["arms"]) == {f"trained/w8a8/{name}/{s}" for name in ("rtn", "gptaq", "brecq") for s in (0, 1)}
+    assert all(0 < arm["error"] < 0.1 for arm in results["arms"].values())
+    assert "calibrated_algorithms.py" in results["environments"][0]["command"]
     printed = capsys.readouterr().out
-    script.main(["--table", str(out), str(out)])
+    monkeypatch.setattr(script, "measure", None)  # every arm is there already
+    script.main(["--model", str(model_folder), "--seeds", "0", "--out", str(out), *fixed, *arms])
+    script.main(["--table", str(out)])
     assert "| gptaq | " in printed
-    assert printed.splitlines()[0] == capsys.readouterr().out.splitlines()[0] == "| | w8a8, trained, % | s |"
+    assert capsys.readouterr().out == 2 * printed
+    assert printed.splitlines()[0] == "| | w8a8, trained, % | s |"
+    with pytest.raises(SystemExit, match="its arms were run with"):
+        script.main(["--model", str(model_folder), "--out", str(out), *fixed, *arms, "--samples", "4"])
 
 
 def test_against_llmcompressor_gives_back_dense_weights_of_the_scheme(tmp_path: Path) -> None:

@@ -58,11 +58,6 @@ class PairCollector(Protocol):
         """Take the input rows [M, K] of one call, as the layer sees them, and [M, K] of the unchanged model."""
 
 
-class _Ignored:
-    def update(self, rows: torch.Tensor) -> None:
-        """Rows are looked at on their way here."""
-
-
 @dataclass
 class LayerWork:
     """A layer on its way to being quantized.
@@ -326,14 +321,6 @@ class BlockWork:
 
     def _failures_explained(self, index: int) -> contextlib.AbstractContextManager[None]:
         return failures_explained(f"sample {self.sample(index)} cannot be run through {self.name}")
-
-    def require_finite(self) -> None:
-        """Look at the inputs of every layer, for algorithms that do not collect them.
-
-        Raises:
-            ModelStateError: an input is not finite; the message names layer and sample.
-        """
-        self.collect({name: _Ignored() for name in self.layers})
 
     def sample(self, index: int) -> int:
         """Number of the sample that a call is of."""
