@@ -873,6 +873,36 @@ def test_a_loop_without_a_scheduler_is_told_so_once(denoiser):
 
 
 @torch.no_grad()
+def test_settings_far_from_a_calibration_are_told_of_once_for_each(denoiser):
+    def consumer(*steps_: int) -> steps.Consumer:
+        known = SamplingSettings(("EulerDiscreteScheduler",), steps_, ("none",), ((4, 8, 8),))
+        return steps.Consumer("static scales", saves=False, calibrated=known)
+
+    def run_steps(count: int) -> None:
+        scheduler = EulerDiscreteScheduler()
+        scheduler.set_timesteps(count)
+        loop(denoiser, scheduler)
+
+    steps.track(denoiser, consumer(4))
+    for sigma in (1.0, 0.9, 0.8, 0.7):
+        denoiser(torch.zeros(1, 4), sigma)  # no scheduler: nothing is known of it
+    for count in (2, 4, 8):
+        run_steps(count)
+    with pytest.warns(
+        DiffuseCompressWarning, match=r"^Denoiser: static scales .* 4 steps, and this call ran with 9 st"
+    ):
+        run_steps(9)
+    run_steps(9)
+    steps.track(denoiser, consumer(4))
+    run_steps(9)
+    steps.track(denoiser, consumer(30))
+    with pytest.warns(DiffuseCompressWarning, match="with 30 steps, and this call ran with 9 steps"):
+        run_steps(9)
+    steps.untrack(denoiser, "another")
+    assert steps.tracker_of(denoiser) is not None
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("lost", [False, True])
 def test_each_expert_answers_for_its_own_steps(lost):
     """Wan 2.2: both have a plan for the whole schedule. Steps that nobody was seen in are not forgiven."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 
-from diffuse_compress.errors import DiffuseCompressWarning
+from diffuse_compress.errors import DiffuseCompressWarning, MissingDependencyError
 from diffuse_compress.integrations.compat import add_to_diffusers_config, may_patch, remove_from_diffusers_config
 from diffuse_compress.integrations.component import (
     FP32_PARAMETER_NAMES,
@@ -184,7 +185,8 @@ def _compare_settings(model: Any, state: ComponentState) -> None:
     found = SamplingSettings.from_dict((state.config.calibration or {}).get("sampling", {}))
     is_static = any(entry.scheme.has_static_inputs for entry in state.layers.values())
     if is_static and found != SamplingSettings() and may_patch():
-        track(model, Consumer(_STATIC_SCALES, saves=False, calibrated=found))
+        with suppress(MissingDependencyError):  # a part of diffusers cannot be imported: nothing will tell of steps
+            track(model, Consumer(_STATIC_SCALES, saves=False, calibrated=found))
 
 
 def unmark(model: Any) -> None:

@@ -450,6 +450,8 @@ def track(model: nn.Module, consumer: Consumer | None = None) -> StepTracker:
         model.register_forward_pre_hook(tracker.before, with_kwargs=True)
         model.register_forward_hook(tracker.after, always_call=True)
     if consumer is not None:
+        if tracker.consumers.get(consumer.name) != consumer:
+            tracker._warned_of_settings.discard(consumer.name)
         tracker.consumers[consumer.name] = consumer
     return tracker
 
@@ -468,10 +470,8 @@ def untrack(model: nn.Module, consumer: str | None = None) -> None:
     tracker = tracker_of(model)
     if tracker is None:
         return
-    if consumer is not None:
-        tracker.consumers.pop(consumer, None)
-        if tracker.consumers:
-            return
+    if consumer is not None and (tracker.consumers.pop(consumer, None) is None or tracker.consumers):
+        return
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is tracker]:
             del hooks[key]
