@@ -14,8 +14,9 @@ from torch import nn
 import diffuse_compress as dc
 from calibrated_block import Block, calibrated, error, inputs, work_of
 from diffuse_compress.calls import Call
+from diffuse_compress.quantization.algorithms import base
 from diffuse_compress.quantization.algorithms.awq import _observed, _tried
-from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, SequenceConfig, register_block
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, SequenceConfig
 from diffuse_compress.quantization.algorithms.block import BlockWork
 from diffuse_compress.quantization.algorithms.rtn import quantize
 from diffuse_compress.quantization.algorithms.svdquant import _Trial
@@ -156,7 +157,6 @@ class Looks(AlgorithmConfig):
     seen: ClassVar[dict[str, torch.Tensor]] = {}
 
 
-@register_block
 def look(work: BlockWork, config: Looks) -> None:
     """Keep the inputs that whatever chooses codes would see."""
 
@@ -180,7 +180,10 @@ def look(work: BlockWork, config: Looks) -> None:
     ],
     ids=lambda config: config.kind,
 )
-def test_inputs_are_smoothed_and_rotated_then_ranges_are_chosen_then_codes(before: AlgorithmConfig) -> None:
+def test_inputs_are_smoothed_and_rotated_then_ranges_are_chosen_then_codes(
+    before: AlgorithmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(base._BLOCK_REGISTRY, Looks, look)
     block, calls = Block(), inputs(2)
     scheme = before.format_of(nn.Linear(128, 128), W8A8)
     seen = given_to(block, calls)
@@ -234,9 +237,9 @@ def test_awq_tries_scales_with_the_static_range_they_will_get() -> None:
     block, calls = Block(), inputs(2)
     work = work_of(block, W8A8, calls, observer=MINMAX)
     layer, scale = work.layers["up"], torch.rand(128) + 0.5
-    parent, given_calls, _, given = _observed(work, [layer])
+    parent, observed, given = _observed(work, [layer])
     with _tried([layer], [layer.rest()], scale, given, MINMAX), torch.no_grad():
-        tried = given_calls[0].run(parent)
+        tried = observed[0][1].run(parent)
     assert torch.equal(parent.weight, layer.dense.weight)
     layer.act_pre_scale = 1.0 / scale
     work.layers = {"up": layer}
@@ -252,10 +255,11 @@ def test_svdquant_tries_branches_with_static_inputs() -> None:
     work = work_of(block, W8A8, calls, observer=MINMAX)
     layer, rows = work.layers["to_q"], calls[0].args[0].reshape(-1, 128)
     trial = _Trial(layer, rows, 4, MINMAX)
-    claimed, _ = trial.measure(trial.with_(None, None))
+    nothing = (torch.zeros(4, 128), torch.zeros(layer.dense.out_features, 4))
+    claimed = float(trial.error(nothing, trial.rounded(trial.rest(nothing))))
     work.observe_inputs()
-    layer.quantized = quantize(layer.target(), W8, dc.RTNConfig())
-    expected = trial.expected + layer.dense.bias
+    layer.quantized = quantize(layer.target(), W8, dc.RTNConfig(observer="minmax"))
+    expected = layer.dense(rows).detach()
     with torch.no_grad():
         found = (work.install(layer)(rows) - expected).double().square().sum()
     assert abs(claimed / float(found) - 1) < 0.01
