@@ -42,6 +42,14 @@ FORMATS = {
     "w2g64": dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT2, dc.PerGroup(64), symmetric=False)),
 }
 PRESETS = ("w8a8", "w4a8")
+# Static inputs: formats of their own, for each observer; what works on one row stays weight-only, as in the preset.
+STATIC = {
+    name: dc.Scheme(
+        dc.WeightScheme(dc.NumberFormat.INT8),
+        dc.ActivationScheme(dc.NumberFormat.INT8, dc.PerTensor(), dynamic=False, symmetric=symmetric),
+    )
+    for name, symmetric in (("w8a8-static", True), ("w8a8-static-asymmetric", False))
+}
 # What must not differ between the arms of a file.
 SETTINGS = ("iterations", "prompts", "samples", "steps", "guidance")
 
@@ -51,6 +59,7 @@ def algorithms(iterations: int | None) -> dict[str, AlgorithmConfig | list[Algor
     steps = {} if iterations is None else {"iterations": iterations}
     return {
         "rtn": dc.RTNConfig(),
+        "smoothquant": dc.SmoothQuantConfig(),
         "awq": dc.AWQConfig(),
         "gptq": dc.GPTQConfig(),
         "gptaq": dc.GPTQConfig(asymmetric=True),
@@ -65,7 +74,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("examples/reference_models/emoji_pixart"))
-    parser.add_argument("--formats", nargs="+", default=["w4g64", "w3g64"], choices=[*FORMATS, *PRESETS])
+    parser.add_argument("--formats", nargs="+", default=["w4g64", "w3g64"], choices=[*FORMATS, *PRESETS, *STATIC])
+    parser.add_argument(
+        "--observers", nargs="+", default=["minmax"], help="of static inputs; mse:2 is mse with that norm"
+    )
     parser.add_argument("--algorithms", nargs="+", choices=list(algorithms(None)), help="default: all")
     parser.add_argument("--iterations", type=int, help="of the algorithms that learn")
     parser.add_argument("--prompts", type=int, default=8, help="to calibrate on, and as many to compare on")
@@ -122,10 +134,10 @@ def measure(options: argparse.Namespace, arm: str) -> dict[str, float]:
     fixed = (options.model, options.prompts, options.samples, options.steps, options.guidance)
     calibration, unseen, expected = case(*fixed, variant, int(seed))
     algorithm = algorithms(options.iterations)[name]
-    config = dc.QuantizationConfig(FORMATS.get(form, form), algorithm=algorithm, seed=int(seed))
-    given = {"calibration": calibration} if config.spec.algorithm.needs_calibration else {}
+    config = dc.QuantizationConfig(**format_options(options)[form], algorithm=algorithm, seed=int(seed))
+    data = calibration if config.spec.needs_calibration else None
     pipe, started = load(options, variant), time.perf_counter()
-    pipe.compress(config, device=options.device, measure=False, **given)
+    pipe.compress(config, device=options.device, measure=False, calibration=data)
     seconds = time.perf_counter() - started
     error = float((outputs(pipe.transformer, unseen) - expected).norm() / expected.norm())
     return {"error": error, "seconds": seconds}
@@ -156,7 +168,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         f"{variant}/{form}/{name}/{seed}"
         for seed in options.seeds
         for variant in options.variants
-        for form in options.formats
+        for form in format_options(options)
         for name in names
     ]
     settings = {"model": options.model.name} | {key: getattr(options, key) for key in SETTINGS}
@@ -172,6 +184,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         if options.out is not None:
             options.out.write_text(json.dumps(results, indent=1))
     return results
+
+
+def format_options(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """{label: arguments of QuantizationConfig}."""
+    found: dict[str, dict[str, Any]] = {}
+    for form in options.formats:
+        if form not in STATIC:
+            found[form] = {"scheme": FORMATS.get(form, form)}
+            continue
+        for text in options.observers:
+            kind, _, norm = text.partition(":")
+            observer = dc.ObserverConfig(kind, **({"norm": float(norm)} if norm else {}))
+            found[f"{form} {text}"] = {"scheme": STATIC[form], "modulation_scheme": "w8a16", "observer": observer}
+    return found
 
 
 def load(options: argparse.Namespace, variant: str) -> Any:

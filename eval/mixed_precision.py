@@ -1,10 +1,12 @@
 """Mixed precision against one format for all layers at equal bytes, on two small trained models: docs/calibration.md.
 
-    python eval/mixed_precision.py            # about 20 minutes with one thread; prints the table in markdown
+    python eval/mixed_precision.py            # about an hour with one thread; prints the table in markdown
+    python eval/mixed_precision.py --models pixart --algorithms GPTQ --seeds 0 1
 
-Each uniform format sets a size; the search gets that size and the formats of "w4a16". Both are calibrated on the same
-samples and judged on others. Of emoji_pixart: relative error of the denoiser's output over the steps of the loop. Of
-python_llama: perplexity on the second half of its held-out text. Calibration is drawn anew for each seed.
+Each uniform format sets a size; the search gets that size, the formats of "w4a16" and the calibration samples, from
+which a report is measured for each algorithm. Both are calibrated on the same samples and judged on others. Of
+emoji_pixart: relative error of the denoiser's output over the steps of the loop. Of python_llama: perplexity on the
+second half of its held-out text. Calibration is drawn anew for each seed.
 """
 
 from __future__ import annotations
@@ -96,20 +98,28 @@ class Llama:
         return float(torch.cat(nats).double().mean().exp())
 
 
-def measured(model: Pixart | Llama, seeds: Iterable[int], say: Callable[[str], None]) -> list[dict[str, Any]]:
+def measured(
+    model: Pixart | Llama, seeds: Iterable[int], algorithms: Iterable[str], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """One row for each size and algorithm: bytes and scores of both, by seed."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for seed in seeds:
-        calibration, started = model.calibration(seed), time.monotonic()
-        report = dc.sensitivity(model.load(), calibration=calibration)
-        say(f"{model.name}, seed {seed}: sensitivity in {time.monotonic() - started:.0f} s")
-        for size, (bits, group_size) in SIZES.items():
-            for label, algorithm in ALGORITHMS.items():
-                given = {"calibration": calibration} if algorithm.needs_calibration else {}
+        calibration = model.calibration(seed)
+        for label in algorithms:
+            algorithm, started = ALGORITHMS[label], time.monotonic()
+            report = dc.sensitivity(model.load(), calibration=calibration, algorithm=algorithm)
+            say(f"{model.name}, seed {seed}, {label}: sensitivity in {time.monotonic() - started:.0f} s")
+            given = {"calibration": calibration} if algorithm.needs_calibration else {}
+            for size, (bits, group_size) in SIZES.items():
                 one, mixed = model.load(), model.load()
                 plan = dc.compression_plan(one, dc.QuantizationConfig(uniform(bits, group_size), algorithm), **given)
                 own = dc.compression_plan(
-                    mixed, "w4a16", algorithm=algorithm, target_size=plan.bytes_after, sensitivity=report, **given
+                    mixed,
+                    "w4a16",
+                    algorithm=algorithm,
+                    target_size=plan.bytes_after,
+                    sensitivity=report,
+                    calibration=calibration,
                 )
                 row = rows.setdefault(
                     (size, label),
@@ -120,7 +130,7 @@ def measured(model: Pixart | Llama, seeds: Iterable[int], say: Callable[[str], N
                 row["bytes"].append([plan.bytes_after, own.bytes_after])
                 row["uniform"].append(model.score(one))
                 row["mixed"].append(model.score(mixed))
-                say(f"  {size}, {label}: {row['uniform'][-1]:.3f} -> {row['mixed'][-1]:.3f}")
+                say(f"  {size}, {label}: {row['uniform'][-1]:.3f} -> {row['mixed'][-1]:.3f} ({own.search})")
     return list(rows.values())
 
 
@@ -132,13 +142,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=("pixart", "llama"), default=["pixart", "llama"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="two or more, for a deviation")
+    parser.add_argument("--algorithms", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
     parser.add_argument("--out", type=Path, metavar="FILE", help="write every number as JSON")
     args = parser.parse_args()
     found = []
     for name in args.models:
         model = {"pixart": Pixart, "llama": Llama}[name]()
         print(f"{model.name}, dense: {model.score(model.load()):.3f} ({model.unit})", flush=True)
-        found += measured(model, args.seeds, lambda line: print(line, flush=True))
+        found += measured(model, args.seeds, args.algorithms, lambda line: print(line, flush=True))
     if args.out:
         args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print("| model | bytes of | algorithm | uniform | mixed |\n|---|---|---|---|---|")

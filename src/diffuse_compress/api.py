@@ -6,7 +6,6 @@ method of the same name.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -18,14 +17,14 @@ from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.components import GROUPS, is_pipeline, model_components, resolve_names
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.integrations.component import get_state
-from diffuse_compress.layer_sensitivity import SensitivityReport, measure_sensitivity, own_calibration
-from diffuse_compress.mixed_precision import Candidates, candidate_schemes, meet_target, parse_size
+from diffuse_compress.integrations.quantization_config import QuantizationConfig
+from diffuse_compress.layer_sensitivity import Measurements, SensitivityReport
+from diffuse_compress.mixed_precision import candidate_schemes, meet_target, parse_size
 from diffuse_compress.plan import CompressionPlan, make_plan
 from diffuse_compress.plan_text import format_bytes
 from diffuse_compress.progress import Callback
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig
-from diffuse_compress.quantization.algorithms.rtn import RTNConfig
-from diffuse_compress.quantization.presets import PRESETS
+from diffuse_compress.quantization.presets import PRESETS, resolve_preset
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import resolve_scheme
 from diffuse_compress.recipe import Recipe, as_recipe
@@ -70,7 +69,8 @@ def compression_plan(
     ``target_bits`` (average bits of a layer's weight, scales included) each layer gets its own of the preset's formats
     (``QuantizationPreset.mixed``, or dense) so that the output error is least; "w4a16" if there is no preset. This
     needs loaded weights, and takes minutes where it runs the model; ``sensitivity`` is what :func:`sensitivity`
-    measured, so that it is not measured anew, and only its formats are used.
+    measured, so that it is not measured anew, and only its formats are used. With samples the choice is tried against
+    one format for all layers on a held-out half of them, which takes two calibrations, and the better one is planned.
 
     Returns:
         A plan: print it, edit it with ``plan.set(pattern, scheme)`` and ``plan.keep(pattern)``, pass it to compress.
@@ -101,9 +101,9 @@ def compression_plan(
     plan = make_plan(target, recipe, _as_device(device))
     plan.calibration = require_consumer(plan, calibration, searches=searches)
     if searches and plan.components:
-        measure = functools.partial(_measure_sensitivity, plan, target, callback=callback)
+        measurements = Measurements(target, plan, device, callback)
         size = None if target_size is None else parse_size(target_size)
-        meet_target(plan, target, sensitivity or measure, size=size, bits=target_bits)
+        meet_target(plan, target, measurements, sensitivity, size=size, bits=target_bits)
         # A calibration that only the search has looked at is done with.
         plan.calibration = plan.calibration if needs_calibration(plan) else None
     return plan
@@ -173,11 +173,13 @@ def compress(
 
 def sensitivity(
     target: Any,
-    schemes: str | Scheme | Sequence[str | Scheme] = "w4a16",
+    schemes: str | Scheme | Sequence[str | Scheme] = DEFAULT_FAMILY,
     *,
     calibration: Calibration | Iterable[Any] | None = None,
+    algorithm: AlgorithmConfig | str | None = None,
     components: str | Sequence[str] = "denoisers",
     modules_to_not_convert: str | Sequence[str] | None = None,
+    device: torch.device | str | None = None,
     callback: Callback | None = None,
 ) -> SensitivityReport:
     """How much of the output error each layer causes in each format, the most sensitive layers first.
@@ -187,12 +189,15 @@ def sensitivity(
         schemes: a preset, for the formats that a search under a size mixes; or a list of presets and Schemes.
         calibration: samples, or the items to record some from. Without, a pipeline that can be is called with a prompt
             of this package; of other models the weights alone are looked at.
+        algorithm: that the layers are quantized by: what ``compress`` will be given. By default the preset's, with
+            ``calibration`` its calibrated one; that of "w4a16" where only Schemes are listed.
         components: names or groups of a pipeline's components.
         modules_to_not_convert: layers to leave out.
+        device: run and quantize here, block by block; the model stays where it is.
         callback: ``callback(stage, done, total, metrics)``.
 
     Raises:
-        ConfigError: unknown preset, component or pattern.
+        ConfigError: unknown preset, component or pattern; a calibrated algorithm without calibration.
         ModelStateError: weights on the meta device, or already compressed.
     """
     listed = [schemes] if isinstance(schemes, Scheme) else schemes
@@ -200,13 +205,17 @@ def sensitivity(
     if first is None:
         raise ConfigError("sensitivity: schemes= names at least one preset or Scheme, got none.")
     names = [components] if isinstance(components, str) else list(components)
-    recipe = as_recipe(
-        dict.fromkeys(names, first), algorithm=RTNConfig(), modules_to_not_convert=modules_to_not_convert
-    )
-    plan = make_plan(target, recipe)
+    presets = [scheme for scheme in ([listed] if isinstance(listed, str) else listed) if isinstance(scheme, str)]
+    family = resolve_preset(presets[0] if presets else DEFAULT_FAMILY)
+    parts = {}
+    for name in names:
+        own = family.calibrated if _is_calibrated(target, name, calibration) else family.algorithm
+        parts[name] = (QuantizationConfig(first, algorithm or own, modules_to_not_convert=modules_to_not_convert),)
+    plan = make_plan(target, Recipe(parts), _as_device(device))
     formats = None if isinstance(listed, str) else [cast(Scheme, resolve_scheme(scheme)) for scheme in listed]
-    plan.calibration = calibration
-    return _measure_sensitivity(plan, target, candidate_schemes(plan, target, formats), callback)
+    candidates = candidate_schemes(plan, target, formats)
+    plan.calibration = require_consumer(plan, calibration, searches=True)
+    return Measurements(target, plan, device, callback).sensitivity(candidates)
 
 
 def _seed_of(seed: int | None, generator: torch.Generator | None) -> int | None:
@@ -234,19 +243,6 @@ def _check_search(target_size: Any, target_bits: Any, sensitivity: Any) -> bool:
             f"{type(sensitivity).__name__}" + ("." if searches else " and no target.")
         )
     return searches
-
-
-def _measure_sensitivity(
-    plan: CompressionPlan, target: Any, candidates: Candidates, callback: Callback | None
-) -> SensitivityReport:
-    """On the plan's calibration; items are recorded first, and the plan keeps what was recorded."""
-    found = plan.calibration
-    if found is None:
-        found = own_calibration(target, list(plan.components), callback)
-    elif not isinstance(found, Calibration):
-        components = list(plan.components) if is_pipeline(target) else None
-        found = plan.calibration = Calibration.record(target, found, components=components, callback=callback)
-    return measure_sensitivity(target, plan, candidates, found, callback)
 
 
 def _is_calibrated(target: Any, key: str, calibration: Any) -> bool:

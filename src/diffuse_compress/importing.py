@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from diffuse_compress.assignment import module_aliases
 from diffuse_compress.components import is_pipeline, model_components
 from diffuse_compress.errors import CheckpointError, ConfigError, ModelStateError
 from diffuse_compress.integrations.compat import usable
@@ -31,7 +30,7 @@ from diffuse_compress.integrations.placement import require_free
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.patterns import generalize
 from diffuse_compress.progress import track
-from diffuse_compress.quantization.convert import replace_module
+from diffuse_compress.quantization.convert import module_aliases, replace_module
 from diffuse_compress.quantization.layers import QuantizedLinear
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import QuantizationSpec

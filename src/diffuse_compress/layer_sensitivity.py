@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.calibration.samples import Sample
-from diffuse_compress.calibration.sensitivity import layer_sensitivities
-from diffuse_compress.components import GROUPS, is_pipeline, model_components
+from diffuse_compress.calibration.sensitivity import layer_sensitivities, output_error, split_samples
+from diffuse_compress.components import GROUPS, compute_dtype_of, is_pipeline, model_components
 from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.logging import get_logger
 from diffuse_compress.measurement import measure_layer
@@ -19,15 +21,12 @@ from diffuse_compress.pipeline_call import CannotCallError, cheap_arguments
 from diffuse_compress.plan import ComponentPlan, CompressionPlan
 from diffuse_compress.plan_text import align, scheme_labels
 from diffuse_compress.progress import Callback, bar
-from diffuse_compress.quantization.algorithms.base import AlgorithmConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.quantization.scheme import Scheme
 
-__all__ = ["LayerSensitivity", "SensitivityReport", "measure_sensitivity", "own_calibration"]
+__all__ = ["LayerSensitivity", "Measurements", "SensitivityReport", "own_calibration"]
 
-NUM_SAMPLES = 16
-"""Samples of a calibration that are looked at: enough to rank layers, each costs dozens of forwards."""
 OWN_SAMPLES = 8
 OWN_STEPS = 8
 _SHOWN_ROWS = 20
@@ -107,41 +106,107 @@ class SensitivityReport:
     __repr__ = __str__
 
 
-def measure_sensitivity(
-    target: Any,
-    plan: CompressionPlan,
-    candidates: Mapping[str, Mapping[str, Sequence[Scheme]]],
-    calibration: Calibration | None,
-    callback: Callback | None = None,
-) -> SensitivityReport:
-    """Sensitivity of the layers in ``candidates`` {component: {layer: formats}}, all of them planned by ``plan``.
+class Measurements:
+    """What a search looks at: a plan's model on its calibration, run as often as it takes.
 
-    With samples of a component, the error of its output; without, of its weights. Layers are quantized by the plan's
-    algorithm if that is data-free, else rounded to nearest: what a calibrated one gains in one format says little of
-    what it gains in another, and scaling by it made worse choices.
+    Calibrated algorithms quantize on one half of the samples and are judged on the other (``split_samples``), so a
+    format that only fits its calibration is not taken for a good one.
 
-    Raises:
-        ModelStateError: weights are on the meta device.
+    Args:
+        target: the pipeline or model of ``plan``.
+        plan: whose components, algorithms and calibration are used; items are recorded first, and the plan keeps what
+            was recorded.
+        device: where blocks are run and calibrated; by default where the model is.
+        callback: ``callback(stage, done, total, metrics)``.
     """
-    models, found, described = model_components(target), [], {}
-    for name, wanted in candidates.items():
-        part, model = plan.components[name], models[name]
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise ModelStateError(
-                f"{name or part.class_name}: a search for the formats of its layers looks at their weights, which are "
-                "on the meta device. Load the model first."
-            )
-        stage = f"Measuring the sensitivity of {name or part.class_name}"
-        samples = _samples_of(name, calibration)
-        with bar(stage, len(wanted), target, callback) as advance:
-            if samples:
-                errors, basis = _output_errors(model, part, wanted, samples, advance)
-            else:
-                errors, basis = _weight_errors(model, part, wanted, advance), "error of weights, by their share"
-        described[basis] = None
-        shapes = {layer: part.assigned[layer].shape for layer in wanted}
-        found += [LayerSensitivity(name, layer, shapes[layer], errors[layer]) for layer in wanted]
-    return SensitivityReport(plan.target_class, found, "; ".join(described))
+
+    def __init__(
+        self,
+        target: Any,
+        plan: CompressionPlan,
+        device: torch.device | str | None = None,
+        callback: Callback | None = None,
+    ) -> None:
+        self._target, self._plan, self._device, self._callback = target, plan, device, callback
+        self._models = model_components(target)
+        self._own: Calibration | None = None
+
+    def sensitivity(self, candidates: Mapping[str, Mapping[str, Sequence[Scheme]]]) -> SensitivityReport:
+        """Of the layers in ``candidates`` {component: {layer: formats}}, all of them planned.
+
+        With samples of a component, the error of its output with the layers quantized by the plan's algorithm; without,
+        of its weights, rounded to nearest where that algorithm is a calibrated one.
+
+        Raises:
+            ModelStateError: weights are on the meta device.
+        """
+        for name in candidates:
+            if _is_meta(self._models[name]):
+                raise ModelStateError(
+                    f"{name or self._plan.components[name].class_name}: a search for the formats of its layers looks "
+                    "at their weights, which are on the meta device. Load the model first."
+                )
+        if self._plan.calibration is None:
+            self._own = own_calibration(self._target, list(self._plan.components), self._callback)
+        found: list[LayerSensitivity] = []
+        described: dict[str, None] = {}
+        for name, wanted in candidates.items():
+            part, model = self._plan.components[name], self._models[name]
+            samples = self._samples_of(name)
+            stage = f"Measuring the sensitivity of {name or part.class_name}"
+            with bar(stage, len(wanted) * (2 if samples else 1), self._target, self._callback) as advance:
+                if samples:
+                    errors, basis = _output_errors(model, part, wanted, samples, self._device, advance)
+                else:
+                    errors, basis = _weight_errors(model, part, wanted, advance), "error of weights, by their share"
+            described[basis] = None
+            shapes = {layer: part.assigned[layer].shape for layer in wanted}
+            found += [LayerSensitivity(name, layer, shapes[layer], errors[layer]) for layer in wanted]
+        return SensitivityReport(self._plan.target_class, found, "; ".join(described))
+
+    def output_errors(self, schemes: Mapping[str, Mapping[str, Scheme | None]], label: str) -> dict[str, float]:
+        """{component: squared relative error of its output with these formats}, of those that there are samples of.
+
+        The model is as before afterwards.
+
+        Args:
+            schemes: {component: {layer: format or None}}; other layers are as the plan has them.
+            label: what they are, for the progress bar.
+        """
+        found = {}
+        for name, chosen in schemes.items():
+            part, samples = copy.copy(self._plan.components[name]), self._samples_of(name)
+            if not samples or _is_meta(self._models[name]):
+                continue
+            part.assign(chosen)
+            layers = part.layers
+            stage = f"Trying {label} on {name or part.class_name}"
+            with bar(stage, len(layers), self._target, self._callback) as advance:
+                found[name] = output_error(
+                    self._models[name],
+                    layers,
+                    part.spec.algorithm,
+                    split_samples(samples, part.spec.algorithm),
+                    generator=part.spec.generator,
+                    device=self._device,
+                    advance=_by_block(name, advance),
+                )
+        return found
+
+    def _samples_of(self, component: str) -> Sequence[Sample]:
+        given = self._plan.calibration
+        if given is not None and not isinstance(given, Calibration):
+            components = list(self._plan.components) if is_pipeline(self._target) else None
+            given = Calibration.record(self._target, given, components=components, callback=self._callback)
+            self._plan.calibration = given
+        found = given if given is not None else self._own
+        if found is None or component not in found.components:
+            return ()
+        return found.of(component, compute_dtype_of(self._models[component]))
+
+
+def _is_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def own_calibration(target: Any, components: Sequence[str], callback: Callback | None) -> Calibration | None:
@@ -158,32 +223,36 @@ def own_calibration(target: Any, components: Sequence[str], callback: Callback |
         return None
 
 
-def _samples_of(component: str, calibration: Calibration | None) -> Sequence[Sample]:
-    if calibration is None or component not in calibration.components:
-        return ()
-    return calibration.of(component)[:NUM_SAMPLES]
-
-
 def _output_errors(
     model: nn.Module,
     part: ComponentPlan,
     wanted: Mapping[str, Sequence[Scheme]],
     samples: Sequence[Sample],
+    device: torch.device | str | None,
     advance: Any,
 ) -> tuple[dict[str, dict[Scheme, float]], str]:
+    algorithm = part.spec.algorithm
+    split = split_samples(samples, algorithm)
     errors = layer_sensitivities(
         model,
         wanted,
-        _data_free(part.spec.algorithm),
-        samples,
+        algorithm,
+        split,
         generator=part.spec.generator,
-        on_block=lambda block, done, total: advance(done, {"component": part.name, "block": block}),
+        device=device,
+        advance=_by_block(part.name, advance),
     )
     missed = {layer: schemes for layer, schemes in wanted.items() if layer not in errors}
     if missed:
         _logger.info("%s: no sample reached %d layers: their weights alone", part.name or part.class_name, len(missed))
         errors |= _weight_errors(model, part, missed, lambda done, metrics: None)
-    return errors, f"error of the output, {len(samples)} calls"
+    calls = f"{len(split.judge)} call{'s' if len(split.judge) > 1 else ''}"
+    given = f" on {len(split.fit)} other{'s' if len(split.fit) > 1 else ''}" if algorithm.needs_calibration else ""
+    return errors, f"error of the output, {calls}, {algorithm.for_search().summary}{given}"
+
+
+def _by_block(component: str, advance: Any) -> Callable[[str, int, int], None]:
+    return lambda block, done, total: advance(done, {"component": component, "block": block})
 
 
 def _weight_errors(
@@ -200,12 +269,9 @@ def _weight_errors(
         dense, shape = model.get_submodule(name), part.assigned[name].shape
         errors[name] = {}
         for scheme in schemes:
-            generator, algorithm = part.spec.generator(name), _data_free(part.spec.algorithm)
+            generator = part.spec.generator(name)
+            algorithm = RTNConfig() if part.spec.algorithm.needs_calibration else part.spec.algorithm
             layer = quantize_module(dense, scheme, algorithm, name=name, generator=generator)
             errors[name][scheme] = measure_layer(dense, layer, None).weight_error ** 2 * shape[0] * shape[1] / total
         advance(len(errors), {"component": part.name, "layer": name})
     return errors
-
-
-def _data_free(algorithm: AlgorithmConfig) -> AlgorithmConfig:
-    return RTNConfig() if algorithm.needs_calibration else algorithm

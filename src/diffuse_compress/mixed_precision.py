@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -13,9 +13,10 @@ from torch import nn
 from diffuse_compress.components import model_components
 from diffuse_compress.errors import ConfigError, IncompatibleShapeError
 from diffuse_compress.families.roles import LayerRole
-from diffuse_compress.layer_sensitivity import SensitivityReport
+from diffuse_compress.layer_sensitivity import Measurements, SensitivityReport
 from diffuse_compress.patterns import matches
 from diffuse_compress.plan import ComponentPlan, CompressionPlan, tensor_rows
+from diffuse_compress.plan_text import scheme_labels
 from diffuse_compress.quantization.allocation import allocate
 from diffuse_compress.quantization.layers import supports
 from diffuse_compress.quantization.presets import resolve_preset
@@ -51,10 +52,18 @@ def candidate_schemes(plan: CompressionPlan, target: Any, schemes: Sequence[Sche
         schemes: to choose from; by default those that the preset of the component mixes.
 
     Raises:
-        ConfigError: a component follows a resolved recipe.
+        ConfigError: a component follows a resolved recipe, or a format has static inputs.
     """
     models = model_components(target)
-    return {name: _of_component(part, models[name], schemes) for name, part in plan.components.items()}
+    found = {name: _of_component(part, models[name], schemes) for name, part in plan.components.items()}
+    for name, layers in found.items():
+        static = next((s for formats in layers.values() for s in formats if s.has_static_inputs), None)
+        if static is not None:
+            raise ConfigError(
+                f"{name or plan.target_class}: a search tries formats with dynamic inputs, got {static.name}. Name the "
+                "layers that are to be static in overrides=, which it leaves alone, or search without them."
+            )
+    return found
 
 
 def _of_component(part: ComponentPlan, model: nn.Module, schemes: Sequence[Scheme] | None) -> dict[str, list[Scheme]]:
@@ -74,7 +83,11 @@ def _of_component(part: ComponentPlan, model: nn.Module, schemes: Sequence[Schem
             family = schemes
         elif preset is not None:
             family = preset.mixed_modulation if item.role is LayerRole.MODULATION else preset.mixed
-        fitting = [scheme for scheme in family if _fits(part, model.get_submodule(name), item.shape, scheme)]
+        module = model.get_submodule(name)
+        # As the algorithm will have them: rotated, say, unless what stands before the layer does that.
+        arrives = item.scheme.activation is not None and item.scheme.input_rotation is None
+        family = [part.spec.algorithm.format_of(module, scheme, arrives) for scheme in family]
+        fitting = [scheme for scheme in family if _fits(part, module, item.shape, scheme)]
         first = [item.scheme] if item.scheme in fitting or schemes is None else []
         found[name] = list(dict.fromkeys([*first, *fitting])) or [item.scheme]
     return found
@@ -92,17 +105,22 @@ def _fits(part: ComponentPlan, module: nn.Module, shape: tuple[int, int], scheme
 def meet_target(
     plan: CompressionPlan,
     target: Any,
-    sensitivity: SensitivityReport | Callable[[Candidates], SensitivityReport],
+    measurements: Measurements,
+    report: SensitivityReport | None = None,
     *,
     size: int | None = None,
     bits: float | None = None,
 ) -> None:
     """Edit ``plan`` so that it meets a size with the least sum of errors; "dense" is among every layer's formats.
 
+    Where the plan has samples, the choice and the largest single format that fits in are both tried on the whole model,
+    and the better one is taken: no mixture is worse than that on samples which its calibration was not given.
+
     Args:
         plan: of dense components.
         target: that it is of.
-        sensitivity: errors of the candidate layers, or what measures them: called only if the size can be met.
+        measurements: on the plan, made only if the size can be met.
+        report: errors of the candidate layers, so that they are not measured.
         size: bytes of all planned components, what stays dense included; or
         bits: average for each weight of the candidate layers, scales included.
 
@@ -110,11 +128,46 @@ def meet_target(
         ConfigError: no choice is that small (the message says how small it can be), everything is already, or the
             report does not know a layer.
     """
-    report = sensitivity if isinstance(sensitivity, SensitivityReport) else None
     candidates = _known(plan, target, report) if report is not None else candidate_schemes(plan, target)
     items = _items(plan, model_components(target), candidates)
+    budget = _budget(plan, items, size, bits)
+    report = report if report is not None else measurements.sensitivity(candidates)
+    known = {name: report.of(name) for name in candidates}
+    errors = [[known[i.component][i.layer][s] if s is not None else 0.0 for s in i.schemes] for i in items]
+    mixture = allocate([item.costs for item in items], errors, budget)
+    chosen, outcome = _better(measurements, items, errors, mixture, _one_for_all(items, budget))
+    for name, schemes in _by_component(items, chosen).items():
+        plan.components[name].assign(schemes)
+    plan.search = f"mixed precision for {_asked(size, bits)} by {report.basis}{outcome}"
+    plan.sensitivity = report
+
+
+def _better(
+    measurements: Measurements,
+    items: Sequence[_Item],
+    errors: Sequence[Sequence[float]],
+    mixture: list[int],
+    uniform: _Uniform | None,
+) -> tuple[list[int], str]:
+    """``mixture``, or what is uniform where that has the smaller error on the whole model; and what was found."""
+    if uniform is None or uniform.choice == mixture:
+        return mixture, ""
+    totals = []
+    for choice, label in ((uniform.choice, uniform.name), (mixture, "the mixture")):
+        found = measurements.output_errors(_by_component(items, choice), label)
+        if not found:  # no samples
+            return mixture, ""
+        # Components without samples count by what the report expects of them.
+        totals.append(sum(found.values()) + _expected(items, errors, choice, without=found))
+    one, mixed = totals
+    outcome = f"; tried, its error is {_percent(mixed)}, that of {uniform.name} for all {_percent(one)}"
+    return (mixture, outcome) if mixed <= one else (uniform.choice, f"{outcome}, which is taken")
+
+
+def _budget(plan: CompressionPlan, items: Sequence[_Item], size: int | None, bits: float | None) -> int:
+    """Bytes that the layers of ``items`` may take, or ConfigError where no choice, or no search, is needed."""
     now = sum(plan.components[item.component].assigned_bytes(item.layer) for item in items)
-    weights = sum(item.weights for item in items)
+    weights = sum(math.prod(item.shape) for item in items)
     budget = int(bits * weights / 8) if bits is not None else int(size or 0) - (plan.bytes_after - now)
     least, most = (sum(bound(item.costs) for item in items) for bound in (min, max))
     if budget < least:
@@ -128,17 +181,50 @@ def meet_target(
         raise ConfigError(
             f"{_asked(size, bits)}: it fits in as it is ({_size(plan.bytes_before)}); there is nothing to compress."
         )
-    report = report if report is not None else sensitivity(candidates)  # type: ignore[operator]
-    known = {name: report.of(name) for name in candidates}
-    errors = [[known[i.component][i.layer][s] if s is not None else 0.0 for s in i.schemes] for i in items]
-    chosen = allocate([item.costs for item in items], errors, budget)
-    schemes: dict[str, dict[str, Scheme | None]] = {name: {} for name in candidates}
-    for item, choice in zip(items, chosen, strict=True):
-        schemes[item.component][item.layer] = item.schemes[choice]
-    for name, part in plan.components.items():
-        part.assign(schemes[name])
-    plan.search = f"mixed precision for {_asked(size, bits)} by {report.basis}"
-    plan.sensitivity = report
+    return budget
+
+
+@dataclasses.dataclass
+class _Uniform:
+    """One format for all layers, as far as they can take it."""
+
+    name: str
+    choice: list[int]
+
+
+def _one_for_all(items: Sequence[_Item], budget: int) -> _Uniform | None:
+    """The largest format that fits into the budget if all layers get it; None if none does.
+
+    A layer that does not know it takes its largest format that is no larger, or its smallest.
+    """
+    schemes = dict.fromkeys(scheme for item in items for scheme in item.schemes if scheme is not None)
+    labels = scheme_labels(list(schemes))
+    best: tuple[int, _Uniform | None] = (-1, None)
+    for scheme in schemes:
+        choice = [item.nearest(scheme) for item in items]
+        cost = sum(item.costs[option] for item, option in zip(items, choice, strict=True))
+        if best[0] < cost <= budget:
+            best = cost, _Uniform(labels[scheme], choice)
+    return best[1]
+
+
+def _by_component(items: Sequence[_Item], choice: Sequence[int]) -> dict[str, dict[str, Scheme | None]]:
+    found: dict[str, dict[str, Scheme | None]] = {}
+    for item, option in zip(items, choice, strict=True):
+        found.setdefault(item.component, {})[item.layer] = item.schemes[option]
+    return found
+
+
+def _expected(
+    items: Sequence[_Item], errors: Sequence[Sequence[float]], choice: Sequence[int], *, without: Collection[str]
+) -> float:
+    return sum(
+        e[option] for item, e, option in zip(items, errors, choice, strict=True) if item.component not in without
+    )
+
+
+def _percent(squared: float) -> str:
+    return f"{100 * squared**0.5:.3g} %"
 
 
 def _known(plan: CompressionPlan, target: Any, report: SensitivityReport) -> Candidates:
@@ -162,9 +248,21 @@ class _Item:
 
     component: str
     layer: str
-    weights: int
+    shape: tuple[int, int]
     schemes: list[Scheme | None]
     costs: list[int]
+
+    def nearest(self, scheme: Scheme) -> int:
+        """The option that is ``scheme``, else the largest that is no larger, else the smallest."""
+        if scheme in self.schemes:
+            return self.schemes.index(scheme)
+        size = scheme.bits_per_weight(self.shape)
+        fitting = [
+            option
+            for option, other in enumerate(self.schemes)
+            if other is not None and other.bits_per_weight(self.shape) <= size
+        ]
+        return max(fitting, key=self.costs.__getitem__) if fitting else self.costs.index(min(self.costs))
 
 
 def _items(plan: CompressionPlan, models: Mapping[str, nn.Module], candidates: Candidates) -> list[_Item]:
@@ -173,9 +271,9 @@ def _items(plan: CompressionPlan, models: Mapping[str, nn.Module], candidates: C
         part = plan.components[name]
         sizes = _bytes_by_scheme(part, models[name], layers)
         for layer, formats in layers.items():
-            rows, columns = part.assigned[layer].shape
             schemes: list[Scheme | None] = [*formats, None]
-            items.append(_Item(name, layer, rows * columns, schemes, [sizes[layer][scheme] for scheme in schemes]))
+            costs = [sizes[layer][scheme] for scheme in schemes]
+            items.append(_Item(name, layer, part.assigned[layer].shape, schemes, costs))
     return items
 
 
@@ -186,7 +284,10 @@ def _bytes_by_scheme(
     sizes: dict[str, dict[Scheme | None, int]] = {layer: {} for layer in layers}
     for scheme in dict.fromkeys(scheme for formats in layers.values() for scheme in formats):
         takes = [layer for layer, formats in layers.items() if scheme in formats]
-        assigned = {layer: dataclasses.replace(part.assigned[layer], scheme=scheme) for layer in takes}
+        assigned = {}
+        for layer in takes:
+            extra = part.spec.algorithm.extra_bytes(model.get_submodule(layer), scheme)
+            assigned[layer] = dataclasses.replace(part.assigned[layer], scheme=scheme, extra_bytes=extra)
         for row in tensor_rows(model, assigned):
             if row.layer in assigned and row.scheme is not None:
                 sizes[row.layer][scheme] = row.bytes_after

@@ -179,16 +179,29 @@ def test_ecosystem_cost_rehearses_without_a_gpu(tmp_path: Path, capsys: pytest.C
     assert "bitsandbytes" in found["error"]
 
 
+@pytest.mark.parametrize("model", ["llama_8b", "flux1_dev"])
+def test_calibration_cost_rehearses_without_a_gpu(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load_script("calibration_cost")
+    options = ["--model", model, "--tiny", "--device", "cpu", "--samples", "2", "--layers", "2"]
+    assert script.main([*options, "--algorithms", "quarot,smoothquant", "smoothquant"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["algorithm"] for line in lines] == ["quarot,smoothquant", "smoothquant"]
+    assert {(line["samples"], line["peak_bytes"]) for line in lines} == {(2, None)}
+    assert all(line["seconds"] > 0 < line["bytes"] for line in lines)
+    assert "2 layers of width" in lines[0]["model"]
+
+
 def test_reference_results_fill_the_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script, document = load_script("reference_results"), tmp_path / "results.md"
     document.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
-    options = ["--models", "emoji_ddim", "--presets", "w8a8", "--count", "3", "--steps", "2", "--batch-size", "3"]
-    script.main([*options, "--out", str(tmp_path / "runs"), "--markdown", str(document)])
+    options = ["--models", "emoji_ddim", "--presets", "w8a16", "--count", "3", "--steps", "2", "--batch-size", "3"]
+    script.main([*options, "--calibration-items", "1", "--out", str(tmp_path / "runs"), "--markdown", str(document)])
     text = document.read_text()
     assert text.startswith(f"before\n{script.BEGIN}\n### emoji_ddim\n")
     assert text.endswith(f"{script.END}\nafter\n")
     assert "old" not in text
-    assert "| w8a8 | 3 |" in text
+    assert "| w8a16 | 3 |" in text
+    assert "| w8a16-calibrated | 3 |" in text
     assert "Fréchet distance to dense, emoji classifier features" in text
     assert "FID" not in text
     assert (tmp_path / "runs" / "emoji_ddim" / "report" / "report.html").is_file()

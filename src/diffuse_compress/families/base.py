@@ -26,6 +26,7 @@ from diffuse_compress.patterns import matches
 from diffuse_compress.quantization.residual import ResidualStream
 
 __all__ = [
+    "SAMPLE_NAMES",
     "TIMESTEP_NAMES",
     "BlockKind",
     "Branch",
@@ -46,6 +47,9 @@ Streams = dict[str, torch.Tensor]
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "r", "timestep_ratio")
 """What denoisers call their timestep, the usual names first: of several in one signature, the first is meant."""
+
+SAMPLE_NAMES = ("hidden_states", "sample", "x", "latents", "latent_model_input", "input_ids")
+"""What models call their sample."""
 
 
 class BranchRole(str, Enum):

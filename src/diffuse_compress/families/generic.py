@@ -15,13 +15,11 @@ import torch
 from torch import nn
 
 from diffuse_compress.errors import ConfigError, ModelStateError
-from diffuse_compress.families.base import TIMESTEP_NAMES, Dependence, Family, TemporalMap
+from diffuse_compress.families.base import SAMPLE_NAMES, TIMESTEP_NAMES, Dependence, Family, TemporalMap
 from diffuse_compress.families.roles import block_elements, has_matrix
 from diffuse_compress.patterns import generalize
 
 __all__ = ["Probe", "generic_family", "probe"]
-
-_SAMPLES = ("hidden_states", "sample", "x", "latents", "latent_model_input", "input_ids")
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def probe(
     if model.training or any(parameter.is_meta for parameter in model.parameters()):
         raise ModelStateError("probe runs the model: it needs loaded weights and eval mode (model.eval()).")
     generator = torch.Generator("cpu").manual_seed(seed)
-    sample = _input("sample", sample, _SAMPLES, inputs)
+    sample = _input("sample", sample, SAMPLE_NAMES, inputs)
     if timestep is None and _is_token_ids(inputs[sample]):
         timestep = next((name for name in TIMESTEP_NAMES if name in inputs), "")
     if timestep != "":

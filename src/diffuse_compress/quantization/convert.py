@@ -15,7 +15,7 @@ from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.rotation import rotate
 from diffuse_compress.quantization.scheme import PerTensor, Scheme
 
-__all__ = ["placeholder_for", "quantize_module", "replace_module", "requantize"]
+__all__ = ["module_aliases", "placeholder_for", "quantize_module", "replace_module", "requantize"]
 
 ROW_BLOCK_BYTES = 64 << 20
 
@@ -165,12 +165,24 @@ def requantize(
     given: dict[str, Any] = {
         name: getattr(layer, name) for name in ("act_pre_scale", "input_scale", "input_zero_point")
     }
-    given["low_rank"] = layer._low_rank
+    given |= {"low_rank": layer._low_rank, "compute_dtype": layer.compute_dtype}
+    made: QuantizedLinear | QuantizedConv2d
     if isinstance(layer, QuantizedLinear):
         assert isinstance(dense, nn.Linear)
-        return QuantizedLinear.from_dense(dense, quantized, layer.scheme, compute_dtype=layer.compute_dtype, **given)
-    assert isinstance(dense, nn.Conv2d)
-    return QuantizedConv2d.from_dense(dense, quantized, layer.scheme, compute_dtype=layer.compute_dtype, **given)
+        made = QuantizedLinear.from_dense(dense, quantized, layer.scheme, **given)
+    else:
+        assert isinstance(dense, nn.Conv2d)
+        made = QuantizedConv2d.from_dense(dense, quantized, layer.scheme, **given)
+    made.folded = layer.folded
+    return made
+
+
+def module_aliases(model: nn.Module) -> dict[int, list[str]]:
+    """Every qualified name of each module by ``id``: one that is shared must be replaced everywhere."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
 
 
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:

@@ -71,6 +71,7 @@ class Run:
             be corrected.
         copied: the scheduler is a copy of the one that got the schedule.
         apart: another scheduler of the same schedule was seen at another step.
+        num_latents: rows of what the scheduler steps; None before its first step.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -83,6 +84,7 @@ class Run:
         self.first_row: int | None = None
         self.copied = False
         self.apart = False
+        self.num_latents: int | None = None
         train = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
         self._train = train if isinstance(train, int) and train > 0 else 1000
         self._forms: frozenset[int] = frozenset()
@@ -148,9 +150,17 @@ class Run:
         self.timesteps, self._values = current, None
         self._rows.clear()
 
-    def take_step(self, timestep: Any) -> None:
-        """The scheduler has stepped from ``timestep``."""
+    @property
+    def num_inference_steps(self) -> int | None:
+        """Steps that the scheduler was asked for; of one that does not say, its rows."""
+        steps = _integer(self.scheduler(), "num_inference_steps")
+        return self.num_rows if steps is None else steps
+
+    def take_step(self, timestep: Any, sample: Any = None) -> None:
+        """The scheduler has stepped ``sample`` from ``timestep``."""
         self.refresh()
+        if isinstance(sample, torch.Tensor) and sample.ndim > 0:
+            self.num_latents = sample.shape[0]
         row = self.row_of(timestep)
         if row is None and isinstance(value := _readable(timestep), float):
             counted = None if self.first_row is None else self.first_row + self.step

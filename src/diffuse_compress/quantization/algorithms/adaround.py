@@ -108,6 +108,10 @@ class LearnedRoundingConfig(AlgorithmConfig):
                 "GPTQConfig() or RTNConfig() for these."
             )
 
+    def for_search(self) -> GPTQConfig:
+        """GPTQ, whose errors are near those of learned rounding and which takes a tenth of the time."""
+        return GPTQConfig(observer=self.observer).for_search()
+
 
 @dataclass(frozen=True)
 class AdaRoundConfig(LearnedRoundingConfig):

@@ -180,11 +180,12 @@ def _weights(learned: Sequence[_Learned], values: Sequence[torch.Tensor]) -> dic
 def _loss(
     work: BlockWork, weights: dict[str, torch.Tensor], index: int, targets: Sequence[Sequence[torch.Tensor]]
 ) -> torch.Tensor:
-    """Squared error of the block's output on a call, times the call's weight; fp32 scalar."""
+    """Squared error of the rows of the block's output on a call that count, times the call's weight; fp32 scalar."""
     call = work.here(work.calls[index])
     output = functional_call(work.block, weights, call.args, dict(call.kwargs))
     pairs = zip([leaf for leaf in tree_leaves(output) if _is_float(leaf)], targets[index], strict=True)
-    errors = [(found.float() - target.to(found.device).float()).square().sum() for found, target in pairs]
+    differences = [found.float() - target.to(found.device).float() for found, target in pairs]
+    errors = [work.counted(difference, index).square().sum() for difference in differences]
     return torch.stack(errors).sum() * work.weight(index)
 
 

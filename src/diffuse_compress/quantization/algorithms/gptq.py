@@ -18,7 +18,7 @@ far. So all of it is added before the first column is rounded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -37,7 +37,7 @@ from diffuse_compress.quantization.numerics import (
 from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver
 from diffuse_compress.quantization.scheme import PerChannel, PerGroup, WeightScheme
 
-__all__ = ["GPTQConfig", "HessianCollector", "collected", "inverse_factor", "round_columns"]
+__all__ = ["GPTQConfig", "HessianCollector", "collected", "inverse_factor", "round_columns", "shared_inputs"]
 
 _DAMPING_ATTEMPTS = 6
 
@@ -89,6 +89,10 @@ class GPTQConfig(AlgorithmConfig):
             raise ConfigError(f"GPTQConfig: observer must be 'mse' or 'minmax', got {self.observer!r}.")
         if not 0 < self.asymmetric_share <= 1:
             raise ConfigError(f"GPTQConfig: need 0 < asymmetric_share <= 1, got {self.asymmetric_share}.")
+
+    def for_search(self) -> GPTQConfig:
+        """The block is run once, not once for each group of its layers, and its inputs are the unchanged model's."""
+        return replace(self, true_sequential=False, asymmetric=False)
 
 
 class HessianCollector:
@@ -177,7 +181,7 @@ def collected(work: BlockWork, names: Sequence[str], *, pairs: bool) -> dict[str
         pairs: collect the difference from the unchanged model's inputs as well.
     """
     todo = [name for name in names if work.layers[name].quantized is None]
-    owner = _shared(work, todo)
+    owner = shared_inputs(work, todo)
     collectors = {}
     for name in dict.fromkeys(owner.values()):
         weight = work.layers[name].dense.weight
@@ -189,7 +193,7 @@ def collected(work: BlockWork, names: Sequence[str], *, pairs: bool) -> dict[str
     return {name: collectors[owner[name]] for name in todo}
 
 
-def _shared(work: BlockWork, names: Sequence[str]) -> dict[str, str]:
+def shared_inputs(work: BlockWork, names: Sequence[str]) -> dict[str, str]:
     """{layer: the layer whose collector it uses}: one for those that see the same rows."""
     first: dict[tuple[object, ...], str] = {}
     owner = {}
