@@ -55,8 +55,10 @@ __all__ = [
 _LOW, _HIGH = -0.1, 1.1
 # How far from the code it has a weight stands at first, in steps: at 0 or 1 h has no gradient.
 _FIRST_STEP = 0.1
-# Share of the median of the diagonal: more than this is never added. Of its mean: what Cholesky in fp32 needs.
-_LARGEST_RIDGE, _SMALLEST_RIDGE = 1.0, 1e-6
+# Shares of the median of the diagonal: less or more than these is never added.
+_SMALLEST_RIDGE, _LARGEST_RIDGE = 0.01, 1.0
+# Of its mean, where the ridge is there already.
+_DAMPING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ class LearnedRoundingConfig(AlgorithmConfig):
         warmup: share of the steps that goes without regulariser.
         observer: "mse" or "minmax", for the ranges where nothing before chose them.
         start: "gptq": the codes that GPTQ chooses, and the best neighbour of each; "nearest": the two around a weight.
-        ridge: what is added to the diagonal of the inputs' second moments for M rows of K columns, as a share of its
-            median: ``min(1, ridge * K / M)``. More trusts few or similar samples less.
+        ridge: what is added to the diagonal of the inputs' second moments for M rows of K columns is, as a share of its
+            median, ``ridge * K / M``, but between 0.01 and 1. More trusts few or similar samples less.
     """
 
     iterations: int = 300
@@ -262,11 +264,11 @@ def aim_of(layer: LayerWork, collector: HessianCollector, config: LearnedRoundin
     reached = diagonal[diagonal > 0]
     if reached.numel() == 0:
         return Aim(weight, hessian)
-    share = min(_LARGEST_RIDGE, config.ridge * hessian.shape[0] / collector.rows)
-    diagonal.add_(share * reached.median())
+    share = config.ridge * hessian.shape[0] / collector.rows
+    diagonal.add_(min(_LARGEST_RIDGE, max(_SMALLEST_RIDGE, share)) * reached.median())
     cross = collector.cross()
     if cross is not None and cross.any():
-        upper = inverse_factor(hessian.clone(), _SMALLEST_RIDGE)
+        upper = inverse_factor(hessian.clone(), _DAMPING)
         weight += weight @ cross @ upper.t() @ upper
     return Aim(weight, hessian)
 
@@ -275,7 +277,7 @@ def first_rounding(layer: LayerWork, aim: Aim, config: LearnedRoundingConfig) ->
     """The rounding of a layer before anything is learned; in its ``ranges`` if an algorithm before chose some."""
     scheme, weight = layer.scheme.weight, aim.weight
     if config.start == "gptq" and torch.diagonal(aim.hessian).any():
-        gptq = GPTQConfig(damping=_SMALLEST_RIDGE, observer=config.observer)
+        gptq = GPTQConfig(damping=_DAMPING, observer=config.observer)
         codes, qparams = round_columns(weight.clone(), aim.hessian.clone(), scheme, gptq, layer.ranges)
         rounding = SoftRounding(weight, scheme, qparams)
         rounding.begin_at(codes, aim.downhill(codes))
