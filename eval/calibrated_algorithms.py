@@ -1,7 +1,8 @@
 """What each calibrated algorithm costs in output error, on samples it has not seen; the command of docs/calibration.md.
 
     python eval/calibrated_algorithms.py --model examples/reference_models/emoji_pixart \\
-        --formats w4g64 w3g64 --seeds 0 1 2 --variants trained outliers --out results.json
+        --formats w3g64 w4g64 --seeds 0 1 2 --variants trained outliers --out results.json
+    (on a GPU with 16 CPU cores: the same with --device cuda --workers 8)
     python eval/calibrated_algorithms.py --table results*.json      # print the table of earlier runs together
 
 The denoiser is calibrated on calls that are recorded with one set of prompts, and its output compared with the dense
@@ -182,7 +183,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for arm, found in tqdm(measured(options, left), total=len(left), unit="arm"):
         results["arms"][arm] = found
         if options.out is not None:
-            options.out.write_text(json.dumps(results, indent=1))
+            part = options.out.with_suffix(".part")  # a run that is killed leaves the last whole file
+            part.write_text(json.dumps(results, indent=1))
+            part.replace(options.out)
     return results
 
 
