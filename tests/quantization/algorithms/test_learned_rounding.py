@@ -124,6 +124,10 @@ def test_starts_at_the_codes_of_gptq_and_no_row_gets_worse(scheme: WeightScheme)
     assert after.sum() < before.sum()
     nearest = first_rounding(layer, found, AdaRoundConfig(start="nearest"))
     assert found.cost(nearest.hard()).sum() > before.sum()
+    layer.ranges = 0.7 * layer.target()  # as AWQ chooses some
+    for start in ("gptq", "nearest"):
+        clipped = first_rounding(layer, found, AdaRoundConfig(start=start))
+        assert torch.equal(clipped.qparams.scale, choose_qparams(layer.ranges, scheme).scale)
 
 
 def test_no_input_gives_plain_rounding() -> None:

@@ -46,7 +46,7 @@ class BRECQConfig(LearnedRoundingConfig):
     """Learned rounding of whole blocks; the other fields are those of :class:`LearnedRoundingConfig`.
 
     Args:
-        iterations: steps of Adam for each block; the authors take 20000.
+        iterations: steps of Adam for each layer, and then for the block; the authors take 20000.
         batch_size: calls that are looked at in a step, drawn anew for each.
     """
 
