@@ -183,7 +183,7 @@ class TemporalMap:
         return Dependence.SAMPLE
 
     def reader_of(self, name: str) -> Reader | None:
-        """How the input of a layer is made; None for a layer that runs before the blocks, or of which it is not known."""
+        """How the input of a layer is made; None if it runs before the blocks, or nobody knows."""
         return next((r for r in self.readers if any(matches(pattern, name) for pattern in r.patterns)), None)
 
 

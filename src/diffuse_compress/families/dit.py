@@ -39,7 +39,12 @@ DIT = Family(
         timestep_and_condition=("transformer_blocks.*.norm1.linear", "proj_out_1"),
         condition=("transformer_blocks.*.norm1.emb.class_embedder.*",),
         readers=(
-            Reader(("transformer_blocks.*.norm1.linear",), _SOURCES, _modulation),
+            Reader(
+                ("transformer_blocks.*.norm1.linear",),
+                _SOURCES,
+                _modulation,
+                through=("transformer_blocks.*.norm1.emb.timestep_embedder",),
+            ),
             Reader(("proj_out_1",), _SOURCES, _output),
         ),
         conditions=("class_labels",),

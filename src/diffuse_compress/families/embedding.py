@@ -59,12 +59,14 @@ class Reader:
         sources: arguments (:class:`Entry`) that the input is made of, [batch, ...] each.
         input: (entry, qualified name of the layer) -> what the layer is called with, its rows in the sources' order.
         processors: class names of the attention processors that this is true of; empty if none is in between.
+        through: patterns of further layers that run while the input is made.
     """
 
     patterns: tuple[str, ...]
     sources: tuple[str, ...]
     input: Callable[[Entry, str], torch.Tensor]
     processors: frozenset[str] = frozenset()
+    through: tuple[str, ...] = ()
 
 
 def activated(entry: Entry, layer: str, source: str = "temb", by: str = "silu") -> torch.Tensor:

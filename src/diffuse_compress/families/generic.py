@@ -145,6 +145,7 @@ def generic_family(model: nn.Module, found: Probe) -> Family:
         readers=tuple(
             Reader((pattern,), (read[0],), partial(_as_found, source=read[0], activation=read[1]))
             for pattern, read in generalize({name: found.reads.get(name) for name in found.dependence})
+            if read is not None
         ),
         conditions=found.conditions,
         entry=found.entry,

@@ -1,0 +1,104 @@
+"""One layer's forward, which gives what was computed before instead of computing it.
+
+The layer stays where it is, with its class and its parameters; only its instance has another forward, a bound method,
+so that copies and pickles of the layer have their own. Nothing here asks for a value: which row is meant stands in an
+index on the device, which the model's root hook writes, so that the lookup works inside of compiled blocks.
+"""
+
+from __future__ import annotations
+
+import types
+from enum import IntEnum
+
+import torch
+from torch import nn
+
+from diffuse_compress.families.base import Dependence
+from diffuse_compress.runtime import steps
+from diffuse_compress.runtime.stats import Reason
+from diffuse_compress.temporal.entries import Entries
+from diffuse_compress.temporal.parking import Parking
+
+__all__ = ["CONSUMER", "OTHER_SHAPE", "LayerLookup", "Mode"]
+
+CONSUMER = "temporal table"
+
+OTHER_SHAPE = Reason(
+    "a layer was called with another number of rows than its table has",
+    "nothing, if the model joins several timesteps or pictures in one batch; else please report it",
+)
+
+
+class Mode(IntEnum):
+    """What a layer's forward does."""
+
+    LIVE = 0
+    LOOKUP = 1
+    RECORD = 2
+
+
+class LayerLookup:
+    """The forward of one layer.
+
+    Attributes:
+        layer: a linear.
+        name: qualified, in the model.
+        dependence: what the layer depends on.
+        mode: set by the root hook for the time of a call.
+        index: int64 [batch], which entries; None for what depends on the conditions alone.
+        entries: the table.
+        value: the layer's output, where it depends on the conditions alone.
+        recorded: outputs, in the order in which they were computed.
+        parking: where its weights go meanwhile.
+    """
+
+    def __init__(self, layer: nn.Module, name: str, dependence: Dependence) -> None:
+        self.layer = layer
+        self.name = name
+        self.dependence = dependence
+        self.mode = Mode.LIVE
+        self.index: torch.Tensor | None = None
+        self.entries: Entries | None = None
+        self.value: torch.Tensor | None = None
+        self.recorded: list[torch.Tensor] = []
+        self.parking: Parking | None = None
+
+    def install(self) -> None:
+        """Become the layer's forward."""
+        self.layer.forward = types.MethodType(LayerLookup.forward, self)  # type: ignore[method-assign,assignment]
+
+    def remove(self) -> None:
+        """Give the layer its class's forward, and its weights."""
+        if self.parking is not None:
+            self.parking.remove()
+            self.parking = None
+        if getattr(self.layer.__dict__.get("forward"), "__self__", None) is self:
+            del self.layer.forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output [batch, out] (of conditions: [..., out]), looked up or computed."""
+        if self.mode == Mode.LOOKUP:
+            if self.entries is not None and self.index is not None:
+                if x.ndim == 2 and x.shape[0] == self.index.shape[0]:
+                    return self.entries.select(self.index)
+            elif self.value is not None and self.value.shape[:-1] == x.shape[:-1]:
+                return self.value
+            self._mismatch()
+        output = self.live(x)
+        if self.mode == Mode.RECORD:
+            self.recorded.append(output)
+        return output
+
+    def live(self, x: torch.Tensor) -> torch.Tensor:
+        """What the layer computes."""
+        if self.parking is not None and self.parking.away:
+            self.parking.come_back()
+        output: torch.Tensor = type(self.layer).forward(self.layer, x)
+        return output
+
+    def _mismatch(self) -> None:
+        if not torch.compiler.is_compiling():
+            context = steps.current()
+            if context is not None:
+                context.hit(CONSUMER, -1)
+                context.miss(CONSUMER, OTHER_SHAPE)
