@@ -189,7 +189,7 @@ def _serve_conditions(lookups: Mapping[str, LayerLookup]) -> None:
     """What the first row has shown of the conditions' layers is true of all rows."""
     for lookup in lookups.values():
         if lookup.dependence is Dependence.CONDITION and len(lookup.recorded) == 1:
-            lookup.mode, lookup.entries, lookup.value = Mode.LOOKUP, None, lookup.recorded[0]
+            lookup.mode, lookup.value = Mode.LOOKUP, lookup.recorded[0]
         elif lookup.dependence is Dependence.CONDITION:
             lookup.mode = Mode.LIVE
 

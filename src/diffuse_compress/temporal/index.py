@@ -1,4 +1,4 @@
-"""Which rows of the tables a call means: an index on the device that the layers' lookups read."""
+"""Which rows of the tables a call means, as an index on the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Index"]
 
 
 class Index:
-    """Index tensors of one model, at the same addresses for every call of one batch size.
+    """Index tensors of one call of a model.
 
     Attributes:
         rows: int64 [batch], rows of tables of the timestep alone.
@@ -22,9 +22,8 @@ class Index:
     """
 
     def __init__(self) -> None:
-        self.rows: torch.Tensor | None = None
-        self.samples: torch.Tensor | None = None
-        self._buffers: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.rows = self.samples = torch.zeros(0, dtype=torch.int64)
+        self._numbers: torch.Tensor | None = None
         self._values: tuple[Timesteps, torch.Tensor] | None = None
         self._doubt: torch.Tensor | None = None  # on the device, of all calls since it last told
         self._answer: torch.Tensor | None = None  # on its way to the host
@@ -51,24 +50,16 @@ class Index:
 
     def write(self, place: int | torch.Tensor, batch: int, first: int, device: torch.device) -> None:
         """Let the tensors point there; ``first`` is the row at which the tables with samples begin."""
-        key = (batch, device)
-        if key not in self._buffers:
+        if self._numbers is None or self._numbers.device != device or self._numbers.shape[0] != batch:
             with torch.inference_mode(False):
-                self._buffers[key] = (
-                    torch.zeros(batch, dtype=torch.int64, device=device),
-                    torch.zeros(batch, dtype=torch.int64, device=device),
-                    torch.arange(batch, device=device),
-                )
-        self.rows, self.samples, numbers = self._buffers[key]
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return  # a graph of the whole model reads what stands there when it is replayed
+                self._numbers = torch.arange(batch, device=device)
         if isinstance(place, int):
-            self.rows.fill_(place)
+            self.rows = torch.full_like(self._numbers, place)
         else:
             if first:
                 self._note((place < first).any())
-            self.rows.copy_(place.clamp(min=first).expand(batch))
-        torch.add(numbers, self.rows - first, alpha=batch, out=self.samples)
+            self.rows = place.clamp(min=first).expand(batch)
+        self.samples = torch.add(self._numbers, self.rows - first, alpha=batch)
 
     def doubted(self) -> bool:
         """Was a timestep of an earlier call not the schedule's, as far as the device has told by now?"""

@@ -1,8 +1,8 @@
 """One layer's forward, which gives what was computed before instead of computing it.
 
 The layer stays where it is, with its class and its parameters; only its instance has another forward, a bound method,
-so that copies and pickles of the layer have their own. Nothing here asks for a value: which row is meant stands in an
-index on the device, which the model's root hook writes, so that the lookup works inside of compiled blocks.
+so that copies and pickles of the layer have their own. What it gives out was fetched by the model's root hook before
+the call, so that nothing here asks for a value, and nothing is in the way of a compiler.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import nn
 from diffuse_compress.families.base import Dependence
 from diffuse_compress.runtime import steps
 from diffuse_compress.runtime.stats import Reason
-from diffuse_compress.temporal.entries import Entries
 from diffuse_compress.temporal.parking import Parking
 
 __all__ = ["CONSUMER", "OTHER_SHAPE", "LayerLookup", "Mode"]
@@ -45,9 +44,7 @@ class LayerLookup:
         name: qualified, in the model.
         dependence: what the layer depends on.
         mode: set by the root hook for the time of a call.
-        index: int64 [batch], which entries; None for what depends on the conditions alone.
-        entries: the table.
-        value: the layer's output, where it depends on the conditions alone.
+        value: the layer's output in this call.
         recorded: outputs, in the order in which they were computed.
         parking: where its weights go meanwhile.
     """
@@ -57,8 +54,6 @@ class LayerLookup:
         self.name = name
         self.dependence = dependence
         self.mode = Mode.LIVE
-        self.index: torch.Tensor | None = None
-        self.entries: Entries | None = None
         self.value: torch.Tensor | None = None
         self.recorded: list[torch.Tensor] = []
         self.parking: Parking | None = None
@@ -76,12 +71,9 @@ class LayerLookup:
             del self.layer.forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer's output [batch, out] (of conditions: [..., out]), looked up or computed."""
+        """The layer's output, looked up or computed: [batch, out], or [..., out] of conditions."""
         if self.mode == Mode.LOOKUP:
-            if self.entries is not None and self.index is not None:
-                if x.ndim == 2 and x.shape[0] == self.index.shape[0]:
-                    return self.entries.select(self.index)
-            elif self.value is not None and self.value.shape[:-1] == x.shape[:-1]:
+            if self.value is not None and self.value.shape[:-1] == x.shape[:-1]:
                 return self.value
             self._mismatch()
         output = self.live(x)

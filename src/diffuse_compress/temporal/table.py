@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,13 +25,13 @@ from diffuse_compress.runtime.run import Run
 from diffuse_compress.runtime.stats import Reason
 from diffuse_compress.temporal.build import Call, Rows, build
 from diffuse_compress.temporal.config import TableConfig, WeightPlace
-from diffuse_compress.temporal.entries import Entries
 from diffuse_compress.temporal.index import Index
 from diffuse_compress.temporal.layout import layout_of
 from diffuse_compress.temporal.lookup import CONSUMER, LayerLookup, Mode
 from diffuse_compress.temporal.parking import Folder, Parking
 from diffuse_compress.temporal.request import Conditions
 from diffuse_compress.temporal.schedule import PER_TOKEN, UNKNOWN_FORM, Timesteps, timesteps_of
+from diffuse_compress.temporal.storage import StoredRows, store
 from diffuse_compress.temporal.watch import Watch
 
 __all__ = ["Schedule", "TemporalTable", "attach_table", "detach_table", "table_of"]
@@ -43,6 +42,10 @@ TRAINING = Reason("the model is in training mode", "call model.eval()")
 TWO_THREADS = Reason(
     "two threads run the model at the same time",
     "give each thread a model of its own, or let them take turns",
+)
+CAPTURED = Reason(
+    "a CUDA graph of the whole model is being captured",
+    "capture its blocks instead (compile_repeated_blocks, mode='reduce-overhead')",
 )
 NOT_TRACKED = Reason("the model's place in the loop is not followed", "attach the table again")
 NO_BATCH = Reason("the model was called without a sample tensor", "pass the sample as a tensor [batch, ...]")
@@ -84,7 +87,7 @@ class Schedule:
         values: timesteps of the rows, as the model is given them.
         form: dtype in which it is given them ("int64", "bfloat16"), or "number".
         precision: what the layers computed in: their dtype, and autocast's.
-        entries: by layer.
+        rows: of the layers.
         batch: of the call that they were made for.
         scheduler: class of the scheduler that they were made for.
         signature: samples of the weights that they were made from (``Watch.signature``).
@@ -93,7 +96,7 @@ class Schedule:
     values: tuple[float, ...]
     form: str
     precision: str
-    entries: dict[str, Entries]
+    rows: list[StoredRows]
     batch: int
     scheduler: str
     signature: torch.Tensor | None
@@ -105,12 +108,12 @@ class Schedule:
     def serves(self, timesteps: Timesteps, precision: str, layers: frozenset[str]) -> bool:
         """Are these timesteps' rows of these layers here?"""
         same = self.values == timesteps.values and (self.form, self.precision) == (timesteps.form, precision)
-        return same and self.entries.keys() >= layers
+        return same and set().union(*(part.columns for part in self.rows)) >= layers
 
     @property
     def nbytes(self) -> int:
-        """Of all rows; equal tables of several layers are one."""
-        return sum({id(entries): entries.nbytes for entries in self.entries.values()}.values())
+        """Of all rows."""
+        return sum(part.nbytes for part in self.rows)
 
 
 @dataclass(eq=False)
@@ -120,7 +123,7 @@ class _Request:
     conditions: Conditions
     batch: int
     first: int
-    both: dict[str, Entries] = field(default_factory=dict)
+    rows: list[StoredRows] = field(default_factory=list)
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     _versions: dict[str, int] = field(default_factory=dict)
 
@@ -136,7 +139,7 @@ class _Request:
     @property
     def nbytes(self) -> int:
         """Of tables and outputs."""
-        return sum(e.nbytes for e in self.both.values()) + sum(v.nbytes for v in self.values.values())
+        return sum(part.nbytes for part in self.rows) + sum(v.nbytes for v in self.values.values())
 
 
 @dataclass
@@ -176,7 +179,6 @@ class TemporalTable:
         }
         self._index = Index()
         self._watch = Watch(model, self.lookups, self.layout)
-        self._spare: list[dict[str, Entries]] = []
         self._calls_per_step = 1
         self._generation = 0
         self._signature: torch.Tensor | None = None
@@ -222,7 +224,7 @@ class TemporalTable:
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to a call or to a device's stream is made again.
-        gone: dict[str, Any] = {"_handles": [], "_spare": [], "_busy": None, "_contended": False, "_index": Index()}
+        gone: dict[str, Any] = {"_handles": [], "_busy": None, "_contended": False, "_index": Index()}
         return {**self.__dict__, **gone}
 
     # --- what is planned and what it takes ------------------------------------------------------------------------
@@ -248,7 +250,6 @@ class TemporalTable:
     def clear(self) -> None:
         """Drop every table; the next call builds anew."""
         self.schedules.clear()
-        self._spare.clear()
         self._generation += 1
         self._request_bytes = 0
         self._leave(self.layout.left)
@@ -339,6 +340,8 @@ class TemporalTable:
     def _check(self, context: steps.StepContext, given: Any) -> None:
         if self.model.training:
             raise _Refused(TRAINING)
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise _Refused(CAPTURED)
         if given is None:
             raise _Refused(UNKNOWN_FORM)
         if context.per_token or (isinstance(given, torch.Tensor) and given.ndim > 1):
@@ -407,16 +410,16 @@ class TemporalTable:
             schedule = fitting[-1]
         else:
             rows = self._build(call, progress, frozenset({_T}), range(len(timesteps.values)))
-            entries = _shared({name: Entries.of(table, self.config.table) for name, table in rows.timestep.items()})
             scheduler = "" if context.run is None else type(context.run.scheduler()).__name__
+            parts = store(rows.timestep, self.config.table)
             schedule = Schedule(
-                timesteps.values, timesteps.form, precision, entries, call.batch, scheduler, self._signature
+                timesteps.values, timesteps.form, precision, parts, call.batch, scheduler, self._signature
             )
         # The one used last is the last to go.
         self.schedules = [*(other for other in self.schedules if other is not schedule), schedule]
         del self.schedules[: -self.config.max_schedules]
-        if any(entries.device != call.device for entries in schedule.entries.values()):
-            schedule.entries = _shared({name: entries.to(call.device) for name, entries in schedule.entries.items()})
+        for part in schedule.rows:
+            part.move(call.device)
         progress.schedule = schedule
         return schedule
 
@@ -439,24 +442,11 @@ class TemporalTable:
         request = _Request(Conditions(conditions), call.batch, first)
         if kinds:
             rows = self._build(call, progress, kinds, range(first, len(progress.timesteps.values)))
-            request.both = self._placed({name: Entries.of(t, self.config.table) for name, t in rows.both.items()})
+            request.rows = store(rows.both, self.config.table)
             request.set_values(rows.condition)
-            weakref.finalize(request, self._retire, request.both).atexit = False
         progress.requests.append(request)
         self._request_bytes = sum(known.nbytes for known in progress.requests)
         return request
-
-    def _placed(self, both: dict[str, Entries]) -> dict[str, Entries]:
-        """The tables at the addresses of those of an earlier request, if its shapes fit: CUDA graphs know them."""
-        for spare in self._spare:
-            if spare.keys() == both.keys() and all(spare[name].refill(entries) for name, entries in both.items()):
-                self._spare.remove(spare)
-                return spare
-        return both
-
-    def _retire(self, both: dict[str, Entries]) -> None:
-        if both and len(self._spare) < self._calls_per_step:
-            self._spare.append(both)
 
     def _build(self, call: Call, progress: _Pass, wanted: frozenset[Dependence], numbers: range) -> Rows:
         exact = {_T: self.config.exact is not False, _TC: self.config.exact is True}
@@ -478,23 +468,22 @@ class TemporalTable:
     def _turn_on(
         self, schedule: Schedule, request: _Request | None, blocked: Mapping[str, Reason]
     ) -> tuple[int, Counter[Reason]]:
+        outputs: dict[str, torch.Tensor] = {}
+        for part in schedule.rows:
+            outputs |= part.lay_out(self._index.rows)
+        if request is not None:
+            outputs |= request.values
+            for part in request.rows:
+                outputs |= part.lay_out(self._index.samples)
         served, missed = 0, Counter[Reason]()
         for name, lookup in self.lookups.items():
-            reason = None if request is not None or lookup.dependence is _T else CHANGING
-            reason = blocked.get(name, reason)
-            found = reason is None and name not in self.left
-            if found and lookup.dependence is _T:
-                lookup.entries, lookup.index = schedule.entries[name], self._index.rows
-            elif found and request is not None and lookup.dependence is _TC:
-                lookup.entries, lookup.index = request.both[name], self._index.samples
-            elif found and request is not None:
-                lookup.value = request.values[name]
-            elif reason is not None and name not in self.left:
-                missed[reason] += 1
-            lookup.mode = Mode.LOOKUP if found else Mode.LIVE
+            value = None if name in self.left or name in blocked else outputs.get(name)
+            if value is None and name not in self.left:
+                missed[blocked.get(name, CHANGING)] += 1
+            lookup.mode, lookup.value = (Mode.LIVE if value is None else Mode.LOOKUP), value
             if lookup.parking is not None:
-                (lookup.parking.leave if found else lookup.parking.come_back)()
-            served += found
+                (lookup.parking.come_back if value is None else lookup.parking.leave)()
+            served += value is not None
         return served, missed
 
 
@@ -558,16 +547,3 @@ def _precision(model: nn.Module, call: Call) -> str:
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     return f"{None if parameter is None else parameter.dtype}, autocast {cast}, {kind}"
-
-
-def _shared(entries: dict[str, Entries]) -> dict[str, Entries]:
-    """Equal tables are kept once: DiT has the same embedder in every block."""
-    kept: dict[Any, list[Entries]] = {}
-    found = {}
-    for name, table in entries.items():
-        alike = kept.setdefault((table.values.shape, table.dtype, table.bits), [])
-        same = next((other for other in alike if other.equals(table)), None)
-        if same is None:
-            alike.append(table)
-        found[name] = same or table
-    return found
