@@ -159,6 +159,8 @@ class TemporalMap:
         readers: how the input of those that run in the blocks, or behind them, is made.
         conditions: arguments of the model's forward that the conditions are.
         entry: the block whose arguments the readers' sources are; None for the first that runs.
+        live: patterns of layers among these that no table serves: they see every token, so that their rows would be
+            larger than their weights, or run several times in a call.
     """
 
     timestep: tuple[str, ...] = ()
@@ -168,6 +170,7 @@ class TemporalMap:
     readers: tuple[Reader, ...] = ()
     conditions: tuple[str, ...] = ()
     entry: str | None = None
+    live: tuple[str, ...] = ()
 
     def of(self, name: str) -> Dependence:
         """Dependence of a layer; the first list with a matching pattern decides, and SAMPLE is what is in none."""

@@ -145,6 +145,9 @@ _MODULATIONS = (
     "norm_out.linear",
 )
 
+# The first block's text tokens have seen no sample yet.
+_FIRST_TEXT = tuple(f"transformer_blocks.0.attn.add_{part}_proj" for part in "qkv")
+
 FLUX = Family(
     name="flux",
     classes=("FluxTransformer2DModel",),
@@ -155,13 +158,12 @@ FLUX = Family(
         timestep=("time_text_embed.timestep_embedder.*",),
         timestep_and_condition=(
             *_MODULATIONS,
-            "transformer_blocks.0.attn.add_q_proj",
-            "transformer_blocks.0.attn.add_k_proj",
-            "transformer_blocks.0.attn.add_v_proj",
+            *_FIRST_TEXT,
         ),
         condition=("time_text_embed.text_embedder.*", "time_text_embed.guidance_embedder.*", "context_embedder"),
         readers=(modulations(*_MODULATIONS),),
         conditions=("encoder_hidden_states", "pooled_projections", "guidance"),
+        live=_FIRST_TEXT,
     ),
     sensitive=("x_embedder", "context_embedder", "proj_out"),
 )

@@ -210,11 +210,20 @@ _MODULATIONS = (
     "single_transformer_blocks.*.norm.linear",
     r"re:norm_out\.linear",  # the text refiner has layers of that name too
 )
+_TOKENS = (
+    # What the refiner adds to the text depends on the timestep from its first gate on.
+    r"re:context_embedder\.token_refiner\.refiner_blocks\.\d+\.ff\..*",
+    r"re:context_embedder\.token_refiner\.refiner_blocks\.[1-9]\d*\.attn\..*",
+    "transformer_blocks.0.attn.add_q_proj",
+    "transformer_blocks.0.attn.add_k_proj",
+    "transformer_blocks.0.attn.add_v_proj",
+)
 
 
 def _temporal(model: Any) -> TemporalMap:
     # Where a given first frame has an embedding of its own, the modulations run twice in a call.
     twice = model.config.get("image_condition_type") == "token_replace"
+    again = (*_MODULATIONS, r"re:time_text_embed\.timestep_embedder\..*") if twice else ()
     return TemporalMap(
         timestep=(
             "time_text_embed.timestep_embedder.*",
@@ -223,12 +232,7 @@ def _temporal(model: Any) -> TemporalMap:
         timestep_and_condition=(
             *_MODULATIONS,
             "context_embedder.token_refiner.refiner_blocks.*.norm_out.linear",
-            # What the refiner adds to the text depends on the timestep from its first gate on.
-            r"re:context_embedder\.token_refiner\.refiner_blocks\.\d+\.ff\..*",
-            r"re:context_embedder\.token_refiner\.refiner_blocks\.[1-9]\d*\.attn\..*",
-            "transformer_blocks.0.attn.add_q_proj",
-            "transformer_blocks.0.attn.add_k_proj",
-            "transformer_blocks.0.attn.add_v_proj",
+            *_TOKENS,
         ),
         condition=(
             "time_text_embed.text_embedder.*",
@@ -239,6 +243,7 @@ def _temporal(model: Any) -> TemporalMap:
         ),
         readers=() if twice else (modulations(*_MODULATIONS),),
         conditions=("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "guidance"),
+        live=(*_TOKENS, *again),
     )
 
 

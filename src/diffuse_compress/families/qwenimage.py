@@ -128,6 +128,7 @@ def _temporal(model: Any) -> TemporalMap:
         "condition": ("txt_in",),
         "readers": (modulations(*in_blocks, by="0"), modulations("norm_out.linear")),
         "conditions": ("encoder_hidden_states", "additional_t_cond", "guidance"),
+        "live": text,
     }
     # Layered generation adds a label to the timestep's embedding.
     if model.config.get("use_additional_t_cond"):

@@ -129,6 +129,9 @@ JOINT_TRANSFORMER_BLOCK = BlockKind(
 
 _MODULATIONS = ("transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm1_context.linear", "norm_out.linear")
 
+# The first block's text tokens have seen no sample yet.
+_FIRST_TEXT = tuple(f"transformer_blocks.0.attn.add_{part}_proj" for part in "qkv")
+
 SD3 = Family(
     name="sd3",
     classes=("SD3Transformer2DModel",),
@@ -138,13 +141,12 @@ SD3 = Family(
         timestep=("time_text_embed.timestep_embedder.*",),
         timestep_and_condition=(
             *_MODULATIONS,
-            "transformer_blocks.0.attn.add_q_proj",
-            "transformer_blocks.0.attn.add_k_proj",
-            "transformer_blocks.0.attn.add_v_proj",
+            *_FIRST_TEXT,
         ),
         condition=("time_text_embed.text_embedder.*", "context_embedder"),
         readers=(modulations(*_MODULATIONS),),
         conditions=("encoder_hidden_states", "pooled_projections"),
+        live=_FIRST_TEXT,
     ),
     sensitive=("pos_embed", "context_embedder", "proj_out"),
 )

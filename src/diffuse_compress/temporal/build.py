@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +73,7 @@ def build(
     timesteps: Sequence[Any],
     wanted: frozenset[Dependence],
     exact: Mapping[Dependence, bool],
+    known: Mapping[str, torch.Tensor] | None = None,
 ) -> Rows:
     """Rows of all layers of the wanted kinds.
 
@@ -83,17 +84,21 @@ def build(
         timesteps: of the rows, as the pipeline would pass them; with conditions alone, the call's own.
         wanted: kinds of layers.
         exact: kinds of which every row is computed by itself, with the call's batch.
+        known: [rows, out] of layers of the timestep alone, which are not computed again.
     """
+    known = known or {}
+    given = {name: lookups[name] for name in known}
     chosen = {name: lookups[name] for name, kind in layout.layers.items() if kind in wanted and name in lookups}
     rows = timesteps if wanted - {Dependence.CONDITION} else timesteps[:1]
-    with torch.inference_mode(False), torch.no_grad(), _recording(chosen):
+    with torch.inference_mode(False), torch.no_grad(), _recording({**given, **chosen}):
         sources = {source for reader in layout.temporal.readers for source in reader.sources}
         entries = []
-        for timestep in rows:
+        for number, timestep in enumerate(rows):
+            _give(known, lookups, call.batch, number)
             entries.append(_run_to_block(call, layout.entry, timestep, sources))
             if len(entries) == 1:
                 _serve_conditions(chosen)
-        embeddings = _Embeddings(entries, call.batch, exact)
+        embeddings = _Embeddings(entries, call.batch, exact, lambda number: _give(known, lookups, call.batch, number))
         for name, lookup in lookups.items():
             reader = layout.temporal.reader_of(name)
             if reader is not None and embeddings.have(reader):
@@ -104,8 +109,14 @@ def build(
 class _Embeddings:
     """What the first block was called with in every row, as readers want it."""
 
-    def __init__(self, entries: list[Entry], batch: int, exact: Mapping[Dependence, bool]) -> None:
-        self._entries, self._batch, self.exact = entries, batch, exact
+    def __init__(
+        self,
+        entries: list[Entry],
+        batch: int,
+        exact: Mapping[Dependence, bool],
+        give: Callable[[int | None], None],
+    ) -> None:
+        self._entries, self._batch, self.exact, self.give = entries, batch, exact, give
         self._joined: dict[Any, Entry] = {}
 
     def have(self, reader: Reader) -> bool:
@@ -138,7 +149,11 @@ def _read(reader: Reader, lookup: LayerLookup, embeddings: _Embeddings, wanted: 
         return
     one_by_one = exact.get(kind, True)
     entries = embeddings.entries(reader, kind, one_by_one or (through and exact[Dependence.TIMESTEP]))
-    inputs = [reader.input(entry, lookup.name) for entry in entries]
+    inputs = []
+    for number, entry in enumerate(entries):
+        if reader.through:
+            embeddings.give(number if len(entries) > 1 else None)
+        inputs.append(reader.input(entry, lookup.name))
     if kind in wanted:
         lookup.recorded = [lookup.live(x) for x in (inputs if one_by_one else [torch.cat(inputs)])]
     if lookup.parking is not None:
@@ -183,6 +198,15 @@ def _recording(lookups: Mapping[str, LayerLookup]) -> Iterator[None]:
     finally:
         for name, lookup in lookups.items():
             lookup.mode, lookup.recorded = before[name], []
+
+
+def _give(
+    known: Mapping[str, torch.Tensor], lookups: Mapping[str, LayerLookup], batch: int, number: int | None
+) -> None:
+    """Layers of the timestep alone give out this row, for every sample; with None, all rows one after the other."""
+    for name, rows in known.items():
+        chosen = rows if number is None else rows[number : number + 1]
+        lookups[name].mode, lookups[name].value = Mode.LOOKUP, chosen.repeat_interleave(batch, dim=0)
 
 
 def _serve_conditions(lookups: Mapping[str, LayerLookup]) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from diffuse_compress.runtime import steps
 from diffuse_compress.runtime.stats import Reason
-from diffuse_compress.temporal.schedule import UNKNOWN_FORM, Timesteps, host_value
+from diffuse_compress.temporal.reasons import UNKNOWN_FORM
+from diffuse_compress.temporal.schedule import Timesteps, host_value
 
 __all__ = ["Index"]
 

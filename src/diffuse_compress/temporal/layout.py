@@ -17,6 +17,7 @@ from diffuse_compress.temporal.parking import Parking
 
 __all__ = ["Layout", "layout_of"]
 
+_TOKENS = "it sees every token, or runs several times in a call: its rows would be larger than its weights"
 _KINDS = (Dependence.TIMESTEP, Dependence.TIMESTEP_AND_CONDITION, Dependence.CONDITION)
 
 
@@ -91,6 +92,8 @@ def _why_left(
         return "skipped as asked"
     if dependence is Dependence.CONDITION and not config.conditions:
         return "conditions=False"
+    if any(matches(pattern, name) for pattern in temporal.live):
+        return _TOKENS
     if "forward" in layer.__dict__:
         return "its forward was replaced by another library"
     if not Parking.fits(layer, config.weights):
@@ -99,7 +102,7 @@ def _why_left(
         return None
     through = (pattern for reader in temporal.readers for pattern in reader.through)
     if reader is None and not any(matches(pattern, name) for pattern in through):
-        return "it sees every token, or its input is not known: its rows would be larger than its weights"
+        return "it runs in a block, and what it reads there is not known"
     module = model.get_submodule(block)
     kind = family.kind_of(module)
     if kind is not None and fingerprint(type(module), kind.replaced) not in kind.fingerprints:  # type: ignore[arg-type]

@@ -15,17 +15,12 @@ from torch import nn
 
 from diffuse_compress.families.base import Dependence
 from diffuse_compress.runtime import steps
-from diffuse_compress.runtime.stats import Reason
 from diffuse_compress.temporal.parking import Parking
+from diffuse_compress.temporal.reasons import OTHER_SHAPE
 
-__all__ = ["CONSUMER", "OTHER_SHAPE", "LayerLookup", "Mode"]
+__all__ = ["CONSUMER", "LayerLookup", "Mode"]
 
 CONSUMER = "temporal table"
-
-OTHER_SHAPE = Reason(
-    "a layer was called with another number of rows than its table has",
-    "nothing, if the model joins several timesteps or pictures in one batch; else please report it",
-)
 
 
 class Mode(IntEnum):

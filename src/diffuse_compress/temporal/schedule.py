@@ -16,17 +16,9 @@ import torch
 
 from diffuse_compress.runtime.run import SEVERAL_ROWS, TIMESTEP_FORMS, Run
 from diffuse_compress.runtime.stats import Reason
+from diffuse_compress.temporal.reasons import UNKNOWN_FORM
 
-__all__ = ["PER_TOKEN", "UNKNOWN_FORM", "Timesteps", "host_value", "timesteps_of"]
-
-UNKNOWN_FORM = Reason(
-    "the model was given another timestep than the schedule's, in no form that is known",
-    "pass the elements of scheduler.timesteps, or t / num_train_timesteps",
-)
-PER_TOKEN = Reason(
-    "every token has a timestep of its own",
-    "nothing: these calls are computed (image-to-video with expanded timesteps, diffusion forcing)",
-)
+__all__ = ["Timesteps", "host_value", "timesteps_of"]
 
 
 @dataclass(frozen=True)

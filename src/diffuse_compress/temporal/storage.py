@@ -88,6 +88,11 @@ class StoredRows:
         """Every layer's table [rows, out], as it is given out."""
         return self.lay_out(torch.arange(self.values.shape[0], device=self.values.device))
 
+    @property
+    def exact(self) -> bool:
+        """Are the rows as they were computed?"""
+        return self.values.dtype == self.dtype
+
     def move(self, device: torch.device) -> None:
         """Stand on ``device`` from now on."""
         for name, tensor in self.tensors().items():

@@ -11,12 +11,12 @@ import inspect
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from diffuse_compress.components import unwrap
 from diffuse_compress.errors import ModelStateError
 from diffuse_compress.families.base import TIMESTEP_NAMES, Dependence, Family
 from diffuse_compress.logging import get_logger
@@ -29,43 +29,29 @@ from diffuse_compress.temporal.index import Index
 from diffuse_compress.temporal.layout import layout_of
 from diffuse_compress.temporal.lookup import CONSUMER, LayerLookup, Mode
 from diffuse_compress.temporal.parking import Folder, Parking
+from diffuse_compress.temporal.reasons import (
+    ADAPTED,
+    CAPTURED,
+    CHANGING,
+    DOUBTED,
+    FAILED,
+    NO_BATCH,
+    NOT_TRACKED,
+    OTHER_PROCESSOR,
+    PER_TOKEN,
+    TRAINING,
+    TWO_THREADS,
+    UNKNOWN_FORM,
+)
 from diffuse_compress.temporal.request import Conditions
-from diffuse_compress.temporal.schedule import PER_TOKEN, UNKNOWN_FORM, Timesteps, timesteps_of
-from diffuse_compress.temporal.storage import StoredRows, store
+from diffuse_compress.temporal.schedule import Timesteps, timesteps_of
+from diffuse_compress.temporal.state import Pass, Request, Schedule
+from diffuse_compress.temporal.storage import store
 from diffuse_compress.temporal.watch import Watch
 
-__all__ = ["Schedule", "TemporalTable", "attach_table", "detach_table", "table_of"]
+__all__ = ["TemporalTable", "attach_table", "detach_table", "table_of"]
 
 _LOGGER = get_logger(__name__)
-
-TRAINING = Reason("the model is in training mode", "call model.eval()")
-TWO_THREADS = Reason(
-    "two threads run the model at the same time",
-    "give each thread a model of its own, or let them take turns",
-)
-CAPTURED = Reason(
-    "a CUDA graph of the whole model is being captured",
-    "capture its blocks instead (compile_repeated_blocks, mode='reduce-overhead')",
-)
-NOT_TRACKED = Reason("the model's place in the loop is not followed", "attach the table again")
-NO_BATCH = Reason("the model was called without a sample tensor", "pass the sample as a tensor [batch, ...]")
-ADAPTED = Reason(
-    "an adapter (LoRA) is on the layer, or on one that it depends on",
-    "merge it: pipe.fuse_lora() and then pipe.unload_lora_weights()",
-)
-OTHER_PROCESSOR = Reason(
-    "an attention processor is set that the text's keys and values are not known of",
-    "nothing; or restore the stock one with model.set_default_attn_processor()",
-)
-CHANGING = Reason(
-    "the conditions are others in every step",
-    "pass the same tensors in every step, where they are the same",
-)
-FAILED = Reason("the table could not be built; the log says why", "report it, with the log's message")
-DOUBTED = Reason(
-    "a timestep on the device was not the schedule's",
-    "pass the elements of scheduler.timesteps, and one timestep for all samples of a batch",
-)
 
 _T, _TC, _C = Dependence.TIMESTEP, Dependence.TIMESTEP_AND_CONDITION, Dependence.CONDITION
 # A prompt that is exchanged once or twice in a run is worth new tables; one that changes in every step is not.
@@ -77,84 +63,6 @@ class _Refused(Exception):
 
     def __init__(self, reason: Reason) -> None:
         self.reason = reason
-
-
-@dataclass
-class Schedule:
-    """Rows of the layers of the timestep alone.
-
-    Attributes:
-        values: timesteps of the rows, as the model is given them.
-        form: dtype in which it is given them ("int64", "bfloat16"), or "number".
-        precision: what the layers computed in: their dtype, and autocast's.
-        rows: of the layers.
-        batch: of the call that they were made for.
-        scheduler: class of the scheduler that they were made for.
-        signature: samples of the weights that they were made from (``Watch.signature``).
-    """
-
-    values: tuple[float, ...]
-    form: str
-    precision: str
-    rows: list[StoredRows]
-    batch: int
-    scheduler: str
-    signature: torch.Tensor | None
-
-    def is_of(self, signature: torch.Tensor) -> bool:
-        """Were they made from these weights?"""
-        return self.signature is not None and torch.equal(self.signature, signature)
-
-    def serves(self, timesteps: Timesteps, precision: str, layers: frozenset[str]) -> bool:
-        """Are these timesteps' rows of these layers here?"""
-        same = self.values == timesteps.values and (self.form, self.precision) == (timesteps.form, precision)
-        return same and set().union(*(part.columns for part in self.rows)) >= layers
-
-    @property
-    def nbytes(self) -> int:
-        """Of all rows."""
-        return sum(part.nbytes for part in self.rows)
-
-
-@dataclass(eq=False)
-class _Request:
-    """What was computed for one set of conditions in one run, from row ``first`` on."""
-
-    conditions: Conditions
-    batch: int
-    first: int
-    rows: list[StoredRows] = field(default_factory=list)
-    values: dict[str, torch.Tensor] = field(default_factory=dict)
-    _versions: dict[str, int] = field(default_factory=dict)
-
-    def set_values(self, values: dict[str, torch.Tensor]) -> None:
-        """Outputs of the layers of the conditions alone, which are given out themselves."""
-        self.values = values
-        self._versions = {name: value._version for name, value in values.items()}
-
-    def untouched(self) -> bool:
-        """Has nobody written into what was given out?"""
-        return all(value._version == self._versions[name] for name, value in self.values.items())
-
-    @property
-    def nbytes(self) -> int:
-        """Of tables and outputs."""
-        return sum(part.nbytes for part in self.rows) + sum(v.nbytes for v in self.values.values())
-
-
-@dataclass
-class _Pass:
-    """One run, as this model is called in it; lives as long as the run."""
-
-    timesteps: Timesteps
-    schedule_tensor: torch.Tensor | None
-    form: Any
-    generation: int
-    schedule: Schedule | None = None
-    requests: list[_Request] = field(default_factory=list)
-    builds: Counter[Any] = field(default_factory=Counter)
-    keys: set[str | int] = field(default_factory=set)
-    problem: Reason | None = None
 
 
 class TemporalTable:
@@ -180,6 +88,7 @@ class TemporalTable:
         self._index = Index()
         self._watch = Watch(model, self.lookups, self.layout)
         self._calls_per_step = 1
+        self._probed = family is not None
         self._generation = 0
         self._signature: torch.Tensor | None = None
         self._request_bytes = 0
@@ -197,12 +106,11 @@ class TemporalTable:
         folder = Folder(self.config.work_dir) if self.config.weights is WeightPlace.DISK else None
         steps.track(self.model, steps.Consumer(CONSUMER, self.plan, strict=self.config.strict))
         try:
-            self._signature = self._watch.signature()
             for lookup in self.lookups.values():
                 lookup.install()
-            if self.config.weights is not WeightPlace.DEVICE:
-                for lookup in self.lookups.values():
+                if self.config.weights is not WeightPlace.DEVICE:
                     lookup.parking = Parking(lookup.layer, self.config.weights, folder)
+            self._signature = self._watch.signature()
             self._handles = [
                 self.model.register_forward_pre_hook(self.before, with_kwargs=True),
                 self.model.register_forward_hook(self.after, always_call=True),
@@ -230,7 +138,9 @@ class TemporalTable:
     # --- what is planned and what it takes ------------------------------------------------------------------------
 
     def plan(self, run: Run) -> list[int] | None:
-        """Layers to look up in every step of a run."""
+        """Layers to look up in every step of a run; of a class that was probed, that shows when they are recorded."""
+        if self._probed and not self.schedules:
+            return None
         return None if run.num_steps is None else [self._num_served() * self._calls_per_step] * run.num_steps
 
     def nbytes(self) -> dict[str, int]:
@@ -326,7 +236,7 @@ class TemporalTable:
         if isinstance(place, Reason):
             raise _Refused(place)
         schedule = self._schedule(context, call, progress)
-        request = self._request(context, call, progress, place)
+        request = self._request(context, call, progress, place, schedule)
         self._index.write(place, call.batch, 0 if request is None else request.first, call.device)
         return self._turn_on(schedule, request, blocked)
 
@@ -370,12 +280,12 @@ class TemporalTable:
 
     # --- tables ---------------------------------------------------------------------------------------------------
 
-    def _progress(self, context: steps.StepContext, given: Any) -> _Pass:
+    def _progress(self, context: steps.StepContext, given: Any) -> Pass:
         """This run's state, made anew if its schedule or the form of its timesteps has changed."""
         run, row = context.run, context.row
         assert run is not None  # there is no blocker
         assert row is not None
-        known: _Pass | None = context.storage.get(self)
+        known: Pass | None = context.storage.get(self)
         doubted = self._index.doubted()
         if known is None or known.schedule_tensor is not run.timesteps or known.form != _form(given):
             if doubted:
@@ -385,7 +295,7 @@ class TemporalTable:
             timesteps = timesteps_of(run, row, given)
             if isinstance(timesteps, Reason):
                 raise _Refused(timesteps)
-            known = context.storage[self] = _Pass(timesteps, run.timesteps, _form(given), self._generation)
+            known = context.storage[self] = Pass(timesteps, run.timesteps, _form(given), self._generation)
         elif doubted:
             known.problem = DOUBTED
         if known.generation != self._generation:
@@ -397,35 +307,73 @@ class TemporalTable:
         self._calls_per_step = max(self._calls_per_step, len(known.keys))
         return known
 
-    def _schedule(self, context: steps.StepContext, call: Call, progress: _Pass) -> Schedule:
+    def _schedule(self, context: steps.StepContext, call: Call, progress: Pass) -> Schedule:
         """Rows of the timestep alone, found or built."""
         schedule = progress.schedule
         if schedule is not None and (schedule.batch == call.batch or not self.config.exact):
             return schedule
-        timesteps, precision = progress.timesteps, _precision(self.model, call)
+        scheduler = "" if context.run is None else type(context.run.scheduler()).__name__
+        try:
+            progress.schedule = self._rows_for(call, progress.timesteps, scheduler)
+        except _Refused as refused:
+            progress.problem = refused.reason
+            raise
+        return progress.schedule
+
+    def _rows_for(self, call: Call, timesteps: Timesteps, scheduler: str) -> Schedule:
+        precision = _precision(self.model, call)
         fitting = [known for known in self.schedules if known.serves(timesteps, precision, self._kinds[_T])]
         if self.config.exact:
             fitting = [known for known in fitting if known.batch == call.batch]
         if fitting:
             schedule = fitting[-1]
         else:
-            rows = self._build(call, progress, frozenset({_T}), range(len(timesteps.values)))
-            scheduler = "" if context.run is None else type(context.run.scheduler()).__name__
-            parts = store(rows.timestep, self.config.table)
+            given = [timesteps.at(number, call.batch) for number in range(len(timesteps.values))]
+            parts = store(self._build(call, given, frozenset({_T})).timestep, self.config.table)
             schedule = Schedule(
                 timesteps.values, timesteps.form, precision, parts, call.batch, scheduler, self._signature
             )
         # The one used last is the last to go.
-        self.schedules = [*(other for other in self.schedules if other is not schedule), schedule]
-        del self.schedules[: -self.config.max_schedules]
+        self.add_schedules([schedule])
         for part in schedule.rows:
             part.move(call.device)
-        progress.schedule = schedule
         return schedule
 
+    def add_schedules(self, schedules: list[Schedule]) -> None:
+        """Hold these, as those used last; the ones unused for longest go."""
+        others = [known for known in self.schedules if all(known is not schedule for schedule in schedules)]
+        self.schedules = [*others, *schedules][-self.config.max_schedules :]
+
+    def weights_signature(self) -> torch.Tensor:
+        """Samples of the weights that tables of the timestep alone are made from, float64 on the CPU."""
+        return self._watch.signature()
+
+    def prepare(self, inputs: Mapping[str, Any], timesteps: torch.Tensor, scheduler: str = "") -> Schedule:
+        """Build the rows of the timestep alone for a schedule, before any run.
+
+        Args:
+            inputs: arguments of one call of the model by name, with a timestep in the dtype and shape of later calls.
+            timesteps: [rows], as the model will be given them: Flux's pipeline gives ``(t.to(dtype) / 1000)``.
+            scheduler: class name of the scheduler, for the record.
+
+        Raises:
+            ModelStateError: the rows cannot be computed; the cause says why.
+        """
+        values = [float(value) for value in timesteps.double().tolist()]
+        unique = list(dict.fromkeys(values))
+        known = Timesteps(tuple(unique), tuple(unique.index(value) for value in values), inputs[self._timestep])
+        self._sign(changed=False)
+        try:
+            return self._rows_for(self._call((), dict(inputs)), known, scheduler)
+        except _Refused as refused:
+            raise ModelStateError(
+                f"{type(self.model).__name__}: temporal tables of a schedule need {self._timestep!r} and the other "
+                f"arguments of a forward pass, and {refused.reason}: {refused.__cause__!r}."
+            ) from refused
+
     def _request(
-        self, context: steps.StepContext, call: Call, progress: _Pass, place: int | torch.Tensor
-    ) -> _Request | None:
+        self, context: steps.StepContext, call: Call, progress: Pass, place: int | torch.Tensor, schedule: Schedule
+    ) -> Request | None:
         """Tables of this call's conditions, found or built; None if they change too often."""
         kinds = frozenset(kind for kind in (_TC, _C) if self._kinds[kind])
         conditions = {name: call.arguments.get(name) for name in self.layout.temporal.conditions}
@@ -439,24 +387,38 @@ class TemporalTable:
             return None
         # Earlier timesteps will not come again; where the host cannot tell which one this is, all are computed.
         first = place if isinstance(place, int) and _TC in kinds else 0
-        request = _Request(Conditions(conditions), call.batch, first)
+        request = Request(Conditions(conditions), call.batch, first)
         if kinds:
-            rows = self._build(call, progress, kinds, range(first, len(progress.timesteps.values)))
+            numbers = range(first, len(progress.timesteps.values) if _TC in kinds else first + 1)
+            given = [progress.timesteps.at(number, call.batch) for number in numbers]
+            known = {
+                name: rows[numbers.start : numbers.stop]
+                for part in schedule.rows
+                if part.exact
+                for name, rows in part.rows().items()
+            }
+            try:
+                rows = self._build(call, given, kinds, known)
+            except _Refused as refused:
+                progress.problem = refused.reason
+                raise
             request.rows = store(rows.both, self.config.table)
             request.set_values(rows.condition)
         progress.requests.append(request)
         self._request_bytes = sum(known.nbytes for known in progress.requests)
         return request
 
-    def _build(self, call: Call, progress: _Pass, wanted: frozenset[Dependence], numbers: range) -> Rows:
+    def _build(
+        self,
+        call: Call,
+        given: list[Any],
+        wanted: frozenset[Dependence],
+        known: Mapping[str, torch.Tensor] | None = None,
+    ) -> Rows:
         exact = {_T: self.config.exact is not False, _TC: self.config.exact is True}
-        given = [progress.timesteps.at(number, call.batch) for number in numbers]
-        if wanted == {_C}:
-            given = [call.arguments[self._timestep]]
         try:
-            rows = build(self.layout, self.lookups, call, given, wanted, exact)
+            rows = build(self.layout, self.lookups, call, given, wanted, exact, known)
         except Exception as error:  # whatever a model does when its parts are run: the call goes on without tables
-            progress.problem = FAILED
             _LOGGER.warning("%s: temporal tables could not be built: %r", type(self.model).__name__, error)
             raise _Refused(FAILED) from error
         if rows.failed:
@@ -466,7 +428,7 @@ class TemporalTable:
     # --- turning on -----------------------------------------------------------------------------------------------
 
     def _turn_on(
-        self, schedule: Schedule, request: _Request | None, blocked: Mapping[str, Reason]
+        self, schedule: Schedule, request: Request | None, blocked: Mapping[str, Reason]
     ) -> tuple[int, Counter[Reason]]:
         outputs: dict[str, torch.Tensor] = {}
         for part in schedule.rows:
@@ -503,6 +465,7 @@ def attach_table(model: nn.Module, config: TableConfig | None = None, family: Fa
         ModelStateError: the model has a table, or weights that are not loaded.
         MissingDependencyError: diffusers is not installed.
     """
+    model = unwrap(model)
     if table_of(model) is not None:
         raise ModelStateError(f"{type(model).__name__} has a temporal table; call detach_table(model) first.")
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -524,7 +487,7 @@ def detach_table(model: nn.Module) -> None:
 
 def table_of(model: nn.Module) -> TemporalTable | None:
     """The table whose hooks a model carries, or None."""
-    for hook in model._forward_pre_hooks.values():
+    for hook in unwrap(model)._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, TemporalTable):
             return owner
