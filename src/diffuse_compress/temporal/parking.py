@@ -56,13 +56,8 @@ class _OnDisk:
     shape: torch.Size
     dtype: torch.dtype
 
-    @property
-    def nbytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
     def read(self) -> torch.Tensor:
-        size = self.nbytes
-        if not size:
+        if not self.shape.numel():
             return torch.empty(self.shape, dtype=self.dtype)
         data = torch.frombuffer(bytearray(self.path.read_bytes()), dtype=torch.uint8)
         return data.view(self.dtype).reshape(self.shape)
@@ -121,7 +116,7 @@ class Parking:
 
     @property
     def nbytes(self) -> int:
-        """Of what stands in this layer's place in memory, on whatever device, while its weights are away."""
+        """Of what stands in memory, on whatever device, while the weights are away."""
         return sum(_nbytes(kept.data) for kept in self._kept.values()) if self.away else 0
 
     def samples(self) -> list[torch.Tensor]:
@@ -201,6 +196,8 @@ def _moved(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
 
 
 def _nbytes(kept: torch.Tensor | QuantizedWeight | _OnDisk) -> int:
+    if isinstance(kept, _OnDisk):
+        return 0
     if isinstance(kept, QuantizedWeight):
         return kept.qweight.nbytes + kept.scale.nbytes + (0 if kept.zero_point is None else kept.zero_point.nbytes)
     return kept.nbytes
