@@ -134,8 +134,9 @@ def test_whole_pipelines(name):
         assert call.methods["temporal table"].achieved == 1.0
 
 
-def test_flux_timesteps_are_those_given_in_its_dtype(dtype=torch.bfloat16):
+def test_flux_timesteps_are_those_given_in_its_dtype():
     """t / 1000 is rounded twice on the way; the embedding is that of the rounded value."""
+    dtype = torch.bfloat16
     pipe = tiny.build_pipeline("flux", dtype=dtype)
     expected = tiny.sample(pipe, num_inference_steps=4)
     table = attach_table(pipe.transformer, TableConfig(exact=True, strict=True))
