@@ -26,7 +26,7 @@ def table_state(table: TemporalTable) -> tuple[dict[str, torch.Tensor], dict[str
     """(tensors by key, what they are, JSON-serialisable) of every schedule that the table holds.
 
     Keys are ``<schedule>.timesteps`` (float64), ``<schedule>.<part>.values``, ``.scale``, ``.zero_point`` and
-    ``.table`` (``StoredRows``), and ``weights``, samples of the weights that the model has now.
+    ``.widths`` (``StoredRows``), and ``weights``, samples of the weights that the model has now.
     """
     tensors = {"weights": table.weights_signature()}
     schedules = []
@@ -92,11 +92,12 @@ def _part(
 ) -> StoredRows:
     columns = {name: (int(first), int(end)) for name, (first, end) in part["columns"].items()}
     bits, dtype = part["bits"], getattr(torch, part["dtype"], None)
-    scale, zero_point, which = (
-        _tensor(tensors, f"{prefix}.{name}") if bits else None for name in ("scale", "zero_point", "table")
+    scale, zero_point, widths = (
+        _tensor(tensors, f"{prefix}.{name}") if bits else None for name in ("scale", "zero_point", "widths")
     )
     values = _tensor(tensors, f"{prefix}.values")
-    stored = StoredRows(columns, values, scale, zero_point, which, dtype or torch.float32, bits)
+    width = values.shape[1] * 8 // (bits or 8)
+    stored = StoredRows(columns, values, scale, zero_point, widths, width, dtype or torch.float32, bits)
     for name, (first, end) in columns.items():
         lookup = table.lookups.get(name)
         wide = lookup is not None and end - first == lookup.layer.out_features and 0 <= first < end <= stored.width

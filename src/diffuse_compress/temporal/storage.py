@@ -33,7 +33,8 @@ class StoredRows:
         values: [rows, width] floats, or int8 codes (int4: packed, ``quantization/packing.py``).
         scale: fp32 [rows, tables] of codes, else None: ``row = scale * (codes - zero_point)``.
         zero_point: int8 [rows, tables] of codes, else None.
-        table: int64 [width], which scale is a column's; None for floats.
+        widths: int64 [tables] of codes, how many columns have a scale; None for floats.
+        width: columns of a row of floats.
         dtype: of what the layers give.
         bits: of a code; 0 for floats.
     """
@@ -42,14 +43,10 @@ class StoredRows:
     values: torch.Tensor
     scale: torch.Tensor | None
     zero_point: torch.Tensor | None
-    table: torch.Tensor | None
+    widths: torch.Tensor | None
+    width: int
     dtype: torch.dtype
     bits: int
-
-    @property
-    def width(self) -> int:
-        """Columns of a row of floats."""
-        return self.values.shape[1] if self.table is None else self.table.shape[0]
 
     @property
     def nbytes(self) -> int:
@@ -58,16 +55,19 @@ class StoredRows:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is stored, by attribute."""
-        named = {name: getattr(self, name) for name in ("values", "scale", "zero_point", "table")}
+        named = {name: getattr(self, name) for name in ("values", "scale", "zero_point", "widths")}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def fetch(self, index: torch.Tensor) -> torch.Tensor:
         """Rows [n, width] at ``index``, int64 [n] on the same device, in a new tensor; the host reads nothing."""
         values = self.values.index_select(0, index)
-        if self.scale is None or self.zero_point is None or self.table is None:
+        if self.scale is None or self.zero_point is None or self.widths is None:
             return values.to(self.dtype)
         codes = unpack(values, self.bits, self.width) if self.bits < 8 else values
-        zero_point, scale = (t.index_select(0, index)[:, self.table] for t in (self.zero_point, self.scale))
+        zero_point, scale = (
+            t.index_select(0, index).repeat_interleave(self.widths, dim=1, output_size=self.width)
+            for t in (self.zero_point, self.scale)
+        )
         return codes.float().sub_(zero_point).mul_(scale).to(self.dtype)
 
     def lay_out(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -124,18 +124,18 @@ def _together(layers: Mapping[str, torch.Tensor], form: TableFormat, dtype: torc
     if scheme is None:
         widths = [rows.shape[1] for rows in distinct]
         values = torch.cat(distinct, dim=1).to(form.dtype or dtype)
-        return StoredRows(_places(number, widths, widths), values, None, None, None, dtype, 0)
+        return StoredRows(_places(number, widths, widths), values, None, None, None, sum(widths), dtype, 0)
     codes = [quantize_weight(rows, scheme) for rows in distinct]
     bits = scheme.format.bits
     # Packed rows end in codes that nobody asks for.
     stored = [code.qweight.shape[1] * 8 // bits for code in codes]
-    table = torch.repeat_interleave(torch.arange(len(codes)), torch.tensor(stored)).to(distinct[0].device)
     return StoredRows(
         columns=_places(number, [rows.shape[1] for rows in distinct], stored),
         values=torch.cat([code.qweight for code in codes], dim=1),
         scale=torch.cat([code.scale for code in codes], dim=1),
         zero_point=torch.cat([code.zero_point for code in codes if code.zero_point is not None], dim=1),
-        table=table,
+        widths=torch.tensor(stored, device=distinct[0].device),
+        width=sum(stored),
         dtype=dtype,
         bits=bits,
     )
