@@ -19,6 +19,7 @@ from diffuse_compress.runtime import run, steps
 from diffuse_compress.runtime.stats import PlanMissedError
 from diffuse_compress.temporal import index, reasons, table
 from diffuse_compress.temporal.config import TableConfig
+from diffuse_compress.temporal.request import Conditions
 from diffuse_compress.temporal.table import attach_table, detach_table, table_of
 from temporal.loops import as_given, inputs_for, loop, scheduler_for, stats
 from temporal.loops import reasons as missed
@@ -135,6 +136,29 @@ def test_changed_conditions_get_tables_of_their_own(change):
         assert torch.equal(output, plain(**inputs)[0])
         scheduler.step(torch.zeros(1), t, torch.zeros(1))
     assert missed(model) == {}
+
+
+def test_conditions_are_told_by_identity_and_writes():
+    text, other = torch.ones(2, 3), torch.ones(2, 3)
+    values = {"text": text, "sizes": {"a": [text, 1.5], "b": None}, "scale": 2}
+    known = Conditions(values)
+    assert known.match({"text": text, "sizes": {"a": [text, 1.5], "b": None}, "scale": 2})
+    for changed in (
+        {**values, "text": other},
+        {**values, "text": None},
+        {**values, "scale": 3},
+        {**values, "scale": 2.0},
+        {**values, "sizes": {"a": [text, 1.5]}},
+        {**values, "more": 1},
+        {name: value for name, value in values.items() if name != "scale"},
+    ):
+        assert not known.match(changed)
+    both = torch.cat([text, text])
+    assert Conditions([both[:2]]).match([both[:2]])
+    assert not Conditions([both[:2]]).match([both[2:]])
+    assert not Conditions([both[:2]]).match([both[:2].clone()])
+    text.add_(0)
+    assert not known.match(values)
 
 
 @torch.no_grad()

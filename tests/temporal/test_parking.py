@@ -122,11 +122,16 @@ def test_weights_that_change_while_they_are_there(place):
         for each in (model, plain):
             # As a merge does it: past the count of writes.
             each.norm_out.linear.weight.data += 0.25
-    found, expected = loop("flux", model, inputs), loop("flux", plain, inputs)
+    expected = loop("flux", plain, inputs)
+    first = loop("flux", model, inputs)
+    # Away and back again: what was kept is what they had become, rounded where that is asked for.
+    again = loop("flux", model, inputs)
     if place == "int8":
-        assert not equal(found, loop("flux", attached(place), inputs))
+        assert not equal(again, loop("flux", attached(place), inputs))
+        assert max(float((a - b).abs().max() / b.std()) for a, b in zip(again, expected, strict=True)) < 0.05
         return
-    assert equal(found, expected)
+    assert equal(first, expected)
+    assert equal(again, expected)
 
 
 def test_a_cast_while_they_are_away():

@@ -50,6 +50,7 @@ __all__ = [
     "StepContext",
     "StepTracker",
     "current",
+    "remove_hooks",
     "stats_of",
     "track",
     "tracker_of",
@@ -448,8 +449,13 @@ def untrack(model: nn.Module, consumer: str | None = None) -> None:
         tracker.consumers.pop(consumer, None)
         if tracker.consumers:
             return
+    remove_hooks(model, tracker)
+
+
+def remove_hooks(model: nn.Module, owner: object) -> None:
+    """Take the forward hooks off that are methods of ``owner``; handles do not survive a copy of the model."""
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is tracker]:
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
             del hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
             model._forward_hooks_always_called.pop(key, None)

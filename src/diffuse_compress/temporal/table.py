@@ -95,7 +95,6 @@ class TemporalTable:
         self._kinds: dict[Dependence, frozenset[str]] = {}
         self._leave(self.layout.left)
         self._names, self._timestep = _arguments_of(model)
-        self._handles: list[Any] = []
         self._busy: int | None = None
         self._contended = False
 
@@ -111,10 +110,8 @@ class TemporalTable:
                 if self.config.weights is not WeightPlace.DEVICE:
                     lookup.parking = Parking(lookup.layer, self.config.weights, folder)
             self._signature = self._watch.signature()
-            self._handles = [
-                self.model.register_forward_pre_hook(self.before, with_kwargs=True),
-                self.model.register_forward_hook(self.after, always_call=True),
-            ]
+            self.model.register_forward_pre_hook(self.before, with_kwargs=True)
+            self.model.register_forward_hook(self.after, always_call=True)
         except BaseException:
             self.remove()
             raise
@@ -123,16 +120,12 @@ class TemporalTable:
         """Leave the model as it was found; weights that were rounded stay rounded."""
         for lookup in self.lookups.values():
             lookup.remove()
-        for hooks in (self.model._forward_pre_hooks, self.model._forward_hooks):
-            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
-                del hooks[key]
-                self.model._forward_pre_hooks_with_kwargs.pop(key, None)
-                self.model._forward_hooks_always_called.pop(key, None)
+        steps.remove_hooks(self.model, self)
         steps.untrack(self.model, CONSUMER)
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to a call or to a device's stream is made again.
-        gone: dict[str, Any] = {"_handles": [], "_busy": None, "_contended": False, "_index": Index()}
+        gone: dict[str, Any] = {"_busy": None, "_contended": False, "_index": Index()}
         return {**self.__dict__, **gone}
 
     # --- what is planned and what it takes ------------------------------------------------------------------------
