@@ -370,6 +370,7 @@ def test_an_interrupt_leaves_nothing_behind():
     assert equal(loop("dit", model, inputs), loop("dit", plain, inputs))
     assert missed(model) == {}
     assert all(lookup.value is None for lookup in table_of(model).lookups.values())
+    assert steps.current() is None
 
 
 def test_a_build_that_fails_is_no_failure_of_the_call(monkeypatch, caplog):

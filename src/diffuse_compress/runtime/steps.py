@@ -339,6 +339,8 @@ class StepTracker:
         known = run if problem is None or problem is START_UNKNOWN else None
         self.record(scope, scope.stats.get(self) or CallStats())
         self._count(scope, run, known, problem)
+        # An interrupt skips the hook after a call, and in a hand-written loop nobody else takes its context away.
+        _thread.active[:] = [context for context in _thread.active if context.tracker is not self]
         _thread.active.append(
             StepContext(
                 tracker=self,
