@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffuse_compress.families.embedding import Reader
 from diffuse_compress.patterns import matches
 from diffuse_compress.quantization.residual import ResidualStream
 
@@ -155,12 +156,25 @@ class Smoothing:
 
 @dataclass(frozen=True)
 class TemporalMap:
-    """Patterns of the layers that do not see the sample, by what they depend on."""
+    """The layers that do not see the sample.
+
+    Attributes:
+        timestep, timestep_and_condition, condition, nothing: their patterns, by what they depend on.
+        readers: how the input of those that run in the blocks, or behind them, is made.
+        conditions: arguments of the model's forward that the conditions are.
+        entry: the block whose arguments the readers' sources are; None for the first that runs.
+        live: patterns of layers among these that no table serves: they see every token, so that their rows would be
+            larger than their weights, or run several times in a call.
+    """
 
     timestep: tuple[str, ...] = ()
     timestep_and_condition: tuple[str, ...] = ()
     condition: tuple[str, ...] = ()
     nothing: tuple[str, ...] = ()
+    readers: tuple[Reader, ...] = ()
+    conditions: tuple[str, ...] = ()
+    entry: str | None = None
+    live: tuple[str, ...] = ()
 
     def of(self, name: str) -> Dependence:
         """Dependence of a layer; the first list with a matching pattern decides, and SAMPLE is what is in none."""
@@ -174,6 +188,10 @@ class TemporalMap:
             if any(matches(pattern, name) for pattern in patterns):
                 return dependence
         return Dependence.SAMPLE
+
+    def reader_of(self, name: str) -> Reader | None:
+        """How the input of a layer is made; None if it runs before the blocks, or nobody knows."""
+        return next((r for r in self.readers if any(matches(pattern, name) for pattern in r.patterns)), None)
 
 
 @dataclass(frozen=True)

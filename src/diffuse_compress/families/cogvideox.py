@@ -18,6 +18,7 @@ from diffuse_compress.families.base import (
     TemporalMap,
     in_lists,
 )
+from diffuse_compress.families.embedding import modulations
 
 __all__ = ["COGVIDEOX", "hidden_then_text"]
 
@@ -98,10 +99,15 @@ COGVIDEOX_BLOCK = BlockKind(
 def _temporal(model: nn.Module) -> TemporalMap:
     modulation = ("transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm2.linear", "norm_out.linear")
     condition = ("patch_embed.text_proj", "ofs_embedding.*")
+    known: dict[str, Any] = {
+        "condition": condition,
+        "readers": (modulations(*modulation),),
+        "conditions": ("encoder_hidden_states", "ofs"),
+    }
     # CogVideoX 1.5 image-to-video adds the embedding of a constant offset before the modulation.
     if getattr(model, "ofs_embedding", None) is not None:
-        return TemporalMap(("time_embedding.*",), modulation, condition)
-    return TemporalMap(("time_embedding.*", *modulation), (), condition)
+        return TemporalMap(("time_embedding.*",), modulation, **known)
+    return TemporalMap(("time_embedding.*", *modulation), (), **known)
 
 
 COGVIDEOX = Family(

@@ -17,6 +17,7 @@ from diffuse_compress.families.base import (
     TemporalMap,
     in_lists,
 )
+from diffuse_compress.families.embedding import modulations
 from diffuse_compress.families.modulation import (
     FF,
     FF_CONTEXT,
@@ -137,6 +138,16 @@ FLUX_SINGLE_TRANSFORMER_BLOCK = BlockKind(
     smoothing=single_smoothing,
 )
 
+_MODULATIONS = (
+    "transformer_blocks.*.norm1.linear",
+    "transformer_blocks.*.norm1_context.linear",
+    "single_transformer_blocks.*.norm.linear",
+    "norm_out.linear",
+)
+
+# The first block's text tokens have seen no sample yet.
+_FIRST_TEXT = tuple(f"transformer_blocks.0.attn.add_{part}_proj" for part in "qkv")
+
 FLUX = Family(
     name="flux",
     classes=("FluxTransformer2DModel",),
@@ -146,15 +157,13 @@ FLUX = Family(
         # With embedded guidance, the sum of both embedders is what depends on the request.
         timestep=("time_text_embed.timestep_embedder.*",),
         timestep_and_condition=(
-            "transformer_blocks.*.norm1.linear",
-            "transformer_blocks.*.norm1_context.linear",
-            "single_transformer_blocks.*.norm.linear",
-            "norm_out.linear",
-            "transformer_blocks.0.attn.add_q_proj",
-            "transformer_blocks.0.attn.add_k_proj",
-            "transformer_blocks.0.attn.add_v_proj",
+            *_MODULATIONS,
+            *_FIRST_TEXT,
         ),
         condition=("time_text_embed.text_embedder.*", "time_text_embed.guidance_embedder.*", "context_embedder"),
+        readers=(modulations(*_MODULATIONS),),
+        conditions=("encoder_hidden_states", "pooled_projections", "guidance"),
+        live=_FIRST_TEXT,
     ),
     sensitive=("x_embedder", "context_embedder", "proj_out"),
 )

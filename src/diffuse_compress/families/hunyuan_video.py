@@ -23,6 +23,7 @@ from diffuse_compress.families.base import (
     in_lists,
 )
 from diffuse_compress.families.cogvideox import hidden_then_text
+from diffuse_compress.families.embedding import modulations
 from diffuse_compress.families.modulation import (
     FF_CONTEXT,
     adaln_zero,
@@ -203,28 +204,35 @@ _KINDS = (
     _single_kind("HunyuanVideoTokenReplaceSingleTransformerBlock", "23921b8a94d293e9", f"{_REPLACE_NORMS}Single"),
 )
 
-HUNYUAN_VIDEO = Family(
-    name="hunyuan_video",
-    classes=("HunyuanVideoTransformer3DModel",),
-    blocks=in_lists("transformer_blocks", "single_transformer_blocks"),
-    kinds={kind.class_name: kind for kind in _KINDS},
-    temporal=lambda model: TemporalMap(
+_MODULATIONS = (
+    "transformer_blocks.*.norm1.linear",
+    "transformer_blocks.*.norm1_context.linear",
+    "single_transformer_blocks.*.norm.linear",
+    r"re:norm_out\.linear",  # the text refiner has layers of that name too
+)
+_TOKENS = (
+    # What the refiner adds to the text depends on the timestep from its first gate on.
+    r"re:context_embedder\.token_refiner\.refiner_blocks\.\d+\.ff\..*",
+    r"re:context_embedder\.token_refiner\.refiner_blocks\.[1-9]\d*\.attn\..*",
+    "transformer_blocks.0.attn.add_q_proj",
+    "transformer_blocks.0.attn.add_k_proj",
+    "transformer_blocks.0.attn.add_v_proj",
+)
+
+
+def _temporal(model: Any) -> TemporalMap:
+    # Where a given first frame has an embedding of its own, the modulations run twice in a call.
+    twice = model.config.get("image_condition_type") == "token_replace"
+    again = (*_MODULATIONS, r"re:time_text_embed\.timestep_embedder\..*") if twice else ()
+    return TemporalMap(
         timestep=(
             "time_text_embed.timestep_embedder.*",
             "context_embedder.time_text_embed.timestep_embedder.*",
         ),
         timestep_and_condition=(
-            "transformer_blocks.*.norm1.linear",
-            "transformer_blocks.*.norm1_context.linear",
-            "single_transformer_blocks.*.norm.linear",
-            "norm_out.linear",
+            *_MODULATIONS,
             "context_embedder.token_refiner.refiner_blocks.*.norm_out.linear",
-            # What the refiner adds to the text depends on the timestep from its first gate on.
-            r"re:context_embedder\.token_refiner\.refiner_blocks\.\d+\.ff\..*",
-            r"re:context_embedder\.token_refiner\.refiner_blocks\.[1-9]\d*\.attn\..*",
-            "transformer_blocks.0.attn.add_q_proj",
-            "transformer_blocks.0.attn.add_k_proj",
-            "transformer_blocks.0.attn.add_v_proj",
+            *_TOKENS,
         ),
         condition=(
             "time_text_embed.text_embedder.*",
@@ -233,6 +241,17 @@ HUNYUAN_VIDEO = Family(
             "context_embedder.proj_in",
             r"re:context_embedder\.token_refiner\.refiner_blocks\.0\.attn\..*",
         ),
-    ),
+        readers=() if twice else (modulations(*_MODULATIONS),),
+        conditions=("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "guidance"),
+        live=(*_TOKENS, *again),
+    )
+
+
+HUNYUAN_VIDEO = Family(
+    name="hunyuan_video",
+    classes=("HunyuanVideoTransformer3DModel",),
+    blocks=in_lists("transformer_blocks", "single_transformer_blocks"),
+    kinds={kind.class_name: kind for kind in _KINDS},
+    temporal=_temporal,
     sensitive=("x_embedder", "context_embedder", "proj_out"),
 )

@@ -18,6 +18,7 @@ from diffuse_compress.families.base import (
     TemporalMap,
     in_lists,
 )
+from diffuse_compress.families.embedding import modulations
 from diffuse_compress.families.flux import clipped
 
 __all__ = ["QWENIMAGE"]
@@ -120,12 +121,19 @@ QWENIMAGE_TRANSFORMER_BLOCK = BlockKind(
 
 def _temporal(model: Any) -> TemporalMap:
     embedder = "time_text_embed.timestep_embedder.*"
-    modulation = ("transformer_blocks.*.img_mod.1", "transformer_blocks.*.txt_mod.1", "norm_out.linear")
+    in_blocks = ("transformer_blocks.*.img_mod.1", "transformer_blocks.*.txt_mod.1")
+    modulation = (*in_blocks, "norm_out.linear")
     text = tuple(f"transformer_blocks.0.attn.add_{part}_proj" for part in "qkv")
+    known: dict[str, Any] = {
+        "condition": ("txt_in",),
+        "readers": (modulations(*in_blocks, by="0"), modulations("norm_out.linear")),
+        "conditions": ("encoder_hidden_states", "additional_t_cond", "guidance"),
+        "live": text,
+    }
     # Layered generation adds a label to the timestep's embedding.
     if model.config.get("use_additional_t_cond"):
-        return TemporalMap((embedder,), (*modulation, *text), ("txt_in",))
-    return TemporalMap((embedder, *modulation), text, ("txt_in",))
+        return TemporalMap((embedder,), (*modulation, *text), **known)
+    return TemporalMap((embedder, *modulation), text, **known)
 
 
 QWENIMAGE = Family(

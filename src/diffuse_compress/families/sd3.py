@@ -18,6 +18,7 @@ from diffuse_compress.families.base import (
     TemporalMap,
     in_lists,
 )
+from diffuse_compress.families.embedding import modulations
 from diffuse_compress.families.modulation import FF_CONTEXT, adaln_zero, modulate
 
 __all__ = ["SD3"]
@@ -126,6 +127,11 @@ JOINT_TRANSFORMER_BLOCK = BlockKind(
     smoothing=_smoothing,
 )
 
+_MODULATIONS = ("transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm1_context.linear", "norm_out.linear")
+
+# The first block's text tokens have seen no sample yet.
+_FIRST_TEXT = tuple(f"transformer_blocks.0.attn.add_{part}_proj" for part in "qkv")
+
 SD3 = Family(
     name="sd3",
     classes=("SD3Transformer2DModel",),
@@ -134,14 +140,13 @@ SD3 = Family(
     temporal=lambda model: TemporalMap(
         timestep=("time_text_embed.timestep_embedder.*",),
         timestep_and_condition=(
-            "transformer_blocks.*.norm1.linear",
-            "transformer_blocks.*.norm1_context.linear",
-            "norm_out.linear",
-            "transformer_blocks.0.attn.add_q_proj",
-            "transformer_blocks.0.attn.add_k_proj",
-            "transformer_blocks.0.attn.add_v_proj",
+            *_MODULATIONS,
+            *_FIRST_TEXT,
         ),
         condition=("time_text_embed.text_embedder.*", "context_embedder"),
+        readers=(modulations(*_MODULATIONS),),
+        conditions=("encoder_hidden_states", "pooled_projections"),
+        live=_FIRST_TEXT,
     ),
     sensitive=("pos_embed", "context_embedder", "proj_out"),
 )

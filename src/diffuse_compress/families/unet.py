@@ -18,7 +18,8 @@ from diffuse_compress.families.base import (
     TemporalMap,
     single_stream,
 )
-from diffuse_compress.families.basic_block import BASIC_TRANSFORMER_BLOCK
+from diffuse_compress.families.basic_block import BASIC_TRANSFORMER_BLOCK, PROCESSORS
+from diffuse_compress.families.embedding import Entry, Reader, attended
 
 __all__ = ["UNET_2D", "UNET_2D_CONDITION"]
 
@@ -193,17 +194,33 @@ def _units(name: str, attention: Any) -> list[str]:
     return [] if attention is None else [name]
 
 
+def _time_input(entry: Entry, layer: str) -> torch.Tensor:
+    """What a resnet's ``time_emb_proj`` reads."""
+    block = entry.parent(layer)
+    temb: torch.Tensor = entry["temb"] if block.skip_time_act else block.nonlinearity(entry["temb"])
+    return temb
+
+
 def _temporal(model: Any) -> TemporalMap:
-    projections = ("*.time_emb_proj",)
-    condition = ("*.attn2.to_k", "*.attn2.to_v", "class_embedding", "add_embedding.*", "encoder_hid_proj")
+    projections, text = ("*.time_emb_proj",), ("*.attn2.to_k", "*.attn2.to_v")
     config = model.config
+    readers = [Reader(projections, ("temb",), _time_input)]
+    if config.get("encoder_hid_dim_type") is None:
+        # Otherwise the text is projected after the model got it, and before the first block could be asked.
+        readers.append(Reader(text, ("encoder_hidden_states",), attended, PROCESSORS))
+    known: dict[str, Any] = {
+        "condition": (*text, "class_embedding", "add_embedding.*", "encoder_hid_proj"),
+        "readers": tuple(readers),
+        "conditions": ("encoder_hidden_states", "class_labels", "timestep_cond", "added_cond_kwargs"),
+    }
     if config.get("time_cond_proj_dim") is not None:
         # LCM feeds the guidance scale into the time embedding.
-        return TemporalMap((), ("time_embedding.linear_*", *projections), (*condition, "time_embedding.cond_proj"))
+        known["condition"] += ("time_embedding.cond_proj",)
+        return TemporalMap((), ("time_embedding.linear_*", *projections), **known)
     added = any(config.get(key) is not None for key in ("class_embed_type", "num_class_embeds", "addition_embed_type"))
     if added:
-        return TemporalMap(("time_embedding.*",), projections, condition)
-    return TemporalMap(("time_embedding.*", *projections), (), condition)
+        return TemporalMap(("time_embedding.*",), projections, **known)
+    return TemporalMap(("time_embedding.*", *projections), (), **known)
 
 
 def _family(name: str, class_name: str) -> Family:

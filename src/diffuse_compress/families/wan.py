@@ -19,8 +19,11 @@ from diffuse_compress.families.base import (
     in_lists,
     single_stream,
 )
+from diffuse_compress.families.embedding import Entry, Reader
 
 __all__ = ["WAN"]
+
+_PROCESSORS = frozenset({"WanAttnProcessor"})
 
 
 def _begin(
@@ -96,9 +99,25 @@ WAN_TRANSFORMER_BLOCK = BlockKind(
     begin=_begin,
     branches=lambda block: _BRANCHES,
     end=single_stream,
-    processors=frozenset({"WanAttnProcessor"}),
+    processors=_PROCESSORS,
     smoothing=_smoothing,
 )
+
+_IMAGE_KEYS = ("blocks.*.attn2.add_k_proj", "blocks.*.attn2.add_v_proj")
+_TEXT_KEYS = ("blocks.*.attn2.to_k", "blocks.*.attn2.to_v")
+# Of the tokens that a block is given, WanAttnProcessor takes the last 512 for text wherever it has image keys.
+_TEXT_TOKENS = 512
+
+
+def _text(entry: Entry, layer: str) -> torch.Tensor:
+    tokens: torch.Tensor = entry["encoder_hidden_states"]
+    return tokens if entry.parent(layer).add_k_proj is None else tokens[:, tokens.shape[1] - _TEXT_TOKENS :]
+
+
+def _image(entry: Entry, layer: str) -> torch.Tensor:
+    tokens: torch.Tensor = entry["encoder_hidden_states"]
+    return tokens[:, : tokens.shape[1] - _TEXT_TOKENS]
+
 
 WAN = Family(
     name="wan",
@@ -110,11 +129,14 @@ WAN = Family(
         condition=(
             "condition_embedder.text_embedder.*",
             "condition_embedder.image_embedder.*",
-            "blocks.*.attn2.to_k",
-            "blocks.*.attn2.to_v",
-            "blocks.*.attn2.add_k_proj",
-            "blocks.*.attn2.add_v_proj",
+            *_TEXT_KEYS,
+            *_IMAGE_KEYS,
         ),
+        readers=(
+            Reader(_TEXT_KEYS, ("encoder_hidden_states",), _text, _PROCESSORS),
+            Reader(_IMAGE_KEYS, ("encoder_hidden_states",), _image, _PROCESSORS),
+        ),
+        conditions=("encoder_hidden_states", "encoder_hidden_states_image"),
     ),
     sensitive=("patch_embedding", "condition_embedder", "proj_out"),
 )
