@@ -17,5 +17,6 @@ DIT = Family(
         timestep_and_condition=("transformer_blocks.*.norm1.linear", "proj_out_1"),
         condition=("transformer_blocks.*.norm1.emb.class_embedder.*",),
     ),
+    chained=frozenset({"50b144f47fba94c0"}),
     sensitive=("pos_embed", "proj_out_2"),
 )
