@@ -117,6 +117,8 @@ class Branch:
         modules: submodules of the block that this branch alone runs.
         add: (block, streams, deltas) -> streams; differs where a class casts or rescales.
         gate: (block, outputs, conditioning) -> outputs times the gates of this step, for branches that have any.
+        residual: ``add`` adds to the streams and does no more, up to casts; False where it also projects or rescales
+            them.
     """
 
     name: str
@@ -125,6 +127,7 @@ class Branch:
     modules: tuple[str, ...]
     add: Callable[[nn.Module, Streams, Streams], Streams] = add_deltas
     gate: Callable[[nn.Module, Streams, Conditioning], Streams] | None = None
+    residual: bool = True
 
     def compute(self, block: nn.Module, streams: Streams, conditioning: Conditioning) -> Streams:
         """What is added to the residual, by stream."""
@@ -221,6 +224,8 @@ class Family:
         classes: class names of its models.
         blocks: qualified names of the blocks of a model, in the order they run in.
         kinds: how they are composed, by class name of the block.
+        wholes: qualified names of what a feature cache may leave out as a whole, in the order they run in: modules
+            that return their streams changed. The blocks themselves, but where several stand in one such module.
         temporal: which layers depend on the timestep, the condition or neither.
         sensitive: patterns of the layers that lose most when compressed.
         chained: fingerprints (``runtime/blocks.py``) of the models' forwards in which nothing but additions to the
@@ -237,6 +242,7 @@ class Family:
     sensitive: tuple[str, ...] = ()
     chained: frozenset[str] = frozenset()
     residual: Callable[[nn.Module], ResidualStream] | None = None
+    wholes: Callable[[nn.Module], list[str]] | None = None
 
     def kind_of(self, block: nn.Module) -> BlockKind | None:
         """Composition of a block, by its exact class."""

@@ -39,6 +39,7 @@ __all__ = [
     "disown",
     "fingerprint",
     "keep_outermost",
+    "known_kind",
     "own",
     "owned_options",
     "why_not_composed",
@@ -288,6 +289,11 @@ def owned_options(block: nn.Module) -> list[BlockOption]:
     """Options of a block, in the order they are asked."""
     owner: _Owner | None = block.__dict__.get(_OWNER)
     return [] if owner is None else list(owner.options)
+
+
+def known_kind(block: nn.Module) -> BlockKind | None:
+    """The composition of a block's class, if there is one for this version of it."""
+    return _kind_of(type(block))[0]
 
 
 def why_not_composed(block: nn.Module) -> str | None:
