@@ -7,7 +7,7 @@ block computes, and the reason is counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -57,8 +57,8 @@ class Plan(Protocol):
         memory_budget: bytes that may be kept, or None.
     """
 
-    sites: Sequence[Site]
-    boundaries: Sequence[Boundary]
+    sites: tuple[Site, ...]
+    boundaries: list[Boundary]
     merge: bool
     placement: Placement
     memory_budget: int | None
@@ -69,7 +69,7 @@ class Plan(Protocol):
 
 @dataclass
 class State:
-    """What is kept for the later steps of one call of a step: atoms by their index, and the adapters it was made with."""
+    """What is kept for the later steps of one call of a step, and the adapters that it was made with."""
 
     kept: dict[int, Kept] = field(default_factory=dict)
     adapters: Any = None

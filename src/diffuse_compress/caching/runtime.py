@@ -35,7 +35,7 @@ __all__ = ["NAME", "FeatureCache", "apply_cache", "cache_disabled", "cache_of", 
 
 @dataclass(frozen=True)
 class Planner:
-    """Units that a schedule reuses in each step of a run; a value, so that a tracked model can be copied and pickled."""
+    """Units that a schedule reuses in each step of a run; a value, so that tracked models can be copied and pickled."""
 
     reused: tuple[int, ...]
     levels: torch.Tensor
