@@ -34,6 +34,7 @@ class Op(Enum):
 
 Pattern = tuple[Op, ...]
 _GIVEN = (Op.ADD, Op.GIVE, Op.GATE)
+_KEPT = (Op.KEEP, Op.KEEP_RAW)
 
 
 def run_pattern(
@@ -85,7 +86,8 @@ def run_pattern(
 
 
 class Variants:
-    """The compiled functions of a model's blocks: one for each structure of a block and each pattern.
+    """The compiled functions of a model's blocks: one for each structure of a block, each pattern, and each layout of
+    its arguments in memory (the first block after a list of others may be given views).
 
     Attributes:
         options: of ``torch.compile``.
@@ -108,7 +110,8 @@ class Variants:
         def run(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return stock(block, *args, **kwargs)
 
-        return self._compiled((self._structure(block), None), run)(block, args, kwargs)
+        args, kwargs, layouts = _laid_out(args, kwargs)
+        return self._compiled((self._structure(block), None, layouts), run)(block, args, kwargs)
 
     def pattern(
         self,
@@ -121,16 +124,26 @@ class Variants:
         kwargs: dict[str, Any],
     ) -> tuple[Any, list[Streams]] | None:
         """As :func:`run_pattern`."""
+        # One graph that hands out what every branch makes serves for every choice of what is kept.
+        asked_for = [op in _KEPT for op in pattern if op in _KEPT or op is Op.COMPUTE]
+        if any(asked_for):
+            keep = Op.KEEP_RAW if Op.KEEP_RAW in pattern else Op.KEEP
+            pattern = tuple(keep if op is Op.COMPUTE else op for op in pattern)
 
         def run(block: nn.Module, options: list[BlockOption], given: list[Streams], args: Any, kwargs: Any) -> Any:
             return run_pattern(block, kind, options, pattern, given, args, kwargs)
 
+        args, kwargs, layouts = _laid_out(args, kwargs)
         names = tuple(tuple(sorted(streams)) for streams in given)
-        key = (self._structure(block), pattern, names, tuple(option.name for option in options))
-        result: tuple[Any, list[Streams]] | None = self._compiled(key, run)(block, options, given, args, kwargs)
-        if result is not None and self._copied:
-            return result[0], [{name: value.clone() for name, value in kept.items()} for kept in result[1]]
-        return result
+        key = (self._structure(block), pattern, names, layouts, tuple(option.name for option in options))
+        result = self._compiled(key, run)(block, options, given, args, kwargs)
+        if result is None:
+            return None
+        output, made = result
+        kept = [streams for streams, wanted in zip(made, asked_for, strict=False) if wanted]
+        if self._copied:
+            kept = [{name: value.clone() for name, value in streams.items()} for streams in kept]
+        return output, kept
 
     def _structure(self, block: nn.Module) -> Hashable:
         """Equal for blocks that one graph can serve: class, submodules and shapes of the weights."""
@@ -148,3 +161,17 @@ class Variants:
             )
             self._functions[key] = torch.compile(own, **self.options)
         return self._functions[key]
+
+
+def _laid_out(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Hashable]:
+    """The arguments, tokens with their channels apart (patch embeddings give such) brought together; and which of the
+    tensors are contiguous, as graphs differ by that."""
+    args = tuple(_dense(value) for value in args)
+    kwargs = {name: _dense(value) for name, value in kwargs.items()}
+    values = [*args, *kwargs.values()]
+    return args, kwargs, tuple(v.is_contiguous() if isinstance(v, torch.Tensor) else None for v in values)
+
+
+def _dense(value: Any) -> Any:
+    apart = isinstance(value, torch.Tensor) and value.ndim == 3 and value.stride(-1) != 1
+    return value.contiguous() if apart else value

@@ -108,8 +108,7 @@ class FeatureCache:
         """Forward pre-hook of the model."""
         if torch.compiler.is_compiling():
             _refuse_compilation()
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            _refuse_compilation()
+            return
         for site in self.sites:
             keep_outermost(module.get_submodule(site.block))
         stack = self._calls.__dict__.setdefault("stack", [])
@@ -219,7 +218,9 @@ class CacheOption(BlockOption):
         return variants.forward(block, args, kwargs)
 
 
+@torch.compiler.assume_constant_result
 def _refuse_compilation() -> None:
+    """Runs while Dynamo traces the model: an exception of traced code would make it run eagerly, without a word."""
     raise ModelStateError(
         "feature cache: a denoiser with a cache cannot be compiled as a whole, since every step would become a graph "
         "of its own. Compile its blocks: model.compile_repeated_blocks(), or compile_variants(model)."

@@ -128,6 +128,8 @@ class _Owner:
     def __init__(self, block: nn.Module, kind: BlockKind | None) -> None:
         self.block = block
         self.kind = kind
+        # Dynamo cannot trace ``type(block).forward``: it puts calls of some of these classes into the graph as they are.
+        self.stock: Callable[..., Any] = type(block).forward
         self.options: list[BlockOption] = []
         self.inner: Callable[..., Any] | None = None
         self.compiled: Callable[..., Any] | None = None
@@ -137,6 +139,7 @@ class _Owner:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({"inner": None, "compiled": None, **state})
+        self.stock = type(self.block).forward
         self.kind, reason = _kind_of(type(self.block))
         lost = [option.name for option in self.options if option.composes]
         if reason is not None and lost:
@@ -159,7 +162,7 @@ class _Owner:
         composing = [option for option in options if option.composes]
         begun = kind.begin(block, *args, **kwargs) if kind is not None and composing else None
         if kind is None or begun is None:
-            return type(block).forward(block, *args, **kwargs)
+            return self.stock(block, *args, **kwargs)
         return compose(block, kind, composing, *begun)
 
     def gate(self, *args: Any, **kwargs: Any) -> Any:
