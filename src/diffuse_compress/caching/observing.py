@@ -46,19 +46,19 @@ class UnitOption(BlockOption):
 
     def around(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
         """The block as one unit; of a block that does not return its streams nothing is seen."""
-        boundary, output, made = self._boundary, None, None
+        boundary, ran = self._boundary, []
         streams = boundary.streams(args, kwargs)
 
         def compute() -> Streams:
-            nonlocal output, made
             output = run(*args, **kwargs)
             returned = boundary.returned(streams, output) or {}
             made = {name: value - streams[name] for name, value in returned.items() if name in streams}
+            ran.append((output, made))
             return made
 
         deltas = self.observer.unit(self._first, streams, compute)
-        if deltas is made:
-            return output
+        if ran and deltas is ran[-1][1]:
+            return ran[-1][0]
         return boundary.packed({**streams, **{name: streams[name] + delta for name, delta in deltas.items()}})
 
     def branch(

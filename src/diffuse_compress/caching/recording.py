@@ -225,6 +225,11 @@ class _Timer:
         self.events: list[list[tuple[Any, Any]]] = [[] for _ in range(count)]
         self._device = device
 
+    def clear(self) -> None:
+        """Before a call."""
+        for pairs in self.events:
+            pairs.clear()
+
     def unit(self, index: int, streams: Streams, compute: Callable[[], Streams]) -> Streams:
         """Computes between two marks."""
         before = _mark(self._device)
@@ -249,7 +254,7 @@ class _Counter:
 
 @torch.no_grad()
 def profile_units(model: nn.Module, units: Sequence[Unit], call: Call, *, repeats: int = _REPEATS) -> Profile:
-    """Time and count every unit of ``model`` in one call, the fastest of ``repeats`` after one to warm up.
+    """Time and count every unit of ``model``: its median share of a call, of the time of the fastest call.
 
     Args:
         model: as it will run (compiled blocks are timed compiled).
@@ -259,23 +264,25 @@ def profile_units(model: nn.Module, units: Sequence[Unit], call: Call, *, repeat
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     call.run(model)
-    wholes = []
-    for _ in range(repeats):
-        before = _mark(device)
-        call.run(model)
-        wholes.append((before, _mark(device)))
-    total = min(_between(*pair) for pair in wholes)
-    timer = _Timer(len(units), device)
+    total = min(_between(*pair) for pair in [_timed(model, call, device) for _ in range(repeats)])
+    timer, shares = _Timer(len(units), device), []
     with observed(model, units, timer):
         for _ in range(repeats):
-            call.run(model)
-    cost = torch.tensor([min((_between(*pair) for pair in pairs), default=0.0) for pairs in timer.events])
+            timer.clear()
+            whole = _between(*_timed(model, call, device))
+            shares.append([sum(_between(*pair) for pair in pairs) / whole for pairs in timer.events])
+    # Shares of one call are alike however busy the machine was in it.
+    cost = total * torch.tensor(shares).median(dim=0).values
     counter = _Counter(len(units))
     with observed(model, units, counter), torch.compiler.set_stance("force_eager"):
         call.run(model)
-    # What the observer itself takes would count for every unit: no more is theirs than the model takes as a whole.
-    cost = cost * min(1.0, total / max(float(cost.sum()), 1e-9))
     return Profile(cost, max(0.0, total - float(cost.sum())), torch.tensor(counter.flops, dtype=torch.float64))
+
+
+def _timed(model: nn.Module, call: Call, device: torch.device) -> tuple[Any, Any]:
+    before = _mark(device)
+    call.run(model)
+    return before, _mark(device)
 
 
 def _mark(device: torch.device) -> Any:

@@ -1,9 +1,9 @@
 """The schedule of least error within a budget of time, by a model in which every reuse does its own damage.
 
-If unit k is reused in step t from its computation in step o, what it adds is wrong by ``delta_t - delta_o``. Relative to
-the streams it is added to, squared and averaged over trajectories, that is the error e[o, t, k]; a step counts by its
-weight. Errors add up, so for a given price of time every unit has a best schedule of its own, found by dynamic
-programming over its computations, and the price is set so that the budget is met.
+If unit k is reused in step t from its computation in step o, what it adds is wrong by ``delta_t - delta_o``, or by what
+a forecast leaves of that. Relative to the streams it is added to, squared and averaged over trajectories, this is the
+error e[o, t, k]; a step counts by its weight. Errors add up, so for a given price of time every unit has a best schedule
+of its own, found by dynamic programming over its computations, and the price is set so that the budget is met.
 """
 
 from __future__ import annotations
@@ -20,21 +20,45 @@ __all__ = ["cheapest_within", "reuse_errors", "schedule_error"]
 _BISECTIONS = 40
 
 
-def reuse_errors(trajectories: Sequence[Trajectory]) -> torch.Tensor:
+def reuse_errors(trajectories: Sequence[Trajectory], *, gap: int | None = None) -> torch.Tensor:
     """e [T, T, K] float64: error of reusing in step t (second axis) what step o (first axis) computed; inf where t is
-    not after o or either was not seen by any trajectory."""
-    count, units = trajectories[0].power.shape
-    total = torch.zeros(count, count, units, dtype=torch.float64)
-    times = torch.zeros(count, count, units, dtype=torch.float64)
+    not after o or either was not seen by any trajectory.
+
+    Args:
+        trajectories: recorded.
+        gap: of a forecast from two computations, the second so many steps before o; None copies the one.
+    """
+    gram, times = _products(trajectories)
+    count = len(times)
+    diagonal = gram.diagonal().T  # [T, K]
+    errors = torch.full_like(gram, torch.inf)
+    for origin in range(count - 1):
+        then = range(origin + 1, count)
+        past, now, both = diagonal[origin], diagonal[then], gram[origin, then]
+        error = now + past - 2 * both
+        before = origin if gap is None else max(0, origin - gap)
+        if before != origin and bool(times[before]):
+            # Least squares of delta_t on delta_o and delta_before, in closed form.
+            other, cross, ahead = diagonal[before], gram[before, origin], gram[before, then]
+            determinant = (past * other - cross**2).clamp_min(1e-6 * past * other + 1e-300)
+            explained = (both**2 * other - 2 * both * ahead * cross + ahead**2 * past) / determinant
+            error = torch.minimum(error, now - explained)
+        seen = times[then] & times[origin]
+        errors[origin, then] = torch.where(seen[:, None], error.clamp_min(0.0), torch.inf)
+    return errors
+
+
+def _products(trajectories: Sequence[Trajectory]) -> tuple[torch.Tensor, torch.Tensor]:
+    """([T, T, K] products of what a unit added in two steps, over the power of the streams; bool [T], steps seen)."""
+    total = torch.zeros(())
+    seen = torch.ones(len(trajectories[0].power), dtype=torch.bool)
     for trajectory in trajectories:
-        power = trajectory.power.double().clamp_min(1e-12)
-        for origin in range(count - 1):
-            later = trajectory.deltas[origin + 1 :].double() - trajectory.deltas[origin].double()
-            error = later.square().sum(dim=-1) / power[origin + 1 :]
-            seen = ~error.isnan()
-            total[origin, origin + 1 :] += torch.where(seen, error, 0.0)
-            times[origin, origin + 1 :] += seen
-    return torch.where(times > 0, total / times.clamp_min(1), torch.inf)
+        here = ~trajectory.power.isnan().all(dim=1)
+        scale = trajectory.power.double().nan_to_num(1.0).clamp_min(1e-12).rsqrt()
+        scaled = trajectory.deltas.double().nan_to_num(0.0) * scale[..., None]
+        total = total + torch.einsum("oke,tke->otk", scaled, scaled) / len(trajectories)
+        seen &= here
+    return total, seen
 
 
 def schedule_error(errors: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> float:
@@ -100,7 +124,7 @@ def cheapest_within(
 
 
 def _segment_errors(errors: torch.Tensor, weights: torch.Tensor, forced: torch.Tensor, longest: int) -> torch.Tensor:
-    """[T, T + 1, K]: error of computing in step o and next in step s, with s = T for never again; inf if not allowed."""
+    """[T, T + 1, K]: error of computing in step o and next in step s, s = T for never again; inf if not allowed."""
     count, _, units = errors.shape
     result = torch.full((count, count + 1, units), torch.inf, dtype=torch.float64)
     for origin in range(count):

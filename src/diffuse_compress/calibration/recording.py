@@ -25,7 +25,7 @@ from diffuse_compress.progress import Callback
 from diffuse_compress.progress import track as progress
 from diffuse_compress.runtime.steps import Consumer, current, track, untrack
 
-__all__ = ["Calibration"]
+__all__ = ["Calibration", "pipeline_arguments"]
 
 DEFAULT_SAMPLES = {"pipeline": 64, "language": 128, "model": 128}
 MAX_LENGTH = 2048
@@ -110,7 +110,7 @@ def _record_pipeline(
     shared: dict[str, Any],
 ) -> Calibration:
     names = _component_names(pipe, components)
-    arguments = [_pipeline_arguments(pipe, item, shared) for item in items]
+    arguments = [pipeline_arguments(pipe, item, shared) for item in items]
     if not arguments:
         raise ConfigError("calibration: needs at least one item, got none.")
     wanted = num_samples or DEFAULT_SAMPLES["pipeline"]
@@ -139,7 +139,12 @@ def _component_names(pipe: Any, components: str | Sequence[str] | None) -> list[
     return list(dict.fromkeys(name for names in found.values() for name in names))
 
 
-def _pipeline_arguments(pipe: Any, item: Any, shared: dict[str, Any]) -> dict[str, Any]:
+def pipeline_arguments(pipe: Any, item: Any, shared: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``pipe(...)`` for one item: a prompt, a class label, or a dict of them.
+
+    Raises:
+        ConfigError: an item of another kind, or arguments that the pipeline does not take.
+    """
     accepted = accepted_arguments(pipe)
     where = type(pipe).__name__
     if isinstance(item, str):

@@ -128,7 +128,7 @@ class _Owner:
     def __init__(self, block: nn.Module, kind: BlockKind | None) -> None:
         self.block = block
         self.kind = kind
-        # Dynamo cannot trace ``type(block).forward``: it puts calls of some of these classes into the graph as they are.
+        # Dynamo cannot trace ``type(block).forward`` of classes that it is told to leave in the graph as they are.
         self.stock: Callable[..., Any] = type(block).forward
         self.options: list[BlockOption] = []
         self.inner: Callable[..., Any] | None = None
