@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,9 +56,7 @@ def _like(inputs: dict[str, Any], t: torch.Tensor) -> torch.Tensor:
 
 def schedule_for(model: nn.Module, mask: torch.Tensor, granularity: str = "block", **fields: Any) -> Schedule:
     units = units_of(model, granularity)
-    return Schedule.full(units, len(mask), type(model).__name__, **fields).with_mask(
-        mask, fields.get("coefficients")
-    )
+    return Schedule.full(units, len(mask), type(model).__name__, **fields).with_mask(mask, fields.get("coefficients"))
 
 
 def random_mask(num_steps: int, num_units: int, reused: float = 0.5, seed: int = 0) -> torch.Tensor:
@@ -94,20 +93,27 @@ class Naive(BlockOption):
 
 
 class NaiveWhole:
-    """The same of a module that no family describes: its forward returns (hidden_states,) or hidden_states."""
+    """The same of a module that no family describes and that returns ``hidden_states``, or both streams, text first."""
 
     def __init__(self, module: nn.Module, unit: int, schedule: Schedule) -> None:
         self.module, self.unit, self.schedule, self.kept = module, unit, schedule, {}
+        self.signature = inspect.signature(type(module).forward)
 
-    def __call__(self, hidden_states, *args, **kwargs):
+    def __call__(self, *args, **kwargs):
         context = steps.current()
+        given = list(self.signature.bind(self.module, *args, **kwargs).arguments.values())[1:]
         if self.schedule.mask[context.row, self.unit] or context.key not in self.kept:
-            output = type(self.module).forward(self.module, hidden_states, *args, **kwargs)
-            self.kept[context.key] = (output[0] if isinstance(output, tuple) else output) - hidden_states
-            self.bare = not isinstance(output, tuple)
+            output = type(self.module).forward(self.module, *args, **kwargs)
+            self.bare, values = not isinstance(output, tuple), output if isinstance(output, tuple) else (output,)
+            self.kept[context.key] = [value - given[at] for value, at in zip(values, self.places(values), strict=True)]
             return output
-        value = hidden_states + self.kept[context.key]
-        return value if self.bare else (value,)
+        deltas = self.kept[context.key]
+        values = tuple(given[at] + delta for delta, at in zip(deltas, self.places(deltas), strict=True))
+        return values[0] if self.bare else values
+
+    @staticmethod
+    def places(values) -> list[int]:
+        return [1, 0] if len(values) == 2 else [0]
 
 
 @contextmanager

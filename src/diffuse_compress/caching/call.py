@@ -88,12 +88,13 @@ class Parts:
 class Call:
     """One call of the denoiser on its way through the blocks."""
 
-    def __init__(self, cache: Plan, context: StepContext, run: Run, row: int, module: nn.Module) -> None:
+    def __init__(self, cache: Plan, context: StepContext, run: Run, row: int, module: nn.Module, wanted: int) -> None:
         self.cache = cache
         self.context = context
         self.run = run
         self.row = row
         self.module = module
+        self._wanted = wanted
         self.parts: Parts | None = None
         self._program: Program | None = context.storage.get((NAME, "program"))
         self._decided: dict[int, bool] = {}
@@ -144,6 +145,10 @@ class Call:
         if self.context.step not in saved or self._saved < before:
             saved[self.context.step] = self._saved
             self.context.hit(NAME, self._saved - before)
+        assert self._program is not None
+        given_up = self._wanted - self._program.steps[self.row].reused
+        if given_up > 0:
+            self.context.miss(NAME, OVER_BUDGET, given_up)
 
     # --- what is planned and what is there ------------------------------------------------------------------------
 
@@ -171,6 +176,11 @@ class Call:
 
     def _why_not(self, segment: Segment, streams: Streams) -> Reason | None:
         assert self._program is not None
+        site = self.cache.sites[self._program.site_of[segment.first]]
+        inside = self.cache.merge and site.residual and segment.first == site.first
+        whole = inside and segment.last >= site.first + site.count - 1
+        if not whole and why_not_composed(self.module.get_submodule(site.block)) is not None:
+            return NOT_COMPOSED
         for atom, _ in segment.terms[: segment.latest]:
             kept = self._kept.get(atom)
             if kept is None:
@@ -178,11 +188,6 @@ class Call:
                 return OVER_BUDGET if over else ADAPTERS if self._adapters_changed else MISSING
             if not kept.fits(streams):
                 return CHANGED
-        site = self.cache.sites[self._program.site_of[segment.first]]
-        inside = self.cache.merge and site.residual and segment.first == site.first
-        whole = inside and segment.last >= site.first + site.count - 1
-        if not whole and why_not_composed(self.module.get_submodule(site.block)) is not None:
-            return NOT_COMPOSED
         return None
 
     def _keep(self, plan: SitePlan, unit: int, reused: bool) -> int | None:

@@ -165,11 +165,17 @@ class Variants:
 
 def _laid_out(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Hashable]:
     """The arguments, tokens with their channels apart (patch embeddings give such) brought together; and which of the
-    tensors are contiguous, as graphs differ by that."""
+    tensors have plain strides, as graphs differ by that."""
     args = tuple(_dense(value) for value in args)
     kwargs = {name: _dense(value) for name, value in kwargs.items()}
     values = [*args, *kwargs.values()]
-    return args, kwargs, tuple(v.is_contiguous() if isinstance(v, torch.Tensor) else None for v in values)
+    return args, kwargs, tuple(_is_plain(value) if isinstance(value, torch.Tensor) else None for value in values)
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    # Not is_contiguous(), which does not look at the stride of a batch of one; Dynamo does.
+    strides = value.stride()
+    return all(strides[i - 1] == strides[i] * value.shape[i] for i in range(1, value.ndim))
 
 
 def _dense(value: Any) -> Any:

@@ -74,11 +74,14 @@ class FeatureCache:
         last_bytes: what the last call left for later steps.
     """
 
-    def __init__(self, model: nn.Module, schedule: Schedule, placement: Placement, memory_budget: int | None) -> None:
+    def __init__(
+        self, model: nn.Module, schedule: Schedule, placement: Placement, memory_budget: int | None, strict: bool
+    ) -> None:
         self.schedule = schedule
         self.placement = placement
         self.memory_budget = memory_budget
-        self.planner = Planner(tuple((1 - schedule.mask.int()).sum(dim=1).tolist()), schedule.levels)
+        planner = Planner(tuple((1 - schedule.mask.int()).sum(dim=1).tolist()), schedule.levels)
+        self.consumer = Consumer(NAME, planner, strict)
         self.merge = schedule.cache_point is CachePoint.POST_GATE
         self.sites = sites_of(model, schedule.units, merge=self.merge)
         self.boundaries = [
@@ -101,8 +104,17 @@ class FeatureCache:
     @property
     def call(self) -> Call | None:
         """The call of the model that is running in this thread, if it follows the schedule."""
-        stack = getattr(self._calls, "stack", None)
-        return stack[-1] if stack else None
+        return getattr(self._calls, "call", None)
+
+    def enable(self, model: nn.Module, enabled: bool) -> None:
+        """Follow the schedule from the next call on, or compute everything, which is no plan that could be missed."""
+        self.enabled = enabled
+        tracker = tracker_of(model)
+        assert tracker is not None
+        if enabled:
+            tracker.consumers[NAME] = self.consumer
+        else:
+            tracker.consumers.pop(NAME, None)
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook of the model."""
@@ -111,15 +123,14 @@ class FeatureCache:
             return
         for site in self.sites:
             keep_outermost(module.get_submodule(site.block))
-        stack = self._calls.__dict__.setdefault("stack", [])
-        stack.append(self._begin(module) if self.enabled else None)
+        # After an interrupt a call may be left over: torch's hooks see exceptions only.
+        self._calls.call = self._begin(module) if self.enabled else None
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model, called after an exception too."""
         if torch.compiler.is_compiling():
             return
-        stack = getattr(self._calls, "stack", None)
-        call = stack.pop() if stack else None
+        call, self._calls.call = self.call, None
         if call is not None:
             self.last_bytes = call.end(failed=output is None)
 
@@ -158,12 +169,13 @@ class FeatureCache:
         if context is None or context.tracker is not tracker_of(module) or context.run is None or context.row is None:
             return None
         self._warn_scheduler(type(context.run.scheduler()).__name__)
+        planned = self.consumer.plan(context.run)
+        wanted = planned[context.step] if planned is not None and context.step is not None else 0
         if context.blocker is not None:
-            planned = self.planner(context.run)
-            if context.step and planned is not None and planned[context.step]:
-                context.miss(NAME, context.blocker, planned[context.step])
+            if wanted:
+                context.miss(NAME, context.blocker, wanted)
             return None
-        return Call(self, context, context.run, context.row, module)
+        return Call(self, context, context.run, context.row, module, wanted)
 
     def _warn_scheduler(self, name: str) -> None:
         if name != self.schedule.scheduler and "scheduler" not in self._warned:
@@ -265,7 +277,7 @@ def apply_cache(
         raise ConfigError(f"feature cache: {error}") from error
     schedule.check(type(model).__name__, units)
     placement = Placement(cache_dtype, None if cache_device is None else torch.device(cache_device))
-    cache = FeatureCache(model, schedule, placement, memory_budget)
+    cache = FeatureCache(model, schedule, placement, memory_budget, strict)
     owned: list[nn.Module] = []
     try:
         for index, site in enumerate(cache.sites):
@@ -276,7 +288,7 @@ def apply_cache(
         for block in owned:
             disown(block, NAME)
         raise
-    track(model, Consumer(NAME, cache.planner, strict))
+    track(model, cache.consumer)
     model.register_forward_pre_hook(cache.enter, with_kwargs=True)
     model.register_forward_hook(cache.leave, always_call=True)
     return cache
@@ -311,11 +323,12 @@ def cache_disabled(model: nn.Module) -> Iterator[None]:
     if cache is None:
         yield
         return
-    before, cache.enabled = cache.enabled, False
+    before = cache.enabled
+    cache.enable(model, False)
     try:
         yield
     finally:
-        cache.enabled = before
+        cache.enable(model, before)
 
 
 def compile_variants(model: nn.Module, **options: Any) -> Variants:

@@ -84,6 +84,7 @@ class Schedule:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "cache_point", CachePoint(self.cache_point))
         shape = (len(self.timesteps), len(self.units))
         if not self.units or self.mask.shape != shape or self.mask.dtype != torch.uint8:
             raise ConfigError(
