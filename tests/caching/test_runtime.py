@@ -200,7 +200,7 @@ def test_only_what_is_reused_is_kept_and_no_longer_than_that():
     loop(model, inputs, 6)
     stream = inputs["hidden_states"].shape[-1] ** 2 // 4 * model.config.num_attention_heads
     size = stream * model.config.attention_head_dim * 4
-    # Step 0 keeps the sum of blocks 2 and 3, step 1 block 0 for two steps, step 2 blocks 1 and 2 as one, step 3 block 3.
+    # Step 0 keeps the sum of blocks 2 and 3, step 1 block 0 for two steps, step 2 blocks 1 and 2, step 3 block 3.
     assert [count / size for count in kept] == [1, 1, 2, 1, 0, 0]
     assert [len(program.atoms) for program in cache._programs.values()] == [4]
 
@@ -251,7 +251,7 @@ def test_residuals_of_a_controlnet_are_added_afresh_in_every_step():
     assert_near(loop(model, inputs, STEPS, before=fading), expected)
 
 
-# When in doubt ---------------------------------------------------------------------------------------------------------
+# When in doubt --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -286,13 +286,17 @@ def test_gradients_are_never_cut(dit):
     remove_cache(stock)
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(6)
-    with pytest.warns(DiffuseCompressWarning, match="gradients are enabled"):
+
+    def train() -> None:
         for t in scheduler.timesteps:
             given = {**inputs, "timestep": t.expand(2)}
             output = model(**given)[0]
             assert torch.equal(output, stock(**given)[0])
             assert output.requires_grad
             scheduler.step(torch.zeros(1, 4), t, torch.zeros(1, 4))
+
+    with pytest.warns(DiffuseCompressWarning, match="gradients are enabled"):
+        train()
     assert reasons(model) == {steps.GRADIENT.what: 9}
 
 
@@ -314,14 +318,19 @@ def test_a_second_expert_begins_with_an_empty_cache(dit):
     stock = loop(low, inputs, 6)
     apply_cache(high, schedule)
     apply_cache(low, schedule)
-    scheduler = DDIMScheduler()
-    scheduler.set_timesteps(6)
-    found = []
-    with torch.no_grad(), pytest.warns(DiffuseCompressWarning, match="had not been kept"):
-        for step, t in enumerate(scheduler.timesteps):
-            given = {**inputs, "hidden_states": inputs["hidden_states"] * (1 - 0.03 * step), "timestep": t.expand(2)}
-            found.append((high if step < 3 else low)(**given, return_dict=False)[0])
-            scheduler.step(torch.zeros(1, 4), t, torch.zeros(1, 4))
+
+    class Experts(torch.nn.Module):
+        def forward(self, **given):
+            return (high if steps.current() is None and self.step < 3 else low)(**given)
+
+    experts = Experts()
+
+    def count(step: int, given: dict[str, Any]) -> dict[str, Any]:
+        experts.step = step
+        return given
+
+    with pytest.warns(DiffuseCompressWarning, match="had not been kept"):
+        found = loop(experts, inputs, 6, before=count)
     assert_equal([found[3], found[5]], [stock[3], stock[5]])
     assert reasons(low) == {MISSING.what: 2}
     assert not torch.equal(found[4], stock[4])
@@ -422,7 +431,7 @@ def test_another_number_of_steps_takes_the_nearest_rows(dit):
 
 
 def test_a_cache_that_does_not_fit_changes_nothing(dit):
-    model, inputs, schedule = dit
+    model, _, schedule = dit
     other = tiny.build("dit", num_layers=2)
     with pytest.raises(ConfigError, match="its units are not those of this DiT"):
         apply_cache(other, schedule)
@@ -438,7 +447,7 @@ def test_a_cache_that_does_not_fit_changes_nothing(dit):
         apply_cache(model, schedule)
 
 
-# Together with others --------------------------------------------------------------------------------------------------
+# Together with others -------------------------------------------------------------------------------------------------
 
 
 class Counting(ModelHook):
@@ -515,7 +524,7 @@ def test_interrupted_and_shared_pipelines():
     assert cache_of(pipe.transformer).call is None
 
 
-# torch.compile ---------------------------------------------------------------------------------------------------------
+# torch.compile --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -528,41 +537,42 @@ def fresh_compiler():
 
 @pytest.mark.parametrize(
     ("name", "config", "granularity"),
-    [("dit", {"num_layers": 4}, "branch"), ("flux", {"num_layers": 3, "num_single_layers": 3}, "block")],
+    [("dit", {"num_layers": 3}, "branch"), ("flux", {"num_layers": 1, "num_single_layers": 2}, "block")],
     ids=["dit", "flux"],
 )
 def test_variants_compile_once_for_all_blocks(name, config, granularity, fresh_compiler):
     model = tiny.build(name, **config)
     inputs = inputs_of(model, batch=1)
-    mask = random_mask(4, len(units_of(model, granularity)), seed=3)
+    mask = torch.ones(3, len(units_of(model, granularity)), dtype=torch.uint8)
+    mask[1, ::3], mask[2, -2:] = 0, 0
     apply_cache(model, schedule_for(model, mask, granularity))
-    expected = loop(model, inputs, 4)
+    expected = loop(model, inputs, 3)
     variants = compile_variants(model, backend="eager")
-    assert_equal(loop(model, inputs, 4), expected)
+    assert_equal(loop(model, inputs, 3), expected)
     graphs = int(counters["stats"]["unique_graphs"])
-    assert graphs == len(variants) <= 6
+    assert graphs == len(variants) <= 4
     assert not counters["graph_break"]
-    assert_equal(loop(model, inputs, 4), expected)
+    assert_equal(loop(model, inputs, 3), expected)
     assert int(counters["stats"]["unique_graphs"]) == graphs
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["compiled first", "cache first"])
 def test_blocks_that_a_user_compiles_stay_compiled(later, fresh_compiler):
-    model = tiny.build("flux", num_layers=3, num_single_layers=2)
+    model = tiny.build("dit", num_layers=2)
     inputs = inputs_of(model, batch=1)
-    mask = random_mask(4, 5)
+    mask = torch.tensor([[1, 1], [0, 1], [0, 0], [1, 1]], dtype=torch.uint8)
     schedule = schedule_for(model, mask)
     apply_cache(model, schedule)
     expected = loop(model, inputs, 4)
     if not later:
         remove_cache(model)
-        model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    for block in model.transformer_blocks:
+        block.compile(backend="eager", fullgraph=True)
+    if not later:
         apply_cache(model, schedule)
-    else:
-        model.compile_repeated_blocks(backend="eager", fullgraph=True)
     assert_equal(loop(model, inputs, 4), expected)
     graphs = int(counters["stats"]["unique_graphs"])
-    assert 2 <= graphs <= 4
+    assert 1 <= graphs <= 2
     loop(model, inputs, 4)
     assert int(counters["stats"]["unique_graphs"]) == graphs
     assert stats(model).hits == int((mask == 0).sum())

@@ -9,6 +9,7 @@ pictures without a cache; the best is taken.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -185,10 +186,8 @@ def _checked(
     steps = call_arguments.get("num_inference_steps")
     if isinstance(steps, int) and steps < MIN_STEPS and not force:
         raise _too_few(steps)
-    given = [
-        pipeline_arguments(pipe, item, call_arguments)
-        for item, _ in zip(prompts, range(num_trajectories), strict=False)
-    ]
+    items = itertools.islice(prompts, num_trajectories)
+    given = [pipeline_arguments(pipe, item, call_arguments) for item in items]
     if not given:
         raise ConfigError("cache calibration: at least one prompt is needed, got none.")
     names = resolve_names(["denoisers"], pipe)["denoisers"]

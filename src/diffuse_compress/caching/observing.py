@@ -74,8 +74,10 @@ class UnitOption(BlockOption):
 
 
 @contextmanager
-def observed(model: nn.Module, units: Sequence[Unit], observer: Observer) -> Iterator[tuple[Site, ...]]:
-    """Inside, ``observer`` sees the units of ``model``, whose steps are followed."""
+def observed(
+    model: nn.Module, units: Sequence[Unit], observer: Observer, *, in_a_loop: bool = True
+) -> Iterator[tuple[Site, ...]]:
+    """Inside, ``observer`` sees the units of ``model``, whose steps are followed if it is called in a loop."""
     sites = sites_of(model, units)
     owned: list[nn.Module] = []
     try:
@@ -84,7 +86,8 @@ def observed(model: nn.Module, units: Sequence[Unit], observer: Observer) -> Ite
             members = units[site.first : site.first + site.count]
             own(module, UnitOption(observer, site, members, Boundary(module, known_kind(module))))
             owned.append(module)
-        track(model, Consumer(_NAME))
+        if in_a_loop:
+            track(model, Consumer(_NAME))
         yield sites
     finally:
         for module in owned:

@@ -266,7 +266,7 @@ def profile_units(model: nn.Module, units: Sequence[Unit], call: Call, *, repeat
     call.run(model)
     total = min(_between(*pair) for pair in [_timed(model, call, device) for _ in range(repeats)])
     timer, shares = _Timer(len(units), device), []
-    with observed(model, units, timer):
+    with observed(model, units, timer, in_a_loop=False):
         for _ in range(repeats):
             timer.clear()
             whole = _between(*_timed(model, call, device))
@@ -274,7 +274,7 @@ def profile_units(model: nn.Module, units: Sequence[Unit], call: Call, *, repeat
     # Shares of one call are alike however busy the machine was in it.
     cost = total * torch.tensor(shares).median(dim=0).values
     counter = _Counter(len(units))
-    with observed(model, units, counter), torch.compiler.set_stance("force_eager"):
+    with observed(model, units, counter, in_a_loop=False), torch.compiler.set_stance("force_eager"):
         call.run(model)
     return Profile(cost, max(0.0, total - float(cost.sum())), torch.tensor(counter.flops, dtype=torch.float64))
 

@@ -2,8 +2,8 @@
 
 If unit k is reused in step t from its computation in step o, what it adds is wrong by ``delta_t - delta_o``, or by what
 a forecast leaves of that. Relative to the streams it is added to, squared and averaged over trajectories, this is the
-error e[o, t, k]; a step counts by its weight. Errors add up, so for a given price of time every unit has a best schedule
-of its own, found by dynamic programming over its computations, and the price is set so that the budget is met.
+error e[o, t, k]; a step counts by its weight. Errors add up, so for a given price of time every unit has a best
+schedule of its own, found by dynamic programming over its computations, and the price is set to meet the budget.
 """
 
 from __future__ import annotations
