@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 import tiny
 from caching.loops import Operations, inputs_of, loop, naive_cache, random_mask, schedule_for
-from diffuse_compress.caching.call import ADAPTERS, CHANGED, MISSING, NAME, NOT_COMPOSED, OVER_BUDGET
+from diffuse_compress.caching.call import ADAPTERS, CHANGED, MISSING, NAME, NOT_COMPOSED, NOT_RETURNED, OVER_BUDGET
 from diffuse_compress.caching.runtime import (
     apply_cache,
     cache_disabled,
@@ -381,6 +381,33 @@ def test_a_foreign_attention_processor_computes_what_was_to_run_in_part():
     assert reasons(model) == {NOT_COMPOSED.what: 1}
     remove_cache(model)
     assert_equal(found, loop(model, inputs, 3))
+
+
+def test_a_block_that_returns_something_else_is_computed():
+    model = unknown_classes.build("sana")
+    inputs = unknown_classes.forward_kwargs("sana")
+    cls = type(model.transformer_blocks[0])
+
+    class Other(cls):
+        def forward(self, hidden_states, *args, **kwargs):
+            return Both((super().forward(hidden_states, *args, **kwargs),))
+
+    class Both(tuple):
+        def __getattr__(self, name):
+            return getattr(self[0], name)
+
+    model.transformer_blocks[1].__class__ = Other
+    model.norm_out.register_forward_pre_hook(
+        lambda _, args: (args[0][0] if type(args[0]) is Both else args[0], *args[1:])
+    )
+    stock = loop(model, inputs, 3)
+    mask = torch.tensor([[1, 1], [0, 0], [1, 1]], dtype=torch.uint8)
+    apply_cache(model, schedule_for(model, mask))
+    with pytest.warns(DiffuseCompressWarning, match="does not return the streams"):
+        found = loop(model, inputs, 3)
+    assert reasons(model) == {NOT_RETURNED.what: 1}
+    assert stats(model).hits == 1
+    assert_equal([found[0], found[2]], [stock[0], stock[2]])
 
 
 def test_a_memory_budget_keeps_what_saves_most(dit):

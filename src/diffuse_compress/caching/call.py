@@ -25,7 +25,19 @@ from diffuse_compress.runtime.run import Run
 from diffuse_compress.runtime.stats import Reason
 from diffuse_compress.runtime.steps import StepContext
 
-__all__ = ["ADAPTERS", "CHANGED", "MISSING", "NAME", "NOT_COMPOSED", "OVER_BUDGET", "Call", "Parts", "Plan", "State"]
+__all__ = [
+    "ADAPTERS",
+    "CHANGED",
+    "MISSING",
+    "NAME",
+    "NOT_COMPOSED",
+    "NOT_RETURNED",
+    "OVER_BUDGET",
+    "Call",
+    "Parts",
+    "Plan",
+    "State",
+]
 
 NAME = "feature cache"
 """In statistics, and of the blocks' option."""
@@ -42,6 +54,10 @@ ADAPTERS = Reason("adapters changed during the run", "load, scale and switch ada
 NOT_COMPOSED = Reason(
     "a block cannot be run in part, since its attention processor or its arguments are not known",
     'use a schedule of whole blocks (granularity="block")',
+)
+NOT_RETURNED = Reason(
+    "a block does not return the streams that it is given, or something else beside them",
+    "leave that block out of the schedule",
 )
 OVER_BUDGET = Reason("the memory budget did not allow to keep it", "raise memory_budget, or keep it on the CPU")
 
@@ -69,9 +85,10 @@ class Plan(Protocol):
 
 @dataclass
 class State:
-    """What is kept for the later steps of one call of a step, and the adapters that it was made with."""
+    """What is kept for the later steps of one call of a step, why some is not, and the adapters it was made with."""
 
     kept: dict[int, Kept] = field(default_factory=dict)
+    refused: dict[int, Reason] = field(default_factory=dict)
     adapters: Any = None
 
 
@@ -107,7 +124,7 @@ class Call:
         if self._adapters_changed:
             state.kept.clear()
         state.adapters = adapters
-        self._kept = state.kept
+        self._kept, self._refused = state.kept, state.refused
 
     def at(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
         """A block is reached: what it returns."""
@@ -117,7 +134,8 @@ class Call:
             # All calls of a run keep to one program: what is kept is known by its atoms.
             self._program = self.context.storage[NAME, "program"] = self.cache.program(self.run, streams)
         plan = self._program.steps[self.row].sites[index]
-        reused = [segment is not None and self._decide(segment, streams) for segment in plan.segments]
+        known = all(name in streams for name in boundary.layout or () if name)
+        reused = [segment is not None and self._decide(segment, streams, known) for segment in plan.segments]
         if all(reused) and site.residual and self.cache.merge:
             self._close(None)
             for number in dict.fromkeys(plan.segments):
@@ -161,11 +179,11 @@ class Call:
         assert number is not None
         return self._program.steps[self.row].segments[number]
 
-    def _decide(self, number: int, streams: Streams) -> bool:
+    def _decide(self, number: int, streams: Streams, known: bool) -> bool:
         """Whether a segment is reused: asked at the first of its blocks that is reached, and true for the others."""
         if number not in self._decided:
             segment = self._segment(number)
-            reason = self._why_not(segment, streams)
+            reason = self._why_not(segment, streams) if known else NOT_RETURNED
             self._decided[number] = reason is None
             if reason is None:
                 self._saved += segment.units
@@ -184,8 +202,7 @@ class Call:
         for atom, _ in segment.terms[: segment.latest]:
             kept = self._kept.get(atom)
             if kept is None:
-                over = (NAME, "over budget", self.context.key, atom) in self.context.storage
-                return OVER_BUDGET if over else ADAPTERS if self._adapters_changed else MISSING
+                return self._refused.get(atom) or (ADAPTERS if self._adapters_changed else MISSING)
             if not kept.fits(streams):
                 return CHANGED
         return None
@@ -319,10 +336,11 @@ class Call:
         self._open = None
         kept = total.result(self.cache.placement)
         if kept is None:
+            self._refused[total.atom] = NOT_RETURNED
             return
         budget = self.cache.memory_budget
         if budget is not None and sum(other.nbytes for other in self._kept.values()) + kept.nbytes > budget:
-            self.context.storage[NAME, "over budget", self.context.key, total.atom] = True
+            self._refused[total.atom] = OVER_BUDGET
             return
         self._kept[total.atom] = kept
 
