@@ -23,7 +23,7 @@ from diffuse_compress.caching.recording import LoopClock, Profile, Recorder, pro
 from diffuse_compress.caching.runtime import apply_cache, cache_of, remove_cache
 from diffuse_compress.caching.schedule import Schedule
 from diffuse_compress.caching.search import cheapest_within, reuse_errors
-from diffuse_compress.caching.units import Granularity, sites_of, units_of
+from diffuse_compress.caching.units import Granularity, Unit, sites_of, units_of
 from diffuse_compress.calibration.recording import pipeline_arguments
 from diffuse_compress.components import is_pipeline, model_components, resolve_names
 from diffuse_compress.errors import ConfigError
@@ -129,17 +129,7 @@ def calibrate_cache(
     units = {name: units_of(model, granularity) for name, model in models.items()}
     recorders = {name: Recorder(found) for name, found in units.items()}
     runner = _Runner(pipe, models, seed)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(untouched(pipe))
-        for name, model in models.items():
-            stack.enter_context(observed(model, units[name], recorders[name]))
-            handle = model.register_forward_pre_hook(recorders[name].watch, with_kwargs=True)
-            stack.callback(handle.remove)
-        for index, arguments in progress(list(enumerate(given)), "Recording what units add", pipe, callback, {}):
-            runner.references.append(runner.run(arguments, index))
-            for recorder in recorders.values():
-                recorder.end_run()
-            _enough_steps(recorders, force)
+    runner.record(units, recorders, given, force, callback)
     full = {
         name: _full_schedule(models[name], units[name], recorder, runner.profile(models[name], units[name], recorder))
         for name, recorder in recorders.items()
@@ -332,6 +322,28 @@ class _Runner:
         if accepted is None or "output_type" in accepted:
             call.setdefault("output_type", "latent")
         return _values(outputs_of(self.pipe(**call)))
+
+    def record(
+        self,
+        units: Mapping[str, tuple[Unit, ...]],
+        recorders: Mapping[str, Recorder],
+        given: list[dict[str, Any]],
+        force: bool,
+        callback: Callback | None,
+    ) -> None:
+        """Run all items under the recorders; raises ConfigError after the first if its loop is too short."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(untouched(self.pipe))
+            for name, model in self.models.items():
+                stack.enter_context(observed(model, units[name], recorders[name]))
+                handle = model.register_forward_pre_hook(recorders[name].watch, with_kwargs=True)
+                stack.callback(handle.remove)
+            items = list(enumerate(given))
+            for index, arguments in progress(items, "Recording what units add", self.pipe, callback, {}):
+                self.references.append(self.run(arguments, index))
+                for recorder in recorders.values():
+                    recorder.end_run()
+                _enough_steps(recorders, force)
 
     def profile(self, model: nn.Module, units: Any, recorder: Recorder) -> Profile:
         """Of a model in one call of the recorded loop."""
