@@ -49,5 +49,6 @@ DIT = Family(
         ),
         conditions=("class_labels",),
     ),
+    chained=frozenset({"50b144f47fba94c0"}),
     sensitive=("pos_embed", "proj_out_2"),
 )

@@ -34,5 +34,6 @@ PIXART = Family(
     blocks=in_lists("transformer_blocks"),
     kinds={"BasicTransformerBlock": BASIC_TRANSFORMER_BLOCK},
     temporal=_temporal,
+    chained=frozenset({"31486fce9b9bd018"}),
     sensitive=("pos_embed", "proj_out", "caption_projection"),
 )

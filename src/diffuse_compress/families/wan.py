@@ -57,10 +57,14 @@ def _add_in_float32(block: nn.Module, streams: Streams, deltas: Streams) -> Stre
 
 
 def _self_attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
-    shift, scale, gate = _modulation(block, conditioning)[:3]
+    shift, scale = _modulation(block, conditioning)[:2]
     x = streams["hidden_states"]
     normed = (block.norm1(x.float()) * (1 + scale) + shift).type_as(x)
-    return {"hidden_states": block.attn1(normed, None, None, conditioning.rotary_emb) * gate}
+    return {"hidden_states": block.attn1(normed, None, None, conditioning.rotary_emb)}
+
+
+def _attention_gate(block: nn.Module, outputs: Streams, conditioning: Conditioning) -> Streams:
+    return {"hidden_states": outputs["hidden_states"] * _modulation(block, conditioning)[2]}
 
 
 def _cross_attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
@@ -70,16 +74,20 @@ def _cross_attention(block: Any, streams: Streams, conditioning: Conditioning) -
 
 
 def _feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
-    shift, scale, gate = _modulation(block, conditioning)[3:]
+    shift, scale = _modulation(block, conditioning)[3:5]
     x = streams["hidden_states"]
     normed = (block.norm3(x.float()) * (1 + scale) + shift).type_as(x)
-    return {"hidden_states": block.ffn(normed).float() * gate}
+    return {"hidden_states": block.ffn(normed)}
+
+
+def _feed_forward_gate(block: nn.Module, outputs: Streams, conditioning: Conditioning) -> Streams:
+    return {"hidden_states": outputs["hidden_states"].float() * _modulation(block, conditioning)[5]}
 
 
 _BRANCHES = (
-    Branch("attn1", BranchRole.ATTENTION, _self_attention, ("attn1",), _add_in_float32),
+    Branch("attn1", BranchRole.ATTENTION, _self_attention, ("attn1",), _add_in_float32, _attention_gate),
     Branch("attn2", BranchRole.CROSS_ATTENTION, _cross_attention, ("attn2",)),
-    Branch("ffn", BranchRole.FEED_FORWARD, _feed_forward, ("ffn",), _add_in_float32),
+    Branch("ffn", BranchRole.FEED_FORWARD, _feed_forward, ("ffn",), _add_in_float32, _feed_forward_gate),
 )
 
 
@@ -138,5 +146,6 @@ WAN = Family(
         ),
         conditions=("encoder_hidden_states", "encoder_hidden_states_image"),
     ),
+    chained=frozenset({"42e5b8a1f03961ac"}),
     sensitive=("patch_embedding", "condition_embedder", "proj_out"),
 )
