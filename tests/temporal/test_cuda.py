@@ -37,15 +37,20 @@ def test_no_step_waits_for_the_device(name, form):
 
 
 def test_blocks_in_cuda_graphs():
+    def scheduler():
+        found = scheduler_for("flux")
+        found.timesteps = found.timesteps.cuda()
+        return found
+
     model = tiny.build("flux").cuda()
     prompts = inputs_for(model), inputs_for(model, seed=1)
-    expected = loop("flux", model, *prompts)
+    expected = loop("flux", model, *prompts, scheduler=scheduler())
     attach_table(model, TableConfig(exact=True))
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
         block.compile(fullgraph=True, mode="reduce-overhead")
     for _ in range(3):
         torch.compiler.cudagraph_mark_step_begin()
-        found = loop("flux", model, *prompts)
+        found = loop("flux", model, *prompts, scheduler=scheduler())
         for output, reference in zip(found, expected, strict=True):
             assert_close(output, reference, KERNEL[torch.float32] * 10)
     assert reasons(model) == {}
