@@ -88,8 +88,10 @@ def test_bfloat16_and_convolutions(case: str) -> None:
 
 
 def test_a_wide_layer_is_decomposed_on_cuda_as_on_the_cpu() -> None:
+    """As well, not alike: the iteration starts from other numbers there, and near values leave it a choice."""
     weight = torch.randn(700, 600, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -3, 600)
-    expected, found = truncated_svd(weight, 16), truncated_svd(weight.to(DEVICE), 16)
-    assert {factor.device.type for factor in found} == {DEVICE}
-    product = expected[1] @ expected[0]
-    assert snr_db(product, found[1].cpu() @ found[0].cpu()) > 80
+    best = torch.linalg.svdvals(weight)[16:].norm()
+    for device in ("cpu", DEVICE):
+        down, up = truncated_svd(weight.to(device), 16)
+        assert down.device.type == up.device.type == device
+        assert (weight - (up @ down).cpu()).norm() < 1.01 * best

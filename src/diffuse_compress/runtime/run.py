@@ -25,6 +25,7 @@ __all__ = [
     "PAST_THE_END",
     "SEVERAL_ROWS",
     "START_UNKNOWN",
+    "TIMESTEP_FORMS",
     "Run",
 ]
 
@@ -52,7 +53,7 @@ COPIED = Reason(
 # Calls in a step that need no proof even if there was just one in the steps before: guidance may set in later.
 _CALLS_IN_A_STEP = 2
 # Forms in which pipelines hand a timestep t of a schedule over num_train_timesteps = n to their models.
-_FORMS = (lambda t, n: t, lambda t, n: t / n, lambda t, n: 1 - t / n, lambda t, n: n - t)
+TIMESTEP_FORMS = (lambda t, n: t, lambda t, n: t / n, lambda t, n: 1 - t / n, lambda t, n: n - t)
 _REVERSED = (2, 3)
 
 _run_numbers = itertools.count(1)
@@ -69,6 +70,7 @@ class Run:
         taken: steps of the scheduler so far.
         first_row: row of the first iteration, above 0 in img2img; None while it is unknown. Until the first step it may
             be corrected.
+        num_train_timesteps: n of the timesteps t in 0..n that the schedule is over.
         copied: the scheduler is a copy of the one that got the schedule.
         apart: another scheduler of the same schedule was seen at another step.
         num_latents: rows of what the scheduler steps; None before its first step.
@@ -86,7 +88,7 @@ class Run:
         self.apart = False
         self.num_latents: int | None = None
         train = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
-        self._train = train if isinstance(train, int) and train > 0 else 1000
+        self.num_train_timesteps = train if isinstance(train, int) and train > 0 else 1000
         self._forms: frozenset[int] = frozenset()
         self._last_row: int | None = None
         self._stepped_row: int | None = None
@@ -300,7 +302,7 @@ class Run:
         value = _readable(timestep)
         if value is None or isinstance(value, Reason) or not self.values:
             return value if isinstance(value, Reason) else None, self._forms
-        forms = self._forms if self._forms and self.taken else frozenset(range(len(_FORMS)))
+        forms = self._forms if self._forms and self.taken else frozenset(range(len(TIMESTEP_FORMS)))
         if expected is None:
             nearest = {form: row for form in forms if (row := self._nearest(form, value, timestep)) is not None}
             # Reversed forms say so little elsewhere that only the schedule's first row is believed.
@@ -328,7 +330,7 @@ class Run:
 
     def _distance(self, form: int, row: int, value: float, timestep: Any) -> float | None:
         """Difference of ``value`` from a row's timestep in this form, if rounding may be all there is between them."""
-        given = _FORMS[form](self.values[row], self._train)
+        given = TIMESTEP_FORMS[form](self.values[row], self.num_train_timesteps)
         tensor = isinstance(timestep, torch.Tensor)
         relative = torch.finfo(timestep.dtype).eps if tensor and timestep.is_floating_point() else 1e-6
         # A schedule of fractions may reach the model as whole numbers.

@@ -51,6 +51,7 @@ __all__ = [
     "StepContext",
     "StepTracker",
     "current",
+    "remove_hooks",
     "stats_of",
     "track",
     "tracker_of",
@@ -347,6 +348,8 @@ class StepTracker:
         self._count(scope, run, known, problem)
         if known is not None:
             scope.stats[self].sampling.see(known, call, args, kwargs)
+        # An interrupt skips the hook after a call, and in a hand-written loop nobody else takes its context away.
+        _thread.active[:] = [context for context in _thread.active if context.tracker is not self]
         _thread.active.append(
             StepContext(
                 tracker=self,
@@ -472,8 +475,13 @@ def untrack(model: nn.Module, consumer: str | None = None) -> None:
         return
     if consumer is not None and (tracker.consumers.pop(consumer, None) is None or tracker.consumers):
         return
+    remove_hooks(model, tracker)
+
+
+def remove_hooks(model: nn.Module, owner: object) -> None:
+    """Take the forward hooks off that are methods of ``owner``; handles do not survive a copy of the model."""
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is tracker]:
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
             del hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
             model._forward_hooks_always_called.pop(key, None)
