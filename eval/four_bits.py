@@ -2,13 +2,15 @@
 
     python eval/four_bits.py --model examples/reference_models/emoji_pixart --out pixart.json
     python eval/four_bits.py --model examples/reference_models/python_llama --out llama.json
-    python eval/four_bits.py --table pixart.json llama.json
+    python eval/four_bits.py --model examples/reference_models/emoji_sd --out sd.json
+    python eval/four_bits.py --table pixart.json llama.json sd.json
 
 Each arm compresses a fresh float32 model to "w4a4", once for each seed, as it is and with outlier channels of the same
 function (``diffuse_compress.evaluation.outliers``). The seed chooses calibration data, starting noise, outliers and
 what an algorithm draws. A pipeline is judged by the relative error of its denoiser on recorded calls of prompts that
 were not calibrated on, and by the PSNR of pictures against the dense ones; a language model by its perplexity on
-held-out text. Results are written after each arm, and arms that the file has already are not run again.
+held-out text. A UNet is measured as it is only. Results are written after each arm, and arms that the file has already
+are not run again; ``--arms`` runs those alone.
 """
 
 from __future__ import annotations
@@ -32,11 +34,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import diffuse_compress as dc
 from diffuse_compress.evaluation.environment import command_line, device_name
+from diffuse_compress.evaluation.images import accepted_options
 from diffuse_compress.evaluation.outliers import add_outlier_channels
 
 ALGORITHMS: dict[str, Any] = {
     "dense": None,
     "RTN": dc.RTNConfig(),
+    "AWQ, GPTQ": [dc.AWQConfig(), dc.GPTQConfig()],
     "SmoothQuant": dc.SmoothQuantConfig(),
     "QuaRot": dc.QuaRotConfig(),
     "QuaRot, SmoothQuant": [dc.QuaRotConfig(), dc.SmoothQuantConfig()],
@@ -56,13 +60,14 @@ class Pictures:
 
     def __init__(self, folder: Path, seed: int, outliers: bool) -> None:
         self.folder, self.seed, self.outliers = folder, seed, outliers
-        prompts = (folder / "prompts.txt").read_text().splitlines()
+        # emoji_sd draws the prompts of emoji_pixart.
+        prompts = (folder.parent / "emoji_pixart" / "prompts.txt").read_text().splitlines()
         random.Random(seed).shuffle(prompts)
         self.calibrated, rest = prompts[:CALIBRATION_PROMPTS], prompts[CALIBRATION_PROMPTS:]
         self.judged = rest[:JUDGED_PROMPTS]
-        self.options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "use_resolution_binning": False}
-        self.options |= {"clean_caption": False, "max_sequence_length": 24}
         dense = self.target()
+        wanted = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "use_resolution_binning": False}
+        self.options = accepted_options(dense, {**wanted, "clean_caption": False, "max_sequence_length": 24})
         self.calls = dc.Calibration.record(dense, self.judged, num_samples=16, seed=1000 + seed, **self.options)
         self.expected, self.pictures = self._outputs(dense), self._pictures(dense)
 
@@ -70,14 +75,14 @@ class Pictures:
         pipe = DiffusionPipeline.from_pretrained(self.folder)
         pipe.set_progress_bar_config(disable=True)
         if self.outliers:
-            add_outlier_channels(pipe.transformer, seed=self.seed)
+            add_outlier_channels(self.model(pipe), seed=self.seed)
         return pipe
 
     def calibration(self, pipe: Any) -> dc.Calibration:
         return dc.Calibration.record(pipe, self.calibrated, num_samples=16, seed=self.seed, **self.options)
 
     def model(self, pipe: Any) -> nn.Module:
-        return pipe.transformer
+        return pipe.components.get("transformer") or pipe.unet
 
     def judge(self, pipe: Any) -> dict[str, float]:
         error = sum((a - b).square().sum() for a, b in zip(self._outputs(pipe), self.expected, strict=True))
@@ -86,8 +91,9 @@ class Pictures:
         return {"error": math.sqrt(float(error / norm)), "psnr": float((-10 * mse.log10()).mean())}
 
     def _outputs(self, pipe: Any) -> list[torch.Tensor]:
+        (name,) = self.calls.components
         with torch.no_grad():
-            return [sample.call.run(pipe.transformer)[0] for sample in self.calls.of("transformer")]
+            return [sample.call.run(self.model(pipe))[0] for sample in self.calls.of(name)]
 
     def _pictures(self, pipe: Any) -> torch.Tensor:
         noise = [torch.Generator().manual_seed(1000 * self.seed + index) for index in range(PICTURES)]
@@ -147,9 +153,10 @@ def run_arm(case: Pictures | Text, name: str) -> dict[str, float]:
 def run(options: argparse.Namespace, save: Callable[[dict[str, Any]], None], results: dict[str, Any]) -> None:
     """Every arm that ``results`` lacks."""
     kind = Pictures if (options.model / "model_index.json").exists() else Text
-    names = [name for name in ALGORITHMS if kind is Text or "residual" not in name]
+    names = [name for name in options.arms or ALGORITHMS if kind is Text or "residual" not in name]
+    has_outliers = not (options.model / "unet").exists()
     for seed in range(options.seeds):
-        for outliers in (False, True):
+        for outliers in (False, True) if has_outliers else (False,):
             arms = {name: f"{name}/{'outliers' if outliers else 'plain'}/{seed}" for name in names}
             if all(key in results["arms"] for key in arms.values()):
                 continue
@@ -164,11 +171,12 @@ def table(results: dict[str, Any]) -> str:
     """Mean over the seeds, lowest and highest in brackets."""
     arms = results["arms"]
     metrics = [name for name in ("error", "psnr", "perplexity") if name in next(iter(arms.values()))]
-    heads = [f"{metric}, {kind}" for kind in ("plain", "outliers") for metric in metrics]
+    kinds = [kind for kind in ("plain", "outliers") if any(f"/{kind}/" in key for key in arms)]
+    heads = [f"{metric}, {kind}" for kind in kinds for metric in metrics]
     lines = [" | ".join(["", "w4a4", *heads, "bytes", "s", ""]).strip(), "|---" * (len(heads) + 3) + "|"]
     for name in ALGORITHMS:
         cells = []
-        for kind in ("plain", "outliers"):
+        for kind in kinds:
             found = [arm for key, arm in arms.items() if key.rsplit("/", 1)[0] == f"{name}/{kind}"]
             for metric in metrics if found else ():
                 values = [arm[metric] * (100 if metric == "error" else 1) for arm in found]
@@ -184,6 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a reference model")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", choices=list(ALGORITHMS), help="run these alone")
     parser.add_argument("--out", type=Path, default=Path("four_bits.json"))
     parser.add_argument("--table", type=Path, nargs="*", metavar="RESULTS", help="only print these results")
     options = parser.parse_args()

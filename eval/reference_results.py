@@ -3,32 +3,36 @@
     python eval/reference_results.py --out bench/reference                             # all presets, tens of minutes
     python eval/reference_results.py --out bench/reference --markdown docs/results.md  # and put the tables there
 
-Every pipeline draws the same prompts, classes or seeds as it is stored and with every preset, and is scored against
-its own uncompressed pictures: PSNR and SSIM, how often the emoji classifier names them alike, and the Fréchet distance
-of that classifier's features. Goes on where it stopped. ``--markdown`` replaces what lies between the two marks.
+Every pipeline draws the same prompts, classes or seeds as it is stored, with every preset, and with every preset
+calibrated on prompts (classes, seeds) that it is not asked for; and is scored against its own uncompressed pictures:
+PSNR and SSIM, how often the emoji classifier names them alike, and the Fréchet distance of that classifier's features.
+Goes on where it stopped. ``--markdown`` replaces what lies between the two marks.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffuse_compress.arms import DENSE, make_arms
+from diffuse_compress.api import compress
+from diffuse_compress.arms import DENSE, load_pipeline, make_arm, make_arms
 from diffuse_compress.evaluation.conditions import Condition, class_conditions, read_prompts, unconditional
 from diffuse_compress.evaluation.environment import command_line
 from diffuse_compress.evaluation.features import ClassifierExtractor, load_classifier
 from diffuse_compress.evaluation.fid import SetScorer
-from diffuse_compress.evaluation.generation import generate
+from diffuse_compress.evaluation.generation import Arm, generate
 from diffuse_compress.evaluation.paired import score_pairs
 from diffuse_compress.evaluation.record_report import comparison_table, table_notes, write_report
 from diffuse_compress.evaluation.records import Record, load_record
 from diffuse_compress.evaluation.samples import open_pictures
 from diffuse_compress.quantization.presets import PRESETS
+from diffuse_compress.recipe import as_recipe
 
 MODELS = Path(__file__).resolve().parent.parent / "examples" / "reference_models"
 CLASSIFIER = MODELS / "emoji_pixart"
@@ -55,6 +59,18 @@ class Model:
         if self.asked == "unconditional":
             return unconditional(count)
         return read_prompts(MODELS / self.asked / "eval_prompts.txt", limit=count)
+
+    def calibration(self, count: int) -> list[dict[str, Any]]:
+        """Arguments of ``count`` calls for the last things that it can be asked for, seeds from 10000 on."""
+        if self.asked == "classes":
+            asked: list[dict[str, Any]] = [{"class_labels": [label]} for label in range(3, 1000, 7)][:count]
+        elif self.asked == "unconditional":
+            asked = [{}] * count
+        else:
+            prompts = read_prompts(MODELS / self.asked / "eval_prompts.txt")[-count:]
+            asked = [{"prompt": condition.prompt} for condition in prompts]
+        seeds = (torch.Generator().manual_seed(10_000 + index) for index in range(count))
+        return [{**self.options, **item, "generator": seed} for item, seed in zip(asked, seeds, strict=True)]
 
 
 STEPS = {"num_inference_steps": 20}
@@ -94,6 +110,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--models", nargs="+", default=list(REFERENCE_MODELS), choices=REFERENCE_MODELS, metavar="MODEL"
     )
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=list(PRESETS), metavar="PRESET")
+    parser.add_argument(
+        "--calibration-items", type=int, default=16, metavar="N", help="to calibrate on; 0 leaves these arms out"
+    )
     parser.add_argument("--count", type=int, default=64, help="samples of each pipeline, a quarter for clips")
     parser.add_argument("--steps", type=int, help="instead of each model's own number")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -103,12 +122,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def calibrated_arm(name: str, preset: str, items: int, device: str) -> Arm:
+    """The pipeline with a preset's calibrated algorithm."""
+    folder, recipe = MODELS / name, as_recipe(preset, is_calibrated=lambda key: True)
+    arm = make_arm(f"{preset}-calibrated", str(folder), recipe, device=device)
+    return replace(arm, load=functools.partial(_calibrated, name, preset, items, device))
+
+
+def _calibrated(name: str, preset: str, items: int, device: str) -> Any:
+    pipe = load_pipeline(MODELS / name, None, None, device)
+    return compress(pipe, preset, calibration=REFERENCE_MODELS[name].calibration(items), measure=False)
+
+
 def run_model(name: str, options: argparse.Namespace, command: str) -> list[Record]:
     """Records of one pipeline, the dense one first."""
     model, folder = REFERENCE_MODELS[name], options.out / name
     # Plain rounding, also where the preset asks for a calibrated algorithm: said in the arm's name.
     recipes = [f"{preset}:rtn" if PRESETS[preset].needs_calibration else preset for preset in options.presets]
     arms = make_arms([str(MODELS / name)], [DENSE, *recipes], device=options.device)
+    if options.calibration_items:
+        arms += [calibrated_arm(name, preset, options.calibration_items, options.device) for preset in options.presets]
     folders = generate(
         arms,
         model.conditions(max(2, round(options.count * model.share))),

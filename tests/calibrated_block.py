@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.calibration.engine import quantized_layer
+from diffuse_compress.calibration.engine import calibrate_block, quantized_layer
 from diffuse_compress.calls import Call
-from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, calibrate_with, steps_of
-from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, unchanged_twin
-from diffuse_compress.quantization.algorithms.rtn import RTNConfig
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig
+from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
 from diffuse_compress.quantization.convert import replace_module
 from diffuse_compress.quantization.scheme import Scheme
 
@@ -61,10 +60,8 @@ def calibrated(
     block: nn.Module, scheme: Scheme, algorithm: AlgorithmConfig, calls: list[Call], **given: Any
 ) -> BlockWork:
     """``block`` with every layer quantized by ``algorithm`` (and rounding of what it leaves), in place."""
-    given.setdefault("unchanged", unchanged_twin(block) if algorithm.needs_reference else None)
     found = work_of(block, scheme, calls, **given)
-    for step in (*steps_of(algorithm), RTNConfig()):
-        calibrate_with(step, found)
+    calibrate_block(found, algorithm)
     return found
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import nn
 
 import diffuse_compress as dc
 import tiny
+from diffuse_compress import progress
 from diffuse_compress.integrations.component import get_state, quantized_layers
 from diffuse_compress.quantization.layers import QuantizedLinear
 
@@ -192,6 +194,15 @@ def test_compress_progress_bar_follows_pipeline_switch(capsys: pytest.CaptureFix
     other.set_progress_bar_config(disable=False)
     other.compress("w8a8")
     assert "Compressing transformer" in capsys.readouterr().err
+
+
+def test_a_bar_that_the_library_switched_off_still_tells_the_callback() -> None:
+    diffusers.utils.logging.disable_progress_bar()
+    seen: list[int] = []
+    with progress.bar("Stage", 5, tiny.build_pipeline("pixart"), lambda stage, done, *_: seen.append(done)) as advance:
+        advance(2, {})
+        advance(5, {})
+    assert seen == [2, 5]
 
 
 # --- errors ---------------------------------------------------------------------------------------------------

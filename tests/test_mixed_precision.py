@@ -331,6 +331,20 @@ def test_a_search_stays_with_the_kernels_of_its_preset(preset: str) -> None:
     }
 
 
+def test_a_search_rotates_what_the_plan_rotates() -> None:
+    config = dc.QuantizationConfig("w4a4", algorithm=dc.QuaRotConfig())
+    model = tiny.build("pixart")
+    planned = model.compression_plan(config).components[""].layers
+    plan = model.compression_plan(config, target_bits=6)
+    for item in plan.sensitivity.layers:
+        assert {s.input_rotation for s in item.errors if s.activation} == {planned[item.layer].input_rotation} - {None}
+    schemes = plan.sensitivity.schemes
+    assert len(plan.sensitivity.to_dict()["schemes"]) == len(schemes) > len({scheme.name for scheme in schemes})
+    layers = plan.components[""].layers.values()
+    assert {bool(scheme.activation) == bool(scheme.input_rotation) for scheme in layers} == {True}
+    assert len({scheme.activation for scheme in layers}) > 2
+
+
 def test_without_calibration_a_pipeline_is_called_and_a_model_is_not() -> None:
     pipe = tiny.build_pipeline("pixart")
     assert "error of the output, 8 calls" in dc.sensitivity(pipe, ["w4a16"]).basis

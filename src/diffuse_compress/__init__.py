@@ -53,6 +53,7 @@ from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig
 from diffuse_compress.quantization.algorithms.svdquant import SVDQuantConfig
+from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
     NumberFormat,
@@ -91,6 +92,7 @@ __all__ = [
     "MissingDependencyError",
     "ModelStateError",
     "NumberFormat",
+    "ObserverConfig",
     "PairedComparison",
     "PerChannel",
     "PerGroup",

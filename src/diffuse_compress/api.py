@@ -213,8 +213,9 @@ def sensitivity(
         parts[name] = (QuantizationConfig(first, algorithm or own, modules_to_not_convert=modules_to_not_convert),)
     plan = make_plan(target, Recipe(parts), _as_device(device))
     formats = None if isinstance(listed, str) else [cast(Scheme, resolve_scheme(scheme)) for scheme in listed]
+    candidates = candidate_schemes(plan, target, formats)
     plan.calibration = require_consumer(plan, calibration, searches=True)
-    return Measurements(target, plan, device, callback).sensitivity(candidate_schemes(plan, target, formats))
+    return Measurements(target, plan, device, callback).sensitivity(candidates)
 
 
 def _seed_of(seed: int | None, generator: torch.Generator | None) -> int | None:

@@ -21,10 +21,10 @@ from diffuse_compress.calibration.work_folder import (
     digest_of_items,
     digest_of_weights,
 )
-from diffuse_compress.components import is_pipeline, model_components
+from diffuse_compress.components import generates_text, is_pipeline, model_components
 from diffuse_compress.errors import ConfigError, DiffuseCompressError
 from diffuse_compress.evaluation.environment import device_name
-from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries
+from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries, quantized_layers
 from diffuse_compress.integrations.doors import marks_of, untie_head
 from diffuse_compress.integrations.origin import repository_of
 from diffuse_compress.integrations.placement import require_free
@@ -35,8 +35,9 @@ from diffuse_compress.progress import Callback, bar, track
 from diffuse_compress.quantization.algorithms.base import algorithm_to_dict
 from diffuse_compress.quantization.convert import module_aliases, quantize_module
 from diffuse_compress.quantization.residual import rotate_residual
-from diffuse_compress.report import component_report, installed_versions
+from diffuse_compress.report import component_report
 from diffuse_compress.transaction import Transaction
+from diffuse_compress.versions import installed_versions
 
 __all__ = ["apply_plan", "needs_calibration", "require_consumer"]
 
@@ -44,8 +45,8 @@ _logger = get_logger(__name__)
 
 
 def needs_calibration(plan: CompressionPlan) -> list[ComponentPlan]:
-    """Parts of ``plan`` whose algorithm looks at inputs."""
-    return [part for part in plan.components.values() if part.spec.algorithm.needs_calibration]
+    """Parts of ``plan`` whose algorithm or static input scales follow from inputs."""
+    return [part for part in plan.components.values() if part.needs_calibration]
 
 
 def require_consumer(plan: CompressionPlan, calibration: Any, *, searches: bool = False) -> Any:
@@ -56,10 +57,17 @@ def require_consumer(plan: CompressionPlan, calibration: Any, *, searches: bool 
     needing = needs_calibration(plan)
     if needing and calibration is None:
         part = needing[0]
+        what, instead = part.spec.algorithm.summary, 'take an algorithm that needs none: algorithm="rtn"'
+        if not part.spec.algorithm.needs_calibration:
+            static = next(scheme for scheme in part.layers.values() if scheme.has_static_inputs)
+            what, instead = (
+                f"a static input scale ({static.name})",
+                "let inputs be dynamic: ActivationScheme(...) alone",
+            )
         raise ConfigError(
-            f"{part.name or part.class_name}: {part.spec.algorithm.summary} needs calibration data, got none. Pass "
-            "calibration=, a list of prompts (of texts, of forward arguments for a model without pipeline) or a "
-            'Calibration; or take an algorithm that needs none: algorithm="rtn".'
+            f"{part.name or part.class_name}: {what} needs calibration data, got none. Pass calibration=, a list of "
+            "prompts (of texts, of forward arguments for a model without pipeline) or a Calibration; or "
+            f"{instead}."
         )
     if calibration is not None and plan.components and not needing and not searches:
         found = ", ".join(sorted({part.spec.algorithm.summary for part in plan.components.values()}))
@@ -102,7 +110,7 @@ def apply_plan(
             started[name] = time.perf_counter()
             if part.residual is not None:
                 _rotate(target, models[name], part, spill, callback)
-            if part.spec.algorithm.needs_calibration:
+            if part.needs_calibration:
                 assert calibration is not None
                 layers[name] = _calibrate(
                     target, models[name], part, spill, probe, device, calibration, finished.get(name), callback
@@ -111,7 +119,8 @@ def apply_plan(
                 layers[name] = _convert(target, models[name], part, spill, probe, device, callback)
             started[name] = time.perf_counter() - started[name]
         for name, part in plan.components.items():
-            _mark(models[name], part, spill)
+            given = calibration if part.needs_calibration else None
+            _mark(models[name], part, given, spill)
         probe.record_compressed()
         for name, part in plan.components.items():
             state = get_state(models[name])
@@ -207,6 +216,7 @@ def _fingerprint(model: nn.Module, part: ComponentPlan, device: torch.device | s
         "recipe": {
             "algorithm": algorithm_to_dict(part.spec.algorithm),
             "seed": part.spec.seed,
+            **({"observer": part.spec.observer.to_dict()} if part.spec.has_static_inputs else {}),
             **{name: scheme.to_dict() for name, scheme in part.layers.items()},
         },
         "versions": {
@@ -275,22 +285,30 @@ def _calibrate(
             model,
             part.layers,
             part.spec.algorithm,
-            calibration.of(part.name),
+            calibration.of(part.name, part.compute_dtype),
             replace,
             generator=part.spec.generator,
+            observer=part.spec.observer,
+            keep=spill.keep,
+            # Adapters for a pipeline's denoiser come from the Hub, where they were made for the model as it was.
+            folds=not part.name and generates_text(model),
             device=device,
             finished=finished,
             on_block=on_block,
         )
     if missed:
         _logger.info("%s: no sample reached %d layers, e.g. %s; rounded to nearest", stage, len(missed), missed[0])
+    layers = quantized_layers(model)
+    part.make_dynamic([name for name, scheme in part.layers.items() if layers[name].scheme != scheme])
     return {name: measured[name] for name in part.layers}
 
 
-def _mark(model: nn.Module, part: ComponentPlan, spill: Transaction) -> None:
+def _mark(model: nn.Module, part: ComponentPlan, calibration: Calibration | None, spill: Transaction) -> None:
     mark, unmark = marks_of(model)
     spill.on_rollback(lambda: unmark(model))
-    mark(model, ComponentState(part.resolved_config, layer_entries(model), base_model=repository_of(model)))
+    config = part.resolved_config
+    config.calibration = None if calibration is None else calibration.settings_of(part.name)
+    mark(model, ComponentState(config, layer_entries(model), base_model=repository_of(model)))
 
 
 def _check_ready(where: str, model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from diffuse_compress.errors import ConfigError
 from diffuse_compress.families.registry import residual_stream_of
 from diffuse_compress.families.roles import LayerRole, layer_roles
 from diffuse_compress.patterns import first_match, generalize, matches, require_match
+from diffuse_compress.quantization.algorithms.base import steps_of
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear, supports
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import QuantizationSpec, Rules
@@ -38,6 +39,7 @@ _WRAPPED = ".base_layer"
 _KEPT_ROLE = {
     LayerRole.EMBEDDER: "embedder: few parameters and sensitive",
     LayerRole.OUTPUT: "last layer: few parameters and sensitive",
+    LayerRole.OTHER_MODALITY: "vision or audio part: the language model is converted",
 }
 
 
@@ -51,7 +53,7 @@ class LayerAssignment:
         shape: (out_features, in_features); a convolution's in_features is C / groups * kh * kw.
         scheme: the format it gets, or None.
         reason: why it is kept (``scheme`` is None), else "".
-        extra_bytes: that the algorithm stores with it beside codes and scales.
+        extra_bytes: stored with it beside the codes and scales of its weight, at most: by the algorithm, static scales.
     """
 
     name: str
@@ -104,7 +106,21 @@ def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAs
                 spec.algorithm.check(item.scheme.weight)
             except ConfigError as error:
                 raise ConfigError(f"{item.name}: {item.scheme.name}: {error}") from error
+    if spec.rules is None:
+        _require_work(model, decided, spec)
     return decided
+
+
+def _require_work(model: nn.Module, decided: Mapping[str, LayerAssignment], spec: QuantizationSpec) -> None:
+    """Raise ConfigError if one of the algorithms is for quantized inputs and no layer has such."""
+    schemes = [item.scheme for item in decided.values() if item.scheme is not None]
+    idle = [step for step in steps_of(spec.algorithm) if step.needs_quantized_inputs]
+    if idle and all(scheme.activation is None for scheme in schemes):
+        found = ", ".join(sorted({scheme.name for scheme in schemes}))
+        raise ConfigError(
+            f"{type(model).__name__}: {type(idle[0]).__name__} is for quantized inputs, got none ({found}). Leave it "
+            'out, or take a format that quantizes inputs, such as "w8a8".'
+        )
 
 
 def unsupported_kind(module: nn.Module, parameter: torch.Tensor) -> str | None:
@@ -157,6 +173,7 @@ class _WithoutAdapters:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self.config = getattr(model, "config", None)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         for name, module in self._model.named_modules():
@@ -181,8 +198,11 @@ def _decide(
         return LayerAssignment(own_name, role, shape, None, reason)
 
     def converted(scheme: Scheme) -> LayerAssignment:
-        scheme = spec.algorithm.format_of(module, scheme, own_name in rotated)
-        return LayerAssignment(own_name, role, shape, scheme, extra_bytes=spec.algorithm.extra_bytes(module, scheme))
+        return assigned(spec.algorithm.format_of(module, scheme, own_name in rotated))
+
+    def assigned(scheme: Scheme) -> LayerAssignment:
+        extra_bytes = spec.algorithm.extra_bytes(module, scheme) + scheme.input_bytes
+        return LayerAssignment(own_name, role, shape, scheme, extra_bytes=extra_bytes)
 
     if isinstance(module, QuantizedLinear | QuantizedConv2d):
         return keep(f"already {module.scheme.name}")
@@ -193,8 +213,7 @@ def _decide(
         if scheme is None:
             listed = any(matches(pattern, name) for pattern in spec.modules_to_not_convert)
             return keep("modules_to_not_convert" if listed else _KEPT_ROLE.get(role, "not part of the recipe"))
-        scheme = _checked(name, module, shape, scheme, "It is not the recipe's model", spec)
-        return LayerAssignment(own_name, role, shape, scheme, extra_bytes=spec.algorithm.extra_bytes(module, scheme))
+        return assigned(_checked(name, module, shape, scheme, "It is not the recipe's model", spec))
     overridden = [(pattern, scheme) for pattern, scheme in spec.overrides if matches(pattern, name)]
     if any(matches(pattern, name) for pattern in spec.modules_to_not_convert):
         return keep("modules_to_not_convert")
@@ -213,7 +232,17 @@ def _decide(
     if unfit:
         return keep(unfit)
     scheme.weight.check_shape(name, shape[1])
-    return converted(scheme)
+    found = converted(scheme)
+    # Asked for by name, or in a recipe that was made in a wider dtype, it is taken all the same.
+    if found.extra_bytes and scheme.weight_bytes(shape) + found.extra_bytes > _bytes_of(module):
+        return keep("with its low-rank branch it would be larger")
+    return found
+
+
+def _bytes_of(module: nn.Module) -> int:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.numel() * weight.element_size()
 
 
 def _checked(

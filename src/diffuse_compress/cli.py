@@ -35,9 +35,10 @@ from diffuse_compress.quantization.dispatch import compute_path
 from diffuse_compress.quantization.presets import PRESETS
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.recipe import Recipe, as_recipe
-from diffuse_compress.report import installed_versions, report_kind, report_of
+from diffuse_compress.report import report_kind, report_of
 from diffuse_compress.report_text import SPEED, format_count, headline
 from diffuse_compress.skeleton import default_dtype, load, local_folder, read_skeleton
+from diffuse_compress.versions import installed_versions
 from diffuse_compress_kernels import has_fast_int4
 
 __all__ = ["main"]

@@ -38,7 +38,7 @@ from diffuse_compress.evaluation.vbench.results import metrics_of
 from diffuse_compress.evaluation.vbench.runner import ENVIRONMENTS, STATIC_FILTER, evaluate_videos
 from diffuse_compress.evaluation.vbench.suite import PromptSuite, find_suite, load_suite
 from diffuse_compress.evaluation.vbench.videos import open_videos, prompts_of
-from diffuse_compress.report import installed_versions
+from diffuse_compress.versions import installed_versions
 
 __all__ = ["add_eval"]
 

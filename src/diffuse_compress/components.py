@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from diffuse_compress.errors import ConfigError, nearest
 
-__all__ = ["GROUPS", "is_pipeline", "model_components", "resolve_names", "unwrap"]
+__all__ = ["GROUPS", "compute_dtype_of", "generates_text", "is_pipeline", "model_components", "resolve_names", "unwrap"]
 
 GROUPS: dict[str, re.Pattern[str]] = {
     "denoisers": re.compile(r"(?:transformer|unet|prior|decoder|denoiser|dit)(?:_\d+)?\Z|super_res_(?:first|last)\Z"),
@@ -29,9 +30,22 @@ def is_pipeline(obj: Any) -> bool:
     return not isinstance(obj, nn.Module) and isinstance(getattr(obj, "components", None), dict)
 
 
+def generates_text(model: Any) -> bool:
+    """True for a transformers model with a language head, of which ``generate`` makes text."""
+    return callable(getattr(model, "can_generate", None)) and bool(model.can_generate())
+
+
 def unwrap(module: Any) -> Any:
     """The module inside ``torch.compile``'s wrapper."""
     return getattr(module, "_orig_mod", module)
+
+
+def compute_dtype_of(model: nn.Module) -> torch.dtype:
+    """dtype that a model says it computes in, else that of its first floating point parameter."""
+    dtype = getattr(model, "dtype", None)
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def model_components(obj: Any) -> dict[str, nn.Module]:

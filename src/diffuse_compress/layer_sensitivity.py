@@ -13,7 +13,7 @@ from torch import nn
 from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.calibration.samples import Sample
 from diffuse_compress.calibration.sensitivity import layer_sensitivities, output_error, split_samples
-from diffuse_compress.components import GROUPS, is_pipeline, model_components
+from diffuse_compress.components import GROUPS, compute_dtype_of, is_pipeline, model_components
 from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.logging import get_logger
 from diffuse_compress.measurement import measure_layer
@@ -200,7 +200,9 @@ class Measurements:
             given = Calibration.record(self._target, given, components=components, callback=self._callback)
             self._plan.calibration = given
         found = given if given is not None else self._own
-        return found.of(component) if found is not None and component in found.components else ()
+        if found is None or component not in found.components:
+            return ()
+        return found.of(component, compute_dtype_of(self._models[component]))
 
 
 def _is_meta(model: nn.Module) -> bool:

@@ -52,10 +52,18 @@ def candidate_schemes(plan: CompressionPlan, target: Any, schemes: Sequence[Sche
         schemes: to choose from; by default those that the preset of the component mixes.
 
     Raises:
-        ConfigError: a component follows a resolved recipe.
+        ConfigError: a component follows a resolved recipe, or a format has static inputs.
     """
     models = model_components(target)
-    return {name: _of_component(part, models[name], schemes) for name, part in plan.components.items()}
+    found = {name: _of_component(part, models[name], schemes) for name, part in plan.components.items()}
+    for name, layers in found.items():
+        static = next((s for formats in layers.values() for s in formats if s.has_static_inputs), None)
+        if static is not None:
+            raise ConfigError(
+                f"{name or plan.target_class}: a search tries formats with dynamic inputs, got {static.name}. Name the "
+                "layers that are to be static in overrides=, which it leaves alone, or search without them."
+            )
+    return found
 
 
 def _of_component(part: ComponentPlan, model: nn.Module, schemes: Sequence[Scheme] | None) -> dict[str, list[Scheme]]:
@@ -276,7 +284,10 @@ def _bytes_by_scheme(
     sizes: dict[str, dict[Scheme | None, int]] = {layer: {} for layer in layers}
     for scheme in dict.fromkeys(scheme for formats in layers.values() for scheme in formats):
         takes = [layer for layer, formats in layers.items() if scheme in formats]
-        assigned = {layer: dataclasses.replace(part.assigned[layer], scheme=scheme) for layer in takes}
+        assigned = {}
+        for layer in takes:
+            extra = part.spec.algorithm.extra_bytes(model.get_submodule(layer), scheme)
+            assigned[layer] = dataclasses.replace(part.assigned[layer], scheme=scheme, extra_bytes=extra)
         for row in tensor_rows(model, assigned):
             if row.layer in assigned and row.scheme is not None:
                 sizes[row.layer][scheme] = row.bytes_after

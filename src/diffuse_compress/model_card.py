@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from diffuse_compress.card_results import SOURCE, card_results, foreign_results, results_text
-from diffuse_compress.components import GROUPS, is_pipeline, model_components
+from diffuse_compress.components import GROUPS, generates_text, is_pipeline, model_components
 from diffuse_compress.integrations.compat import INSTALL_COMMAND
 from diffuse_compress.integrations.component import get_state
 from diffuse_compress.integrations.doors import library_of
@@ -287,8 +287,7 @@ def _licence(cards: dict[str, Any]) -> dict[str, Any]:
 def _pipeline_tag(obj: Any) -> str | None:
     """What it makes of what, told from the arguments of the pipeline's call; None if they don't tell."""
     if not is_pipeline(obj):
-        generates = callable(getattr(obj, "can_generate", None)) and obj.can_generate()
-        return "text-generation" if generates and not hasattr(obj.config, "vision_config") else None
+        return "text-generation" if generates_text(obj) and not hasattr(obj.config, "vision_config") else None
     arguments = named_arguments(obj)
     if any(name.startswith("audio_") for name in arguments):
         return "text-to-audio"

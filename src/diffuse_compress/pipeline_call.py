@@ -100,7 +100,7 @@ def named_arguments(pipe: Any) -> set[str]:
     return set(_parameters(pipe))
 
 
-def prompt_arguments(pipe: Any, prompt: str) -> dict[str, Any]:
+def prompt_arguments(pipe: Any, prompt: str | list[str]) -> dict[str, Any]:
     """Arguments that generate a picture for ``prompt`` in the pipeline's default size and number of steps."""
     arguments: dict[str, Any] = {"prompt": prompt}
     if "use_resolution_binning" in _parameters(pipe):

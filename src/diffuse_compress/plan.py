@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from diffuse_compress.assignment import (
     unsupported_bytes,
     unsupported_kind,
 )
-from diffuse_compress.components import model_components, resolve_names
+from diffuse_compress.components import compute_dtype_of, model_components, resolve_names
 from diffuse_compress.errors import CompressionConflictError, ConfigError, ModelStateError
 from diffuse_compress.families.registry import residual_stream_of
 from diffuse_compress.integrations.component import foreign_quantization, get_state
@@ -64,11 +64,15 @@ class PlanRow:
 
 
 class ComponentPlan:
-    """Plan of one component. ``assigned`` holds the decisions, ``rows`` what they mean for every tensor."""
+    """Plan of one component. ``assigned`` holds the decisions, ``rows`` what they mean for every tensor.
+
+    Once it was carried out, ``made_dynamic`` names layers that could not get the static input scale planned for them.
+    """
 
     def __init__(self, name: str, model: nn.Module, config: QuantizationConfig) -> None:
         self.name, self.class_name = name, type(model).__name__
         self._model, self.request = model, config
+        self.made_dynamic: list[str] = []
         self.spec: QuantizationSpec = config.spec
         self._refresh()
 
@@ -147,7 +151,7 @@ class ComponentPlan:
     @property
     def compute_dtype(self) -> torch.dtype:
         """dtype of what stays dense, and of the layers' inputs."""
-        return _compute_dtype(self._model)
+        return compute_dtype_of(self._model)
 
     @property
     def bytes_before(self) -> int:
@@ -163,6 +167,20 @@ class ComponentPlan:
         found = unsupported_bytes(self._model)
         share = sum(found.values()) / max(1, self.bytes_after)
         return (", ".join(sorted(found)), share) if share > 0.5 else None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """The algorithm, or a static input scale of some layer, follows from inputs."""
+        static = any(scheme.has_static_inputs for scheme in self.layers.values())
+        return static or self.spec.algorithm.needs_calibration
+
+    def make_dynamic(self, layers: Iterable[str]) -> None:
+        """No sample reached these layers, which were to have static inputs."""
+        for name in layers:
+            item = self.assigned[name]
+            assert item.scheme is not None
+            self.assigned[name] = dataclasses.replace(item, scheme=item.scheme.with_dynamic_inputs())
+            self.made_dynamic.append(name)
 
     @property
     def layers(self) -> dict[str, Scheme]:
@@ -392,13 +410,6 @@ def stored_bytes(model: nn.Module) -> int:
     persistent = set(model.state_dict(keep_vars=True))
     tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in persistent)]
     return sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
-
-
-def _compute_dtype(model: nn.Module) -> torch.dtype:
-    dtype = getattr(model, "dtype", None)
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-        return dtype
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _device_of(models: dict[str, nn.Module]) -> torch.device:

@@ -74,18 +74,24 @@ def _component_lines(part: ComponentPlan, plan: CompressionPlan) -> list[str]:
     paths = []
     for scheme in dict.fromkeys(part.layers.values()):
         path = compute_path(scheme, plan.device, part.compute_dtype)
+        if part.spec.algorithm.adds_branch:
+            path = path.with_branch()
         speed = {None: "speed unmeasured here", True: "faster than dense", False: "slower than dense"}
         paths.append(f"  {scheme.name} on {plan.device}: {path.description}; {speed[path.faster_than_dense]}")
     return [*lines, *dict.fromkeys(paths)]
 
 
 def scheme_labels(schemes: Sequence[Scheme]) -> dict[Scheme, str]:
-    """Short names, with the group size where two would be alike."""
-    names = [scheme.name for scheme in schemes]
-    return {
-        scheme: scheme.name if names.count(scheme.name) == 1 else f"{scheme.name} g{scheme.weight.group_size}"
-        for scheme in schemes
-    }
+    """Short names, with group size and rotation where two would be alike."""
+    labels = {}
+    for scheme in schemes:
+        alike = [other for other in schemes if other.name == scheme.name]
+        labels[scheme] = scheme.name
+        if len({other.weight for other in alike}) > 1:
+            labels[scheme] += f" g{scheme.weight.group_size}"
+        if len({other.input_rotation for other in alike}) > 1:
+            labels[scheme] += f" rotated by {scheme.input_rotation}" if scheme.input_rotation else " not rotated"
+    return labels
 
 
 def group_rows(rows: Iterable[PlanRow]) -> list[tuple[str, list[PlanRow]]]:

@@ -38,9 +38,12 @@ def bar(
     """A progress bar for work that does not come as a list: ``advance(done, metrics)``; otherwise as :func:`track`."""
     config = {key: val for key, val in getattr(target, "_progress_bar_config", {}).items() if key != "desc"}
     with _tqdm(target, total=total, desc=stage, **config) as shown:
+        before = 0  # a bar that is switched off does not count
 
         def advance(done: int, metrics: dict[str, Any]) -> None:
-            shown.update(done - shown.n)
+            nonlocal before
+            shown.update(done - before)
+            before = done
             if callback is not None:
                 callback(stage, done, total, metrics)
 

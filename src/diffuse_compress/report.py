@@ -10,7 +10,6 @@ import datetime
 import json
 import sys
 from collections.abc import Collection, Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,18 @@ from diffuse_compress.plan_text import group_rows, shrink_hint
 from diffuse_compress.quantization.spec import QuantizationSpec
 from diffuse_compress.report_html import render_fragment, render_page
 from diffuse_compress.report_text import render_markdown, render_text
+from diffuse_compress.versions import installed_versions
 
 __all__ = [
     "CompressionReport",
     "component_report",
     "imported_report",
-    "installed_versions",
     "report_kind",
     "report_of",
 ]
 
 SCHEMA_VERSION = 1
 MOST_SENSITIVE = 10
-_PACKAGES = ("torch", "diffusers", "transformers", "torchao", "accelerate", "triton")
 _MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 
 
@@ -89,6 +87,8 @@ class CompressionReport:
                 "schema_version": 1, "class", "preset": name or null, "scheme", "algorithm": text,
                 "measured": true if written by compress, false if only what the layers tell is known,
                 "imported": {source: layers},            # only of models that import_quantized made
+                "calibration": what it was calibrated on,  # only of calibrated ones: Calibration.settings_of
+                "made_dynamic": [name],                  # only where no sample reached layers of static inputs
                 "parameters": count of the dense component,
                 "disk_bytes": {"before", "after"},       # exact tensor bytes of a checkpoint, headers excluded
                 "memory_bytes": {"before", "after"},     # parameters and all buffers
@@ -193,6 +193,7 @@ def component_report(
         "disk_bytes": {"before": part.bytes_before, "after": report["disk_bytes"]["after"]},
         "memory_bytes": {"before": part.bytes_before + fixed, "after": report["memory_bytes"]["after"]},
         "kept": _kept(row for row in part.rows if row.scheme is None),
+        **({"made_dynamic": part.made_dynamic} if part.made_dynamic else {}),
         "output_error": output_error,
         "layers": [[name, _rounded(m.weight_error), _rounded(m.output_error)] for name, m in layers.items()],
         "volatile": {
@@ -231,21 +232,6 @@ def report_kind(path: str | Path) -> str:
     return kind
 
 
-def installed_versions() -> dict[str, str]:
-    """Versions of this package and of what it works with, as installed."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    # By the running package, which need not be installed; importing it here would be a cycle.
-    own = getattr(sys.modules.get("diffuse_compress"), "__version__", None)
-    if own is not None:
-        found["diffuse-compress"] = own
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 # --- one component ----------------------------------------------------------------------------------------------
 
 
@@ -257,6 +243,8 @@ def _view(model: nn.Module, state: ComponentState) -> dict[str, Any]:
         stored = _facts(model, spec.preset, spec.scheme.name, spec.algorithm.summary, {})
     ranked = sorted(stored["layers"], key=_sensitivity, reverse=True)
     view = {**stored, "sensitive_layers": ranked[:MOST_SENSITIVE], "compute": _compute_paths(model)}
+    if state.config.calibration is not None:
+        view["calibration"] = state.config.calibration
     fused = merge_errors(model)
     if fused:
         worst = max(fused, key=lambda name: fused[name])

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffuse_compress.plan_text import align, format_bytes
+from diffuse_compress.runtime.sampling import SamplingSettings
 
 __all__ = [
     "SPEED",
+    "calibration_notes",
     "call_times",
     "component_title",
     "error_range",
@@ -116,6 +118,24 @@ def call_times(part: dict[str, Any]) -> str:
     return f"one call took {before} dense and {after} compressed, measured on {part['volatile']['device']}"
 
 
+def calibration_notes(part: dict[str, Any]) -> list[str]:
+    """What it was calibrated on, and what that did not reach."""
+    settings, unreached = part.get("calibration"), part.get("made_dynamic")
+    notes = []
+    if settings:
+        text = f"calibrated on {settings['samples']} calls"
+        text += f" of {settings['items']} items" if "items" in settings else ""
+        sampling = str(SamplingSettings.from_dict(settings.get("sampling", {})))
+        text += f", run with {sampling}" if sampling else ""
+        notes.append(text + (f", guidance scale {settings['guidance_scale']}" if "guidance_scale" in settings else ""))
+    if unreached:
+        notes.append(
+            f"no sample reached {len(unreached)} layers that were to have static inputs, e.g. {unreached[0]}: their "
+            "inputs are quantized dynamically"
+        )
+    return notes
+
+
 def timestep_errors(part: dict[str, Any]) -> list[tuple[str, float | None]]:
     """(label, relative error) at each measured timestep."""
     found = part["output_error"]
@@ -178,6 +198,7 @@ def _notes(part: dict[str, Any]) -> list[str]:
     notes = []
     if part["output_error"]["note"]:
         notes.append(f"output error: {part['output_error']['note']}")
+    notes += calibration_notes(part)
     fused = part.get("fused_adapters")
     if fused:
         notes.append(

@@ -29,7 +29,7 @@ def calibrate(work_dir: Path, result: Path) -> None:
     given = tiny.call_kwargs(pipe, steps=3)
     given.pop("generator")
     pipe.compress(
-        dc.QuantizationConfig("w8a8", algorithm=[dc.SmoothQuantConfig(), dc.GPTQConfig()]),
+        dc.QuantizationConfig("w8a8", algorithm=[dc.SmoothQuantConfig(fold=True), dc.GPTQConfig()]),
         calibration=[{**given, "prompt": prompt} for prompt in ("a cat", "a dog")],
         work_dir=work_dir,
         measure=False,

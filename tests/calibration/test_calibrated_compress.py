@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -141,6 +143,129 @@ def test_out_of_memory_says_what_to_lower() -> None:
         assert torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.parametrize("way", ["record", "calibrate"])
+def test_out_of_memory_in_the_model_says_what_to_lower(way: str) -> None:
+    """While a pipeline is recorded, and while a model runs between its blocks."""
+    pipe, given = tiny.build_pipeline("pixart"), {}
+    given["calibration"] = items(pipe)
+    if way == "calibrate":
+        given["calibration"] = dc.Calibration.record(pipe, items(pipe), num_samples=2)
+
+    def enter(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    handle = pipe.transformer.pos_embed.register_forward_pre_hook(enter)
+    with unchanged_by(pipe.transformer):
+        what = {"record": r"smaller height=, width= .*CUDA out", "calibrate": r"on cpu with 2 samples\. .*CUDA out"}[
+            way
+        ]
+        with pytest.raises(dc.ModelStateError, match=f"out of memory.* {what}"):
+            pipe.compress(dc.QuantizationConfig("w8a8", algorithm=SEQUENCE), measure=False, **given)
+    handle.remove()
+
+
+@contextlib.contextmanager
+def unchanged_by(model: Any) -> Iterator[None]:
+    """Inside, a call fails that is to leave the model as it was, bit for bit."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules, training = list(model.modules()), model.training
+    hooks = [module for module in modules if module._forward_pre_hooks or "forward" in vars(module)]
+    yield
+    assert list(model.modules()) == modules
+    assert [module for module in modules if module._forward_pre_hooks or "forward" in vars(module)] == hooks
+    assert model.training == training
+    assert get_state(model) is None
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
+
+
+LEARNED = dc.BRECQConfig(iterations=2, batch_size=1)
+
+
+@pytest.mark.parametrize("algorithm", [dc.GPTQConfig(), dc.SmoothQuantConfig(), LEARNED], ids=lambda c: c.kind)
+def test_inputs_that_are_not_finite_are_told_by_layer_and_sample(algorithm: Any) -> None:
+    model = tiny.build("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = float("nan")
+    config = dc.QuantizationConfig("w8a8", algorithm=algorithm)
+    message = r"^model\.layers\.0\.self_attn\.q_proj: calibration needs finite inputs, got inf or nan in sample 1\."
+    with unchanged_by(model), pytest.raises(dc.ModelStateError, match=message):
+        model.compress(config, calibration=[[2, 3, 4], [2, 5, 4]], measure=False)
+
+
+def test_a_pipeline_that_overflows_half_way_is_told_by_layer() -> None:
+    pipe = tiny.build_pipeline("pixart")
+    calibration = dc.Calibration.record(pipe, items(pipe), num_samples=2)
+    with torch.no_grad():
+        pipe.transformer.transformer_blocks[1].ff.net[0].proj.bias[0] = float("inf")
+    config = dc.QuantizationConfig(W4, algorithm=dc.GPTQConfig())
+    message = r"^transformer_blocks\.1\.ff\.net\.2: .* in sample 0\."
+    with unchanged_by(pipe.transformer), pytest.raises(dc.ModelStateError, match=message):
+        pipe.compress(config, calibration=calibration, measure=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "item", "message"),
+    [
+        (
+            "llama",
+            {"input_ids": torch.full((1, 3), 999)},
+            r"sample 0 \(use_cache, input_ids\) cannot be run through Llama",
+        ),
+        (
+            "dit",
+            {"hidden_states": torch.ones(1, 4, 8, 8)},
+            r"sample 0 cannot be run through transformer_blocks\.0: Attr",
+        ),
+    ],
+)
+def test_items_that_a_model_cannot_run(name: str, item: Any, message: str) -> None:
+    model = tiny.build(name)
+    with unchanged_by(model), pytest.raises(dc.ConfigError, match=message):
+        model.compress(dc.QuantizationConfig(W4, algorithm=dc.GPTQConfig()), calibration=[item], measure=False)
+
+
+def test_algorithms_for_quantized_inputs_are_refused_without_any() -> None:
+    model = tiny.build("llama")
+    for algorithm in (SEQUENCE, dc.QuaRotConfig()):
+        config = dc.QuantizationConfig("w8a16", algorithm=algorithm)
+        with pytest.raises(dc.ConfigError, match=r"Config is for quantized inputs, got none \(w8a16\)"):
+            model.compression_plan(config, calibration=[[1, 2, 3]])
+    model.compression_plan(dc.QuantizationConfig("w8a16", SEQUENCE, overrides={"q_proj": "w8a8"}), calibration=[[1, 2]])
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        SEQUENCE,
+        dc.GPTQConfig(asymmetric=True),
+        dc.AWQConfig(num_ratios=4),
+        dc.BRECQConfig(iterations=10, warmup=0.0, learning_rate=0.1, batch_size=4),
+    ],
+    ids=["smoothing", "gptaq", "awq", "brecq"],
+)
+def test_padding_does_not_count(algorithm: Any) -> None:
+    """A padded batch calibrates as its texts do one by one; taken for text, the padding decides."""
+    size = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128}
+    texts = [torch.randint(2, 120, (1, length)) for length in (5, 24, 9, 7)]
+    batch = {"input_ids": torch.ones(4, 24, dtype=torch.long), "attention_mask": torch.zeros(4, 24, dtype=torch.long)}
+    for row, text in enumerate(texts):
+        places = slice(24 - text.shape[1], 24) if row % 2 else slice(0, text.shape[1])
+        batch["input_ids"][row, places], batch["attention_mask"][row, places] = text[0], 1
+    scheme = "w8a8" if algorithm is SEQUENCE else W4
+
+    def weights(calibration: list[Any]) -> torch.Tensor:
+        model = tiny.build("llama", **size)
+        with torch.no_grad():  # the padding's embedding points nowhere near the others
+            model.model.embed_tokens.weight[1, 8:] = 0
+        model.compress(dc.QuantizationConfig(scheme, algorithm), calibration=calibration, measure=False)
+        return torch.cat([layer.weight.flatten() for layer in quantized_layers(model).values()])
+
+    expected, found, unmasked = weights(texts), weights([batch]), weights([{"input_ids": batch["input_ids"]}])
+    # Sums differ in the last bits, and so may a tie.
+    assert (found - expected).norm() < 0.1 * (unmasked - expected).norm()
+
+
 def test_a_plan_carries_its_calibration() -> None:
     pipe = tiny.build_pipeline("pixart")
     calibration = dc.Calibration.record(pipe, items(pipe), num_samples=2)
@@ -149,6 +274,17 @@ def test_a_plan_carries_its_calibration() -> None:
     pipe.compress(plan, measure=False)
     assert "transformer_blocks.0.attn1.to_q" not in quantized_layers(pipe.transformer)
     assert "transformer_blocks.1.attn1.to_q" in quantized_layers(pipe.transformer)
+
+
+def test_bars_can_be_switched_off() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = tiny.build("llama").compress("w8a16", calibration=[[1, 2, 3]], measure=False)
+    finally:
+        logging.enable_progress_bar()
+    assert quantized_layers(model)
 
 
 def test_an_interrupted_call_leaves_the_model_as_it_was() -> None:

@@ -157,7 +157,7 @@ def test_wrong_items_for_a_model() -> None:
     with pytest.raises(ConfigError, match="texts need a tokenizer"):
         Calibration.record(model, ["text"])
     with pytest.raises(ConfigError, match="without any"):
-        Calibration.record(model, [{"text": "text"}])
+        Calibration.record(model, [{"words": "text"}])
     with pytest.raises(ConfigError, match="arguments of a pipeline's call"):
         Calibration.record(model, [[1]], num_inference_steps=3)
     with pytest.raises(ConfigError, match="num_samples"):

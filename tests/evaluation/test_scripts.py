@@ -179,16 +179,29 @@ def test_ecosystem_cost_rehearses_without_a_gpu(tmp_path: Path, capsys: pytest.C
     assert "bitsandbytes" in found["error"]
 
 
+@pytest.mark.parametrize("model", ["llama_8b", "flux1_dev"])
+def test_calibration_cost_rehearses_without_a_gpu(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load_script("calibration_cost")
+    options = ["--model", model, "--tiny", "--device", "cpu", "--samples", "2", "--layers", "2"]
+    assert script.main([*options, "--algorithms", "quarot,smoothquant", "smoothquant"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["algorithm"] for line in lines] == ["quarot,smoothquant", "smoothquant"]
+    assert {(line["samples"], line["peak_bytes"]) for line in lines} == {(2, None)}
+    assert all(line["seconds"] > 0 < line["bytes"] for line in lines)
+    assert "2 layers of width" in lines[0]["model"]
+
+
 def test_reference_results_fill_the_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script, document = load_script("reference_results"), tmp_path / "results.md"
     document.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
-    options = ["--models", "emoji_ddim", "--presets", "w8a8", "--count", "3", "--steps", "2", "--batch-size", "3"]
-    script.main([*options, "--out", str(tmp_path / "runs"), "--markdown", str(document)])
+    options = ["--models", "emoji_ddim", "--presets", "w8a16", "--count", "3", "--steps", "2", "--batch-size", "3"]
+    script.main([*options, "--calibration-items", "1", "--out", str(tmp_path / "runs"), "--markdown", str(document)])
     text = document.read_text()
     assert text.startswith(f"before\n{script.BEGIN}\n### emoji_ddim\n")
     assert text.endswith(f"{script.END}\nafter\n")
     assert "old" not in text
-    assert "| w8a8 | 3 |" in text
+    assert "| w8a16 | 3 |" in text
+    assert "| w8a16-calibrated | 3 |" in text
     assert "Fréchet distance to dense, emoji classifier features" in text
     assert "FID" not in text
     assert (tmp_path / "runs" / "emoji_ddim" / "report" / "report.html").is_file()
@@ -219,21 +232,25 @@ def test_four_bits_runs_resumes_and_prints(
 
 
 def test_calibrated_algorithms_measures_and_prints(
-    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script, out = load_script("calibrated_algorithms"), tmp_path / "results.json"
     fixed = ["--prompts", "1", "--samples", "2", "--steps", "2", "--guidance", "1.0", "--iterations", "2"]
     arms = ["--formats", "w8a8", "--algorithms", "rtn", "gptaq", "brecq"]
     script.main(["--model", str(model_folder), "--seeds", "0", "1", "--out", str(out), *fixed, *arms])
     results = json.loads(out.read_text())
-    errors = results["errors"]["trained"]["w8a8"]
-    assert {name: len(values) for name, values in errors.items()} == {"rtn": 2, "gptaq": 2, "brecq": 2}
-    assert all(0 < error < 0.1 for values in errors.values() for error in values)
-    assert "calibrated_algorithms.py" in results["environment"]["command"]
+    assert set(results["arms"]) == {f"trained/w8a8/{name}/{s}" for name in ("rtn", "gptaq", "brecq") for s in (0, 1)}
+    assert all(0 < arm["error"] < 0.1 for arm in results["arms"].values())
+    assert "calibrated_algorithms.py" in results["environments"][0]["command"]
     printed = capsys.readouterr().out
-    script.main(["--table", str(out), str(out)])
+    monkeypatch.setattr(script, "measure", None)  # every arm is there already
+    script.main(["--model", str(model_folder), "--seeds", "0", "--out", str(out), *fixed, *arms])
+    script.main(["--table", str(out)])
     assert "| gptaq | " in printed
-    assert printed.splitlines()[0] == capsys.readouterr().out.splitlines()[0] == "| | w8a8, trained, % | s |"
+    assert capsys.readouterr().out == 2 * printed
+    assert printed.splitlines()[0] == "| | w8a8, trained, % | s |"
+    with pytest.raises(SystemExit, match="its arms were run with"):
+        script.main(["--model", str(model_folder), "--out", str(out), *fixed, *arms, "--samples", "4"])
 
 
 def test_against_llmcompressor_gives_back_dense_weights_of_the_scheme(tmp_path: Path) -> None:

@@ -93,6 +93,20 @@ def test_one_resolution_twice_in_one_graph(preset: str) -> None:
     assert graphs() == 1
 
 
+def test_rotated_layers_with_branches_in_one_graph() -> None:
+    model = tiny.build("pixart", dtype=torch.bfloat16, **SMALL["pixart"])
+    algorithm = [dc.QuaRotConfig(), dc.SVDQuantConfig(rank=8, num_alphas=1, iterations=1)]
+    config = dc.QuantizationConfig("w4a4", algorithm=algorithm)
+    model.compress(config, calibration=[tiny.inputs_for(model)], measure=False)
+    branch, x = model.transformer_blocks[0].ff, torch.randn(2, 5, 128, dtype=torch.bfloat16)
+    assert branch.net[2].scheme.input_rotation == 512
+    assert branch.net[2].low_rank_down.dtype == torch.bfloat16
+    compiled = torch.compile(branch, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), branch(x))
+    assert graphs() == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "preset"), [("pixart", "w8a8"), ("pixart", "w4a16"), ("wan", "fp8")])
 def test_second_resolution_of_a_dynamic_graph(name: str, preset: str) -> None:

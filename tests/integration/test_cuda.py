@@ -295,3 +295,62 @@ def test_inductor_in_one_graph(preset: str, name: str) -> None:
         assert relative_rms(expected.float(), got.float()) < 0.05
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
     torch._dynamo.reset()
+
+
+# --- language models ------------------------------------------------------------------------------------------------
+
+
+def greedy(model: Any, call: dict[str, torch.Tensor], **how: Any) -> Any:
+    """New tokens [batch, steps] and the scores of each step."""
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        found = model.generate(
+            **call, max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_scores=True, **how
+        )
+    return found.sequences[:, call["input_ids"].shape[1] :], found.scores
+
+
+def assert_same_choices(one: Any, other: Any) -> None:
+    """Equal tokens, up to where two were as good as each other: what follows then is another text."""
+    (tokens, scores), (others, _) = one, other
+    for row in range(tokens.shape[0]):
+        differing = (tokens[row] != others[row]).nonzero()
+        if len(differing):
+            step = int(differing[0])
+            choices = scores[step][row].float()
+            margin = choices[tokens[row, step]] - choices[others[row, step]]
+            assert margin < 0.05 * choices.std(), (row, step)
+
+
+@pytest.mark.parametrize(
+    ("preset", "algorithm"),
+    [("w4a16", dc.GPTQConfig()), ("w8a8", [dc.AWQConfig(num_ratios=4), dc.GPTQConfig()])],
+    ids=["w4a16", "w8a8"],
+)
+def test_generate_after_calibration(preset: str, algorithm: Any, tmp_path: Path) -> None:
+    """Eager, compiled by ``generate`` itself (static cache), reloaded, and with a layer offloaded to the CPU."""
+    torch._dynamo.reset()
+    model = tiny.build("llama", dtype=torch.bfloat16, initializer_range=0.2)
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(5, 120, (1, 32), generator=generator) for _ in range(6)]
+    config = dc.QuantizationConfig(preset, algorithm=algorithm)
+    model.compress(config, calibration=texts, device="cuda", measure=False).cuda()
+    mask = torch.ones(3, 10, dtype=torch.long)
+    mask[1, :4] = 0
+    prompts = torch.randint(5, 120, (3, 10), generator=generator)
+    call = {"input_ids": prompts.cuda(), "attention_mask": mask.cuda()}
+    expected = greedy(model, call)
+    assert len(expected[0].unique()) > 5
+    static = {"cache_implementation": "static"}
+    assert_same_choices(expected, greedy(model, call, **static, disable_compile=True))
+    torch._dynamo.utils.counters.clear()
+    assert_same_choices(expected, greedy(model, call, **static))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+    model.save_pretrained(tmp_path)
+    parts = {f"model.{part}": 0 for part, _ in model.model.named_children() if part != "layers"}
+    places = {**parts, "lm_head": 0, "model.layers.0": "cpu", "model.layers.1": 0}
+    for device_map in ("cuda", places):
+        again = type(model).from_pretrained(tmp_path, device_map=device_map)
+        assert torch.equal(greedy(again, call)[0], expected[0])

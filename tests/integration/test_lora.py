@@ -147,14 +147,15 @@ def test_fuse_quantizes_anew_and_unfuse_restores_every_byte(preset: str) -> None
     assert torch.equal(tiny.sample(pipe), plain)
 
 
-@pytest.mark.parametrize("kind", ["quarot", "svdquant"])
+@pytest.mark.parametrize("kind", ["quarot", "svdquant", "both"])
 def test_adapters_on_rotated_layers_and_beside_branches(kind: str) -> None:
     """Live they see the input as it comes; fused they are in the codes, the branch stays; taken back, nothing moved."""
     pipe = tiny.build_pipeline("flux")
-    algorithm = dc.QuaRotConfig() if kind == "quarot" else dc.SVDQuantConfig(8, num_alphas=1, iterations=0)
+    rotation, branch = dc.QuaRotConfig(), dc.SVDQuantConfig(8, num_alphas=1, iterations=0)
+    algorithm = {"quarot": rotation, "svdquant": branch, "both": [rotation, branch]}[kind]
     given = tiny.call_kwargs(pipe, steps=1)
     given.pop("generator")
-    calibration = [given] if kind == "svdquant" else None
+    calibration = None if kind == "quarot" else [given]
     pipe.compress(dc.QuantizationConfig("w8a8", algorithm=algorithm), calibration=calibration, measure=False)
     name = "transformer_blocks.0.attn.to_q"
     layer, x = pipe.transformer.get_submodule(name), torch.randn(5, 128)
@@ -168,7 +169,7 @@ def test_adapters_on_rotated_layers_and_beside_branches(kind: str) -> None:
     pipe.fuse_lora()
     fused = pipe.transformer.get_submodule(name).base_layer
     assert relative_rms(live, fused(x)) < 0.02
-    if kind == "svdquant":
+    if kind != "quarot":
         assert torch.equal(fused.low_rank_down, layer.low_rank_down)
     pipe.unfuse_lora()
     assert_same(packed(pipe.transformer), codes)

@@ -192,6 +192,22 @@ def test_ip_adapter_loaded_before_or_after_compress(preset: str, tmp_path: Path)
     assert torch.equal(tiny.sample(first), without)
 
 
+def test_an_ip_adapter_beside_folded_values_is_warned_of() -> None:
+    """It adds to what to_v returns, in which to_out's scale is folded; one that was there before prevents that."""
+    config = dc.QuantizationConfig("w8a8", algorithm=dc.SmoothQuantConfig(fold=True))
+    pipe, first = tiny.build_pipeline("stable_diffusion"), tiny.build_pipeline("stable_diffusion")
+    items = [tiny.inputs_for(pipe.unet)]
+    pipe.unet.compress(config, calibration=items, measure=False)
+    with pytest.warns(dc.errors.DiffuseCompressWarning, match=r"IP-Adapter: smoothing scales .* fold=False"):
+        _load_ip_adapter(pipe)
+    _load_ip_adapter(first)
+    items[0]["added_cond_kwargs"] = {"image_embeds": [torch.randn(2, 1, 32)]}
+    first.unet.compress(config, calibration=items, measure=False)
+    layers = quantized_layers(first.unet)
+    assert not any(layer.folded for name, layer in layers.items() if name.endswith(("attn2.to_v", "attn2.to_out.0")))
+    assert any(layer.folded for name, layer in layers.items() if name.endswith("attn1.to_out.0"))
+
+
 def test_decompress_leaves_an_ip_adapter_on() -> None:
     pipe = tiny.build_pipeline("stable_diffusion")
     _load_ip_adapter(pipe)

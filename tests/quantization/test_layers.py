@@ -450,3 +450,27 @@ def test_presets_make_layers(preset: str) -> None:
     assert layer.scheme == scheme
     assert layer(torch.randn(3, 256)).isfinite().all()
     assert isinstance(scheme.weight.granularity, PerChannel | PerGroup | TwoLevel)
+
+
+@all_schemes
+def test_scales_of_input_and_output_move_into_the_layer(scheme: Scheme) -> None:
+    """Weight, bias and branch against a naive product in float64; codes stay."""
+    torch.manual_seed(7)
+    layer = make_linear(scheme, full=True)
+    before, factors = copy.deepcopy(layer), torch.rand(N) + 0.5
+    if isinstance(scheme.weight.granularity, PerTensor):
+        with pytest.raises(ModelStateError, match=r"needs a scale for each of 40 rows, found .* with 1\."):
+            layer.scale_outputs(factors)
+    else:
+        shared = layer.bias.data
+        layer.scale_outputs(factors)
+        assert_close(layer.weight, before.weight.double() * factors.double().reshape(-1, 1), torch.float32)
+        assert_close(layer.bias, before.bias.double() * factors.double(), torch.float32)
+        assert torch.equal(shared, before.bias), "a dense layer may hold it too"
+        before = copy.deepcopy(layer)
+    layer.fold_pre_scale()
+    assert layer.act_pre_scale is None
+    assert_close(layer.weight, before.weight.double() / before.act_pre_scale.double(), torch.float32)
+    assert torch.equal(layer.qweight.view(torch.uint8), before.qweight.view(torch.uint8))
+    assert layer.folded
+    assert "folded=True" in repr(layer)

@@ -30,6 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from diffuse_compress.errors import DiffuseCompressWarning
 from diffuse_compress.runtime import events, run, steps
+from diffuse_compress.runtime.sampling import SamplingSettings
 from diffuse_compress.runtime.stats import PlanMissedError, Reason
 from tiny import build, build_pipeline, call_kwargs
 
@@ -817,6 +818,8 @@ def test_no_value_is_read_back(pixart, monkeypatch):
 def test_compiled_models_are_said_to_be_unseen():
     pipe = build_pipeline("pixart")
     steps.track(pipe.transformer, steps.Consumer("cache"))
+    known = SamplingSettings(("AnotherScheduler",), (50,))
+    steps.track(pipe.transformer, steps.Consumer("static scales", saves=False, calibrated=known))  # has nothing to say
     pipe.transformer.compile(backend="eager", fullgraph=True)
     with pytest.warns(DiffuseCompressWarning, match=r"^transformer: cache saved nothing: the model was not seen.*Fix"):
         pipe(**call_kwargs(pipe) | {"num_inference_steps": 2})
@@ -867,6 +870,36 @@ def test_a_loop_without_a_scheduler_is_told_so_once(denoiser):
         denoiser(torch.zeros(1, 4), 0.8)
     for sigma in (0.7, 0.6):
         denoiser(torch.zeros(1, 4), sigma)
+
+
+@torch.no_grad()
+def test_settings_far_from_a_calibration_are_told_of_once_for_each(denoiser):
+    def consumer(*steps_: int) -> steps.Consumer:
+        known = SamplingSettings(("EulerDiscreteScheduler",), steps_, ("none",), ((4, 8, 8),))
+        return steps.Consumer("static scales", saves=False, calibrated=known)
+
+    def run_steps(count: int) -> None:
+        scheduler = EulerDiscreteScheduler()
+        scheduler.set_timesteps(count)
+        loop(denoiser, scheduler)
+
+    steps.track(denoiser, consumer(4))
+    for sigma in (1.0, 0.9, 0.8, 0.7):
+        denoiser(torch.zeros(1, 4), sigma)  # no scheduler: nothing is known of it
+    for count in (2, 4, 8):
+        run_steps(count)
+    with pytest.warns(
+        DiffuseCompressWarning, match=r"^Denoiser: static scales .* 4 steps, and this call ran with 9 st"
+    ):
+        run_steps(9)
+    run_steps(9)
+    steps.track(denoiser, consumer(4))
+    run_steps(9)
+    steps.track(denoiser, consumer(30))
+    with pytest.warns(DiffuseCompressWarning, match="with 30 steps, and this call ran with 9 steps"):
+        run_steps(9)
+    steps.untrack(denoiser, "another")
+    assert steps.tracker_of(denoiser) is not None
 
 
 @torch.no_grad()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,15 +15,18 @@ from torch import nn
 
 from diffuse_compress.calibration.lockstep import Visit, lockstep
 from diffuse_compress.calibration.samples import Sample
-from diffuse_compress.calibration.work_folder import FinishedBlocks
+from diffuse_compress.calibration.work_folder import FinishedBlocks, FinishedLayer
 from diffuse_compress.errors import ModelStateError
+from diffuse_compress.failures import is_out_of_memory
 from diffuse_compress.families.registry import family_of
 from diffuse_compress.families.roles import block_elements
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, calibrate_with, steps_of
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, unchanged_twin
+from diffuse_compress.quantization.algorithms.folding import fold_scales
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
+from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import Scheme
 
@@ -29,13 +35,16 @@ __all__ = [
     "calibrate_block",
     "calibrate_layers",
     "calibration_blocks",
+    "evaluating",
     "layers_of",
     "memory_explained",
     "quantize_layers",
     "quantized_layer",
+    "sample_weights",
 ]
 
 Quantized = QuantizedLinear | QuantizedConv2d
+Keep = Callable[[nn.Parameter], None]
 Replace = Callable[[str, Callable[[nn.Module], nn.Module]], nn.Module]
 
 
@@ -60,6 +69,9 @@ def calibrate_layers(
     replace: Replace,
     *,
     generator: Callable[[str], torch.Generator],
+    observer: ObserverConfig | None = None,
+    keep: Keep | None = None,
+    folds: bool = False,
     device: torch.device | str | None = None,
     finished: FinishedBlocks | None = None,
     on_block: Callable[[str, int, int], None] = lambda name, done, total: None,
@@ -67,64 +79,144 @@ def calibrate_layers(
     """Quantize ``layers`` in place.
 
     Args:
-        model: in eval mode.
+        model: is in eval mode meanwhile.
         layers: {qualified name: format to reach}.
-        algorithm: of a calibrated algorithm or a sequence; layers that it leaves without codes are rounded to nearest.
+        algorithm: or a sequence; layers that it leaves without codes are rounded to nearest.
         samples: of this model, on any device.
         replace: ``replace(name, convert)`` puts ``convert(dense)`` in a layer's place.
         generator: source of random numbers of a layer.
+        observer: chooses the ranges of static inputs; by default ``ObserverConfig()``.
+        keep: called with each other parameter before it is changed; None, where nothing but the layers may change.
+        folds: whether smoothing scales are folded into what precedes the layers where a config does not say.
         device: where each block is calibrated and run; it and its layers then go back to where the model is.
         finished: blocks that are there are put in place as they are; the others are added as they are done.
         on_block: called after each block with its name, how many are done and how many there are.
 
     Returns:
-        Layers that no sample reached; they are rounded to nearest.
+        Layers that no sample reached; they are rounded to nearest, and inputs that were to be static are dynamic.
 
     Raises:
         ModelStateError: inputs are not finite, or memory or disk run out.
         CheckpointError: a finished block cannot be read.
     """
     home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    there, done = home if device is None else torch.device(device), set[str]()
+    there = home if device is None else torch.device(device)
+    weights = sample_weights(samples, model)
     # On another device every block is worth a stop: what is kept dense runs there too.
     blocks = calibration_blocks(model, list(layers), every=there != home)
+    run = _Run(model, layers, algorithm, weights, replace, generator, observer, keep, folds, finished, home, there)
 
     def visit(found: Visit) -> None:
-        names = dict(layers_of(found.name, layers))
-        stored = None if finished is None or not names else finished.load(found.name, names)
-        if stored is not None:
-            for short, name in names.items():
-                model.get_submodule(name).to(home)
-                replace(name, functools.partial(_restored, scheme=layers[name], tensors=stored[short])).to(there)
-        elif names:
-            install = functools.partial(_install, names, replace, home, there)
-            calibrate_block(block_work(found, names, layers, samples, generator, install, there), algorithm)
-            if finished is not None:
-                finished.save(found.name, {short: model.get_submodule(name) for short, name in names.items()})
-        done.update(names.values())
-        on_block(found.name, len(done), len(layers))
+        run.visit(found)
+        on_block(found.name, len(run.done), len(layers))
 
-    with memory_explained(there, len(samples)):
+    with evaluating(model), memory_explained(there, len(samples)):
         calls = [sample.call.to(home) for sample in samples]
         lockstep(model, blocks, calls, visit, references=algorithm.needs_reference, device=there)
-    missed = {name: scheme for name, scheme in layers.items() if name not in done}
+    missed = {name: scheme for name, scheme in layers.items() if name not in run.done}
     quantize_layers(missed, RTNConfig(), replace, generator=generator, device=device)
     return list(missed)
 
 
-def _install(
-    names: Mapping[str, str], replace: Replace, home: torch.device, device: torch.device, layer: LayerWork
-) -> nn.Module:
-    # What is put away, measured and restored is at home; the block goes on with its new layer.
-    layer.dense.to(home)
-    return replace(names[layer.name], lambda dense: quantized_layer(layer).to(home)).to(device)
+@dataclass
+class _Run:
+    """What :func:`calibrate_layers` was given. The model is at ``home``, and blocks are calibrated ``there``."""
+
+    model: nn.Module
+    layers: Mapping[str, Scheme]
+    algorithm: AlgorithmConfig
+    weights: Sequence[float | torch.Tensor]
+    replace: Replace
+    generator: Callable[[str], torch.Generator]
+    observer: ObserverConfig | None
+    keep: Keep | None
+    folds: bool
+    finished: FinishedBlocks | None
+    home: torch.device
+    there: torch.device
+    done: set[str] = field(default_factory=set)
+
+    @functools.cached_property
+    def shared(self) -> frozenset[int]:
+        """Ids of the parameters that have several names: of tied weights, and of modules in several places."""
+        counts = Counter(id(parameter) for _, parameter in self.model.named_parameters(remove_duplicate=False))
+        return frozenset(parameter for parameter, count in counts.items() if count > 1)
+
+    def visit(self, found: Visit) -> None:
+        """Quantize the layers of a block, or put those in place that an earlier run has finished."""
+        names = dict(layers_of(found.name, self.layers))
+        changes = _Changes(found.block, self.keep, self.home, self.there)
+        stored = None if self.finished is None or not names else self.finished.load(found.name, names)
+        if stored is not None:
+            for short, name in names.items():
+                self.model.get_submodule(name).to(self.home)
+                convert = functools.partial(_restored, scheme=self.layers[name], stored=stored.layers[short])
+                self.replace(name, convert).to(self.there)
+            for name, value in stored.parameters.items():
+                changes.set(name, value)
+        elif names:
+            calibrate_block(self._work(found, names, changes), self.algorithm)
+            if self.finished is not None:
+                modules = {short: self.model.get_submodule(name) for short, name in names.items()}
+                self.finished.save(found.name, modules, changes.made)
+        self.done.update(names.values())
+
+    def _work(self, found: Visit, names: Mapping[str, str], changes: _Changes) -> BlockWork:
+        def install(layer: LayerWork) -> nn.Module:
+            # What is put away, measured and restored is at home; the block goes on with its new layer.
+            layer.dense.to(self.home)
+            return self.replace(names[layer.name], lambda dense: quantized_layer(layer).to(self.home)).to(self.there)
+
+        work = block_work(found, names, self.layers, self.weights, self.generator, install, self.there)
+        work.observer = self.observer or work.observer
+        work.change = None if self.keep is None else changes.set
+        work.folds, work.shared = self.folds, self.shared
+        return work
+
+
+class _Changes:
+    """Parameters of a block, beside those of its layers, that were changed: they are put away at home before."""
+
+    def __init__(self, block: nn.Module, keep: Keep | None, home: torch.device, there: torch.device) -> None:
+        self._block, self._keep, self._home, self._there = block, keep, home, there
+        self.made: dict[str, nn.Parameter] = {}
+
+    def set(self, name: str, value: torch.Tensor) -> None:
+        """Let a parameter, named relative to the block, hold ``value``; others may share the memory it had."""
+        assert self._keep is not None
+        parameter = self._block.get_parameter(name)
+        parameter.data = parameter.data.to(self._home)
+        self._keep(parameter)
+        parameter.data = value.to(self._there)
+        self.made[name] = parameter
 
 
 def calibrate_block(work: BlockWork, algorithm: AlgorithmConfig) -> None:
-    """Let ``algorithm`` decide on a block; layers that it leaves without codes are rounded to nearest."""
-    work.unchanged = unchanged_twin(work.block) if algorithm.needs_reference else None
+    """Let ``algorithm`` decide on a block, and round what it leaves to nearest.
+
+    Ranges of static inputs are chosen when everything is decided that changes inputs, and nothing yet that must know
+    their grid. Scales are folded last, on codes that are final.
+    """
+    if algorithm.needs_reference and work.unchanged is None:
+        work.unchanged = unchanged_twin(work.block)
     for config in (*steps_of(algorithm), RTNConfig()):
+        if config.chooses_codes:
+            work.observe_inputs()
         calibrate_with(config, work)
+    fold_scales(work)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` is in eval mode. Afterwards every module is as before, and what has taken its place like it."""
+    before = {name: (module, module.training) for name, module in model.named_modules(remove_duplicate=False)}
+    try:
+        model.eval()
+        yield
+    finally:
+        now = dict(model.named_modules(remove_duplicate=False))
+        for name, (module, training) in before.items():
+            module.training = now.get(name, module).training = training
 
 
 def quantize_layers(
@@ -135,11 +227,17 @@ def quantize_layers(
     generator: Callable[[str], torch.Generator],
     device: torch.device | str | None = None,
 ) -> None:
-    """As :func:`calibrate_layers` for a data-free ``algorithm``, which looks at one weight after the other."""
+    """As :func:`calibrate_layers` for a data-free ``algorithm``, which looks at one weight after the other. Inputs that
+    were to be static are dynamic: nothing tells their ranges."""
     for name, scheme in layers.items():
         source = generator(name)
         convert = functools.partial(
-            quantize_module, scheme=scheme, algorithm=algorithm, device=device, name=name, generator=source
+            quantize_module,
+            scheme=scheme.with_dynamic_inputs(),
+            algorithm=algorithm,
+            device=device,
+            name=name,
+            generator=source,
         )
         replace(name, convert)
 
@@ -150,8 +248,7 @@ def memory_explained(device: torch.device, samples: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # The CPU's allocator has no class of error of its own.
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        if not is_out_of_memory(error):
             raise
         where = "" if device.type == "cpu" else ', or device="cpu"'
         raise ModelStateError(
@@ -165,7 +262,7 @@ def block_work(
     found: Visit,
     names: Mapping[str, str],
     layers: Mapping[str, Scheme],
-    samples: Sequence[Sample],
+    weights: Sequence[float | torch.Tensor],
     generator: Callable[[str], Any],
     install: Callable[[LayerWork], nn.Module],
     device: torch.device,
@@ -176,13 +273,13 @@ def block_work(
         found: the block, on ``device``, and its calls by the index of their sample.
         names: {name relative to the block: qualified name} of the layers to quantize.
         layers: {qualified name: format to reach}.
-        samples: for their weights.
+        weights: of all samples (:func:`sample_weights`).
         generator: source of random numbers of a layer, by its qualified name.
         install: puts a finished layer in its place.
         device: where the block is run.
     """
     modules = {relative: found.block.get_submodule(relative) if relative else found.block for relative in names}
-    weights = [samples[index].weight for index in found.calls]
+    own = [weights[index] for index in found.calls]
     return BlockWork(
         name=found.name,
         block=found.block,
@@ -194,9 +291,31 @@ def block_work(
         generators=lambda relative: generator(names[relative]),
         install=install,
         device=device,
-        weights=weights if any(not isinstance(w, float) or w != 1.0 for w in weights) else None,
+        weights=own if any(not isinstance(w, float) or w != 1.0 for w in own) else None,
         references=[found.references.get(index, call) for index, call in found.calls.items()],
+        samples=list(found.calls),
     )
+
+
+def sample_weights(samples: Sequence[Sample], model: nn.Module) -> list[float | torch.Tensor]:
+    """Weight of each sample, which is 0 for the padding of its texts.
+
+    Padding is computed like any token and looked at by none; as most of a batch it would decide about the layers.
+    """
+    return [_weight(sample, list(inspect.signature(model.forward).parameters)) for sample in samples]
+
+
+def _weight(sample: Sample, names: Sequence[str]) -> float | torch.Tensor:
+    named = dict(zip(names, sample.call.args, strict=False))
+    mask, weight = {**named, **sample.call.kwargs}.get("attention_mask"), sample.weight
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        return weight
+    if bool((mask < 0).any() or mask.all() or not mask.any()):
+        return weight  # one that is added to scores, or no padding
+    there = (mask != 0).reshape(-1).float().cpu()
+    if isinstance(weight, torch.Tensor):
+        return weight.reshape(-1) * there if weight.numel() == there.numel() else weight
+    return weight * there
 
 
 def layers_of(block: str, layers: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -211,15 +330,18 @@ def layers_of(block: str, layers: Iterable[str]) -> Iterator[tuple[str, str]]:
 def quantized_layer(layer: LayerWork) -> Quantized:
     """The module that a finished :class:`LayerWork` describes."""
     assert layer.quantized is not None
-    return _layer_like(
-        layer.dense, layer.quantized, layer.scheme, act_pre_scale=layer.act_pre_scale, low_rank=layer.low_rank
-    )
+    # A copy: layers that share an input share its scale until here, and must not share memory.
+    scale = None if layer.act_pre_scale is None else layer.act_pre_scale.clone()
+    given: dict[str, Any] = {"act_pre_scale": scale, "low_rank": layer.low_rank}
+    if layer.input_qparams is not None:
+        given |= {"input_scale": layer.input_qparams.scale, "input_zero_point": layer.input_qparams.zero_point}
+    return _layer_like(layer.dense, layer.quantized, layer.scheme, **given)
 
 
-def _restored(dense: nn.Module, *, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> Quantized:
-    """The module whose parameters a :class:`FinishedBlocks` kept."""
+def _restored(dense: nn.Module, *, scheme: Scheme, stored: FinishedLayer) -> Quantized:
+    """The module that a :class:`FinishedBlocks` kept."""
     assert isinstance(dense, nn.Linear | nn.Conv2d)
-    found = {name: tensor.to(dense.weight.device) for name, tensor in tensors.items()}
+    found = {name: tensor.to(dense.weight.device) for name, tensor in stored.tensors.items()}
     quantized = QuantizedWeight(
         qweight=found["qweight"],
         scale=found["scale"],
@@ -229,8 +351,14 @@ def _restored(dense: nn.Module, *, scheme: Scheme, tensors: Mapping[str, torch.T
         scheme=scheme.weight,
     )
     low_rank = (found["low_rank_down"], found["low_rank_up"]) if "low_rank_down" in found else None
+    if "input_scale" not in found:  # of a layer in the block that no sample reached
+        scheme = scheme.with_dynamic_inputs()
     given = {name: found.get(name) for name in ("act_pre_scale", "input_scale", "input_zero_point")}
-    return _layer_like(dense, quantized, scheme, low_rank=low_rank, **given)
+    layer = _layer_like(dense, quantized, scheme, low_rank=low_rank, **given)
+    if "bias" in found:
+        layer.bias.data = found["bias"]
+    layer.folded = stored.folded
+    return layer
 
 
 def _layer_like(dense: nn.Linear | nn.Conv2d, quantized: QuantizedWeight, scheme: Scheme, **given: Any) -> Quantized:

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map_only
 
 from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError
+from diffuse_compress.failures import failures_explained
 
 __all__ = ["Visit", "lockstep"]
 
@@ -85,7 +86,7 @@ def lockstep(
     modules = {name: _submodule(model, name) for name in blocks}
     waiting = _Waiting(model, modules, len(samples), device)
     streams = 2 if references else 1
-    runs = [greenlet(functools.partial(_forward, model, sample)) for _ in range(streams) for sample in samples]
+    runs = [greenlet(functools.partial(_forward, model, *pair)) for _ in range(streams) for pair in enumerate(samples)]
     with torch.no_grad(), waiting.intercepting():
         try:
             for index, run in enumerate(runs):
@@ -108,8 +109,10 @@ def lockstep(
     return [name for name in blocks if name not in waiting.visited]
 
 
-def _forward(model: nn.Module, sample: Call) -> None:
-    sample.run(model)
+def _forward(model: nn.Module, index: int, sample: Call) -> None:
+    given = ", ".join([*[type(value).__name__ for value in sample.args], *sample.kwargs])
+    with failures_explained(f"sample {index} ({given}) cannot be run through {type(model).__name__}"):
+        sample.run(model)
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

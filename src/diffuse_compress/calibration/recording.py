@@ -16,22 +16,37 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffuse_compress.calibration.items import MAX_LENGTH, ModelItems, pipeline_arguments
 from diffuse_compress.calibration.samples import Sample, Samples
 from diffuse_compress.calls import Call
-from diffuse_compress.components import GROUPS, is_pipeline, model_components, resolve_names, unwrap
+from diffuse_compress.components import (
+    GROUPS,
+    compute_dtype_of,
+    is_pipeline,
+    model_components,
+    resolve_names,
+    unwrap,
+)
 from diffuse_compress.errors import ConfigError
-from diffuse_compress.pipeline_call import accepted_arguments, prompt_arguments, seeded, untouched
+from diffuse_compress.failures import failures_explained
+from diffuse_compress.pipeline_call import accepted_arguments, seeded, untouched
 from diffuse_compress.progress import Callback
 from diffuse_compress.progress import track as progress
-from diffuse_compress.runtime.steps import Consumer, current, track, untrack
+from diffuse_compress.runtime.sampling import SamplingSettings
+from diffuse_compress.runtime.stats import CallStats
+from diffuse_compress.runtime.steps import Consumer, current, track, tracker_of, untrack
+from diffuse_compress.versions import installed_versions
 
 __all__ = ["Calibration"]
 
 DEFAULT_SAMPLES = {"pipeline": 64, "language": 128, "model": 128}
-MAX_LENGTH = 2048
 # Fractional part of the golden ratio: k * this, modulo 1, fills [0, 1) evenly for every number of points.
 _GOLDEN = 0.6180339887498949
 _CONSUMER = "calibration"
+_MEMORY = (
+    "Recording needs what a call of the pipeline does: give a smaller height=, width= or num_frames=, or call "
+    "pipe.enable_model_cpu_offload() before."
+)
 
 
 class _EnoughError(Exception):
@@ -60,14 +75,16 @@ class Calibration(Samples):
             target: a diffusers pipeline, a transformers model, or any model.
             items: an iterable (list, generator, ``datasets.Dataset``, DataLoader). For a pipeline each is a prompt, a
                 class label, or a dict of arguments of ``pipe(...)``; for a transformers model a text, a list of chat
-                messages, token ids, or a dict of forward arguments (what a processor returns); for any other model a
-                dict of forward arguments.
-            num_samples: calls kept of each component; with two calls per step (sequential guidance) both count as one.
-                64 for pipelines, 128 for models.
+                messages (with pictures too, where it takes them), token ids, or a dict of forward arguments (what a
+                processor returns); for any other model a dict of forward arguments, or tensors by position. A batch
+                of texts, chats or ids is as many items; a dict of tensors may hold a batch, whose padding (0 in a
+                2-d ``attention_mask``) does not count. Of a row of a dataset, "text" and "messages" are found.
+            num_samples: calls kept of each component; with two calls per step (sequential guidance) both count as one,
+                and two experts share them by their shares of the steps. 64 for pipelines, 128 for models.
             seed: of the steps that are kept, and of the starting noise: item i gets ``seed + i``.
             components: names or groups of a pipeline's components; the denoisers by default.
-            tokenizer: for texts; by default the one beside the model's weights. A processor does as well.
-            max_length: tokens of a text that are kept.
+            tokenizer: for texts, or a processor; by default the one beside the model's weights.
+            max_length: tokens of a text that are kept; texts with pictures are kept whole.
             callback: ``callback(stage, done, total, metrics)``.
             call_arguments: of ``pipe(...)`` for every item: num_inference_steps, guidance_scale, height, ...
 
@@ -76,10 +93,7 @@ class Calibration(Samples):
         """
         if num_samples is not None and num_samples < 1:
             raise ConfigError(f"calibration: num_samples must be at least 1, got {num_samples}.")
-        if isinstance(items, str | Mapping):
-            raise ConfigError(
-                f"calibration: a list of items is needed, got one {type(items).__name__}. Put it in a list."
-            )
+        items = _each(items)
         if is_pipeline(target):
             return _record_pipeline(target, items, num_samples, seed, components, callback, call_arguments)
         if call_arguments:
@@ -87,14 +101,33 @@ class Calibration(Samples):
                 f"calibration: {', '.join(call_arguments)} are arguments of a pipeline's call, got a "
                 f"{type(target).__name__}. Leave them out, or record the pipeline."
             )
-        limit = num_samples or DEFAULT_SAMPLES["model"]
-        calls = (_model_call(target, item, tokenizer, max_length) for item in items)
+        limit, reader = num_samples or DEFAULT_SAMPLES["model"], ModelItems(target, tokenizer, max_length)
+        calls = (call for index, item in enumerate(items) for call in reader.calls(item, index))
         chosen = list(itertools.islice(calls, limit))
         if not chosen:
             raise ConfigError("calibration: needs at least one item, got none.")
         samples = [Sample(call.to("cpu"), item=index) for index, call in enumerate(chosen)]
-        settings = {"model": type(unwrap(target)).__name__, "items": len(samples)}
+        settings = {
+            "model": type(unwrap(target)).__name__,
+            "items": len(samples),
+            "versions": installed_versions(),
+            "components": {"": {"dtype": _dtype_name(unwrap(target))}},
+        }
         return Calibration({"": samples}, settings)
+
+
+def _each(items: Any) -> Iterable[Any]:
+    """``items``, checked. What torch calls a dataset need not be iterable."""
+    if isinstance(items, str | Mapping):
+        raise ConfigError(f"calibration: a list of items is needed, got one {type(items).__name__}. Put it in a list.")
+    if hasattr(items, "__iter__"):
+        return items  # type: ignore[no-any-return]
+    if hasattr(items, "__getitem__") and hasattr(items, "__len__"):
+        return (items[index] for index in range(len(items)))
+    raise ConfigError(
+        f"calibration: a list of items or a Calibration is needed, got a {type(items).__name__}. A file is read with "
+        "Calibration.load(path)."
+    )
 
 
 # --- pipelines --------------------------------------------------------------------------------------------------
@@ -110,10 +143,12 @@ def _record_pipeline(
     shared: dict[str, Any],
 ) -> Calibration:
     names = _component_names(pipe, components)
-    arguments = [_pipeline_arguments(pipe, item, shared) for item in items]
+    wanted = num_samples or DEFAULT_SAMPLES["pipeline"]
+    # Of more items than samples the rest would not be called, and an iterable may have no end.
+    chosen = enumerate(itertools.islice(items, wanted))
+    arguments = [pipeline_arguments(pipe, item, shared, index) for index, item in chosen]
     if not arguments:
         raise ConfigError("calibration: needs at least one item, got none.")
-    wanted = num_samples or DEFAULT_SAMPLES["pipeline"]
     recorder = _Recorder({name: model_components(pipe)[name] for name in names}, wanted, len(arguments), seed)
     settings: dict[str, Any] = {}
     with untouched(pipe), recorder.attached():
@@ -126,10 +161,13 @@ def _record_pipeline(
             if not decode and (accepted is None or "output_type" in accepted):
                 call.setdefault("output_type", "latent")
             recorder.begin(index, pipe)
-            with contextlib.suppress(_EnoughError):
+            what = f"item {index} cannot be run: {type(pipe).__name__} called with {', '.join(given)}"
+            with failures_explained(what, _MEMORY), contextlib.suppress(_EnoughError):
                 pipe(**call)
+            recorder.end()
             settings = settings or _settings(pipe, given)
-    settings |= {"items": len(arguments), "seed": seed}
+    settings |= {"items": len(arguments), "seed": seed, "versions": installed_versions()}
+    settings["components"] = recorder.settings()
     return Calibration(recorder.samples(), settings)
 
 
@@ -137,36 +175,6 @@ def _component_names(pipe: Any, components: str | Sequence[str] | None) -> list[
     wanted = ["denoisers"] if components is None else [components] if isinstance(components, str) else list(components)
     found = resolve_names(wanted, pipe)
     return list(dict.fromkeys(name for names in found.values() for name in names))
-
-
-def _pipeline_arguments(pipe: Any, item: Any, shared: dict[str, Any]) -> dict[str, Any]:
-    accepted = accepted_arguments(pipe)
-    where = type(pipe).__name__
-    if isinstance(item, str):
-        if accepted is not None and "prompt" not in accepted:
-            raise ConfigError(f"calibration: {where} takes no prompt, got {item!r}. Give dicts of its arguments.")
-        given = prompt_arguments(pipe, item)
-    elif isinstance(item, int) and not isinstance(item, bool):
-        if accepted is None or "class_labels" not in accepted:
-            raise ConfigError(f"calibration: {where} takes no class label, got {item}. Give prompts or dicts.")
-        given = {"class_labels": [item]}
-    elif isinstance(item, Mapping):
-        given = dict(item)
-    else:
-        raise ConfigError(
-            f"calibration: an item for {where} is a prompt, a class label or a dict of its arguments, got a "
-            f"{type(item).__name__}."
-        )
-    given = {
-        **given,
-        **{key: value for key, value in shared.items() if key not in given or not isinstance(item, Mapping)},
-    }
-    unknown = [] if accepted is None else [name for name in given if name not in accepted]
-    if unknown:
-        raise ConfigError(
-            f"calibration: {where} takes no {', '.join(unknown)}. It takes {', '.join(sorted(accepted or ()))}."
-        )
-    return given
 
 
 def _settings(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,12 +193,17 @@ def _settings(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if isinstance(value, str | int | float)}
 
 
+def _dtype_name(model: nn.Module) -> str:
+    return str(compute_dtype_of(model)).removeprefix("torch.")
+
+
 class _Recorder:
     """Hooks on the components that keep the calls of the chosen steps."""
 
     def __init__(self, models: Mapping[str, nn.Module], wanted: int, items: int, seed: int) -> None:
         self.models = models
         self.kept: dict[str, list[tuple[int, Sample]]] = {name: [] for name in models}
+        self._sampling = dict.fromkeys(models, SamplingSettings())
         # Point k of the sequence belongs to item k modulo items.
         start = torch.rand((), generator=seeded(seed)).item()
         self._points = [[(k, (start + k * _GOLDEN) % 1.0) for k in range(i, wanted, items)] for i in range(items)]
@@ -201,8 +214,8 @@ class _Recorder:
         handles = []
         try:
             for name, model in self.models.items():
-                if GROUPS["denoisers"].match(name):
-                    track(model, Consumer(_CONSUMER))
+                if _is_stepped(name):
+                    track(model, Consumer(_CONSUMER, saves=False))
                 handles.append(model.register_forward_pre_hook(self._hook(name), with_kwargs=True))
             yield
         finally:
@@ -217,6 +230,26 @@ class _Recorder:
         self._steps: dict[int, int] | None = None  # step -> point
         self._counted: dict[str, tuple[Any, int]] = {}
         self._calls: dict[tuple[str, int], int] = {}
+        self._before = {name: self._last_stats(name) for name in self.models}
+
+    def end(self) -> None:
+        """The pipeline is done with the item, or was stopped."""
+        for name in self.models:
+            stats = self._last_stats(name)
+            if stats is not None and stats is not self._before[name]:
+                self._sampling[name] |= stats.sampling.settings()
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """Of each component: its dtype, and how it was run where that is known."""
+        found = {}
+        for name, model in self.models.items():
+            sampling = self._sampling[name].to_dict()
+            found[name] = {"dtype": _dtype_name(model), **({"sampling": sampling} if sampling else {})}
+        return found
+
+    def _last_stats(self, name: str) -> CallStats | None:
+        tracker = tracker_of(self.models[name])
+        return None if tracker is None else tracker.last
 
     def samples(self) -> dict[str, list[Sample]]:
         """By component, in the order of the sequence."""
@@ -224,10 +257,10 @@ class _Recorder:
         return {name: [sample for _, sample in found] for name, found in ordered.items()}
 
     def _hook(self, name: str) -> Any:
-        is_denoiser = bool(GROUPS["denoisers"].match(name))
+        is_stepped = _is_stepped(name)
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not is_denoiser:
+            if not is_stepped:
                 number = len(self.kept[name])
                 if number < self._wanted:
                     self.kept[name].append((number, Sample(Call(args, kwargs).copied(), self._item)))
@@ -269,6 +302,11 @@ class _Recorder:
         return count
 
 
+def _is_stepped(name: str) -> bool:
+    """Whether the sampling loop calls a component in every step, with the timestep."""
+    return GROUPS["denoisers"].match(name) is not None or name.startswith("controlnet")
+
+
 def _nearest(step: int, total: int) -> Iterator[int]:
     """Steps in [0, total), the given one first, then its neighbours outwards."""
     return iter(sorted(range(total), key=lambda other: (abs(other - step), other)))
@@ -276,63 +314,3 @@ def _nearest(step: int, total: int) -> Iterator[int]:
 
 def _largest(timestep: torch.Tensor | None) -> float | None:
     return None if timestep is None or timestep.numel() == 0 else float(timestep.max())
-
-
-# --- models -----------------------------------------------------------------------------------------------------
-
-
-def _model_call(model: Any, item: Any, tokenizer: Any, max_length: int) -> Call:
-    where = type(unwrap(model)).__name__
-    if isinstance(item, Mapping):
-        values = dict(item)
-    elif isinstance(item, torch.Tensor) and not item.is_floating_point():
-        values = {"input_ids": item if item.ndim == 2 else item.reshape(1, -1)}
-    elif isinstance(item, str) or (isinstance(item, Sequence) and item and isinstance(item[0], Mapping)):
-        values = _tokenized(model, item, tokenizer, max_length)
-    elif isinstance(item, Sequence) and item and all(isinstance(token, int) for token in item):
-        values = {"input_ids": torch.tensor([list(item)])}
-    else:
-        raise ConfigError(
-            f"calibration: an item for {where} is a text, chat messages, token ids or a dict of forward arguments, got "
-            f"a {type(item).__name__}."
-        )
-    values = {key: torch.as_tensor(value) if _is_numeric_list(value) else value for key, value in values.items()}
-    if not any(isinstance(value, torch.Tensor) for value in values.values()):
-        raise ConfigError(
-            f"calibration: a dict for {where} holds the tensors of its forward, got {sorted(values)} without any. "
-            "Of a dataset, give the prepared columns (input_ids, ...) or its texts."
-        )
-    if hasattr(model, "can_generate"):
-        values.pop("labels", None)
-        return Call((), {"use_cache": False, **values} if model.can_generate() else values)
-    return Call((), values)
-
-
-def _is_numeric_list(value: Any) -> bool:
-    while isinstance(value, list) and value:
-        value = value[0]
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _tokenized(model: Any, item: Any, tokenizer: Any, max_length: int) -> dict[str, Any]:
-    tokenizer = tokenizer if tokenizer is not None else _own_tokenizer(model)
-    if isinstance(item, str):
-        encoded = tokenizer(item, return_tensors="pt", truncation=True, max_length=max_length)
-    else:
-        encoded = tokenizer.apply_chat_template(
-            item, return_tensors="pt", return_dict=True, tokenize=True, truncation=True, max_length=max_length
-        )
-    return dict(encoded)
-
-
-def _own_tokenizer(model: Any) -> Any:
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    try:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        raise ConfigError(
-            f"calibration: texts need a tokenizer, and none was found beside the weights of {type(model).__name__} "
-            f"({name or 'not loaded from a folder'}: {type(error).__name__}). Pass tokenizer=, or token ids."
-        ) from error

@@ -14,11 +14,15 @@ import torch
 from diffuse_compress.calibration.trees import flatten, hash_tree, unflatten
 from diffuse_compress.calls import Call, map_tensors
 from diffuse_compress.errors import CheckpointError, ConfigError
+from diffuse_compress.families.base import TIMESTEP_NAMES
+from diffuse_compress.runtime.sampling import SamplingSettings
 
 __all__ = ["Sample", "Samples"]
 
 _METADATA_KEY = "diffuse_compress_calibration"
 _SCHEMA_VERSION = 1
+# Pipelines make these in a precision of their own, whatever the model's.
+_OF_THEIR_OWN_DTYPE = (*TIMESTEP_NAMES, "image_rotary_emb")
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class Samples:
 
     Attributes:
         components: {component: its samples}; a bare model's name is "".
-        settings: JSON-able: pipeline class, scheduler, steps, guidance, resolution, seed, number of items, versions.
+        settings: JSON-able: pipeline class, scheduler, steps, guidance, resolution, seed, number of items, versions;
+            under "components" for each the dtype it computed in and how it was run (:class:`SamplingSettings`).
     """
 
     components: Mapping[str, Sequence[Sample]]
@@ -64,11 +69,16 @@ class Samples:
             found = f"none for {', '.join(empty) or 'the model'}" if empty else "no component"
             raise ConfigError(
                 f"calibration: at least one recorded call is needed, got {found}. Check that the pipeline calls it "
-                "with these items (an expert of two may see no step of a short run)."
+                "with these items (an expert of two may see no step of a short run, or of few samples)."
             )
 
-    def of(self, component: str) -> Sequence[Sample]:
+    def of(self, component: str, dtype: torch.dtype | None = None) -> Sequence[Sample]:
         """Samples of a component.
+
+        Args:
+            component: "" for a bare model.
+            dtype: that it computes in now; what was in its dtype when it was recorded is cast to it. Timesteps, rotary
+                tables and scalars keep theirs. None casts nothing.
 
         Raises:
             ConfigError: there are none; the message names those that there are.
@@ -78,7 +88,25 @@ class Samples:
                 f"calibration: no samples of {component or 'this model'!r}, only of "
                 f"{', '.join(map(repr, self.components))}. Record it with components=[{component!r}]."
             )
-        return self.components[component]
+        recorded = self._of_component(component).get("dtype")
+        samples = self.components[component]
+        if dtype is None or recorded is None or recorded == _name(dtype):
+            return samples
+        before = getattr(torch, recorded)
+        return [replace(sample, call=_cast(sample.call, before, dtype)) for sample in samples]
+
+    def sampling_of(self, component: str) -> SamplingSettings:
+        """How a denoiser was run; empty where nothing was told of it."""
+        return SamplingSettings.from_dict(self._of_component(component).get("sampling", {}))
+
+    def settings_of(self, component: str) -> dict[str, Any]:
+        """What a component is calibrated on, JSON-able: no prompt, and nothing of the other components."""
+        common = {key: value for key, value in self.settings.items() if key != "components"}
+        return {**common, "samples": len(self.of(component)), **self._of_component(component)}
+
+    def _of_component(self, component: str) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.settings.get("components", {}).get(component, {})
+        return found
 
     @property
     def fingerprint(self) -> str:
@@ -103,6 +131,8 @@ class Samples:
             times = sorted(s.timestep for s in samples if s.timestep is not None)
             if times:
                 line += f", timesteps {times[0]:g} to {times[-1]:g} ({len(set(times))} different)"
+            sampling = str(self.sampling_of(name))
+            line += f", run with {sampling}" if sampling else ""
             lines.append(line)
         return "\n".join(lines)
 
@@ -166,7 +196,8 @@ class Samples:
         Args:
             weight: gives for a sample a number at least 0, e.g. of its ``timestep``; or one for each row of the hidden
                 states, a tensor of batch x tokens elements. Layers whose inputs have another number of rows (texts in
-                cross-attention) and losses of whole blocks take the mean of it.
+                cross-attention) and losses of whole blocks take the mean of those above 0. Rows of weight 0 are not
+                looked at by any algorithm; padding (0 in a 2-d ``attention_mask``) has that weight without being asked.
 
         Raises:
             ConfigError: weights that are negative or not finite, or none above 0.
@@ -185,6 +216,20 @@ def _checked(weight: float | torch.Tensor) -> float | torch.Tensor:
     if not bool((torch.isfinite(value) & (value >= 0)).all()):
         raise ConfigError(f"calibration: weights must be finite and at least 0, got {weight}.")
     return value.cpu() if isinstance(weight, torch.Tensor) and weight.numel() > 1 else float(value)
+
+
+def _cast(call: Call, before: torch.dtype, now: torch.dtype) -> Call:
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(now) if tensor.dtype == before and tensor.ndim > 1 else tensor
+
+    kwargs = {
+        name: value if name in _OF_THEIR_OWN_DTYPE else map_tensors(cast, value) for name, value in call.kwargs.items()
+    }
+    return Call(map_tensors(cast, call.args), kwargs)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_weighted(sample: Sample) -> bool:

@@ -28,10 +28,12 @@ from diffuse_compress.calibration.engine import (
     calibrate_block,
     calibrate_layers,
     calibration_blocks,
+    evaluating,
     layers_of,
     memory_explained,
     quantize_layers,
     quantized_layer,
+    sample_weights,
 )
 from diffuse_compress.calibration.lockstep import Visit, lockstep
 from diffuse_compress.calibration.samples import Sample
@@ -119,7 +121,7 @@ def layer_sensitivities(
         calibrating, and one block's layers in one format.
     """
     subject = _Subject(model, candidates, generator, device)
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         factors = subject.factors(split.judge, advance)
         errors = subject.block_errors(algorithm.for_search(), split, advance)
     return {
@@ -153,7 +155,7 @@ def output_error(
         One calibration, two forwards for each sample to judge, and the memory of the packed layers beside the dense.
     """
     subject = _Subject(model, dict.fromkeys(layers, ()), generator, device)
-    with _evaluating(model), torch.no_grad(), _restored(model) as replace:
+    with evaluating(model), torch.no_grad(), _restored(model) as replace:
         calls = subject.at_home(split.judge)
         _, references = subject.run(calls)
         if algorithm.needs_calibration:
@@ -234,6 +236,7 @@ class _Subject:
         """{layer: {format: squared relative error of its block's output}}."""
         found: Errors = {}
         samples = [*split.judge, *split.fit]
+        weights = sample_weights(samples, self._model)
 
         def visit(reached: Visit) -> None:
             inside = [name for _, name in layers_of(reached.name, self._candidates)]
@@ -243,7 +246,7 @@ class _Subject:
             exact = self._block_outputs(reached.name, to_judge) if inside else []
             for scheme in dict.fromkeys(scheme for name in inside for scheme in self._candidates[name]):
                 layers = {name: scheme for name in inside if scheme in self._candidates[name]}
-                for name, layer in self._quantized(reached, to_fit, layers, algorithm, samples).items():
+                for name, layer in self._quantized(reached, to_fit, layers, algorithm, weights).items():
                     with self._in_place(name, layer):
                         error = _error(exact, self._block_outputs(reached.name, to_judge))
                     found.setdefault(name, {})[scheme] = error
@@ -259,7 +262,7 @@ class _Subject:
         calls: dict[int, Call],
         layers: Mapping[str, Scheme],
         algorithm: AlgorithmConfig,
-        samples: Sequence[Sample],
+        weights: Sequence[float | torch.Tensor],
     ) -> dict[str, nn.Module]:
         """``layers`` of a block as ``algorithm`` makes them; the block is dense again."""
         made: dict[str, nn.Module] = {}
@@ -272,7 +275,7 @@ class _Subject:
                 return new
 
             given = dataclasses.replace(reached, calls=calls, references={})
-            calibrate_block(block_work(given, names, layers, samples, self._generator, install, self._there), algorithm)
+            calibrate_block(block_work(given, names, layers, weights, self._generator, install, self._there), algorithm)
         return {name: made[name] for name in layers}
 
     def _rounded(self, name: str) -> nn.Module:
@@ -330,14 +333,3 @@ def _restored(model: nn.Module) -> Iterator[Replace]:
     finally:
         for name, layer in dense.items():
             replace_module(model, name, layer)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag

@@ -2,7 +2,7 @@
 
     work_dir/recording-<hash>.safetensors    samples recorded from items; the hash is that of items and pipeline
     work_dir/<component>/manifest.json       what the blocks were computed from: the fingerprint
-    work_dir/<component>/<block>.safetensors parameters of the block's quantized layers
+    work_dir/<component>/<block>.safetensors parameters of the block's quantized layers, and of its norms that changed
 
 Every file is written under another name, flushed to the disk and renamed, so one that is there is whole. Blocks depend
 on all of the fingerprint: those of another one are never mixed in, and never deleted either.
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from diffuse_compress.calibration.trees import hash_tensor, hash_tree
 from diffuse_compress.errors import CheckpointError, ConfigError, ModelStateError
 from diffuse_compress.logging import get_logger
 
-__all__ = ["FinishedBlocks", "WorkFolder", "digest_of_items", "digest_of_weights"]
+__all__ = ["FinishedBlock", "FinishedBlocks", "FinishedLayer", "WorkFolder", "digest_of_items", "digest_of_weights"]
 
 _logger = get_logger(__name__)
 _MANIFEST = "manifest.json"
 _SCHEMA_VERSION = 1
 _BLOCK_KEY = "diffuse_compress_block"
+_CHANGED = "changed"
 Fingerprint = Mapping[str, Any]
 """JSON values by subject: "weights", "recipe", "calibration", "versions"; those of the last three may be dicts."""
 
@@ -141,14 +143,30 @@ def _brief(value: Any) -> str:
     return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
+@dataclass(frozen=True)
+class FinishedLayer:
+    """A quantized layer of a finished block: its parameters by name, on the CPU, and whether a scale was folded."""
+
+    tensors: dict[str, torch.Tensor]
+    folded: bool
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """A finished block: its layers, and its other parameters that were changed, by names relative to it."""
+
+    layers: dict[str, FinishedLayer]
+    parameters: dict[str, torch.Tensor]
+
+
 class FinishedBlocks:
     """Quantized layers of the blocks that are done, one file for each block."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def load(self, block: str, layers: Iterable[str]) -> dict[str, dict[str, torch.Tensor]] | None:
-        """{layer: its parameters by name, on the CPU}, or None if the block is not done.
+    def load(self, block: str, layers: Iterable[str]) -> FinishedBlock | None:
+        """A finished block, or None if it is not done.
 
         Args:
             block: qualified name.
@@ -166,6 +184,7 @@ class FinishedBlocks:
             with safe_open(str(path), framework="pt") as handle:
                 described = json.loads((handle.metadata() or {})[_BLOCK_KEY])
                 tensors = {key: handle.get_tensor(key) for key in handle.keys()}
+            folded, changed = set(described.pop("folded")), described.pop("changed")
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(
                 f"work_dir: {path} is damaged ({type(error).__name__}: {error}). Delete it; the block is done again."
@@ -176,30 +195,36 @@ class FinishedBlocks:
                 f"work_dir: {path} must hold {block} with the layers {wanted}, got {described}. Delete the folder "
                 f"{self.folder}."
             )
-        return {
-            name: {
-                key.rpartition(".")[2]: tensor
-                for key, tensor in tensors.items()
-                if key.rpartition(".")[0] == str(index)
-            }
-            for index, name in enumerate(wanted)
-        }
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            owner, _, leaf = key.rpartition(".")
+            found.setdefault(owner, {})[leaf] = tensor
+        return FinishedBlock(
+            {name: FinishedLayer(found[str(index)], name in folded) for index, name in enumerate(wanted)},
+            {name: found[_CHANGED][str(index)] for index, name in enumerate(changed)},
+        )
 
-    def save(self, block: str, layers: Mapping[str, nn.Module]) -> None:
-        """Write the layers of a finished block, by name relative to it.
+    def save(
+        self, block: str, layers: Mapping[str, nn.Module], changed: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Write the layers of a finished block, and its other parameters that were changed, by name relative to it.
 
         Raises:
             ModelStateError: the disk is full or cannot be written.
         """
         from safetensors.torch import save_file
 
-        tensors = {
-            f"{index}.{key}": parameter.detach().cpu().clone().contiguous()
+        changed = changed or {}
+        parameters: dict[str, torch.Tensor] = {
+            f"{index}.{key}": parameter
             for index, layer in enumerate(layers.values())
             for key, parameter in layer.named_parameters(recurse=False)
         }
-        described = json.dumps({"block": block, "layers": list(layers)})
-        _write(self._path(block), lambda path: save_file(tensors, path, {_BLOCK_KEY: described}))
+        parameters |= {f"{_CHANGED}.{index}": parameter for index, parameter in enumerate(changed.values())}
+        tensors = {key: parameter.detach().cpu().clone().contiguous() for key, parameter in parameters.items()}
+        folded = [name for name, layer in layers.items() if getattr(layer, "folded", False)]
+        described = {"block": block, "layers": list(layers), "folded": folded, "changed": list(changed)}
+        _write(self._path(block), lambda path: save_file(tensors, path, {_BLOCK_KEY: json.dumps(described)}))
 
     def _path(self, block: str) -> Path:
         return self.folder / f"{block or 'model'}.safetensors"

@@ -36,7 +36,7 @@ from diffuse_compress.evaluation.records import Record, load_record
 from diffuse_compress.evaluation.samples import MANIFEST, RECORD, Sample, sample_hash, write_atomically
 from diffuse_compress.plan import stored_bytes
 from diffuse_compress.progress import track
-from diffuse_compress.report import installed_versions
+from diffuse_compress.versions import installed_versions
 
 __all__ = ["SEED_RULE", "Arm", "generate"]
 

@@ -21,7 +21,7 @@ from diffuse_compress.evaluation.generation import Arm
 from diffuse_compress.evaluation.records import Metric, Record, load_record
 from diffuse_compress.evaluation.samples import RECORD
 from diffuse_compress.plan import stored_bytes
-from diffuse_compress.report import installed_versions
+from diffuse_compress.versions import installed_versions
 
 __all__ = [
     "add_to_record",

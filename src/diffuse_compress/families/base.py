@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffuse_compress.families.embedding import Reader
 from diffuse_compress.patterns import matches
 from diffuse_compress.quantization.residual import ResidualStream
 
 __all__ = [
+    "SAMPLE_NAMES",
     "TIMESTEP_NAMES",
     "BlockKind",
     "Branch",
@@ -46,6 +48,9 @@ Streams = dict[str, torch.Tensor]
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma", "r", "timestep_ratio")
 """What denoisers call their timestep, the usual names first: of several in one signature, the first is meant."""
+
+SAMPLE_NAMES = ("hidden_states", "sample", "x", "latents", "latent_model_input", "input_ids")
+"""What models call their sample."""
 
 
 class BranchRole(str, Enum):
@@ -113,16 +118,29 @@ class Branch:
     Attributes:
         name: as its main submodule is called ("attn1", "ff").
         role: what it computes.
-        compute: (block, streams, conditioning) -> what is added to the residual, by stream.
+        output: (block, streams, conditioning) -> what its layers make, by stream, before the gates.
         modules: submodules of the block that this branch alone runs.
         add: (block, streams, deltas) -> streams; differs where a class casts or rescales.
+        gate: (block, outputs, conditioning) -> outputs times the gates of this step, for branches that have any.
+        residual: ``add`` adds to the streams and does no more, up to casts; False where it also projects or rescales
+            them.
     """
 
     name: str
     role: BranchRole
-    compute: Callable[[nn.Module, Streams, Conditioning], Streams]
+    output: Callable[[nn.Module, Streams, Conditioning], Streams]
     modules: tuple[str, ...]
     add: Callable[[nn.Module, Streams, Streams], Streams] = add_deltas
+    gate: Callable[[nn.Module, Streams, Conditioning], Streams] | None = None
+    residual: bool = True
+
+    def compute(self, block: nn.Module, streams: Streams, conditioning: Conditioning) -> Streams:
+        """What is added to the residual, by stream."""
+        return self.gated(block, self.output(block, streams, conditioning), conditioning)
+
+    def gated(self, block: nn.Module, outputs: Streams, conditioning: Conditioning) -> Streams:
+        """Outputs, which may be of another step, times the gates of this one."""
+        return outputs if self.gate is None else self.gate(block, outputs, conditioning)
 
 
 @dataclass(frozen=True)
@@ -151,12 +169,25 @@ class Smoothing:
 
 @dataclass(frozen=True)
 class TemporalMap:
-    """Patterns of the layers that do not see the sample, by what they depend on."""
+    """The layers that do not see the sample.
+
+    Attributes:
+        timestep, timestep_and_condition, condition, nothing: their patterns, by what they depend on.
+        readers: how the input of those that run in the blocks, or behind them, is made.
+        conditions: arguments of the model's forward that the conditions are.
+        entry: the block whose arguments the readers' sources are; None for the first that runs.
+        live: patterns of layers among these that no table serves: they see every token, so that their rows would be
+            larger than their weights, or run several times in a call.
+    """
 
     timestep: tuple[str, ...] = ()
     timestep_and_condition: tuple[str, ...] = ()
     condition: tuple[str, ...] = ()
     nothing: tuple[str, ...] = ()
+    readers: tuple[Reader, ...] = ()
+    conditions: tuple[str, ...] = ()
+    entry: str | None = None
+    live: tuple[str, ...] = ()
 
     def of(self, name: str) -> Dependence:
         """Dependence of a layer; the first list with a matching pattern decides, and SAMPLE is what is in none."""
@@ -171,6 +202,10 @@ class TemporalMap:
                 return dependence
         return Dependence.SAMPLE
 
+    def reader_of(self, name: str) -> Reader | None:
+        """How the input of a layer is made; None if it runs before the blocks, or nobody knows."""
+        return next((r for r in self.readers if any(matches(pattern, name) for pattern in r.patterns)), None)
+
 
 @dataclass(frozen=True)
 class BlockKind:
@@ -180,6 +215,8 @@ class BlockKind:
         class_name: of the block.
         fingerprints: of the stock forwards it was written against (``runtime/blocks.py``); any other version of the
             class runs its own forward.
+        returns: names of the streams in what the block returns, "" for a None in the place of one; of one name alone
+            the bare tensor. Its arguments are named like its streams.
         replaced: "module:Class" of further classes whose forward the composition takes apart (adaptive norms).
         begin, branches, end: see the module docstring. ``branches`` may depend on the block; ``begin`` returns None for
             arguments that the composition does not cover.
@@ -193,6 +230,7 @@ class BlockKind:
     begin: Callable[..., tuple[Streams, Conditioning] | None]
     branches: Callable[[nn.Module], tuple[Branch, ...]]
     end: Callable[[nn.Module, Streams, Conditioning], Any]
+    returns: Callable[[nn.Module], tuple[str, ...]] = lambda block: ("hidden_states",)
     replaced: tuple[str, ...] = ()
     processors: frozenset[str] = frozenset()
     unsupported: Callable[[nn.Module], str | None] = lambda block: None
@@ -208,8 +246,12 @@ class Family:
         classes: class names of its models.
         blocks: qualified names of the blocks of a model, in the order they run in.
         kinds: how they are composed, by class name of the block.
+        wholes: qualified names of what a feature cache may leave out as a whole, in the order they run in: modules
+            that return their streams changed. The blocks themselves, but where several stand in one such module.
         temporal: which layers depend on the timestep, the condition or neither.
         sensitive: patterns of the layers that lose most when compressed.
+        chained: fingerprints (``runtime/blocks.py``) of the models' forwards in which nothing but additions to the
+            streams (a ControlNet's residuals) stands between one block of ``blocks`` and the next.
         residual: the stream that all blocks read through RMS norms and add to; raises ConfigError for a model that it
             cannot be told of. None where norms are adaptive, or not known.
     """
@@ -220,7 +262,9 @@ class Family:
     kinds: Mapping[str, BlockKind] = field(default_factory=dict)
     temporal: Callable[[nn.Module], TemporalMap] = lambda model: TemporalMap()
     sensitive: tuple[str, ...] = ()
+    chained: frozenset[str] = frozenset()
     residual: Callable[[nn.Module], ResidualStream] | None = None
+    wholes: Callable[[nn.Module], list[str]] | None = None
 
     def kind_of(self, block: nn.Module) -> BlockKind | None:
         """Composition of a block, by its exact class."""

@@ -76,12 +76,12 @@ def _squeezed(block: nn.Module, streams: Streams, deltas: Streams) -> Streams:
 def _self_attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
     x, values = streams["hidden_states"], modulation(block, conditioning)
     if block.norm_type == "ada_norm_zero":
-        shift, scale, gate = values[:3]  # type: ignore[index]
+        shift, scale = values[:2]  # type: ignore[index]
         normed = block.norm1.norm(x) * (1 + scale[:, None]) + shift[:, None]
     else:
         normed = block.norm1(x)
         if values is not None:
-            shift, scale, gate = values[:3]
+            shift, scale = values[:2]
             normed = normed * (1 + scale) + shift
     output = block.attn1(
         normed,
@@ -89,9 +89,25 @@ def _self_attention(block: Any, streams: Streams, conditioning: Conditioning) ->
         attention_mask=conditioning.attention_mask,
         **conditioning.cross_attention_kwargs,
     )
-    if values is not None:
-        output = (gate.unsqueeze(1) if block.norm_type == "ada_norm_zero" else gate) * output
     return {"hidden_states": output}
+
+
+def _gated(block: Any, gate: int, outputs: Streams, conditioning: Conditioning) -> Streams:
+    """Outputs times one of the modulation's chunks; as they are without AdaLN."""
+    values, output = modulation(block, conditioning), outputs["hidden_states"]
+    if values is None:
+        return outputs
+    return {
+        "hidden_states": (values[gate].unsqueeze(1) if block.norm_type == "ada_norm_zero" else values[gate]) * output
+    }
+
+
+def _attention_gate(block: nn.Module, outputs: Streams, conditioning: Conditioning) -> Streams:
+    return _gated(block, 2, outputs, conditioning)
+
+
+def _feed_forward_gate(block: nn.Module, outputs: Streams, conditioning: Conditioning) -> Streams:
+    return _gated(block, 5, outputs, conditioning)
 
 
 def _cross_attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
@@ -110,14 +126,12 @@ def _cross_attention(block: Any, streams: Streams, conditioning: Conditioning) -
 def _feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
     x, values = streams["hidden_states"], modulation(block, conditioning)
     if block.norm_type == "ada_norm_single":
-        shift, scale, gate = values[3:]  # type: ignore[index]
-        output = block.ff(block.norm2(x) * (1 + scale) + shift)
-        return {"hidden_states": gate * output}
+        shift, scale = values[3:5]  # type: ignore[index]
+        return {"hidden_states": block.ff(block.norm2(x) * (1 + scale) + shift)}
     normed = block.norm3(x)
     if block.norm_type == "ada_norm_zero":
-        shift, scale, gate = values[3:]  # type: ignore[index]
-        output = block.ff(normed * (1 + scale[:, None]) + shift[:, None])
-        return {"hidden_states": gate.unsqueeze(1) * output}
+        shift, scale = values[3:5]  # type: ignore[index]
+        return {"hidden_states": block.ff(normed * (1 + scale[:, None]) + shift[:, None])}
     return {"hidden_states": block.ff(normed)}
 
 
@@ -125,9 +139,9 @@ def _branches(block: Any) -> tuple[Branch, ...]:
     return _WITH_CROSS_ATTENTION if block.attn2 is not None else _WITHOUT_CROSS_ATTENTION
 
 
-_ATTN1 = Branch("attn1", BranchRole.ATTENTION, _self_attention, ("attn1",), _squeezed)
+_ATTN1 = Branch("attn1", BranchRole.ATTENTION, _self_attention, ("attn1",), _squeezed, _attention_gate)
 _ATTN2 = Branch("attn2", BranchRole.CROSS_ATTENTION, _cross_attention, ("attn2",))
-_FF = Branch("ff", BranchRole.FEED_FORWARD, _feed_forward, ("ff",), _squeezed)
+_FF = Branch("ff", BranchRole.FEED_FORWARD, _feed_forward, ("ff",), _squeezed, _feed_forward_gate)
 _WITH_CROSS_ATTENTION = (_ATTN1, _ATTN2, _FF)
 _WITHOUT_CROSS_ATTENTION = (_ATTN1, _FF)
 

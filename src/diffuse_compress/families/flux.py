@@ -17,16 +17,19 @@ from diffuse_compress.families.base import (
     TemporalMap,
     in_lists,
 )
+from diffuse_compress.families.embedding import modulations
 from diffuse_compress.families.modulation import (
     FF,
     FF_CONTEXT,
     adaln_zero,
+    gated,
+    joint_attention_gate,
     joint_smoothing,
     modulate,
     single_smoothing,
 )
 
-__all__ = ["FLUX"]
+__all__ = ["FLUX", "text_then_hidden"]
 
 _FP16_LIMIT = 65504
 
@@ -46,8 +49,8 @@ def _begin(
 
 
 def _attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
-    shift, scale, gate = adaln_zero(block, conditioning, "norm1", 6)[:3]
-    text_shift, text_scale, text_gate = adaln_zero(block, conditioning, "norm1_context", 6)[:3]
+    shift, scale = adaln_zero(block, conditioning, "norm1", 6)[:2]
+    text_shift, text_scale = adaln_zero(block, conditioning, "norm1_context", 6)[:2]
     output, text_output = block.attn(
         hidden_states=modulate(block.norm1.norm(streams["hidden_states"]), shift, scale),
         encoder_hidden_states=modulate(
@@ -56,14 +59,16 @@ def _attention(block: Any, streams: Streams, conditioning: Conditioning) -> Stre
         image_rotary_emb=conditioning.image_rotary_emb,
         **conditioning.joint_attention_kwargs,
     )
-    return {
-        "hidden_states": gate.unsqueeze(1) * output,
-        "encoder_hidden_states": text_gate.unsqueeze(1) * text_output,
-    }
+    return {"hidden_states": output, "encoder_hidden_states": text_output}
 
 
 def _end(block: nn.Module, streams: Streams, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
     return clipped(streams["encoder_hidden_states"]), streams["hidden_states"]
+
+
+def text_then_hidden(block: nn.Module) -> tuple[str, ...]:
+    """``BlockKind.returns`` of blocks that return (encoder_hidden_states, hidden_states)."""
+    return "encoder_hidden_states", "hidden_states"
 
 
 def clipped(x: torch.Tensor) -> torch.Tensor:
@@ -72,7 +77,7 @@ def clipped(x: torch.Tensor) -> torch.Tensor:
 
 
 _DOUBLE = (
-    Branch("attn", BranchRole.ATTENTION, _attention, ("attn",)),
+    Branch("attn", BranchRole.ATTENTION, _attention, ("attn",), gate=joint_attention_gate),
     FF,
     FF_CONTEXT,
 )
@@ -97,7 +102,7 @@ def _single_begin(
 
 
 def _single(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
-    shift, scale, gate = adaln_zero(block, conditioning, "norm", 3)
+    shift, scale = adaln_zero(block, conditioning, "norm", 3)[:2]
     normed = modulate(block.norm.norm(streams["hidden_states"]), shift, scale)
     mlp = block.act_mlp(block.proj_mlp(normed))
     attention = block.attn(
@@ -105,7 +110,11 @@ def _single(block: Any, streams: Streams, conditioning: Conditioning) -> Streams
         image_rotary_emb=conditioning.image_rotary_emb,
         **conditioning.joint_attention_kwargs,
     )
-    return {"hidden_states": gate.unsqueeze(1) * block.proj_out(torch.cat([attention, mlp], dim=2))}
+    return {"hidden_states": block.proj_out(torch.cat([attention, mlp], dim=2))}
+
+
+def _single_gate(block: Any, outputs: Streams, conditioning: Conditioning) -> Streams:
+    return {"hidden_states": gated(outputs["hidden_states"], adaln_zero(block, conditioning, "norm", 3)[2])}
 
 
 def _single_end(block: nn.Module, streams: Streams, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +122,7 @@ def _single_end(block: nn.Module, streams: Streams, conditioning: Conditioning) 
     return x[:, :count], x[:, count:]
 
 
-_SINGLE = (Branch("whole", BranchRole.WHOLE, _single, ("attn", "proj_mlp", "proj_out")),)
+_SINGLE = (Branch("whole", BranchRole.WHOLE, _single, ("attn", "proj_mlp", "proj_out"), gate=_single_gate),)
 
 FLUX_TRANSFORMER_BLOCK = BlockKind(
     class_name="FluxTransformerBlock",
@@ -122,6 +131,7 @@ FLUX_TRANSFORMER_BLOCK = BlockKind(
     begin=_begin,
     branches=lambda block: _DOUBLE,
     end=_end,
+    returns=text_then_hidden,
     processors=frozenset({"FluxAttnProcessor"}),
     smoothing=joint_smoothing,
 )
@@ -133,9 +143,20 @@ FLUX_SINGLE_TRANSFORMER_BLOCK = BlockKind(
     begin=_single_begin,
     branches=lambda block: _SINGLE,
     end=_single_end,
+    returns=text_then_hidden,
     processors=frozenset({"FluxAttnProcessor"}),
     smoothing=single_smoothing,
 )
+
+_MODULATIONS = (
+    "transformer_blocks.*.norm1.linear",
+    "transformer_blocks.*.norm1_context.linear",
+    "single_transformer_blocks.*.norm.linear",
+    "norm_out.linear",
+)
+
+# The first block's text tokens have seen no sample yet.
+_FIRST_TEXT = tuple(f"transformer_blocks.0.attn.add_{part}_proj" for part in "qkv")
 
 FLUX = Family(
     name="flux",
@@ -146,15 +167,14 @@ FLUX = Family(
         # With embedded guidance, the sum of both embedders is what depends on the request.
         timestep=("time_text_embed.timestep_embedder.*",),
         timestep_and_condition=(
-            "transformer_blocks.*.norm1.linear",
-            "transformer_blocks.*.norm1_context.linear",
-            "single_transformer_blocks.*.norm.linear",
-            "norm_out.linear",
-            "transformer_blocks.0.attn.add_q_proj",
-            "transformer_blocks.0.attn.add_k_proj",
-            "transformer_blocks.0.attn.add_v_proj",
+            *_MODULATIONS,
+            *_FIRST_TEXT,
         ),
         condition=("time_text_embed.text_embedder.*", "time_text_embed.guidance_embedder.*", "context_embedder"),
+        readers=(modulations(*_MODULATIONS),),
+        conditions=("encoder_hidden_states", "pooled_projections", "guidance"),
+        live=_FIRST_TEXT,
     ),
+    chained=frozenset({"0077b1620a76c415"}),
     sensitive=("x_embedder", "context_embedder", "proj_out"),
 )

@@ -1,27 +1,30 @@
 """What a model of an unknown class is made of, found by running it on perturbed inputs.
 
 Change the sample, the timestep or a condition, and see which layers' outputs change, bit for bit: a layer that the
-sample does not reach can be computed once for a run, or once for ever. The same probe tests the hand-written families.
+sample does not reach can be computed once for a run, or once for ever. The same probe tests the hand-written families,
+and finds which of the first block's arguments such a layer reads, by comparing bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from diffuse_compress.errors import ConfigError, ModelStateError
-from diffuse_compress.families.base import TIMESTEP_NAMES, Dependence, Family, TemporalMap
+from diffuse_compress.families.base import SAMPLE_NAMES, TIMESTEP_NAMES, Dependence, Family, TemporalMap
+from diffuse_compress.families.embedding import Entry, Reader
 from diffuse_compress.families.roles import block_elements, has_matrix
 from diffuse_compress.patterns import generalize
 
 __all__ = ["Probe", "generic_family", "probe"]
-
-_SAMPLES = ("hidden_states", "sample", "x", "latents", "latent_model_input", "input_ids")
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,16 @@ class Probe:
     Attributes:
         dependence: of every linear and convolution that ran, by qualified name.
         blocks: elements of the model's block lists in the order they first ran.
+        conditions: arguments that were perturbed as conditions.
+        entry: the block by whose arguments most layers that run from it on and do not see the sample are explained.
+        reads: (argument of that block or of the model, activation) that these layers are called with.
     """
 
     dependence: dict[str, Dependence]
     blocks: list[str]
+    conditions: tuple[str, ...] = ()
+    entry: str | None = None
+    reads: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -63,7 +72,7 @@ def probe(
     if model.training or any(parameter.is_meta for parameter in model.parameters()):
         raise ModelStateError("probe runs the model: it needs loaded weights and eval mode (model.eval()).")
     generator = torch.Generator("cpu").manual_seed(seed)
-    sample = _input("sample", sample, _SAMPLES, inputs)
+    sample = _input("sample", sample, SAMPLE_NAMES, inputs)
     if timestep is None and _is_token_ids(inputs[sample]):
         timestep = next((name for name in TIMESTEP_NAMES if name in inputs), "")
     if timestep != "":
@@ -84,7 +93,13 @@ def probe(
         for name, digest in found.items():
             if digest != base.get(name):
                 changed.setdefault(name, set()).add(what)
-    return Probe({name: _dependence(reached) for name, reached in changed.items()}, order)
+    dependence = {name: _dependence(reached) for name, reached in changed.items()}
+    conditions = tuple(name for name in rest if any(_is_condition(path, t) for path, t in _tensors({name: rest[name]})))
+    # One list of blocks may refine the text before another is given the embedding of the timestep.
+    firsts = {name.rpartition(".")[0]: name for name in reversed(order)}
+    reads = {block: _reads(model, inputs, dependence, block) for block in order if block in firsts.values()}
+    entry = max(reads, key=lambda block: len(reads[block]), default=None)
+    return Probe(dependence, order, conditions, entry, reads[entry] if entry else {})
 
 
 def _input(what: str, named: str | None, usual: tuple[str, ...], inputs: Mapping[str, Any]) -> str:
@@ -125,6 +140,13 @@ def generic_family(model: nn.Module, found: Probe) -> Family:
         timestep_and_condition=listed[Dependence.TIMESTEP_AND_CONDITION],
         condition=listed[Dependence.CONDITION],
         nothing=listed[Dependence.NOTHING],
+        readers=tuple(
+            Reader((pattern,), (read[0],), partial(_as_found, source=read[0], activation=read[1]))
+            for pattern, read in generalize({name: found.reads.get(name) for name in found.dependence})
+            if read is not None
+        ),
+        conditions=found.conditions,
+        entry=found.entry,
     )
     return Family(
         name=f"generic ({type(model).__name__})",
@@ -132,6 +154,58 @@ def generic_family(model: nn.Module, found: Probe) -> Family:
         blocks=lambda model: list(found.blocks),
         temporal=lambda model: temporal,
     )
+
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "": lambda x: x,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def _as_found(entry: Entry, layer: str, source: str, activation: str) -> torch.Tensor:
+    return _ACTIVATIONS[activation](entry[source])
+
+
+def _reads(
+    model: nn.Module, inputs: Mapping[str, Any], dependence: Mapping[str, Dependence], block: str
+) -> dict[str, tuple[str, str]]:
+    """What the layers that run from a block on are called with: {layer: (argument, activation)}.
+
+    A layer that is called with different things in one call, or with something else, is left out.
+    """
+    arguments: dict[str, Any] = {}
+    called: dict[str, list[torch.Tensor]] = {}
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not arguments:
+            bound = signature(type(module).forward).bind(module, *args, **kwargs).arguments
+            arguments.update({**inputs, **dict(list(bound.items())[1:])})
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args: called.setdefault(name, []).append(args[0]) if arguments and args else None
+
+    with _hooks() as handles:
+        for name, module in model.named_modules():
+            if dependence.get(name) not in (None, Dependence.SAMPLE, Dependence.NOTHING):
+                handles.append(module.register_forward_pre_hook(note(name)))
+            if name == block:
+                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        model(**inputs)
+    candidates = [
+        ((source, activation), function(value))
+        for source, value in arguments.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        for activation, function in _ACTIVATIONS.items()
+    ]
+    found = {}
+    for name, given in called.items():
+        equal = [read for read, value in candidates if all(torch.equal(value, tensor) for tensor in given)]
+        if equal:
+            found[name] = equal[0]
+    return found
 
 
 def _digests(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, list[int]], list[str]]:

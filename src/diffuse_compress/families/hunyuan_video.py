@@ -22,7 +22,8 @@ from diffuse_compress.families.base import (
     TemporalMap,
     in_lists,
 )
-from diffuse_compress.families.cogvideox import hidden_then_text
+from diffuse_compress.families.cogvideox import HIDDEN_THEN_TEXT, hidden_then_text
+from diffuse_compress.families.embedding import modulations
 from diffuse_compress.families.modulation import (
     FF_CONTEXT,
     adaln_zero,
@@ -92,7 +93,7 @@ _FF_SHIFT_SCALE, _FF_GATE = slice(3, 5), slice(5, 6)
 
 def _attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
     x = block.norm1.norm(streams["hidden_states"])
-    text_shift, text_scale, text_gate = adaln_zero(block, conditioning, "norm1_context", 6)[:3]
+    text_shift, text_scale = adaln_zero(block, conditioning, "norm1_context", 6)[:2]
     text = block.norm1_context.norm(streams["encoder_hidden_states"])
     output, text_output = block.attn(
         hidden_states=_by_frame(block, conditioning, _JOINT, _SHIFT_SCALE, modulate, x),
@@ -100,21 +101,29 @@ def _attention(block: Any, streams: Streams, conditioning: Conditioning) -> Stre
         attention_mask=conditioning.attention_mask,
         image_rotary_emb=conditioning.freqs_cis,
     )
+    return {"hidden_states": output, "encoder_hidden_states": text_output}
+
+
+def _attention_gate(block: Any, outputs: Streams, conditioning: Conditioning) -> Streams:
+    text_gate = adaln_zero(block, conditioning, "norm1_context", 6)[2]
     return {
-        "hidden_states": _by_frame(block, conditioning, _JOINT, _GATE, gated, output),
-        "encoder_hidden_states": gated(text_output, text_gate),
+        "hidden_states": _by_frame(block, conditioning, _JOINT, _GATE, gated, outputs["hidden_states"]),
+        "encoder_hidden_states": gated(outputs["encoder_hidden_states"], text_gate),
     }
 
 
 def _feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
     x = block.norm2(streams["hidden_states"])
-    output = block.ff(_by_frame(block, conditioning, _JOINT, _FF_SHIFT_SCALE, modulate, x))
-    return {"hidden_states": _by_frame(block, conditioning, _JOINT, _FF_GATE, gated, output)}
+    return {"hidden_states": block.ff(_by_frame(block, conditioning, _JOINT, _FF_SHIFT_SCALE, modulate, x))}
+
+
+def _feed_forward_gate(block: Any, outputs: Streams, conditioning: Conditioning) -> Streams:
+    return {"hidden_states": _by_frame(block, conditioning, _JOINT, _FF_GATE, gated, outputs["hidden_states"])}
 
 
 _DOUBLE = (
-    Branch("attn", BranchRole.ATTENTION, _attention, ("attn",)),
-    Branch("ff", BranchRole.FEED_FORWARD, _feed_forward, ("ff",)),
+    Branch("attn", BranchRole.ATTENTION, _attention, ("attn",), gate=_attention_gate),
+    Branch("ff", BranchRole.FEED_FORWARD, _feed_forward, ("ff",), gate=_feed_forward_gate),
     FF_CONTEXT,
 )
 
@@ -157,7 +166,11 @@ def _single(block: Any, streams: Streams, conditioning: Conditioning) -> Streams
         image_rotary_emb=conditioning.image_rotary_emb,
     )
     joined = torch.cat([torch.cat([output, text_output], dim=1), mlp], dim=2)
-    return {"hidden_states": _by_frame(block, conditioning, _ALONE, _GATE, gated, block.proj_out(joined))}
+    return {"hidden_states": block.proj_out(joined)}
+
+
+def _single_gate(block: Any, outputs: Streams, conditioning: Conditioning) -> Streams:
+    return {"hidden_states": _by_frame(block, conditioning, _ALONE, _GATE, gated, outputs["hidden_states"])}
 
 
 def _single_end(block: nn.Module, streams: Streams, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,7 +178,7 @@ def _single_end(block: nn.Module, streams: Streams, conditioning: Conditioning) 
     return x[:, :-count, :], x[:, -count:, :]
 
 
-_SINGLE = (Branch("whole", BranchRole.WHOLE, _single, ("attn", "proj_mlp", "proj_out")),)
+_SINGLE = (Branch("whole", BranchRole.WHOLE, _single, ("attn", "proj_mlp", "proj_out"), gate=_single_gate),)
 
 
 def _double_kind(class_name: str, fingerprint: str, *norms: str) -> BlockKind:
@@ -176,6 +189,7 @@ def _double_kind(class_name: str, fingerprint: str, *norms: str) -> BlockKind:
         begin=_begin,
         branches=lambda block: _DOUBLE,
         end=hidden_then_text,
+        returns=lambda block: HIDDEN_THEN_TEXT,
         processors=frozenset({"HunyuanVideoAttnProcessor2_0"}),
         smoothing=joint_smoothing,
     )
@@ -189,6 +203,7 @@ def _single_kind(class_name: str, fingerprint: str, norm: str) -> BlockKind:
         begin=_single_begin,
         branches=lambda block: _SINGLE,
         end=_single_end,
+        returns=lambda block: HIDDEN_THEN_TEXT,
         processors=frozenset({"HunyuanVideoAttnProcessor2_0"}),
         smoothing=single_smoothing,
     )
@@ -203,28 +218,35 @@ _KINDS = (
     _single_kind("HunyuanVideoTokenReplaceSingleTransformerBlock", "23921b8a94d293e9", f"{_REPLACE_NORMS}Single"),
 )
 
-HUNYUAN_VIDEO = Family(
-    name="hunyuan_video",
-    classes=("HunyuanVideoTransformer3DModel",),
-    blocks=in_lists("transformer_blocks", "single_transformer_blocks"),
-    kinds={kind.class_name: kind for kind in _KINDS},
-    temporal=lambda model: TemporalMap(
+_MODULATIONS = (
+    "transformer_blocks.*.norm1.linear",
+    "transformer_blocks.*.norm1_context.linear",
+    "single_transformer_blocks.*.norm.linear",
+    r"re:norm_out\.linear",  # the text refiner has layers of that name too
+)
+_TOKENS = (
+    # What the refiner adds to the text depends on the timestep from its first gate on.
+    r"re:context_embedder\.token_refiner\.refiner_blocks\.\d+\.ff\..*",
+    r"re:context_embedder\.token_refiner\.refiner_blocks\.[1-9]\d*\.attn\..*",
+    "transformer_blocks.0.attn.add_q_proj",
+    "transformer_blocks.0.attn.add_k_proj",
+    "transformer_blocks.0.attn.add_v_proj",
+)
+
+
+def _temporal(model: Any) -> TemporalMap:
+    # Where a given first frame has an embedding of its own, the modulations run twice in a call.
+    twice = model.config.get("image_condition_type") == "token_replace"
+    again = (*_MODULATIONS, r"re:time_text_embed\.timestep_embedder\..*") if twice else ()
+    return TemporalMap(
         timestep=(
             "time_text_embed.timestep_embedder.*",
             "context_embedder.time_text_embed.timestep_embedder.*",
         ),
         timestep_and_condition=(
-            "transformer_blocks.*.norm1.linear",
-            "transformer_blocks.*.norm1_context.linear",
-            "single_transformer_blocks.*.norm.linear",
-            "norm_out.linear",
+            *_MODULATIONS,
             "context_embedder.token_refiner.refiner_blocks.*.norm_out.linear",
-            # What the refiner adds to the text depends on the timestep from its first gate on.
-            r"re:context_embedder\.token_refiner\.refiner_blocks\.\d+\.ff\..*",
-            r"re:context_embedder\.token_refiner\.refiner_blocks\.[1-9]\d*\.attn\..*",
-            "transformer_blocks.0.attn.add_q_proj",
-            "transformer_blocks.0.attn.add_k_proj",
-            "transformer_blocks.0.attn.add_v_proj",
+            *_TOKENS,
         ),
         condition=(
             "time_text_embed.text_embedder.*",
@@ -233,6 +255,18 @@ HUNYUAN_VIDEO = Family(
             "context_embedder.proj_in",
             r"re:context_embedder\.token_refiner\.refiner_blocks\.0\.attn\..*",
         ),
-    ),
+        readers=() if twice else (modulations(*_MODULATIONS),),
+        conditions=("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "guidance"),
+        live=(*_TOKENS, *again),
+    )
+
+
+HUNYUAN_VIDEO = Family(
+    name="hunyuan_video",
+    classes=("HunyuanVideoTransformer3DModel",),
+    blocks=in_lists("transformer_blocks", "single_transformer_blocks"),
+    kinds={kind.class_name: kind for kind in _KINDS},
+    temporal=_temporal,
+    chained=frozenset({"dddb3b0361f531bc"}),
     sensitive=("x_embedder", "context_embedder", "proj_out"),
 )

@@ -8,7 +8,16 @@ import torch
 
 from diffuse_compress.families.base import Branch, BranchRole, Conditioning, Smoothing, Streams
 
-__all__ = ["FF", "FF_CONTEXT", "adaln_zero", "gated", "joint_smoothing", "modulate", "single_smoothing"]
+__all__ = [
+    "FF",
+    "FF_CONTEXT",
+    "adaln_zero",
+    "gated",
+    "joint_attention_gate",
+    "joint_smoothing",
+    "modulate",
+    "single_smoothing",
+]
 
 
 def adaln_zero(
@@ -39,20 +48,41 @@ def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
 
 
 def _feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
-    shift, scale, gate = adaln_zero(block, conditioning, "norm1", 6)[3:]
-    output = block.ff(modulate(block.norm2(streams["hidden_states"]), shift, scale))
-    return {"hidden_states": gated(output, gate)}
+    shift, scale = adaln_zero(block, conditioning, "norm1", 6)[3:5]
+    return {"hidden_states": block.ff(modulate(block.norm2(streams["hidden_states"]), shift, scale))}
+
+
+def _feed_forward_gate(block: Any, outputs: Streams, conditioning: Conditioning) -> Streams:
+    gate = adaln_zero(block, conditioning, "norm1", 6)[5]
+    return {"hidden_states": gated(outputs["hidden_states"], gate)}
 
 
 def _text_feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
-    shift, scale, gate = adaln_zero(block, conditioning, "norm1_context", 6)[3:]
-    output = block.ff_context(modulate(block.norm2_context(streams["encoder_hidden_states"]), shift, scale))
-    return {"encoder_hidden_states": gated(output, gate)}
+    shift, scale = adaln_zero(block, conditioning, "norm1_context", 6)[3:5]
+    text = modulate(block.norm2_context(streams["encoder_hidden_states"]), shift, scale)
+    return {"encoder_hidden_states": block.ff_context(text)}
 
 
-FF = Branch("ff", BranchRole.FEED_FORWARD, _feed_forward, ("ff",))
+def _text_feed_forward_gate(block: Any, outputs: Streams, conditioning: Conditioning) -> Streams:
+    gate = adaln_zero(block, conditioning, "norm1_context", 6)[5]
+    return {"encoder_hidden_states": gated(outputs["encoder_hidden_states"], gate)}
+
+
+def joint_attention_gate(block: Any, outputs: Streams, conditioning: Conditioning) -> Streams:
+    """``Branch.gate`` of joint attention with AdaLN-Zero on both token kinds."""
+    gate = adaln_zero(block, conditioning, "norm1", 6)[2]
+    text_gate = adaln_zero(block, conditioning, "norm1_context", 6)[2]
+    return {
+        "hidden_states": gated(outputs["hidden_states"], gate),
+        "encoder_hidden_states": gated(outputs["encoder_hidden_states"], text_gate),
+    }
+
+
+FF = Branch("ff", BranchRole.FEED_FORWARD, _feed_forward, ("ff",), gate=_feed_forward_gate)
 """Of the picture's tokens in a joint block with AdaLN-Zero ``norm1``."""
-FF_CONTEXT = Branch("ff_context", BranchRole.FEED_FORWARD, _text_feed_forward, ("ff_context",))
+FF_CONTEXT = Branch(
+    "ff_context", BranchRole.FEED_FORWARD, _text_feed_forward, ("ff_context",), gate=_text_feed_forward_gate
+)
 """Of its text tokens, modulated by ``norm1_context``."""
 
 

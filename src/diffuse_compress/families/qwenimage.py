@@ -18,7 +18,8 @@ from diffuse_compress.families.base import (
     TemporalMap,
     in_lists,
 )
-from diffuse_compress.families.flux import clipped
+from diffuse_compress.families.embedding import modulations
+from diffuse_compress.families.flux import clipped, text_then_hidden
 
 __all__ = ["QWENIMAGE"]
 
@@ -63,31 +64,63 @@ def _text_modulation(block: Any, conditioning: Conditioning) -> tuple[torch.Tens
     return halves
 
 
+def _modulated(block: Any, norm: str, stream: str, streams: Streams, conditioning: Conditioning) -> torch.Tensor:
+    """Normed and modulated tokens of a stream; their gate is kept for :func:`_gate`."""
+    x, gate = block._modulate(getattr(block, norm)(streams[stream]), *_parameters(block, norm, conditioning))
+    conditioning.preset(f"{norm} gate", gate)
+    return x
+
+
+def _parameters(block: Any, norm: str, conditioning: Conditioning) -> tuple[Any, ...]:
+    """What ``_modulate`` is given beside the tokens behind a norm (img_norm1 to txt_norm2)."""
+    half = int(norm[-1]) - 1
+    if norm.startswith("txt"):
+        return (_text_modulation(block, conditioning)[half],)
+    return _image_modulation(block, conditioning)[half], conditioning.modulate_index
+
+
+def _gate(block: Any, norm: str, output: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    """An output times its gate, which also is there when the branch was not computed."""
+    gate = conditioning.once(
+        f"{norm} gate", lambda: block._modulate(output.new_zeros(()), *_parameters(block, norm, conditioning))[1]
+    )
+    gated: torch.Tensor = gate * output
+    return gated
+
+
 def _attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
-    image = block.img_norm1(streams["hidden_states"])
-    image, gate = block._modulate(image, _image_modulation(block, conditioning)[0], conditioning.modulate_index)
-    text = block.txt_norm1(streams["encoder_hidden_states"])
-    text, text_gate = block._modulate(text, _text_modulation(block, conditioning)[0])
     output, text_output = block.attn(
-        hidden_states=image,
-        encoder_hidden_states=text,
+        hidden_states=_modulated(block, "img_norm1", "hidden_states", streams, conditioning),
+        encoder_hidden_states=_modulated(block, "txt_norm1", "encoder_hidden_states", streams, conditioning),
         encoder_hidden_states_mask=conditioning.encoder_hidden_states_mask,
         image_rotary_emb=conditioning.image_rotary_emb,
         **conditioning.joint_attention_kwargs,
     )
-    return {"hidden_states": gate * output, "encoder_hidden_states": text_gate * text_output}
+    return {"hidden_states": output, "encoder_hidden_states": text_output}
+
+
+def _attention_gate(block: nn.Module, outputs: Streams, conditioning: Conditioning) -> Streams:
+    return {
+        "hidden_states": _gate(block, "img_norm1", outputs["hidden_states"], conditioning),
+        "encoder_hidden_states": _gate(block, "txt_norm1", outputs["encoder_hidden_states"], conditioning),
+    }
 
 
 def _image_mlp(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
-    x = block.img_norm2(streams["hidden_states"])
-    x, gate = block._modulate(x, _image_modulation(block, conditioning)[1], conditioning.modulate_index)
-    return {"hidden_states": gate * block.img_mlp(x)}
+    return {"hidden_states": block.img_mlp(_modulated(block, "img_norm2", "hidden_states", streams, conditioning))}
+
+
+def _image_mlp_gate(block: nn.Module, outputs: Streams, conditioning: Conditioning) -> Streams:
+    return {"hidden_states": _gate(block, "img_norm2", outputs["hidden_states"], conditioning)}
 
 
 def _text_mlp(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
-    x = block.txt_norm2(streams["encoder_hidden_states"])
-    x, gate = block._modulate(x, _text_modulation(block, conditioning)[1])
-    return {"encoder_hidden_states": gate * block.txt_mlp(x)}
+    text = _modulated(block, "txt_norm2", "encoder_hidden_states", streams, conditioning)
+    return {"encoder_hidden_states": block.txt_mlp(text)}
+
+
+def _text_mlp_gate(block: nn.Module, outputs: Streams, conditioning: Conditioning) -> Streams:
+    return {"encoder_hidden_states": _gate(block, "txt_norm2", outputs["encoder_hidden_states"], conditioning)}
 
 
 def _end(block: nn.Module, streams: Streams, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,9 +128,9 @@ def _end(block: nn.Module, streams: Streams, conditioning: Conditioning) -> tupl
 
 
 _BRANCHES = (
-    Branch("attn", BranchRole.ATTENTION, _attention, ("attn",)),
-    Branch("img_mlp", BranchRole.FEED_FORWARD, _image_mlp, ("img_mlp",)),
-    Branch("txt_mlp", BranchRole.FEED_FORWARD, _text_mlp, ("txt_mlp",)),
+    Branch("attn", BranchRole.ATTENTION, _attention, ("attn",), gate=_attention_gate),
+    Branch("img_mlp", BranchRole.FEED_FORWARD, _image_mlp, ("img_mlp",), gate=_image_mlp_gate),
+    Branch("txt_mlp", BranchRole.FEED_FORWARD, _text_mlp, ("txt_mlp",), gate=_text_mlp_gate),
 )
 
 QWENIMAGE_TRANSFORMER_BLOCK = BlockKind(
@@ -106,6 +139,7 @@ QWENIMAGE_TRANSFORMER_BLOCK = BlockKind(
     begin=_begin,
     branches=lambda block: _BRANCHES,
     end=_end,
+    returns=text_then_hidden,
     processors=frozenset({"QwenDoubleStreamAttnProcessor2_0"}),
     smoothing=lambda block: (
         Smoothing(("attn.to_q", "attn.to_k", "attn.to_v"), modulation="img_mod.1"),
@@ -120,12 +154,19 @@ QWENIMAGE_TRANSFORMER_BLOCK = BlockKind(
 
 def _temporal(model: Any) -> TemporalMap:
     embedder = "time_text_embed.timestep_embedder.*"
-    modulation = ("transformer_blocks.*.img_mod.1", "transformer_blocks.*.txt_mod.1", "norm_out.linear")
+    in_blocks = ("transformer_blocks.*.img_mod.1", "transformer_blocks.*.txt_mod.1")
+    modulation = (*in_blocks, "norm_out.linear")
     text = tuple(f"transformer_blocks.0.attn.add_{part}_proj" for part in "qkv")
+    known: dict[str, Any] = {
+        "condition": ("txt_in",),
+        "readers": (modulations(*in_blocks, by="0"), modulations("norm_out.linear")),
+        "conditions": ("encoder_hidden_states", "additional_t_cond", "guidance"),
+        "live": text,
+    }
     # Layered generation adds a label to the timestep's embedding.
     if model.config.get("use_additional_t_cond"):
-        return TemporalMap((embedder,), (*modulation, *text), ("txt_in",))
-    return TemporalMap((embedder, *modulation), text, ("txt_in",))
+        return TemporalMap((embedder,), (*modulation, *text), **known)
+    return TemporalMap((embedder, *modulation), text, **known)
 
 
 QWENIMAGE = Family(
@@ -134,5 +175,6 @@ QWENIMAGE = Family(
     blocks=in_lists("transformer_blocks"),
     kinds={"QwenImageTransformerBlock": QWENIMAGE_TRANSFORMER_BLOCK},
     temporal=_temporal,
+    chained=frozenset({"797a212d8a3d8a89"}),
     sensitive=("img_in", "txt_in", "proj_out"),
 )

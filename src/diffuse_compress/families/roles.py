@@ -3,13 +3,15 @@
 Found from the module tree, so it answers for any model class: what repeats sits in a ``ModuleList``; what stands
 outside every such list carries the model's inputs and outputs. Modulation projections (the linears that turn the
 timestep embedding into AdaLN shifts and scales, or a UNet's ``time_emb_proj``) are told by the names that the
-diffusers classes share. They see one row per sample.
+diffusers classes share. They see one row per sample. In a model that puts pictures or sounds among its text tokens,
+what is not the language model plays a part of its own.
 """
 
 from __future__ import annotations
 
 import re
 from enum import Enum
+from typing import Any
 
 from torch import nn
 
@@ -23,6 +25,7 @@ class LayerRole(str, Enum):
     MODULATION = "modulation"
     EMBEDDER = "embedder"
     OUTPUT = "output"
+    OTHER_MODALITY = "other modality"
 
 
 # One row per sample: AdaLN/AdaNorm linears (norm1.linear, adaln_single.linear, adaLN_modulation.1), resnet time
@@ -51,6 +54,9 @@ _OUTPUT = re.compile(
 )
 # A ModuleList of output layers, one per patch size (Z-Image).
 _OUTPUT_LIST = re.compile(r"(?:^|\.)\w*final_layer\w*\.")
+# What transformers' configs call the token that stands for a picture. Contrastive models (CLIP) and detectors have a
+# text_config as well, but no such token: there both encoders are the model.
+_MEDIA_TOKEN = re.compile(r"(?:image|img|vision|video|audio|speech|media)\w*_token_(?:id|index)\Z")
 
 
 def layer_roles(model: nn.Module) -> dict[str, LayerRole]:
@@ -59,7 +65,8 @@ def layer_roles(model: nn.Module) -> dict[str, LayerRole]:
     A layer inside an element of a ``ModuleList`` (or of a ``Sequential`` whose elements repeat one class) is
     BLOCK, unless its name marks it as MODULATION. Outside, layers that run before the first list in registration
     order are EMBEDDER and those after it OUTPUT, unless their name says otherwise. A model without any list is all
-    BLOCK except its first and last layer.
+    BLOCK except its first and last layer. In a vision-language or audio-language model all of this holds for the
+    language model; towers and projectors are OTHER_MODALITY.
     """
     layers = [name for name, module in model.named_modules() if has_matrix(module)]
     lists = block_lists(model)
@@ -73,7 +80,23 @@ def layer_roles(model: nn.Module) -> dict[str, LayerRole]:
         for name in layers[1:-1]:
             roles[name] = LayerRole.MODULATION if _MODULATION.search(name) else LayerRole.BLOCK
         roles[layers[0]], roles[layers[-1]] = LayerRole.EMBEDDER, LayerRole.OUTPUT
+    language = _language_parts(model)
+    for name in layers if language else ():
+        if not name.startswith(language) and not _OUTPUT.search(name.rpartition(".")[2]):
+            roles[name] = LayerRole.OTHER_MODALITY
     return roles
+
+
+def _language_parts(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the language model inside one of several modalities; () for any other model.
+
+    transformers builds it from ``config.text_config``, and it keeps that object as its own config.
+    """
+    config: Any = getattr(model, "config", None)
+    text = getattr(config, "text_config", None)
+    if text is None or not any(_MEDIA_TOKEN.match(key) for key in vars(config)):
+        return ()
+    return tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "config", None) is text)
 
 
 def _role(name: str, *, inside: bool, after_blocks: bool) -> LayerRole:

@@ -18,7 +18,8 @@ from diffuse_compress.families.base import (
     TemporalMap,
     in_lists,
 )
-from diffuse_compress.families.modulation import FF_CONTEXT, adaln_zero, modulate
+from diffuse_compress.families.embedding import modulations
+from diffuse_compress.families.modulation import FF_CONTEXT, adaln_zero, gated, modulate
 
 __all__ = ["SD3"]
 
@@ -41,44 +42,58 @@ def _normed(block: Any, conditioning: Conditioning) -> torch.Tensor:
 
 
 def _attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
-    shift, scale, gate = adaln_zero(block, conditioning, "norm1", 9 if block.use_dual_attention else 6)[:3]
+    shift, scale = adaln_zero(block, conditioning, "norm1", 9 if block.use_dual_attention else 6)[:2]
     x = streams["hidden_states"]
     normed = _normed(block, conditioning) if block.use_dual_attention else block.norm1.norm(x)
     text = streams["encoder_hidden_states"]
     if block.context_pre_only:
         normed_text = block.norm1_context(text, conditioning.temb)
     else:
-        text_shift, text_scale, text_gate = adaln_zero(block, conditioning, "norm1_context", 6)[:3]
+        text_shift, text_scale = adaln_zero(block, conditioning, "norm1_context", 6)[:2]
         normed_text = modulate(block.norm1_context.norm(text), text_shift, text_scale)
     output, text_output = block.attn(
         hidden_states=modulate(normed, shift, scale),
         encoder_hidden_states=normed_text,
         **conditioning.joint_attention_kwargs,
     )
-    deltas = {"hidden_states": gate.unsqueeze(1) * output}
+    if block.context_pre_only:
+        return {"hidden_states": output}
+    return {"hidden_states": output, "encoder_hidden_states": text_output}
+
+
+def _attention_gate(block: Any, outputs: Streams, conditioning: Conditioning) -> Streams:
+    gate = adaln_zero(block, conditioning, "norm1", 9 if block.use_dual_attention else 6)[2]
+    deltas = {"hidden_states": gated(outputs["hidden_states"], gate)}
     if not block.context_pre_only:
-        deltas["encoder_hidden_states"] = text_gate.unsqueeze(1) * text_output
+        text_gate = adaln_zero(block, conditioning, "norm1_context", 6)[2]
+        deltas["encoder_hidden_states"] = gated(outputs["encoder_hidden_states"], text_gate)
     return deltas
 
 
 def _second_attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
     """Picture tokens alone, and of the block's input: SD3.5's dual attention."""
-    shift, scale, gate = adaln_zero(block, conditioning, "norm1", 9)[6:]
+    shift, scale = adaln_zero(block, conditioning, "norm1", 9)[6:8]
     x = modulate(_normed(block, conditioning), shift, scale)
-    output = block.attn2(hidden_states=x, **conditioning.joint_attention_kwargs)
-    return {"hidden_states": gate.unsqueeze(1) * output}
+    return {"hidden_states": block.attn2(hidden_states=x, **conditioning.joint_attention_kwargs)}
+
+
+def _second_attention_gate(block: Any, outputs: Streams, conditioning: Conditioning) -> Streams:
+    return {"hidden_states": gated(outputs["hidden_states"], adaln_zero(block, conditioning, "norm1", 9)[8])}
 
 
 def _feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
     values = adaln_zero(block, conditioning, "norm1", 9 if block.use_dual_attention else 6)
-    shift, scale, gate = values[3:6]
-    output = block.ff(modulate(block.norm2(streams["hidden_states"]), shift, scale))
-    return {"hidden_states": gate.unsqueeze(1) * output}
+    return {"hidden_states": block.ff(modulate(block.norm2(streams["hidden_states"]), values[3], values[4]))}
 
 
-_ATTN = Branch("attn", BranchRole.ATTENTION, _attention, ("attn",))
-_ATTN2 = Branch("attn2", BranchRole.ATTENTION, _second_attention, ("attn2",))
-_FF = Branch("ff", BranchRole.FEED_FORWARD, _feed_forward, ("ff",))
+def _feed_forward_gate(block: Any, outputs: Streams, conditioning: Conditioning) -> Streams:
+    gate = adaln_zero(block, conditioning, "norm1", 9 if block.use_dual_attention else 6)[5]
+    return {"hidden_states": gated(outputs["hidden_states"], gate)}
+
+
+_ATTN = Branch("attn", BranchRole.ATTENTION, _attention, ("attn",), gate=_attention_gate)
+_ATTN2 = Branch("attn2", BranchRole.ATTENTION, _second_attention, ("attn2",), gate=_second_attention_gate)
+_FF = Branch("ff", BranchRole.FEED_FORWARD, _feed_forward, ("ff",), gate=_feed_forward_gate)
 
 
 def _branches(block: Any) -> tuple[Branch, ...]:
@@ -121,10 +136,16 @@ JOINT_TRANSFORMER_BLOCK = BlockKind(
     begin=_begin,
     branches=_branches,
     end=_end,
+    returns=lambda block: ("" if block.context_pre_only else "encoder_hidden_states", "hidden_states"),
     processors=frozenset({"JointAttnProcessor2_0"}),
     unsupported=lambda block: "feed-forward chunking" if block._chunk_size is not None else None,
     smoothing=_smoothing,
 )
+
+_MODULATIONS = ("transformer_blocks.*.norm1.linear", "transformer_blocks.*.norm1_context.linear", "norm_out.linear")
+
+# The first block's text tokens have seen no sample yet.
+_FIRST_TEXT = tuple(f"transformer_blocks.0.attn.add_{part}_proj" for part in "qkv")
 
 SD3 = Family(
     name="sd3",
@@ -134,14 +155,14 @@ SD3 = Family(
     temporal=lambda model: TemporalMap(
         timestep=("time_text_embed.timestep_embedder.*",),
         timestep_and_condition=(
-            "transformer_blocks.*.norm1.linear",
-            "transformer_blocks.*.norm1_context.linear",
-            "norm_out.linear",
-            "transformer_blocks.0.attn.add_q_proj",
-            "transformer_blocks.0.attn.add_k_proj",
-            "transformer_blocks.0.attn.add_v_proj",
+            *_MODULATIONS,
+            *_FIRST_TEXT,
         ),
         condition=("time_text_embed.text_embedder.*", "context_embedder"),
+        readers=(modulations(*_MODULATIONS),),
+        conditions=("encoder_hidden_states", "pooled_projections"),
+        live=_FIRST_TEXT,
     ),
+    chained=frozenset({"af15fd38543f3cf2"}),
     sensitive=("pos_embed", "context_embedder", "proj_out"),
 )

@@ -18,7 +18,8 @@ from diffuse_compress.families.base import (
     TemporalMap,
     single_stream,
 )
-from diffuse_compress.families.basic_block import BASIC_TRANSFORMER_BLOCK
+from diffuse_compress.families.basic_block import BASIC_TRANSFORMER_BLOCK, PROCESSORS
+from diffuse_compress.families.embedding import Entry, Reader, attended
 
 __all__ = ["UNET_2D", "UNET_2D_CONDITION"]
 
@@ -75,7 +76,11 @@ def _add_to_shortcut(block: Any, streams: Streams, deltas: Streams) -> Streams:
     return {"hidden_states": (x + deltas["hidden_states"]) / block.output_scale_factor}
 
 
-_RESNET = (Branch("resnet", BranchRole.RESNET, _resnet, ("norm1", "conv1", "norm2", "conv2"), _add_to_shortcut),)
+_RESNET = (
+    Branch(
+        "resnet", BranchRole.RESNET, _resnet, ("norm1", "conv1", "norm2", "conv2"), _add_to_shortcut, residual=False
+    ),
+)
 
 RESNET_BLOCK = BlockKind(
     class_name="ResnetBlock2D",
@@ -134,6 +139,7 @@ _ATTENTION = (
         _spatial_attention,
         ("to_q", "to_k", "to_v", "to_out"),
         _rescaled,
+        residual=False,
     ),
 )
 
@@ -159,16 +165,19 @@ SPATIAL_ATTENTION = BlockKind(
 _KINDS = {kind.class_name: kind for kind in (RESNET_BLOCK, BASIC_TRANSFORMER_BLOCK, SPATIAL_ATTENTION)}
 
 
-def _blocks(model: Any) -> list[str]:
-    """Residual units in the order of the forward pass: down, middle, up; each resnet before its attention."""
+def _blocks(model: Any, inner: bool = True) -> list[str]:
+    """Residual units in the order of the forward pass: down, middle, up; each resnet before its attention.
+
+    ``inner`` lists the blocks inside of each transformer, else the transformer as one.
+    """
     down, up = (
         [f"{side}.{index}" for index in range(len(getattr(model, side)))] for side in ("down_blocks", "up_blocks")
     )
     middle = [] if model.mid_block is None else ["mid_block"]
-    return [unit for name in (*down, *middle, *up) for unit in _stage(name, model.get_submodule(name))]
+    return [unit for name in (*down, *middle, *up) for unit in _stage(name, model.get_submodule(name), inner)]
 
 
-def _stage(prefix: str, stage: Any) -> list[str]:
+def _stage(prefix: str, stage: Any, inner: bool) -> list[str]:
     resnets = getattr(stage, "resnets", None) or ()
     attentions = getattr(stage, "attentions", None) or ()
     # Attention follows the resnet of its index, and the middle ends with a further resnet; NCSN++ has one attention in
@@ -178,7 +187,7 @@ def _stage(prefix: str, stage: Any) -> list[str]:
     for index in range(len(resnets)):
         names.append(f"{prefix}.resnets.{index}")
         if 0 <= index - first < len(attentions):
-            names.extend(_units(f"{prefix}.attentions.{index - first}", attentions[index - first]))
+            names.extend(_units(f"{prefix}.attentions.{index - first}", attentions[index - first], inner))
     for name, module in stage.named_modules():
         resizes = name.startswith(("downsamplers.", "upsamplers.")) or name in ("resnet_down", "resnet_up")
         if resizes and type(module).__name__ == "ResnetBlock2D":
@@ -186,24 +195,40 @@ def _stage(prefix: str, stage: Any) -> list[str]:
     return names
 
 
-def _units(name: str, attention: Any) -> list[str]:
-    inner = getattr(attention, "transformer_blocks", None)
-    if inner is not None:
-        return [f"{name}.transformer_blocks.{index}" for index in range(len(inner))]
+def _units(name: str, attention: Any, inner: bool) -> list[str]:
+    blocks = getattr(attention, "transformer_blocks", None)
+    if inner and blocks is not None:
+        return [f"{name}.transformer_blocks.{index}" for index in range(len(blocks))]
     return [] if attention is None else [name]
 
 
+def _time_input(entry: Entry, layer: str) -> torch.Tensor:
+    """What a resnet's ``time_emb_proj`` reads."""
+    block = entry.parent(layer)
+    temb: torch.Tensor = entry["temb"] if block.skip_time_act else block.nonlinearity(entry["temb"])
+    return temb
+
+
 def _temporal(model: Any) -> TemporalMap:
-    projections = ("*.time_emb_proj",)
-    condition = ("*.attn2.to_k", "*.attn2.to_v", "class_embedding", "add_embedding.*", "encoder_hid_proj")
+    projections, text = ("*.time_emb_proj",), ("*.attn2.to_k", "*.attn2.to_v")
     config = model.config
+    readers = [Reader(projections, ("temb",), _time_input)]
+    if config.get("encoder_hid_dim_type") is None:
+        # Otherwise the text is projected after the model got it, and before the first block could be asked.
+        readers.append(Reader(text, ("encoder_hidden_states",), attended, PROCESSORS))
+    known: dict[str, Any] = {
+        "condition": (*text, "class_embedding", "add_embedding.*", "encoder_hid_proj"),
+        "readers": tuple(readers),
+        "conditions": ("encoder_hidden_states", "class_labels", "timestep_cond", "added_cond_kwargs"),
+    }
     if config.get("time_cond_proj_dim") is not None:
         # LCM feeds the guidance scale into the time embedding.
-        return TemporalMap((), ("time_embedding.linear_*", *projections), (*condition, "time_embedding.cond_proj"))
+        known["condition"] += ("time_embedding.cond_proj",)
+        return TemporalMap((), ("time_embedding.linear_*", *projections), **known)
     added = any(config.get(key) is not None for key in ("class_embed_type", "num_class_embeds", "addition_embed_type"))
     if added:
-        return TemporalMap(("time_embedding.*",), projections, condition)
-    return TemporalMap(("time_embedding.*", *projections), (), condition)
+        return TemporalMap(("time_embedding.*",), projections, **known)
+    return TemporalMap(("time_embedding.*", *projections), (), **known)
 
 
 def _family(name: str, class_name: str) -> Family:
@@ -211,6 +236,7 @@ def _family(name: str, class_name: str) -> Family:
         name=name,
         classes=(class_name,),
         blocks=_blocks,
+        wholes=lambda model: _blocks(model, inner=False),
         kinds=_KINDS,
         temporal=_temporal,
         sensitive=("conv_in", "conv_out", "*.conv_shortcut", "*.upsamplers.*.conv"),

@@ -19,8 +19,11 @@ from diffuse_compress.families.base import (
     in_lists,
     single_stream,
 )
+from diffuse_compress.families.embedding import Entry, Reader
 
 __all__ = ["WAN"]
+
+_PROCESSORS = frozenset({"WanAttnProcessor"})
 
 
 def _begin(
@@ -54,10 +57,14 @@ def _add_in_float32(block: nn.Module, streams: Streams, deltas: Streams) -> Stre
 
 
 def _self_attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
-    shift, scale, gate = _modulation(block, conditioning)[:3]
+    shift, scale = _modulation(block, conditioning)[:2]
     x = streams["hidden_states"]
     normed = (block.norm1(x.float()) * (1 + scale) + shift).type_as(x)
-    return {"hidden_states": block.attn1(normed, None, None, conditioning.rotary_emb) * gate}
+    return {"hidden_states": block.attn1(normed, None, None, conditioning.rotary_emb)}
+
+
+def _attention_gate(block: nn.Module, outputs: Streams, conditioning: Conditioning) -> Streams:
+    return {"hidden_states": outputs["hidden_states"] * _modulation(block, conditioning)[2]}
 
 
 def _cross_attention(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
@@ -67,16 +74,20 @@ def _cross_attention(block: Any, streams: Streams, conditioning: Conditioning) -
 
 
 def _feed_forward(block: Any, streams: Streams, conditioning: Conditioning) -> Streams:
-    shift, scale, gate = _modulation(block, conditioning)[3:]
+    shift, scale = _modulation(block, conditioning)[3:5]
     x = streams["hidden_states"]
     normed = (block.norm3(x.float()) * (1 + scale) + shift).type_as(x)
-    return {"hidden_states": block.ffn(normed).float() * gate}
+    return {"hidden_states": block.ffn(normed)}
+
+
+def _feed_forward_gate(block: nn.Module, outputs: Streams, conditioning: Conditioning) -> Streams:
+    return {"hidden_states": outputs["hidden_states"].float() * _modulation(block, conditioning)[5]}
 
 
 _BRANCHES = (
-    Branch("attn1", BranchRole.ATTENTION, _self_attention, ("attn1",), _add_in_float32),
+    Branch("attn1", BranchRole.ATTENTION, _self_attention, ("attn1",), _add_in_float32, _attention_gate),
     Branch("attn2", BranchRole.CROSS_ATTENTION, _cross_attention, ("attn2",)),
-    Branch("ffn", BranchRole.FEED_FORWARD, _feed_forward, ("ffn",), _add_in_float32),
+    Branch("ffn", BranchRole.FEED_FORWARD, _feed_forward, ("ffn",), _add_in_float32, _feed_forward_gate),
 )
 
 
@@ -96,9 +107,25 @@ WAN_TRANSFORMER_BLOCK = BlockKind(
     begin=_begin,
     branches=lambda block: _BRANCHES,
     end=single_stream,
-    processors=frozenset({"WanAttnProcessor"}),
+    processors=_PROCESSORS,
     smoothing=_smoothing,
 )
+
+_IMAGE_KEYS = ("blocks.*.attn2.add_k_proj", "blocks.*.attn2.add_v_proj")
+_TEXT_KEYS = ("blocks.*.attn2.to_k", "blocks.*.attn2.to_v")
+# Of the tokens that a block is given, WanAttnProcessor takes the last 512 for text wherever it has image keys.
+_TEXT_TOKENS = 512
+
+
+def _text(entry: Entry, layer: str) -> torch.Tensor:
+    tokens: torch.Tensor = entry["encoder_hidden_states"]
+    return tokens if entry.parent(layer).add_k_proj is None else tokens[:, tokens.shape[1] - _TEXT_TOKENS :]
+
+
+def _image(entry: Entry, layer: str) -> torch.Tensor:
+    tokens: torch.Tensor = entry["encoder_hidden_states"]
+    return tokens[:, : tokens.shape[1] - _TEXT_TOKENS]
+
 
 WAN = Family(
     name="wan",
@@ -110,11 +137,15 @@ WAN = Family(
         condition=(
             "condition_embedder.text_embedder.*",
             "condition_embedder.image_embedder.*",
-            "blocks.*.attn2.to_k",
-            "blocks.*.attn2.to_v",
-            "blocks.*.attn2.add_k_proj",
-            "blocks.*.attn2.add_v_proj",
+            *_TEXT_KEYS,
+            *_IMAGE_KEYS,
         ),
+        readers=(
+            Reader(_TEXT_KEYS, ("encoder_hidden_states",), _text, _PROCESSORS),
+            Reader(_IMAGE_KEYS, ("encoder_hidden_states",), _image, _PROCESSORS),
+        ),
+        conditions=("encoder_hidden_states", "encoder_hidden_states_image"),
     ),
+    chained=frozenset({"42e5b8a1f03961ac"}),
     sensitive=("patch_embedding", "condition_embedder", "proj_out"),
 )

@@ -58,12 +58,14 @@ class LayerEntry:
         compute_dtype: dtype of its inputs and bias.
         act_pre_scale: it has a per-input-channel smoothing scale.
         low_rank: rank of its low-rank branch, 0 for none.
+        folded: a smoothing scale of its input or output is inside other weights.
     """
 
     scheme: Scheme
     compute_dtype: torch.dtype
     act_pre_scale: bool = False
     low_rank: int = 0
+    folded: bool = False
 
 
 @dataclass
@@ -112,6 +114,7 @@ def layer_entries(model: nn.Module) -> dict[str, LayerEntry]:
             layer.compute_dtype,
             getattr(layer, "act_pre_scale", None) is not None,
             0 if low_rank is None else low_rank.shape[0],
+            layer.folded,
         )
     return entries
 
@@ -162,6 +165,8 @@ def metadata_of(state: ComponentState) -> dict[str, str]:
             extra["act_pre_scale"] = True
         if entry.low_rank:
             extra["low_rank"] = entry.low_rank
+        if entry.folded:
+            extra["folded"] = True
         layers[name] = [label, extra] if extra else [label]
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -254,6 +259,7 @@ def install_placeholders(model: nn.Module, layers: Mapping[str, LayerEntry]) -> 
                 act_pre_scale=entry.act_pre_scale,
                 low_rank=entry.low_rank,
             )
+            layer.folded = entry.folded
         except (AttributeError, DiffuseCompressError, TypeError) as error:
             raise CheckpointError(
                 f"{type(model).__name__}.{name}: the checkpoint holds a quantized layer here, the model class does "

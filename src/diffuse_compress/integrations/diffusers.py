@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 
-from diffuse_compress.errors import DiffuseCompressWarning
-from diffuse_compress.integrations.compat import add_to_diffusers_config, remove_from_diffusers_config
+from diffuse_compress.errors import DiffuseCompressWarning, MissingDependencyError
+from diffuse_compress.integrations.compat import add_to_diffusers_config, may_patch, remove_from_diffusers_config
 from diffuse_compress.integrations.component import (
     FP32_PARAMETER_NAMES,
     ComponentState,
@@ -25,9 +26,14 @@ from diffuse_compress.integrations.component import (
 from diffuse_compress.integrations.peft import support_adapters
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
 from diffuse_compress.integrations.quantizer import QuantizerMixin
-from diffuse_compress.integrations.refusals import wrap_fusing
+from diffuse_compress.integrations.refusals import wrap_fusing, wrap_ip_adapters
+from diffuse_compress.runtime.sampling import SamplingSettings
+from diffuse_compress.runtime.steps import Consumer, track, untrack
 
 __all__ = ["DiffuseCompressQuantizer", "mark_compressed", "register", "unmark"]
+
+
+_STATIC_SCALES = "static input scales"
 
 
 class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ignore[misc]
@@ -140,6 +146,7 @@ class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ign
         self._restore_dense_layers(model)
         remove_from_diffusers_config(model, "quantization_config")
         model.__dict__.pop("quantization_method", None)
+        untrack(model, _STATIC_SCALES)
         return model
 
     @property
@@ -168,11 +175,23 @@ def _mark(model: Any, quantizer: DiffuseCompressQuantizer, state: ComponentState
     model.is_quantized = False
     add_to_diffusers_config(model, "quantization_config", state.config)
     wrap_fusing(model)
+    wrap_ip_adapters(model)
     support_adapters()
+    _compare_settings(model, state)
+
+
+def _compare_settings(model: Any, state: ComponentState) -> None:
+    """Let runs that are far from the calibration be told of, where something static depends on it."""
+    found = SamplingSettings.from_dict((state.config.calibration or {}).get("sampling", {}))
+    is_static = any(entry.scheme.has_static_inputs for entry in state.layers.values())
+    if is_static and found != SamplingSettings() and may_patch():
+        with suppress(MissingDependencyError):  # a part of diffusers cannot be imported: nothing will tell of steps
+            track(model, Consumer(_STATIC_SCALES, saves=False, calibrated=found))
 
 
 def unmark(model: Any) -> None:
     """Undo :func:`mark_compressed`; the layers are the caller's business."""
+    untrack(model, _STATIC_SCALES)
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(name, None)
     remove_from_diffusers_config(model, "quantization_config")

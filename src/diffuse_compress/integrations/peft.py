@@ -11,24 +11,26 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffuse_compress.errors import ModelStateError
+from diffuse_compress.errors import DiffuseCompressWarning, ModelStateError
 from diffuse_compress.integrations.compat import may_patch
 from diffuse_compress.integrations.component import quantized_layers
 from diffuse_compress.integrations.wrapping import is_wrapped, wrapping
 from diffuse_compress.quantization.convert import requantize
 from diffuse_compress.quantization.layer_base import QuantizedLayer
 
-__all__ = ["has_adapters", "merge_errors", "restore_merge_errors", "support_adapters"]
+__all__ = ["has_adapters", "merge_errors", "restore_merge_errors", "support_adapters", "warn_of_folding"]
 
 _UNMERGED = "_diffuse_compress_unmerged"
 _MERGE_ERROR = "_diffuse_compress_merge_error"
 _PACKED = "_diffuse_compress_packed"
+_WARNED = "_diffuse_compress_warned"
 # LoRA initializations that take out of the base weight what they put into the adapter.
 _REWRITES_BASE = ("pissa_init", "olora_init", "corda_init", "loftq_init", "lora_ga_init")
 
@@ -52,6 +54,17 @@ def support_adapters() -> None:
     _wrap_conv(_ConvNd)
     pipelines = sys.modules.get("diffusers.loaders.lora_pipeline")
     _wrap_expanding(getattr(pipelines, "FluxLoraLoaderMixin", object))
+
+
+def warn_of_folding(what: str) -> None:
+    """Warn that ``what`` is put on layers of which a smoothing scale was folded into other weights."""
+    warnings.warn(
+        f"{what}: smoothing scales were folded into this model's weights, so some of its layers read and return other "
+        "values than those of the original. One that is trained on this compressed model fits it; one that was trained "
+        "on the original does not: for that, compress the original with fold=False in AWQConfig or SmoothQuantConfig.",
+        DiffuseCompressWarning,
+        stacklevel=4,
+    )
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -123,6 +136,9 @@ def _wrap_replacing(cls: Any) -> None:
 
     @wrapping(stock)
     def replace(self: Any, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if _is_packed(new_module) and new_module.base_layer.folded and not vars(self).get(_WARNED):  # type: ignore[union-attr]
+            vars(self)[_WARNED] = True  # once for an adapter, not for each of its layers
+            warn_of_folding("adapter")
         if isinstance(new_module, QuantizedLayer):
             setattr(parent, child_name, new_module)
         else:

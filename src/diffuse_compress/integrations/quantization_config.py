@@ -14,6 +14,7 @@ import torch
 from diffuse_compress.errors import ConfigError, nearest
 from diffuse_compress.integrations.compat import mixin_bases
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, SequenceConfig, algorithm_from_dict
+from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.presets import resolve_preset
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import QuantizationSpec
@@ -49,9 +50,14 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
             its role.
         seed: of algorithms that draw random numbers.
         compute_dtype: dtype of the unquantized layers; recorded when a model is compressed.
+        observer: how ranges of static inputs (``ActivationScheme(dynamic=False)``) follow from the calibration:
+            "minmax" (the default), "mse", "percentile" or an ObserverConfig.
+
+    Attributes:
+        calibration: what a compressed component was calibrated on (``Calibration.settings_of``), or None.
 
     Raises:
-        ConfigError: unknown names; a preset that needs calibration and got none.
+        ConfigError: unknown names; a preset that needs calibration and got none; an observer, and no static inputs.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
         overrides: Mapping[str, str | Scheme | None] | None = None,
         seed: int = 0,
         compute_dtype: torch.dtype | str | None = None,
+        observer: ObserverConfig | Mapping[str, Any] | str | None = None,
     ) -> None:
         algorithm = _as_algorithm(algorithm)
         self._algorithm_is_default = algorithm is None
@@ -74,22 +81,34 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
                 modules_to_not_convert=modules_to_not_convert,
                 overrides=overrides,
                 seed=seed,
+                observer=observer,
             ),
             compute_dtype,
         )
 
     @classmethod
-    def from_spec(cls, spec: QuantizationSpec, compute_dtype: torch.dtype | None = None) -> QuantizationConfig:
+    def from_spec(
+        cls,
+        spec: QuantizationSpec,
+        compute_dtype: torch.dtype | None = None,
+        calibration: Mapping[str, Any] | None = None,
+    ) -> QuantizationConfig:
         """The config around an existing spec, e.g. one resolved on a model."""
         config = cls.__new__(cls)
         config._algorithm_is_default = False
-        config._set(spec, compute_dtype)
+        config._set(spec, compute_dtype, calibration)
         return config
 
-    def _set(self, spec: QuantizationSpec, compute_dtype: torch.dtype | str | None) -> None:
+    def _set(
+        self,
+        spec: QuantizationSpec,
+        compute_dtype: torch.dtype | str | None,
+        calibration: Mapping[str, Any] | None = None,
+    ) -> None:
         self.quant_method = _Method.DIFFUSE_COMPRESS
         self.spec = spec
         self.compute_dtype = _as_dtype(compute_dtype)
+        self.calibration = None if calibration is None else dict(calibration)
         self.modules_to_not_convert = list(spec.modules_to_not_convert) or None
 
     def with_calibration(self) -> QuantizationConfig:
@@ -110,7 +129,8 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         """JSON-able content of ``config.json``'s ``quantization_config``: patterns only, no prompts, no paths."""
         dtype = None if self.compute_dtype is None else str(self.compute_dtype).removeprefix("torch.")
-        return {"quant_method": QUANT_METHOD, "compute_dtype": dtype, **self.spec.to_dict()}
+        data = {"quant_method": QUANT_METHOD, "compute_dtype": dtype, **self.spec.to_dict()}
+        return data if self.calibration is None else {**data, "calibration": copy.deepcopy(self.calibration)}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Same as :meth:`to_dict`; diffusers' mixin calls it without defining it."""
@@ -126,7 +146,8 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
         """
         data = {key: val for key, val in config_dict.items() if key != "quant_method"}
         if "schema_version" in data:
-            config = cls.from_spec(QuantizationSpec.from_dict(data), _as_dtype(data.get("compute_dtype")))
+            spec, dtype = QuantizationSpec.from_dict(data), _as_dtype(data.get("compute_dtype"))
+            config = cls.from_spec(spec, dtype, data.get("calibration"))
         else:
             known = {name for name in inspect.signature(cls.__init__).parameters if name != "self"}
             unknown = [name for name in data if name not in known]
@@ -155,7 +176,7 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
         return f"QuantizationConfig({', '.join(parts)})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizationConfig:
-        config = type(self).from_spec(copy.deepcopy(self.spec, memo), self.compute_dtype)
+        config = type(self).from_spec(copy.deepcopy(self.spec, memo), self.compute_dtype, self.calibration)
         config._algorithm_is_default = self._algorithm_is_default
         return config
 

@@ -55,10 +55,11 @@ class QuantizerMixin:
     def _await_dense_weights(self, model: Any) -> None:
         """Decide, on the meta-device model, which layers are quantized as their weights arrive."""
         spec = self.quantization_config.spec
-        if spec.algorithm.needs_calibration:
+        if spec.needs_calibration:
+            what = spec.algorithm.summary if spec.algorithm.needs_calibration else "a static input scale"
             raise ConfigError(
-                f"{type(model).__name__}: {spec.algorithm.summary} needs calibration data, and weights quantized while "
-                "they load see none. Load the dense model, then call compress(..., calibration=...)."
+                f"{type(model).__name__}: {what} needs calibration data, and weights quantized while they load see "
+                "none. Load the dense model, then call compress(..., calibration=...)."
             )
         if spec.algorithm.rotates_residual:
             raise ConfigError(

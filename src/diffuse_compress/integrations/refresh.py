@@ -76,7 +76,7 @@ def _refresh(model: Any, state: ComponentState) -> ComponentState:
     same = entries == state.layers and dtype == state.config.compute_dtype and base_model == state.base_model
     if get_state(model) is state and same:
         return state
-    config = QuantizationConfig.from_spec(state.config.spec, dtype)
+    config = QuantizationConfig.from_spec(state.config.spec, dtype, state.config.calibration)
     fresh = replace(state, config=config, layers=entries, base_model=base_model)
     marks_of(model)[0](model, fresh)
     return fresh
@@ -96,4 +96,5 @@ def _state_of_parts(model: nn.Module) -> ComponentState:
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
     spec = states[0].config.spec.resolved(tuple(generalize(schemes)))
-    return ComponentState(QuantizationConfig.from_spec(spec), layer_entries(model), base_model=states[0].base_model)
+    config = QuantizationConfig.from_spec(spec, calibration=states[0].config.calibration)
+    return ComponentState(config, layer_entries(model), base_model=states[0].base_model)

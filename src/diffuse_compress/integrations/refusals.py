@@ -1,4 +1,7 @@
-"""What would undo a compression behind the user's back, stopped on compressed models before it touches a weight."""
+"""What would undo a compression behind the user's back, stopped on compressed models before it touches a weight.
+
+And what may not fit a compressed model, which cannot be told: a warning.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ from torch import nn
 
 from diffuse_compress.errors import ModelStateError
 from diffuse_compress.integrations.compat import may_patch
-from diffuse_compress.integrations.component import get_state
+from diffuse_compress.integrations.component import get_state, quantized_layers
+from diffuse_compress.integrations.peft import warn_of_folding
 from diffuse_compress.integrations.wrapping import is_wrapped, wrapping
 from diffuse_compress.quantization.layers import QuantizedLinear
 
-__all__ = ["guard", "wrap_fusing", "wrap_layerwise_casting"]
+__all__ = ["guard", "wrap_fusing", "wrap_ip_adapters", "wrap_layerwise_casting"]
 
 
 def guard(cls: type, name: str, check: Callable[[Any], None]) -> None:
@@ -39,6 +43,17 @@ def wrap_fusing(model: nn.Module) -> None:
     """Let the class of ``model`` fuse no packed projections: the fused layer would be a dense copy of them."""
     for cls in type(model).__mro__ if may_patch() else ():
         guard(cls, "fuse_qkv_projections", _refuse_fusing)
+
+
+def wrap_ip_adapters(model: nn.Module) -> None:
+    """Let the class of ``model`` warn of an IP-Adapter that reads values which a folded scale has changed."""
+    for cls in type(model).__mro__ if may_patch() else ():
+        guard(cls, "_load_ip_adapter_weights", _warn_of_folding)
+
+
+def _warn_of_folding(model: Any) -> None:
+    if any(layer.folded for layer in quantized_layers(model).values()):
+        warn_of_folding("IP-Adapter")
 
 
 def _refuse_layerwise_casting(model: Any) -> None:

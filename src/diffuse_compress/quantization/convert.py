@@ -165,12 +165,16 @@ def requantize(
     given: dict[str, Any] = {
         name: getattr(layer, name) for name in ("act_pre_scale", "input_scale", "input_zero_point")
     }
-    given["low_rank"] = layer._low_rank
+    given |= {"low_rank": layer._low_rank, "compute_dtype": layer.compute_dtype}
+    made: QuantizedLinear | QuantizedConv2d
     if isinstance(layer, QuantizedLinear):
         assert isinstance(dense, nn.Linear)
-        return QuantizedLinear.from_dense(dense, quantized, layer.scheme, compute_dtype=layer.compute_dtype, **given)
-    assert isinstance(dense, nn.Conv2d)
-    return QuantizedConv2d.from_dense(dense, quantized, layer.scheme, compute_dtype=layer.compute_dtype, **given)
+        made = QuantizedLinear.from_dense(dense, quantized, layer.scheme, **given)
+    else:
+        assert isinstance(dense, nn.Conv2d)
+        made = QuantizedConv2d.from_dense(dense, quantized, layer.scheme, **given)
+    made.folded = layer.folded
+    return made
 
 
 def module_aliases(model: nn.Module) -> dict[int, list[str]]:

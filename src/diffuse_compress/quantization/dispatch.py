@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,11 @@ class ComputePath:
     is_integer: bool
     description: str
     faster_than_dense: bool | None = None
+
+    def with_branch(self) -> ComputePath:
+        """Of a layer with a low-rank branch, whose time comes on top of what was measured."""
+        faster = False if self.faster_than_dense is False else None
+        return replace(self, description=f"{self.description}, and a low-rank branch", faster_than_dense=faster)
 
 
 @dataclass

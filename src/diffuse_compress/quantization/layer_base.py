@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -105,6 +104,8 @@ class QuantizedLayer(nn.Module):
     low_rank_up: nn.Parameter | None
     scheme: Scheme
     compute_dtype: torch.dtype
+    folded = False
+    """Whether its input or output is scaled inside other weights: adapters of the model as it was do not fit here."""
 
     def _setup(self, tensors: dict[str, torch.Tensor], scheme: Scheme, compute_dtype: torch.dtype) -> None:
         self.scheme = scheme
@@ -165,8 +166,37 @@ class QuantizedLayer(nn.Module):
             return values.to(self.compute_dtype)
 
     def _with_branch(self, path: ComputePath) -> ComputePath:
-        """``path``, its speed unmeasured where a low-rank branch comes on top of what was measured."""
-        return path if self.low_rank_down is None else replace(path, faster_than_dense=None)
+        return path if self.low_rank_down is None else path.with_branch()
+
+    def scale_outputs(self, factors: torch.Tensor) -> None:
+        """Multiply what the layer returns by ``factors``, fp32 [N], in its scales, bias and branch; codes stay.
+
+        Raises:
+            ModelStateError: one scale stands for all rows.
+        """
+        rows = factors.to(self.scale.device).reshape(-1, 1)
+        if self.scale.shape[0] != rows.shape[0]:
+            raise ModelStateError(
+                f"scale_outputs: needs a scale for each of {rows.shape[0]} rows, found {self.scheme.name} with "
+                f"{self.scale.shape[0]}. Use PerChannel() or PerGroup()."
+            )
+        # New tensors: a bias may be the dense layer's own.
+        self.scale.data = self.scale.detach() * rows
+        if self.zero_point is not None and self.scheme.weight.additive_zero_point:
+            self.zero_point.data = self.zero_point.detach() * rows
+        if self.low_rank_up is not None:
+            self.low_rank_up.data = (self.low_rank_up.detach().float() * rows).to(self.low_rank_up.dtype)
+        if self.bias is not None:
+            self.bias.data = (self.bias.detach().float() * rows.squeeze(1)).to(self.bias.dtype)
+        self.folded = True
+
+    def fold_pre_scale(self) -> None:
+        """Drop ``act_pre_scale``, which whatever precedes the layer multiplies by from now on."""
+        scale = self._column_scale
+        if scale is not None and self.low_rank_down is not None:
+            self.low_rank_down.data = (self.low_rank_down.detach().float() / scale).to(self.low_rank_down.dtype)
+        self.act_pre_scale = None
+        self.folded = True
 
     @property
     def num_bytes(self) -> int:
@@ -189,6 +219,8 @@ class QuantizedLayer(nn.Module):
         parts = [f"scheme={self.scheme.name}", f"compute_dtype={str(self.compute_dtype).removeprefix('torch.')}"]
         if self.act_pre_scale is not None:
             parts.append("act_pre_scale=True")
+        if self.folded:
+            parts.append("folded=True")
         if self.scheme.input_rotation is not None:
             parts.append(f"input_rotation={self.scheme.input_rotation}")
         if self.low_rank_down is not None:

@@ -3,16 +3,19 @@
 Each observer is made for one scheme, is shown tensors with ``update`` and answers with ``qparams``. MinMaxObserver
 serves weights and static activations, MSEObserver weights, HistogramObserver and PercentileObserver static
 activations: these count values over any number of batches, and observers of several processes merge exactly.
+:class:`ObserverConfig` names the one that a model's static inputs get.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
 
 import torch
 
-from diffuse_compress.errors import ConfigError, ModelStateError
+from diffuse_compress.errors import ConfigError, ModelStateError, nearest
 from diffuse_compress.quantization.numerics import (
     FLOAT8,
     FLOAT8_MAX,
@@ -28,12 +31,70 @@ from diffuse_compress.quantization.numerics import (
 )
 from diffuse_compress.quantization.scheme import ActivationScheme, PerTensor, TwoLevel, WeightScheme
 
-__all__ = ["HistogramObserver", "MSEObserver", "MinMaxObserver", "Observer", "PercentileObserver"]
+__all__ = ["HistogramObserver", "MSEObserver", "MinMaxObserver", "Observer", "ObserverConfig", "PercentileObserver"]
 
 _ROW_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)
 _GROUP_SCALE_STEPS = 8
 _HISTOGRAM_RATIOS = 256
 _HISTOGRAM_ROUNDS = 3
+_CACHED_ELEMENTS = 1 << 16
+
+
+_KINDS = ("minmax", "mse", "percentile")
+
+
+@dataclass(frozen=True)
+class ObserverConfig:
+    """How the range of a static input follows from the values that calibration shows.
+
+    Args:
+        kind: "minmax" takes the whole range (:class:`MinMaxObserver`), "mse" the one with the least expected rounding
+            error (:class:`HistogramObserver`), "percentile" clips a fixed share (:class:`PercentileObserver`).
+        norm: exponent of the error that "mse" minimises; above 2, what is clipped weighs more.
+        percentile: percent of the values that "percentile" keeps, in (50, 100].
+    """
+
+    kind: str = "minmax"
+    norm: float = 2.4
+    percentile: float = 99.99
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ConfigError(f"observer: unknown kind {self.kind!r}; {nearest(str(self.kind), _KINDS)}")
+        if not self.norm > 0 or not 50 < self.percentile <= 100:
+            raise ConfigError(
+                f"observer: need norm > 0 and percentile in (50, 100], got norm={self.norm}, "
+                f"percentile={self.percentile}."
+            )
+
+    @classmethod
+    def of(cls, value: ObserverConfig | str | Mapping[str, Any]) -> ObserverConfig:
+        """``value`` itself, the config of this kind, or that of a :meth:`to_dict`. Raises ConfigError for others."""
+        if isinstance(value, ObserverConfig):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        if not isinstance(value, Mapping):
+            raise ConfigError(
+                f"observer: ObserverConfig(), its kind or its dict, got {type(value).__name__} {value!r}."
+            )
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in value if name not in known]
+        if unknown:
+            raise ConfigError(f"observer: unknown field {unknown[0]!r}; {nearest(str(unknown[0]), known)}")
+        return cls(**value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+    def make(self, scheme: ActivationScheme) -> Observer:
+        """A new observer for inputs of this static scheme."""
+        if self.kind == "minmax":
+            return MinMaxObserver(scheme)
+        if self.kind == "percentile":
+            return PercentileObserver(scheme, self.percentile)
+        return HistogramObserver(scheme, norm=self.norm)
 
 
 class Observer(Protocol):
@@ -334,7 +395,14 @@ class HistogramObserver:
         """Expected error of ranges [C], each over all bins."""
         counts, centers = self._seen(), self._centers()
         centers, counts = centers[counts > 0], counts[counts > 0].double()
-        qparams = qparams_from_range(low, high, self.scheme)
+        # A few ranges at a time: what stands between stays in the cache.
+        few = max(1, _CACHED_ELEMENTS // max(1, centers.numel()))
+        parts = zip(low.split(few), high.split(few), strict=True)
+        return torch.cat(
+            [self._expected_error(qparams_from_range(*part, self.scheme), centers, counts) for part in parts]
+        )
+
+    def _expected_error(self, qparams: QParams, centers: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         scale = qparams.scale.double().unsqueeze(-1)
         steps = centers / scale
         fmt = self.scheme.format

@@ -8,7 +8,9 @@ from diffuse_compress.errors import ConfigError, nearest
 from diffuse_compress.quantization.algorithms.awq import AWQConfig
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, SequenceConfig
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig
+from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
+from diffuse_compress.quantization.algorithms.svdquant import SVDQuantConfig
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
     NumberFormat,
@@ -36,6 +38,8 @@ _FP8 = Scheme(_FP8_WEIGHT_ONLY.weight, ActivationScheme(NumberFormat.FLOAT8_E4M3
 _W4A4 = Scheme(_INT4_TWO_LEVEL, ActivationScheme(NumberFormat.INT4, PerToken()))
 
 _AWQ_GPTQ = SequenceConfig((AWQConfig(), GPTQConfig()))
+# Convolutions are not rotated, and have the branch alone.
+_QUAROT_SVDQUANT = SequenceConfig((QuaRotConfig(), SVDQuantConfig()))
 # Group sizes are worth bits as well: int4 in groups of 32 takes 5.25 with its scales. 2 bits in groups of 32 and 3 bits
 # in groups of 32 are left out: about as large as a bit more in groups of 128, and worse.
 _WEIGHT_ONLY = (
@@ -136,7 +140,7 @@ PRESETS: dict[str, QuantizationPreset] = {
             _W4A4,
             _W4A16,
             "int4 weights (two-level scales per 128 columns) with int4 activations (per token, dynamic)",
-            calibrated=_AWQ_GPTQ,
+            calibrated=_QUAROT_SVDQUANT,
             mixed=(_W4A4, _W4A8, _W8A8),
             needs_calibration=(
                 "4-bit activations lose too much with plain rounding to be a default: a calibrated algorithm "

@@ -279,11 +279,30 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """Short label, e.g. ``w4a8`` or ``fp8``; for people, not for identity (compare objects for that)."""
+        """Short label: ``w4a8``, ``fp8``, ``w8a8-static``; for people, not for identity (compare objects for that)."""
+        static = "-static" if self.has_static_inputs else ""
         if not self.weight.format.is_integer:
-            return "fp8" if self.activation is not None else "fp8-weight-only"
+            return f"fp8{static}" if self.activation is not None else "fp8-weight-only"
         act = 16 if self.activation is None else self.activation.format.bits
-        return f"w{self.weight.format.bits}a{act}"
+        return f"w{self.weight.format.bits}a{act}{static}"
+
+    @property
+    def has_static_inputs(self) -> bool:
+        """Inputs are quantized with a scale that was found on calibration data."""
+        return self.activation is not None and not self.activation.dynamic
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of the static scale and zero point of the input."""
+        if self.activation is None or self.activation.dynamic:
+            return 0
+        return 4 if self.activation.symmetric else 5
+
+    def with_dynamic_inputs(self) -> Scheme:
+        """The same with a scale per token, measured on every call, instead of a static one."""
+        if self.activation is None or self.activation.dynamic:
+            return self
+        return dataclasses.replace(self, activation=ActivationScheme(self.activation.format, PerToken()))
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         """Stored bits per element of a weight [N, K], scales, zero points and padding included."""

@@ -12,6 +12,7 @@ import torch
 from diffuse_compress.errors import CheckpointError, ConfigError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, algorithm_from_dict, algorithm_to_dict
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
+from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.presets import resolve_preset
 from diffuse_compress.quantization.scheme import Scheme
 
@@ -47,6 +48,7 @@ class QuantizationSpec:
         rules: the resolved form: (pattern, Scheme) for every converted layer. When present, it alone decides, so
             that a checkpoint means the same under every later release.
         seed: seed of algorithms that draw random numbers.
+        observer: chooses the ranges of static inputs.
     """
 
     scheme: Scheme
@@ -57,6 +59,7 @@ class QuantizationSpec:
     overrides: Rules = ()
     rules: Rules | None = None
     seed: int = 0
+    observer: ObserverConfig = field(default_factory=ObserverConfig)
 
     @classmethod
     def build(
@@ -68,8 +71,13 @@ class QuantizationSpec:
         modules_to_not_convert: str | Iterable[str] | None = None,
         overrides: Mapping[str, str | Scheme | None] | None = None,
         seed: int = 0,
+        observer: ObserverConfig | str | Mapping[str, Any] | None = None,
     ) -> QuantizationSpec:
-        """Resolve a user's request. Raises ConfigError for unknown names and for presets that need calibration."""
+        """Resolve a user's request.
+
+        Raises:
+            ConfigError: unknown names, presets that need calibration, or an observer that nothing would use.
+        """
         keep = _patterns(modules_to_not_convert)
         _check_types(algorithm, overrides, seed)
         name = None
@@ -87,7 +95,7 @@ class QuantizationSpec:
             if resolved is None:
                 raise ConfigError("QuantizationConfig: scheme must be a preset name, a Scheme or its dict, got None.")
             body, modulation, default = resolved, resolved, RTNConfig()
-        return cls(
+        spec = cls(
             scheme=body,
             modulation_scheme=resolve_scheme(modulation_scheme) or modulation,
             algorithm=algorithm if algorithm is not None else default,
@@ -95,7 +103,26 @@ class QuantizationSpec:
             modules_to_not_convert=keep,
             overrides=tuple((pattern, resolve_scheme(value)) for pattern, value in (overrides or {}).items()),
             seed=seed,
+            observer=ObserverConfig() if observer is None else ObserverConfig.of(observer),
         )
+        if observer is not None and not spec.has_static_inputs:
+            raise ConfigError(
+                f"observer: chooses ranges of static inputs, and {spec.scheme.name} has none. Leave it out, or take a "
+                "Scheme with ActivationScheme(..., PerTensor(), dynamic=False)."
+            )
+        return spec
+
+    @property
+    def has_static_inputs(self) -> bool:
+        """Some layer may get a static input scale."""
+        named = (self.scheme, self.modulation_scheme, *(scheme for _, scheme in self.overrides))
+        decisive = named if self.rules is None else (scheme for _, scheme in self.rules)
+        return any(scheme is not None and scheme.has_static_inputs for scheme in decisive)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """The algorithm, or a static scale, follows from inputs."""
+        return self.algorithm.needs_calibration or self.has_static_inputs
 
     def generator(self, layer: str) -> torch.Generator:
         """A generator of its own for each layer, so that results depend on neither order nor global state."""
@@ -109,11 +136,12 @@ class QuantizationSpec:
     def differences(self, other: QuantizationSpec) -> list[str]:
         """What two requests differ in, as ``field: own value -> other's value``.
 
-        Whether either was resolved on a model, and the seed of an algorithm that draws no random numbers, make no
-        difference.
+        Whether either was resolved on a model, the seed of an algorithm that draws no random numbers, and the observer
+        where nothing is static make no difference.
         """
         names = ["algorithm", "scheme", "modulation_scheme", "modules_to_not_convert", "overrides"]
         names += ["seed"] if self.algorithm.is_random or other.algorithm.is_random else []
+        names += ["observer"] if self.has_static_inputs or other.has_static_inputs else []
 
         found = []
         for name in names:
@@ -148,6 +176,8 @@ class QuantizationSpec:
             "rules": None if self.rules is None else [[pattern, label(scheme)] for pattern, scheme in self.rules],
             "seed": self.seed,
         }
+        if self.has_static_inputs:
+            data["observer"] = self.observer.to_dict()
         data["schemes"] = {name: scheme.to_dict() for scheme, name in labels.items()}
         return data
 
@@ -175,6 +205,7 @@ class QuantizationSpec:
                 overrides=read(data.get("overrides", ())),
                 rules=None if data.get("rules") is None else read(data["rules"]),
                 seed=int(data.get("seed", 0)),
+                observer=ObserverConfig.of(data.get("observer") or {}),
             )
         except ConfigError:
             raise

@@ -34,8 +34,9 @@ class Listener(Protocol):
     def on_set_timesteps(self, scheduler: Any) -> None:
         """A scheduler got a schedule."""
 
-    def on_step(self, scheduler: Any, timestep: Any) -> None:
-        """A scheduler has stepped from ``timestep``, if it is told; nested calls (``super().step``) count once."""
+    def on_step(self, scheduler: Any, timestep: Any, sample: Any) -> None:
+        """A scheduler has stepped ``sample`` from ``timestep``, None for what it was not told; nested calls
+        (``super().step``) count once."""
 
     def on_enter(self, pipeline: Any) -> None:
         """A pipeline is called."""
@@ -149,13 +150,18 @@ def _in_its_constructor(scheduler: Any) -> bool:
 
 
 def _teller(original: Callable[..., Any], listener: Listener) -> Callable[[Any, Any, Any], None]:
-    """Tells of a step and of the timestep it was given, wherever the signature has it."""
+    """Tells of a step, and of the timestep and the sample it was given, wherever the signature has them."""
     names = list(inspect.signature(original).parameters)[1:]
-    name = next((name for name in ("timestep", "timesteps") if name in names), "")
-    position = names.index(name) if name else -1
+
+    def place(*wanted: str) -> tuple[str, int]:
+        name = next((name for name in wanted if name in names), "")
+        return name, names.index(name) if name else -1
+
+    places = place("timestep", "timesteps"), place("sample")
 
     def step(scheduler: Any, args: Any, kwargs: Any) -> None:
-        listener.on_step(scheduler, kwargs.get(name, args[position] if 0 <= position < len(args) else None))
+        given = (kwargs.get(name, args[at] if 0 <= at < len(args) else None) for name, at in places)
+        listener.on_step(scheduler, *given)
 
     return step
 

@@ -25,6 +25,7 @@ __all__ = [
     "PAST_THE_END",
     "SEVERAL_ROWS",
     "START_UNKNOWN",
+    "TIMESTEP_FORMS",
     "Run",
 ]
 
@@ -52,7 +53,7 @@ COPIED = Reason(
 # Calls in a step that need no proof even if there was just one in the steps before: guidance may set in later.
 _CALLS_IN_A_STEP = 2
 # Forms in which pipelines hand a timestep t of a schedule over num_train_timesteps = n to their models.
-_FORMS = (lambda t, n: t, lambda t, n: t / n, lambda t, n: 1 - t / n, lambda t, n: n - t)
+TIMESTEP_FORMS = (lambda t, n: t, lambda t, n: t / n, lambda t, n: 1 - t / n, lambda t, n: n - t)
 _REVERSED = (2, 3)
 
 _run_numbers = itertools.count(1)
@@ -69,8 +70,10 @@ class Run:
         taken: steps of the scheduler so far.
         first_row: row of the first iteration, above 0 in img2img; None while it is unknown. Until the first step it may
             be corrected.
+        num_train_timesteps: n of the timesteps t in 0..n that the schedule is over.
         copied: the scheduler is a copy of the one that got the schedule.
         apart: another scheduler of the same schedule was seen at another step.
+        num_latents: rows of what the scheduler steps; None before its first step.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -83,8 +86,9 @@ class Run:
         self.first_row: int | None = None
         self.copied = False
         self.apart = False
+        self.num_latents: int | None = None
         train = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
-        self._train = train if isinstance(train, int) and train > 0 else 1000
+        self.num_train_timesteps = train if isinstance(train, int) and train > 0 else 1000
         self._forms: frozenset[int] = frozenset()
         self._last_row: int | None = None
         self._stepped_row: int | None = None
@@ -148,9 +152,17 @@ class Run:
         self.timesteps, self._values = current, None
         self._rows.clear()
 
-    def take_step(self, timestep: Any) -> None:
-        """The scheduler has stepped from ``timestep``."""
+    @property
+    def num_inference_steps(self) -> int | None:
+        """Steps that the scheduler was asked for; of one that does not say, its rows."""
+        steps = _integer(self.scheduler(), "num_inference_steps")
+        return self.num_rows if steps is None else steps
+
+    def take_step(self, timestep: Any, sample: Any = None) -> None:
+        """The scheduler has stepped ``sample`` from ``timestep``."""
         self.refresh()
+        if isinstance(sample, torch.Tensor) and sample.ndim > 0:
+            self.num_latents = sample.shape[0]
         row = self.row_of(timestep)
         if row is None and isinstance(value := _readable(timestep), float):
             counted = None if self.first_row is None else self.first_row + self.step
@@ -290,7 +302,7 @@ class Run:
         value = _readable(timestep)
         if value is None or isinstance(value, Reason) or not self.values:
             return value if isinstance(value, Reason) else None, self._forms
-        forms = self._forms if self._forms and self.taken else frozenset(range(len(_FORMS)))
+        forms = self._forms if self._forms and self.taken else frozenset(range(len(TIMESTEP_FORMS)))
         if expected is None:
             nearest = {form: row for form in forms if (row := self._nearest(form, value, timestep)) is not None}
             # Reversed forms say so little elsewhere that only the schedule's first row is believed.
@@ -318,7 +330,7 @@ class Run:
 
     def _distance(self, form: int, row: int, value: float, timestep: Any) -> float | None:
         """Difference of ``value`` from a row's timestep in this form, if rounding may be all there is between them."""
-        given = _FORMS[form](self.values[row], self._train)
+        given = TIMESTEP_FORMS[form](self.values[row], self.num_train_timesteps)
         tensor = isinstance(timestep, torch.Tensor)
         relative = torch.finfo(timestep.dtype).eps if tensor and timestep.is_floating_point() else 1e-6
         # A schedule of fractions may reach the model as whole numbers.

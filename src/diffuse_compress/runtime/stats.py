@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffuse_compress.errors import DiffuseCompressError, DiffuseCompressWarning
+from diffuse_compress.runtime.sampling import SamplingLog
 
 __all__ = [
     "ACHIEVED_SHARE",
@@ -21,7 +22,7 @@ __all__ = [
     "Reason",
     "RunShare",
     "missed_message",
-    "warn_missed",
+    "warn",
 ]
 
 ACHIEVED_SHARE = 0.9
@@ -116,6 +117,7 @@ class CallStats:
         lost: those of them whose step was not known either.
         methods: by name of the method.
         shares: its part in each run, by the run's number.
+        sampling: the settings it was run with.
     """
 
     planned_steps: int | None = None
@@ -125,6 +127,7 @@ class CallStats:
     lost: int = 0
     methods: dict[str, MethodStats] = field(default_factory=dict)
     shares: dict[int, RunShare] = field(default_factory=dict)
+    sampling: SamplingLog = field(default_factory=SamplingLog, repr=False, compare=False)
 
     def method(self, name: str) -> MethodStats:
         """Statistics of a method, made on first use."""
@@ -240,12 +243,12 @@ def missed_message(where: str, name: str, call: CallStats) -> str:
     return f"{where}: {name} {call.explain(name)}" if where else f"{name} {call.explain(name)}"
 
 
-def warn_missed(where: str, name: str, call: CallStats) -> None:
+def warn(message: str) -> None:
     """One warning at the user's line; the caller sees to it that it comes once."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back
-    warnings.warn(missed_message(where, name, call), DiffuseCompressWarning, stacklevel=level)
+    warnings.warn(message, DiffuseCompressWarning, stacklevel=level)
 
 
 def _times(count: int) -> str:

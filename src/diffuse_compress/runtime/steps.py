@@ -32,13 +32,14 @@ from diffuse_compress.errors import MissingDependencyError
 from diffuse_compress.families.base import TIMESTEP_NAMES
 from diffuse_compress.runtime import events
 from diffuse_compress.runtime.run import START_UNKNOWN, Run
+from diffuse_compress.runtime.sampling import SamplingSettings
 from diffuse_compress.runtime.stats import (
     CallStats,
     CompressionStats,
     PlanMissedError,
     Reason,
     missed_message,
-    warn_missed,
+    warn,
 )
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "StepContext",
     "StepTracker",
     "current",
+    "remove_hooks",
     "stats_of",
     "track",
     "tracker_of",
@@ -87,11 +89,16 @@ class Consumer:
         name: as shown in statistics ("feature cache").
         plan: units of work it means to save in each step of a run, given the run; None if it has no plan.
         strict: raise instead of warning when a call achieves less than 90 % of the plan.
+        saves: work is to be saved; False of one that only looks on, and can miss nothing.
+        calibrated: of what is static in it: the settings that this holds for. A run that is far from them is told of,
+            once.
     """
 
     name: str
     plan: Callable[[Run], Sequence[int] | None] = _no_plan
     strict: bool = False
+    saves: bool = True
+    calibrated: SamplingSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -181,12 +188,12 @@ class _Scope:
             for run in self.runs:
                 run.values  # noqa: B018  read here, outside of the loop: they may be on a device
 
-    def step(self, scheduler: Any, timestep: Any) -> None:
+    def step(self, scheduler: Any, timestep: Any, sample: Any) -> None:
         run = next((run for run in self.runs if run.scheduler() is scheduler), None) or self._adopt(scheduler)
         if run is None:
             self.stranger = True
             return
-        run.take_step(timestep)
+        run.take_step(timestep, sample)
         if self.owner is None and run.over:
             self.close(run, {})
 
@@ -250,8 +257,8 @@ class _Listener:
     def on_set_timesteps(self, scheduler: Any) -> None:
         _thread.scopes[-1].begin(scheduler)
 
-    def on_step(self, scheduler: Any, timestep: Any) -> None:
-        _thread.scopes[-1].step(scheduler, timestep)
+    def on_step(self, scheduler: Any, timestep: Any, sample: Any) -> None:
+        _thread.scopes[-1].step(scheduler, timestep, sample)
 
     def on_enter(self, pipeline: Any) -> None:
         # super().__call__ is the same call.
@@ -311,6 +318,7 @@ class StepTracker:
         self.last: CallStats | None = None
         self.last_owner: weakref.ref[Any] | None = None
         self._warned: set[str] = set()
+        self._warned_of_settings: set[str] = set()
         self._position: tuple[str, int] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepTracker:
@@ -338,6 +346,10 @@ class StepTracker:
         known = run if problem is None or problem is START_UNKNOWN else None
         self.record(scope, scope.stats.get(self) or CallStats())
         self._count(scope, run, known, problem)
+        if known is not None:
+            scope.stats[self].sampling.see(known, call, args, kwargs)
+        # An interrupt skips the hook after a call, and in a hand-written loop nobody else takes its context away.
+        _thread.active[:] = [context for context in _thread.active if context.tracker is not self]
         _thread.active.append(
             StepContext(
                 tracker=self,
@@ -375,19 +387,34 @@ class StepTracker:
             _thread.active.pop()
 
     def check(self, stats: CallStats, where: str, strict: bool = True) -> None:
-        """At the end of a pipeline's call or of a loop: warn, once for each method, where its plan was missed.
+        """At the end of a pipeline's call or of a loop: warn, once for each method, where its plan was missed, and once
+        where the settings were far from those of its calibration.
 
         Raises:
             PlanMissedError: of a strict consumer.
         """
         for name, consumer in self.consumers.items():
-            if not stats.missed(name):
+            self._check_settings(consumer, stats, where)
+            if not consumer.saves or not stats.missed(name):
                 continue
             if consumer.strict and strict:
                 raise PlanMissedError(missed_message(where, name, stats))
             if name not in self._warned:
                 self._warned.add(name)
-                warn_missed(where, name, stats)
+                warn(missed_message(where, name, stats))
+
+    def _check_settings(self, consumer: Consumer, stats: CallStats, where: str) -> None:
+        if consumer.calibrated is None or consumer.name in self._warned_of_settings:
+            return
+        far = consumer.calibrated.far(stats.sampling.settings())
+        if far:
+            self._warned_of_settings.add(consumer.name)
+            known, seen = (", ".join(pair[side] for pair in far) for side in (0, 1))
+            warn(
+                f"{where}: {consumer.name} come from a calibration with {known}, and this call ran with {seen}. They "
+                "may not fit it, and quality suffers then. Record a calibration as the model is used, and compress "
+                "the dense model with that."
+            )
 
     def _timestep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._position is None:
@@ -426,6 +453,8 @@ def track(model: nn.Module, consumer: Consumer | None = None) -> StepTracker:
         model.register_forward_pre_hook(tracker.before, with_kwargs=True)
         model.register_forward_hook(tracker.after, always_call=True)
     if consumer is not None:
+        if tracker.consumers.get(consumer.name) != consumer:
+            tracker._warned_of_settings.discard(consumer.name)
         tracker.consumers[consumer.name] = consumer
     return tracker
 
@@ -444,12 +473,15 @@ def untrack(model: nn.Module, consumer: str | None = None) -> None:
     tracker = tracker_of(model)
     if tracker is None:
         return
-    if consumer is not None:
-        tracker.consumers.pop(consumer, None)
-        if tracker.consumers:
-            return
+    if consumer is not None and (tracker.consumers.pop(consumer, None) is None or tracker.consumers):
+        return
+    remove_hooks(model, tracker)
+
+
+def remove_hooks(model: nn.Module, owner: object) -> None:
+    """Take the forward hooks off that are methods of ``owner``; handles do not survive a copy of the model."""
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is tracker]:
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
             del hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
             model._forward_hooks_always_called.pop(key, None)

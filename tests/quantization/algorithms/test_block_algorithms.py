@@ -21,6 +21,7 @@ from diffuse_compress.quantization.algorithms.base import (
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, as_rows, unchanged_twin
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig, collected
 from diffuse_compress.quantization.algorithms.hqq import HQQConfig
+from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig, smoothing_scale
 from diffuse_compress.quantization.numerics import choose_qparams, dequantize, quantize_weight
@@ -180,9 +181,24 @@ def test_sequences_are_written_and_read_and_refused() -> None:
     assert [step["kind"] for step in data["algorithms"]] == ["awq", "gptq"]
     assert algorithm_from_dict(data) == SEQUENCE
     assert SEQUENCE.needs_calibration
-    assert not SequenceConfig((RTNConfig(), HQQ)).needs_calibration
-    with pytest.raises(ConfigError, match="two or more different algorithms"):
-        SequenceConfig((GPTQConfig(), GPTQConfig()))
+    assert not SequenceConfig((QuaRotConfig(), HQQ)).needs_calibration
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ((GPTQConfig(), GPTQConfig()), "two or more different algorithms"),
+        ((GPTQConfig(), AWQConfig()), "AWQConfig prepares layers for the choice of codes, and must come before it"),
+        ((GPTQConfig(), RTNConfig()), "RTNConfig has nothing to do after GPTQConfig: both choose the codes"),
+        (
+            (AWQConfig(), SmoothQuantConfig(), GPTQConfig()),
+            "SmoothQuantConfig has nothing to do after AWQConfig",
+        ),
+    ],
+)
+def test_sequences_in_which_one_has_nothing_to_do_are_refused(steps: tuple[AlgorithmConfig, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SequenceConfig(steps)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ SCHEMES = {name: preset.scheme.weight for name, preset in PRESETS.items()} | {
     "w4-g64": WeightScheme(NumberFormat.INT4, PerGroup(64), symmetric=False),
     "w3-g64": WeightScheme(NumberFormat.INT3, PerGroup(64), symmetric=False),
     "w2-g64": WeightScheme(NumberFormat.INT2, PerGroup(64), symmetric=False),
+    "float-zero": WeightScheme(NumberFormat.INT4, PerGroup(64), symmetric=False, float_zero_point=True),
+    "additive": WeightScheme(NumberFormat.INT4, PerGroup(64), symmetric=False, additive_zero_point=True),
 }
 
 

@@ -55,6 +55,8 @@ def test_layers_compute_what_their_format_says(dtype: torch.dtype) -> None:
     x[..., 3] *= 30
     layer = quantize_module(dense, replace(W8A8, input_rotation=256), RTNConfig())
     layer.act_pre_scale = nn.Parameter(torch.rand(256) + 0.5, requires_grad=False)
+    layer.low_rank_down = nn.Parameter(torch.randn(4, 256, dtype=dtype) / 16, requires_grad=False)
+    layer.low_rank_up = nn.Parameter(torch.randn(48, 4, dtype=dtype) / 2, requires_grad=False)
     with torch.no_grad():
         ours, reference = layer(x), FakeQuantizedLayer(layer)(x)
         assert relative_rms(reference, ours) < (1e-5 if dtype == torch.float32 else 1e-2)

@@ -1,12 +1,21 @@
-"""AdaRound: learn for each weight whether to round it up or down, so that the layer's output stays.
+"""AdaRound: learn for each weight which of two codes to take, so that the layer's output stays.
 
 Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", arXiv 2004.10568, equations 21 to 25.
-A code is ``floor(w / s) + h(v)`` with h the rectified sigmoid of a learned v; a regulariser pushes every h to 0 or 1.
+A code is ``lower + h(v)`` with h the rectified sigmoid of a learned v; a regulariser pushes every h to 0 or 1.
 
-Deviations: the squared error of a layer's output depends on its inputs through their second moments alone, so these
-are summed once and the gradient of every step is that of all samples, not of a batch (the activation function behind
-the layer is left out for it). Error and regulariser are relative, to that of rounding to nearest and to the number of
-weights, so one setting holds for outputs of every size. The rate is higher and the steps are fewer than the authors'.
+The squared error of a layer's output depends on its inputs through their second moments alone, so these are summed once
+and the gradient of every step is that of all samples, not of a batch (the activation function behind the layer is left
+out for it). With inputs x of the quantized model and r of the unchanged one it is, but for a constant,
+
+    tr((What - W') H (What - W')^T)    with    W' = W + W C H^-1,    H = sum x x^T,    C = sum (r - x) x^T.
+
+H is that of the inputs to come, not of the few that were seen, so a ridge is added to what these give. It is a share of
+the median of the diagonal, which outlier channels do not move, and shrinks with the number of rows.
+
+Deviations: the ridge; the two codes are the one that GPTQ chooses on the same H and W' and its neighbour downhill, not
+those around W (``start="nearest"``: around W'); error and regulariser are relative, to the error at the start and to
+the number of weights, so one setting holds for outputs and layers of every size. The rate is higher and the steps are
+fewer than the authors'.
 """
 
 from __future__ import annotations
@@ -19,7 +28,13 @@ import torch
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
-from diffuse_compress.quantization.algorithms.gptq import GPTQConfig, collected
+from diffuse_compress.quantization.algorithms.gptq import (
+    GPTQConfig,
+    HessianCollector,
+    collected,
+    inverse_factor,
+    round_columns,
+)
 from diffuse_compress.quantization.numerics import QParams, choose_qparams, effective_scale, quantize_weight
 from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver
 from diffuse_compress.quantization.packed import QuantizedWeight
@@ -27,15 +42,21 @@ from diffuse_compress.quantization.scheme import WeightScheme
 
 __all__ = [
     "AdaRoundConfig",
+    "Aim",
     "Annealing",
     "LearnedRoundingConfig",
     "SoftRounding",
-    "nearest_rounding",
+    "aim_of",
+    "first_rounding",
     "round_adaptively",
 ]
 
 # Ends of the sigmoid before it is cut to [0, 1] (the authors' gamma and zeta): 0 and 1 are reached at a finite v.
 _LOW, _HIGH = -0.1, 1.1
+# How far from the code it has a weight stands at first, in steps: at 0 or 1 h has no gradient.
+_FIRST_STEP = 0.1
+# Share of the median of the diagonal: more than this is never added. Of its mean: what Cholesky in fp32 needs.
+_LARGEST_RIDGE, _SMALLEST_RIDGE = 1.0, 1e-6
 
 
 @dataclass(frozen=True)
@@ -48,13 +69,18 @@ class LearnedRoundingConfig(AlgorithmConfig):
         regularization: how strongly h is pushed to 0 or 1, relative to the error.
         warmup: share of the steps that goes without regulariser.
         observer: "mse" or "minmax", for the ranges where nothing before chose them.
+        start: "gptq": the codes that GPTQ chooses, and the best neighbour of each; "nearest": the two around a weight.
+        ridge: what is added to the diagonal of the inputs' second moments for M rows of K columns, as a share of its
+            median: ``min(1, ridge * K / M)``. More trusts few or similar samples less.
     """
 
-    iterations: int = 1000
-    learning_rate: float = 0.03
+    iterations: int = 300
+    learning_rate: float = 0.1
     regularization: float = 100.0
     warmup: float = 0.2
     observer: str = "mse"
+    start: str = "gptq"
+    ridge: float = 8.0
     needs_calibration: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
 
@@ -70,6 +96,10 @@ class LearnedRoundingConfig(AlgorithmConfig):
             raise ConfigError(f"{name}: need 0 <= warmup < 1, got {self.warmup}.")
         if self.observer not in ("mse", "minmax"):
             raise ConfigError(f"{name}: observer must be 'mse' or 'minmax', got {self.observer!r}.")
+        if self.start not in ("gptq", "nearest"):
+            raise ConfigError(f"{name}: start must be 'gptq' or 'nearest', got {self.start!r}.")
+        if self.ridge < 0:
+            raise ConfigError(f"{name}: need ridge >= 0, got {self.ridge}.")
 
     def check(self, scheme: WeightScheme) -> None:
         if not scheme.format.is_integer:
@@ -131,14 +161,30 @@ class SoftRounding:
         self._zero: torch.Tensor | None = None
         if qparams.zero_point is not None:
             self._zero = _per_column(qparams.zero_point.float(), weight.shape, scheme)
-        if self._zero is None:
-            steps = weight / self._scale
-        elif scheme.additive_zero_point:
-            steps = (weight - self._zero) / self._scale
-        else:
-            steps = weight / self._scale + self._zero
+        steps = self._in_steps(weight)
         self._floor = steps.floor()
         self.v = torch.logit(((steps - self._floor) - _LOW) / (_HIGH - _LOW))
+
+    def _in_steps(self, weight: torch.Tensor) -> torch.Tensor:
+        if self._zero is None:
+            return weight / self._scale
+        if self.scheme.additive_zero_point:
+            return (weight - self._zero) / self._scale
+        return weight / self._scale + self._zero
+
+    def begin_at(self, codes: torch.Tensor, downhill: torch.Tensor) -> None:
+        """Let each weight keep its code, or take the next one in a direction.
+
+        Args:
+            codes: fp32 [N, K] on the grid; :meth:`hard` gives it until something is learned.
+            downhill: fp32 [N, K], positive where a larger weight is better; at the end of the range it is turned.
+        """
+        low, high = self.scheme.range
+        code = self._in_steps(codes).round_().clamp_(low, high)
+        up = ((downhill > 0) & (code < high)) | (code <= low)
+        self._floor = code - (~up).float()
+        first = torch.where(up, _FIRST_STEP, 1 - _FIRST_STEP)
+        self.v = torch.logit((first - _LOW) / (_HIGH - _LOW))
 
     def _h(self) -> torch.Tensor:
         return (torch.sigmoid(self.v) * (_HIGH - _LOW) + _LOW).clamp_(0, 1)
@@ -188,12 +234,55 @@ def _per_column(values: torch.Tensor, shape: torch.Size, scheme: WeightScheme) -
     return wide[:, : shape[1]].expand(shape)
 
 
-def nearest_rounding(layer: LayerWork, observer: str) -> SoftRounding:
+@dataclass(frozen=True)
+class Aim:
+    """What the codes of a layer should stand for, and what it costs to miss it.
+
+    Attributes:
+        weight: fp32 [N, K], W' of the module's text.
+        hessian: fp32 [K, K], H; 0 where no input reaches the layer.
+    """
+
+    weight: torch.Tensor
+    hessian: torch.Tensor
+
+    def cost(self, weight: torch.Tensor) -> torch.Tensor:
+        """fp32 [N]: what each row of a weight [N, K] costs."""
+        return (self.downhill(weight) * (self.weight - weight)).sum(dim=1)
+
+    def downhill(self, weight: torch.Tensor) -> torch.Tensor:
+        """fp32 [N, K]: minus half the gradient of the cost."""
+        return (self.weight - weight) @ self.hessian
+
+
+def aim_of(layer: LayerWork, collector: HessianCollector, config: LearnedRoundingConfig) -> Aim:
+    """The aim of a layer whose inputs were collected, with those of the unchanged model."""
+    hessian, weight = collector.hessian(), layer.target()
+    diagonal = torch.diagonal(hessian)
+    reached = diagonal[diagonal > 0]
+    if reached.numel() == 0:
+        return Aim(weight, hessian)
+    share = min(_LARGEST_RIDGE, config.ridge * hessian.shape[0] / collector.rows)
+    diagonal.add_(share * reached.median())
+    cross = collector.cross()
+    if cross is not None and cross.any():
+        upper = inverse_factor(hessian.clone(), _SMALLEST_RIDGE)
+        weight += weight @ cross @ upper.t() @ upper
+    return Aim(weight, hessian)
+
+
+def first_rounding(layer: LayerWork, aim: Aim, config: LearnedRoundingConfig) -> SoftRounding:
     """The rounding of a layer before anything is learned; in its ``ranges`` if an algorithm before chose some."""
-    scheme, weight = layer.scheme.weight, layer.target()
+    scheme, weight = layer.scheme.weight, aim.weight
+    if config.start == "gptq" and torch.diagonal(aim.hessian).any():
+        gptq = GPTQConfig(damping=_SMALLEST_RIDGE, observer=config.observer)
+        codes, qparams = round_columns(weight.clone(), aim.hessian.clone(), scheme, gptq, layer.ranges)
+        rounding = SoftRounding(weight, scheme, qparams)
+        rounding.begin_at(codes, aim.downhill(codes))
+        return rounding
     if layer.ranges is not None:
         return SoftRounding(weight, scheme, choose_qparams(layer.ranges, scheme))
-    found = MSEObserver(scheme) if observer == "mse" else MinMaxObserver(scheme)
+    found = MSEObserver(scheme) if config.observer == "mse" else MinMaxObserver(scheme)
     found.update(weight)
     return SoftRounding(weight, scheme, found.qparams())
 
@@ -204,52 +293,28 @@ def calibrate(work: BlockWork, config: AdaRoundConfig) -> None:
     for names in work.subsets:
         for name, collector in collected(work, names, pairs=True).items():
             layer = work.layers[name]
-            rounding = nearest_rounding(layer, config.observer)
-            cross = collector.cross()
-            assert cross is not None
-            round_adaptively(rounding, layer.target(), collector.hessian(), cross, config)
+            aim = aim_of(layer, collector, config)
+            rounding = first_rounding(layer, aim, config)
+            round_adaptively(rounding, aim, config)
             layer.quantized = rounding.quantized()
             work.install(layer)
 
 
-def round_adaptively(
-    rounding: SoftRounding,
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    cross: torch.Tensor,
-    config: AdaRoundConfig,
-) -> None:
-    """Learn ``rounding`` so that ``|What x - W reference|^2`` is small, of which the codes can change
+def round_adaptively(rounding: SoftRounding, aim: Aim, config: LearnedRoundingConfig) -> None:
+    """Learn ``rounding``, in place, so that it is not far from ``aim``. No row costs more in the end than before."""
 
-        tr(D H D^T) - 2 tr(D (W C)^T)    with    D = What - W.
-
-    No row ends with a larger error than that of rounding to nearest.
-
-    Args:
-        rounding: of ``weight``; its ``v`` is learned.
-        weight: fp32 [N, K].
-        hessian: fp32 [K, K], H: x x^T summed over the inputs.
-        cross: fp32 [K, K], C: (reference - x) x^T summed likewise.
-        config: steps, rate, regulariser.
-    """
-    aim = weight @ cross
-
-    def error_of_rows() -> torch.Tensor:
-        difference = rounding.hard() - weight
-        return (difference @ hessian * difference - 2 * difference * aim).sum(dim=1)
-
-    nearest = rounding.hard() - weight
-    error = float((nearest @ hessian * nearest).sum())
+    at_first, start = aim.cost(rounding.hard()), rounding.v.clone()
+    error = float(at_first.sum())
     if error <= 0:
         return  # every weight is on the grid, or no input reaches the layer
-    at_first, start = error_of_rows(), rounding.v.clone()
     annealing = Annealing(config.iterations, config.warmup)
     optimizer = torch.optim.Adam([rounding.v], lr=config.learning_rate)
     for step in range(config.iterations):
-        difference = rounding.soft() - weight
-        gradient = (difference @ hessian - aim).mul_(2 / error)
-        rounding.v.grad = rounding.gradient(gradient, config.regularization / weight.numel(), annealing(step))
+        gradient = aim.downhill(rounding.soft())
+        # Times the number of weights: gradients of a size that Adam's epsilon does not matter for.
+        gradient.mul_(-2 * gradient.numel() / error)
+        rounding.v.grad = rounding.gradient(gradient, config.regularization, annealing(step))
         optimizer.step()
     # Rows do not depend on each other, and nothing promises that each of them found something better.
-    worse = error_of_rows() > at_first
+    worse = aim.cost(rounding.hard()) > at_first
     rounding.v[worse] = start[worse]

@@ -2,15 +2,17 @@
 
 Lin et al. 2024, "AWQ: Activation-aware Weight Quantization for On-Device LLM Compression and Acceleration", arXiv
 2306.00978, equations 4 and 5. Deviations: the error of a candidate is summed over all calibration calls before the best
-is chosen, never call by call; both ends of an asymmetric range are clipped on their own; the inverse scale stays with
-the layers (``act_pre_scale``), so layers behind an adaptive norm or an activation are treated alike.
+is chosen, never call by call; both ends of an asymmetric range are clipped on their own; the inverse scale is folded
+into what precedes the layers (``folding.py``) in language models only, unless ``fold`` says otherwise. Elsewhere it
+stays with the layers (``act_pre_scale``), so those behind an adaptive norm or an activation are treated alike.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,17 +21,21 @@ from torch import nn
 
 from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError
-from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
-from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, as_the_layer_sees_it, per_channel
-from diffuse_compress.quantization.algorithms.rtn import RTNConfig, quantize
-from diffuse_compress.quantization.numerics import (
-    choose_qparams,
-    dequantize,
-    fake_quantize,
-    split_groups,
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block, takes_scale
+from diffuse_compress.quantization.algorithms.block import (
+    BlockWork,
+    LayerWork,
+    as_the_layer_sees_it,
+    observed_qparams,
+    per_channel,
+    prepared,
 )
+from diffuse_compress.quantization.algorithms.folding import check_fold, set_scale
+from diffuse_compress.quantization.algorithms.rtn import RTNConfig, quantize
+from diffuse_compress.quantization.numerics import QParams, choose_qparams, dequantize, fake_quantize, split_groups
+from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.rotation import rotate
-from diffuse_compress.quantization.scheme import PerTensor, TwoLevel, WeightScheme
+from diffuse_compress.quantization.scheme import PerTensor, Scheme, TwoLevel, WeightScheme
 
 __all__ = ["AWQConfig", "AbsMeanCollector", "RowCollector", "clip_weight"]
 
@@ -54,6 +60,7 @@ class AWQConfig(AlgorithmConfig):
         clip: search ranges narrower than the weights'.
         clip_steps: ranges that are tried, from the whole one down to half of it.
         clip_rows: input rows that the search of ranges looks at.
+        fold: as in :class:`SmoothQuantConfig`.
     """
 
     num_ratios: int = 20
@@ -61,9 +68,11 @@ class AWQConfig(AlgorithmConfig):
     clip: bool = True
     clip_steps: int = 10
     clip_rows: int = 512
+    fold: bool | None = None
     kind: ClassVar[str] = "awq"
     needs_calibration: ClassVar[bool] = True
     chooses_codes: ClassVar[bool] = False
+    chooses_scales: ClassVar[bool] = True
 
     @property
     def summary(self) -> str:
@@ -75,6 +84,10 @@ class AWQConfig(AlgorithmConfig):
                 "AWQConfig: need num_ratios >= 2, clip_steps >= 2 and clip_rows >= 1, got "
                 f"num_ratios={self.num_ratios}, clip_steps={self.clip_steps}, clip_rows={self.clip_rows}."
             )
+        check_fold("AWQConfig", self.fold)
+
+    def scales_input(self, layer: nn.Module, scheme: Scheme) -> bool:
+        return takes_scale(layer)
 
 
 class AbsMeanCollector:
@@ -123,6 +136,7 @@ def calibrate(work: BlockWork, config: AWQConfig) -> None:
     if config.clip:
         layers = [layer for layer in work.layers.values() if _is_plain(layer) and not _NOT_CLIPPED.search(layer.name)]
         collectors = {layer.name: RowCollector(config.clip_rows, len(work.calls)) for layer in layers}
+        work.observe_inputs()
         work.collect(collectors, quantized_inputs=True)
         for layer in layers:
             rows = collectors[layer.name].rows()
@@ -131,7 +145,7 @@ def calibrate(work: BlockWork, config: AWQConfig) -> None:
 
 
 def _is_plain(layer: LayerWork) -> bool:
-    return layer.quantized is None and (isinstance(layer.dense, nn.Linear) or layer.dense.groups == 1)
+    return layer.quantized is None and takes_scale(layer.dense)
 
 
 # --- scales -----------------------------------------------------------------------------------------------------
@@ -145,7 +159,7 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
         return
     weights = [layer.rest() for layer in layers]
     magnitude = _relative_magnitude(layers, weights)
-    parent, calls, expected = _observed(work, [layer.name for layer in layers])
+    parent, observed, given = _observed(work, layers)
     best, best_error = None, float("inf")
     for step in range(config.num_ratios):
         ratio = step / config.num_ratios
@@ -155,13 +169,16 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
         if step == 0:
             scale = torch.ones_like(scale)  # the candidate that changes nothing is always among them
         scale = torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
-        with _tried(layers, weights, scale):
-            error = sum(_distance(call.run(parent), output) for call, output in zip(calls, expected, strict=True))
+        with _tried(layers, weights, scale, given, work.observer):
+            error = sum(
+                _distance(call.run(parent), output, functools.partial(work.counted, index=index))
+                for index, call, output in observed
+            )
         if error < best_error:
             best, best_error = scale, error
     if best is not None and not torch.equal(best, torch.ones_like(best)):
+        set_scale(work, layers, 1.0 / best, config.fold)
         for layer in layers:
-            layer.act_pre_scale = 1.0 / best
             # A least-squares range would clip the very channels that were scaled up because they matter. Two-level
             # scales are searched together, and tried so.
             layer.ranges = None if _is_two_level(layer.scheme.weight) else layer.target()
@@ -178,26 +195,36 @@ def _relative_magnitude(layers: Sequence[LayerWork], weights: Sequence[torch.Ten
     return per_channel(layers[0].dense, mean, torch.mean).clamp(min=1e-6)
 
 
-def _observed(work: BlockWork, names: Sequence[str]) -> tuple[nn.Module, list[Call], list[Any]]:
-    """The smallest module that runs all of the layers, what it is called with, and what it returns."""
-    path = _common_parent(names)
+def _observed(
+    work: BlockWork, layers: Sequence[LayerWork]
+) -> tuple[nn.Module, list[tuple[int, Call, Any]], list[torch.Tensor]]:
+    """The smallest module that runs all of the layers; the block's call, what it is called with and returns there; and
+    where a static range must be found for every candidate, what the layers, which share their input, are given."""
+    path = _common_parent([layer.name for layer in layers])
     while path and not _is_callable(work.block.get_submodule(path)):
         path = path.rpartition(".")[0]
     parent = work.block.get_submodule(path) if path else work.block
-    calls: list[Call] = []
-    outputs: list[Any] = []
+    observed: list[tuple[int, Call, Any]] = []
+    given: list[torch.Tensor] = []
+    done = 0  # calls of the block
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.append(Call(args, kwargs))
-        outputs.append(output)
+        observed.append((done, Call(args, kwargs), output))
 
-    handle = parent.register_forward_hook(note, with_kwargs=True)
+    def note_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0]
+        given.append(work.counted(x, done) if isinstance(module, nn.Linear) else x)
+
+    handles = [parent.register_forward_hook(note, with_kwargs=True)]
+    if any(layer.scheme.has_static_inputs for layer in layers):
+        handles.append(layers[0].dense.register_forward_pre_hook(note_input))
     try:
         for _ in work.run():
-            pass
+            done += 1
     finally:
-        handle.remove()
-    return parent, calls, outputs
+        for handle in handles:
+            handle.remove()
+    return parent, observed, given
 
 
 def _common_parent(names: Sequence[str]) -> str:
@@ -217,16 +244,27 @@ def _is_callable(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _tried(layers: Sequence[LayerWork], weights: Sequence[torch.Tensor], scale: torch.Tensor) -> Iterator[None]:
-    """Inside, the layers compute as they will with ``1 / scale`` on their inputs and rounded weights."""
+def _tried(
+    layers: Sequence[LayerWork],
+    weights: Sequence[torch.Tensor],
+    scale: torch.Tensor,
+    given: Sequence[torch.Tensor],
+    observer: ObserverConfig,
+) -> Iterator[None]:
+    """Inside, the layers compute as they will with ``1 / scale`` on their inputs and rounded weights; static ranges are
+    those of ``given``."""
+    ranges: dict[Scheme, QParams] = {}
     dense = [layer.dense.weight.data for layer in layers]
     handles = []
     try:
         for layer, weight in zip(layers, weights, strict=True):
             trial = LayerWork(layer.name, layer.dense, layer.scheme, act_pre_scale=1.0 / scale)
-            column = trial.column_scale
-            assert column is not None
-            scaled, rotation = weight / column, layer.scheme.input_rotation
+            if layer.scheme.activation is not None and trial.needs_range:
+                if layer.scheme not in ranges:
+                    inputs = (prepared(x, trial) for x in given)
+                    ranges[layer.scheme] = observed_qparams(inputs, layer.scheme.activation, observer)
+                trial.input_qparams = ranges[layer.scheme]
+            scaled, rotation = weight / layer.per_column(1.0 / scale), layer.scheme.input_rotation
             rounded = _rounded(scaled if rotation is None else rotate(scaled, rotation), layer.scheme.weight)
             layer.dense.weight.data = rounded.to(dense[0].dtype).reshape(layer.dense.weight.shape)
             handles.append(layer.dense.register_forward_pre_hook(_scaled(trial)))
@@ -256,14 +294,15 @@ def _scaled(layer: LayerWork) -> Any:
     return enter
 
 
-def _distance(a: Any, b: Any) -> float:
-    """Summed squared difference of all floating tensors in two outputs."""
+def _distance(a: Any, b: Any, counted: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    """Summed squared difference of the rows that count in all floating tensors of two outputs."""
     if isinstance(a, torch.Tensor):
-        return float((a.float() - b.float()).square().sum(dtype=torch.float64)) if a.is_floating_point() else 0.0
+        difference = counted(a.float() - b.float()) if a.is_floating_point() else torch.zeros(1)
+        return float(difference.square().sum(dtype=torch.float64))
     if isinstance(a, dict):
-        return sum(_distance(a[key], b[key]) for key in a)
+        return sum(_distance(a[key], b[key], counted) for key in a)
     if isinstance(a, tuple | list):
-        return sum(_distance(x, y) for x, y in zip(a, b, strict=True))
+        return sum(_distance(x, y, counted) for x, y in zip(a, b, strict=True))
     return 0.0
 
 

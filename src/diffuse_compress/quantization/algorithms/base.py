@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ __all__ = [
     "register",
     "register_block",
     "steps_of",
+    "takes_scale",
 ]
 
 
@@ -42,7 +44,10 @@ class AlgorithmConfig:
     The class selects the algorithm; ``kind`` is its name in files and never changes. ``is_random`` says whether the
     result depends on the seed, ``needs_calibration`` whether it looks at inputs and works on whole blocks,
     ``chooses_codes`` whether it ends with codes, so that what only prepares layers must come before it,
-    ``needs_reference`` whether it also wants the block and its inputs as they are in the model before any change.
+    ``chooses_scales`` whether it gives channels of the inputs a scale, ``needs_quantized_inputs`` whether it has
+    nothing to do where inputs stay as they are, ``needs_reference`` whether it also wants the block and its inputs as
+    they are in the model before any change, ``adds_branch`` whether layers get a dense branch beside their codes: it
+    makes 4-bit inputs usable where a layer cannot be rotated, and takes time.
     """
 
     kind: ClassVar[str]
@@ -50,6 +55,9 @@ class AlgorithmConfig:
     needs_calibration: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
     chooses_codes: ClassVar[bool] = True
+    chooses_scales: ClassVar[bool] = False
+    needs_quantized_inputs: ClassVar[bool] = False
+    adds_branch: ClassVar[bool] = False
 
     @property
     def rotates_residual(self) -> bool:
@@ -64,6 +72,10 @@ class AlgorithmConfig:
     def check(self, scheme: WeightScheme) -> None:
         """Raise ConfigError if this algorithm cannot reach ``scheme``; asked before any weight is touched."""
 
+    def idle_after(self, earlier: AlgorithmConfig) -> str | None:
+        """Why ``earlier`` in a sequence leaves it nothing to do; None if it does not."""
+        return "both choose the codes, and the first has" if self.chooses_codes and earlier.chooses_codes else None
+
     def unsupported(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """Why a linear or convolution, dense and perhaps on the meta device, cannot be taken; None if it can."""
         return None
@@ -75,13 +87,31 @@ class AlgorithmConfig:
         """
         return scheme
 
-    def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
-        """Bytes that the algorithm stores with a layer beside its codes and their scales."""
+    def scales_input(self, layer: nn.Module, scheme: Scheme) -> bool:
+        """Whether it may give a linear or convolution a smoothing scale of its input (``act_pre_scale``)."""
+        return False
+
+    def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        """Bytes of the low-rank branch that it stores with a layer."""
         return 0
 
     def for_search(self) -> AlgorithmConfig:
         """What a search judges formats by, one after the other: itself, or what comes near it in much less time."""
         return self
+
+    def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        """Bytes that are stored with a layer beside its codes and their scales, at most.
+
+        Only the data tell whether a smoothing scale is folded into what precedes the layer, or changes nothing.
+        """
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        return self.branch_bytes(layer, scheme) + (4 * weight.shape[1] if self.scales_input(layer, scheme) else 0)
+
+
+def takes_scale(layer: nn.Module) -> bool:
+    """Whether a layer can have a smoothing scale of its input: linears and ungrouped convolutions can."""
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
 
 
 BlockCalibrator = Callable[[Any, Any], None]
@@ -115,6 +145,13 @@ class SequenceConfig(AlgorithmConfig):
                 f"algorithm: {late.__name__} prepares layers for the choice of codes, and must come before it, got "
                 f"[{', '.join(kind.__name__ for kind in kinds)}]."
             )
+        for earlier, later in itertools.combinations(self.algorithms, 2):
+            reason = later.idle_after(earlier)
+            if reason is not None:
+                raise ConfigError(
+                    f"algorithm: {type(later).__name__} has nothing to do after {type(earlier).__name__}: {reason}. "
+                    f"Leave one of them out, got [{', '.join(kind.__name__ for kind in kinds)}]."
+                )
 
     @property
     def summary(self) -> str:
@@ -136,21 +173,31 @@ class SequenceConfig(AlgorithmConfig):
     def needs_reference(self) -> bool:  # type: ignore[override]
         return any(config.needs_reference for config in self.algorithms)
 
+    @property
+    def adds_branch(self) -> bool:  # type: ignore[override]
+        return any(config.adds_branch for config in self.algorithms)
+
     def check(self, scheme: WeightScheme) -> None:
         for config in self.algorithms:
             config.check(scheme)
 
     def unsupported(self, layer: nn.Module, scheme: Scheme) -> str | None:
-        reasons = (config.unsupported(layer, scheme) for config in self.algorithms)
-        return next((reason for reason in reasons if reason is not None), None)
+        """The first reason; what prepares layers has none to keep one dense that gets a branch."""
+        reasons = [(config, config.unsupported(layer, scheme)) for config in self.algorithms]
+        with_branch = any(config.adds_branch and reason is None for config, reason in reasons)
+        counted = (reason for config, reason in reasons if config.chooses_codes or not with_branch)
+        return next((reason for reason in counted if reason is not None), None)
 
     def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False) -> Scheme:
         for config in self.algorithms:
             scheme = config.format_of(layer, scheme, arrives_rotated)
         return scheme
 
-    def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
-        return sum(config.extra_bytes(layer, scheme) for config in self.algorithms)
+    def scales_input(self, layer: nn.Module, scheme: Scheme) -> bool:
+        return any(config.scales_input(layer, scheme) for config in self.algorithms)
+
+    def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        return sum(config.branch_bytes(layer, scheme) for config in self.algorithms)
 
     def for_search(self) -> AlgorithmConfig:
         # Two of them may come to the same.

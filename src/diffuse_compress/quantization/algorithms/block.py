@@ -2,13 +2,15 @@
 
 An algorithm looks at the inputs of the layers (:meth:`BlockWork.collect`), decides, and writes its decisions into the
 layers' :class:`LayerWork`: a smoothing scale, a low-rank branch, clipped weights, codes. What an earlier algorithm of
-the same sequence decided is in there already. Nothing here knows a class of diffusers or transformers.
+the same sequence decided is in there already. Ranges of static inputs are chosen between the two
+(:meth:`BlockWork.observe_inputs`). Nothing here knows a class of diffusers or transformers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,11 +20,13 @@ from torch import nn
 
 from diffuse_compress.calls import Call
 from diffuse_compress.errors import ModelStateError
+from diffuse_compress.failures import failures_explained
 from diffuse_compress.quantization.layer_base import LowRank
-from diffuse_compress.quantization.numerics import fake_quantize_activation
+from diffuse_compress.quantization.numerics import QParams, fake_quantize_activation
+from diffuse_compress.quantization.observers import Observer, ObserverConfig
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.rotation import rotate
-from diffuse_compress.quantization.scheme import Scheme
+from diffuse_compress.quantization.scheme import ActivationScheme, Scheme
 
 __all__ = [
     "BlockWork",
@@ -31,6 +35,7 @@ __all__ = [
     "PairCollector",
     "as_rows",
     "as_the_layer_sees_it",
+    "observed_qparams",
     "per_channel",
     "prepared",
     "unchanged_twin",
@@ -68,6 +73,8 @@ class LayerWork:
         quantized: codes, once decided.
         ranges: fp32 [N, K] whose smallest and largest values the codes are to span, in each element of the granularity;
             None leaves the choice to what chooses the codes.
+        input_qparams: of a static input, scale [1] fp32 and zero point [1] int8 or None; None until they are chosen.
+        observed_scale: the ``act_pre_scale`` they were chosen for.
     """
 
     name: str
@@ -78,12 +85,24 @@ class LayerWork:
     weight: torch.Tensor | None = None
     quantized: QuantizedWeight | None = None
     ranges: torch.Tensor | None = None
+    input_qparams: QParams | None = None
+    observed_scale: torch.Tensor | None = None
+
+    @property
+    def needs_range(self) -> bool:
+        """Its input is static, and no range was chosen yet, or for another ``act_pre_scale``."""
+        if self.quantized is not None or not self.scheme.has_static_inputs:
+            return False
+        return self.input_qparams is None or self.observed_scale is not self.act_pre_scale
 
     @property
     def column_scale(self) -> torch.Tensor | None:
         """``act_pre_scale`` for each column of the flattened weight."""
-        scale = self.act_pre_scale
-        if scale is None or isinstance(self.dense, nn.Linear):
+        return None if self.act_pre_scale is None else self.per_column(self.act_pre_scale)
+
+    def per_column(self, scale: torch.Tensor) -> torch.Tensor:
+        """A scale of the input's channels, [K] (convolutions [C]), for each column of the flattened weight."""
+        if isinstance(self.dense, nn.Linear):
             return scale
         kernel = self.dense.kernel_size[0] * self.dense.kernel_size[1]
         return scale.reshape(self.dense.groups, -1)[0].repeat_interleave(kernel)
@@ -118,10 +137,18 @@ class BlockWork:
         generators: {layer: source of its random numbers}.
         install: puts the layer's quantized form in its place in the block.
         device: of the block; None is where the calls are.
-        weights: for each call how much it counts: a number, or one for each row of its hidden states.
+        weights: for each call how much it counts: a number, or one for each row of its hidden states. Rows of weight 0
+            are padding: no algorithm looks at them (:meth:`counted`).
         unchanged: the block as it was (:func:`unchanged_twin`), if the algorithm ``needs_reference``.
         references: for each call the arguments that ``unchanged`` has in a model of which nothing was changed; None,
             the same as ``calls``.
+        samples: for each call the number of its sample, for messages; None, the calls' own numbers.
+        observer: chooses the ranges of static inputs.
+        change: sets a parameter of the block, by its name, so that a failure undoes it; None, where nothing but the
+            layers may change.
+        folds: whether scales are folded into what precedes the layers where a config does not say (``folding.py``).
+        shared: ids of the parameters that the model has under several names: they stay.
+        reached, folded: what ``folding.py`` has found, and decided.
     """
 
     name: str
@@ -134,14 +161,26 @@ class BlockWork:
     weights: Sequence[float | torch.Tensor] | None = None
     unchanged: nn.Module | None = None
     references: Sequence[Call] | None = None
-    _subsets: list[tuple[str, ...]] | None = field(default=None, repr=False)
+    samples: Sequence[int] | None = None
+    observer: ObserverConfig = field(default_factory=ObserverConfig)
+    change: Callable[[str, torch.Tensor], None] | None = None
+    folds: bool = False
+    shared: frozenset[int] = frozenset()
+    reached: dict[str, set[str]] | None = field(default=None, repr=False)
+    folded: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
 
-    @property
+    @functools.cached_property
+    def entries(self) -> dict[str, list[tuple[Any, ...]]]:
+        """{layer that the first call reaches: which tensor it is given, each time}, in the order they run in."""
+        return self._trace()
+
+    @functools.cached_property
     def subsets(self) -> list[tuple[str, ...]]:
         """Layers that are given the same tensor, together; in the order they run in."""
-        if self._subsets is None:
-            self._subsets = self._trace()
-        return self._subsets
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        for name, (first, *_) in self.entries.items():
+            groups.setdefault(first, []).append(name)
+        return [tuple(names) for names in groups.values()]
 
     def collect(
         self, collectors: Mapping[str, Collector], *, quantized_inputs: bool = False, weighted: bool = False
@@ -161,11 +200,60 @@ class BlockWork:
         def give(name: str, index: int, x: torch.Tensor) -> None:
             layer = self.layers[name]
             rows = as_rows(layer.dense, as_the_layer_sees_it(x, layer) if quantized_inputs else x)
-            collectors[name].update(self._weighted(rows, index) if weighted else rows)
+            rows = self._weighted(rows, index) if weighted else self.counted(rows, index)
+            if rows.shape[0]:
+                collectors[name].update(rows)
 
-        with self._hooked(self.block, collectors, give) as where, torch.no_grad():
-            for where["call"], call in enumerate(self.calls):
-                self.here(call).run(self.block)
+        with self._hooked(self.block, collectors, give) as run, torch.no_grad():
+            for index, call in enumerate(self.calls):
+                run(index, call)
+
+    def observe_inputs(self) -> None:
+        """Choose the ranges of static inputs that are due, as the layers will see these: smoothed and rotated.
+
+        The block is run once, as it is now. A layer that no call reaches can have no range; its inputs are to be
+        quantized dynamically then.
+
+        Raises:
+            ModelStateError: an input is not finite; the message names layer and sample.
+        """
+        due = [name for name, layer in self.layers.items() if layer.needs_range]
+        if not due:
+            return
+        owner = self._seeing_alike(due)
+        observers: dict[str, Observer] = {}
+
+        def give(name: str, index: int, x: torch.Tensor) -> None:
+            layer = self.layers[name]
+            x = self.counted(x, index) if isinstance(layer.dense, nn.Linear) else x
+            if x.numel() and layer.scheme.activation is not None:
+                if name not in observers:
+                    observers[name] = self.observer.make(layer.scheme.activation)
+                observers[name].update(prepared(x, layer))
+
+        with self._hooked(self.block, dict.fromkeys(owner.values()), give) as run, torch.no_grad():
+            for index, call in enumerate(self.calls):
+                run(index, call)
+        found = {name: observer.qparams() for name, observer in observers.items()}
+        for name in due:
+            layer, qparams = self.layers[name], found.get(owner[name])
+            if qparams is None:
+                layer.scheme = layer.scheme.with_dynamic_inputs()
+            else:
+                layer.input_qparams = _copied(qparams, layer.dense.weight.device)
+                layer.observed_scale = layer.act_pre_scale
+
+    def _seeing_alike(self, names: Iterable[str]) -> dict[str, str]:
+        """{layer: the first one that quantizes the very same values}."""
+        group_of = {name: index for index, group in enumerate(self.subsets) for name in group}
+        first: dict[tuple[Any, ...], str] = {}
+        owner = {}
+        for name in names:
+            layer = self.layers[name]
+            scale = None if layer.act_pre_scale is None else tuple(layer.act_pre_scale.tolist())
+            seen = (group_of.get(name, name), scale, layer.scheme.input_rotation, layer.scheme.activation)
+            owner[name] = first.setdefault(seen, name)
+        return owner
 
     def collect_pairs(self, collectors: Mapping[str, PairCollector]) -> None:
         """As :meth:`collect` with quantized and weighted inputs, and beside them those of the unchanged model.
@@ -188,18 +276,18 @@ class BlockWork:
             reference = waiting.pop(0) if waiting else rows
             # A router may have sent other rows here.
             reference = reference if reference.shape == rows.shape else rows
-            collectors[name].update(self._weighted(rows, index), self._weighted(reference, index))
+            if self.counted(rows, index).shape[0]:
+                collectors[name].update(self._weighted(rows, index), self._weighted(reference, index))
 
         with (
-            self._hooked(self.block, collectors, give) as where,
-            self._hooked(self.reference_block, collectors, keep) as reference_where,
+            self._hooked(self.block, collectors, give) as run,
+            self._hooked(self.reference_block, collectors, keep) as run_reference,
             torch.no_grad(),
         ):
             for index, (call, reference) in enumerate(zip(self.calls, self.reference_calls, strict=True)):
-                where["call"] = reference_where["call"] = index
                 kept.clear()
-                self.here(reference).run(self.reference_block)
-                self.here(call).run(self.block)
+                run_reference(index, reference)
+                run(index, call)
 
     @property
     def reference_block(self) -> nn.Module:
@@ -219,19 +307,49 @@ class BlockWork:
     def run(self) -> Iterable[Any]:
         """What the block returns for each call, as it is now."""
         with torch.no_grad():
-            for call in self.calls:
-                yield self.here(call).run(self.block)
+            for index in range(len(self.calls)):
+                yield self.run_call(index)
+
+    def run_call(self, index: int) -> Any:
+        """What the block returns for one call, as it is now.
+
+        Raises:
+            ConfigError: it raises; the message names block and sample.
+        """
+        with self._failures_explained(index):
+            return self.here(self.calls[index]).run(self.block)
+
+    def _failures_explained(self, index: int) -> contextlib.AbstractContextManager[None]:
+        return failures_explained(f"sample {self.sample(index)} cannot be run through {self.name}")
+
+    def sample(self, index: int) -> int:
+        """Number of the sample that a call is of."""
+        return index if self.samples is None else self.samples[index]
 
     def weight(self, index: int) -> float:
-        """How much a call counts, the mean of its rows."""
+        """How much a call counts, the mean of its rows that do."""
         weight = 1.0 if self.weights is None else self.weights[index]
-        return float(weight.mean()) if isinstance(weight, torch.Tensor) else weight
+        if not isinstance(weight, torch.Tensor):
+            return weight
+        return float(weight.sum() / (weight > 0).sum().clamp(min=1))
+
+    def counted(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """Rows [M, K] of a tensor [..., K] of a call without those of weight 0; ``x`` if it has other rows."""
+        weight = self._row_weights(x, index)
+        return x if weight is None or bool((weight > 0).all()) else x.flatten(0, -2)[weight > 0]
+
+    def _row_weights(self, x: torch.Tensor, index: int) -> torch.Tensor | None:
+        """fp32 [M], on the device of a tensor [..., K] with M rows; None where rows have no weights of their own."""
+        weight = None if self.weights is None else self.weights[index]
+        if not isinstance(weight, torch.Tensor) or weight.numel() != x.shape[:-1].numel():
+            return None
+        return weight.to(x.device, torch.float32).reshape(-1)
 
     def _weighted(self, rows: torch.Tensor, index: int) -> torch.Tensor:
         """``rows`` times the square root of their weights; rows of another number than the weights count alike."""
-        weight = None if self.weights is None else self.weights[index]
-        if isinstance(weight, torch.Tensor) and weight.numel() == rows.shape[0]:
-            return rows * weight.to(rows.device, torch.float32).reshape(-1, 1).sqrt()
+        weight = self._row_weights(rows, index)
+        if weight is not None:
+            return self.counted(rows, index) * weight[weight > 0].reshape(-1, 1).sqrt()
         factor = self.weight(index)
         return rows if factor == 1.0 else rows * factor**0.5
 
@@ -241,56 +359,71 @@ class BlockWork:
     @contextlib.contextmanager
     def _hooked(
         self, block: nn.Module, layers: Iterable[str], give: Callable[[str, int, torch.Tensor], None]
-    ) -> Iterator[dict[str, int]]:
-        """Inside, ``give(layer, number of the call, input)`` is called for what layers of ``block`` are given."""
-        where = {"call": 0}
+    ) -> Iterator[Callable[[int, Call], None]]:
+        """Inside, what is yielded runs ``block`` on a call, and gives ``give(layer, number of the call, input)``.
+
+        A run ends where the last of the layers has its input: nothing behind that is looked at.
+        """
+        names, now, awaited = list(layers), {"call": 0}, set[str]()
+        stops = bool(names) and all(len(self.entries.get(name, ())) == 1 for name in names)
 
         def hook(name: str) -> Callable[..., None]:
             def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 x = args[0].detach()
                 if not torch.isfinite(x).all():
+                    layer = ".".join(part for part in (self.name, name) if part)
                     raise ModelStateError(
-                        f"{self.name}.{name}: calibration needs finite inputs, got inf or nan in sample "
-                        f"{where['call']}. The model overflows on it in {x.dtype}: load it in bfloat16 or float32, or "
-                        "leave the sample out."
+                        f"{layer}: calibration needs finite inputs, got inf or nan in sample "
+                        f"{self.sample(now['call'])}. The model overflows on it in {x.dtype}: load it in bfloat16 or "
+                        "float32, or leave the sample out."
                     )
-                give(name, where["call"], x)
+                give(name, now["call"], x)
+                awaited.discard(name)
+                if stops and not awaited:
+                    raise _Enough
 
             return enter
 
+        def run(index: int, call: Call) -> None:
+            now["call"] = index
+            awaited.update(names)
+            with contextlib.suppress(_Enough), self._failures_explained(index):
+                self.here(call).run(block)
+
         handles = []
         try:
-            for name in layers:
+            for name in names:
                 module = block.get_submodule(name) if name else block
                 handles.append(module.register_forward_pre_hook(hook(name)))
-            yield where
+            yield run
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _trace(self) -> list[tuple[str, ...]]:
+    def _trace(self) -> dict[str, list[tuple[Any, ...]]]:
         """One run that tells who reads what; inputs are held meanwhile, so that no address is used twice."""
-        seen: dict[str, tuple[Any, ...]] = {}
+        found: dict[str, list[tuple[Any, ...]]] = {}
         held: list[torch.Tensor] = []
 
         def note(name: str) -> Callable[..., None]:
             def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 held.append(args[0])
-                seen.setdefault(name, (args[0].data_ptr(), args[0].shape, args[0].stride()))
+                found.setdefault(name, []).append((args[0].data_ptr(), args[0].shape, args[0].stride()))
 
             return enter
 
         handles = [self._module(name).register_forward_pre_hook(note(name)) for name in self.layers]
         try:
             with torch.no_grad():
-                self.here(self.calls[0]).run(self.block)
+                self.run_call(0)
         finally:
             for handle in handles:
                 handle.remove()
-        groups: dict[tuple[Any, ...], list[str]] = {}
-        for name, key in seen.items():
-            groups.setdefault(key, []).append(name)
-        return [tuple(names) for names in groups.values()]
+        return found
+
+
+class _Enough(BaseException):
+    """Ends a forward of which nothing more is needed. No Exception: a model may catch those."""
 
 
 def as_rows(layer: Dense, x: torch.Tensor) -> torch.Tensor:
@@ -329,12 +462,37 @@ def prepared(x: torch.Tensor, layer: LayerWork) -> torch.Tensor:
 
 
 def as_the_layer_sees_it(x: torch.Tensor, layer: LayerWork) -> torch.Tensor:
-    """Input ``x`` multiplied by ``act_pre_scale``, rotated and rounded to the grid of its scheme, in its dtype."""
+    """Input ``x`` multiplied by ``act_pre_scale``, rotated and rounded to the grid of its scheme, in its dtype.
+
+    Of a static scheme, the grid of ``input_qparams``, which must have been chosen.
+    """
     x = prepared(x, layer)
     scheme = layer.scheme.activation
-    if scheme is None or not scheme.dynamic:
+    if scheme is None:
         return x
-    return fake_quantize_activation(x, scheme, feature_dims=1 if isinstance(layer.dense, nn.Linear) else 3)
+    if scheme.dynamic:
+        return fake_quantize_activation(x, scheme, feature_dims=1 if isinstance(layer.dense, nn.Linear) else 3)
+    assert layer.input_qparams is not None, "BlockWork.observe_inputs() comes first"
+    return fake_quantize_activation(x, scheme, layer.input_qparams.scale, layer.input_qparams.zero_point)
+
+
+def observed_qparams(inputs: Iterable[torch.Tensor], scheme: ActivationScheme, observer: ObserverConfig) -> QParams:
+    """What ``observer`` chooses for a static scheme and these inputs, prepared already; on the device of the last.
+
+    Raises:
+        ModelStateError: there are no values, or some are not finite.
+    """
+    found, device = observer.make(scheme), torch.device("cpu")
+    for x in inputs:
+        found.update(x)
+        device = x.device
+    return _copied(found.qparams(), device)
+
+
+def _copied(qparams: QParams, device: torch.device) -> QParams:
+    """Layers must not share memory, or they could not be saved."""
+    zero_point = None if qparams.zero_point is None else qparams.zero_point.to(device, copy=True)
+    return QParams(qparams.scale.to(device, copy=True), zero_point)
 
 
 def unchanged_twin(module: nn.Module) -> nn.Module:

@@ -5,9 +5,11 @@ algorithm 1, with AdaRound's variables (``adaround.py``). The block runs on the 
 it and aims at what it gives in the unchanged model; where the inputs of layers are quantized, they are rounded in the
 loop.
 
-Deviations: the squared error of the output counts alike in all its elements (the paper's Fisher weights need gradients
-of the whole model); scales of inputs are those of the scheme and not learned; error, regulariser, rate and steps are as
-in AdaRound here.
+Deviations: AdaRound does each layer first, on what the ones before it became; then the code of each weight and its
+neighbour downhill are learned from. The errors of the layers, as AdaRound counts them, are added to the block's: the
+outputs of a few calls say little of most weights. The squared error of the output counts alike in all its elements (the
+paper's Fisher weights need gradients of the whole model). Scales of inputs are those of the scheme and not learned.
+Errors, regulariser, rate and steps are as in AdaRound here.
 """
 
 from __future__ import annotations
@@ -24,13 +26,17 @@ from torch.utils._pytree import tree_leaves
 
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.adaround import (
+    Aim,
     Annealing,
     LearnedRoundingConfig,
     SoftRounding,
-    nearest_rounding,
+    aim_of,
+    first_rounding,
+    round_adaptively,
 )
 from diffuse_compress.quantization.algorithms.base import register_block
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, as_rows, as_the_layer_sees_it
+from diffuse_compress.quantization.algorithms.gptq import HessianCollector, collected
 
 __all__ = ["BRECQConfig"]
 
@@ -61,25 +67,62 @@ class BRECQConfig(LearnedRoundingConfig):
 @register_block
 def calibrate(work: BlockWork, config: BRECQConfig) -> None:
     """Learn the layers of a block that have no codes yet."""
-    layers = [layer for layer in work.layers.values() if layer.quantized is None]
-    if not layers:
-        return
-    roundings = [nearest_rounding(layer, config.observer) for layer in layers]
-    with _seen_as_quantized(layers):
-        _reconstruct(work, layers, roundings, config)
-    for layer, rounding in zip(layers, roundings, strict=True):
-        layer.quantized = rounding.quantized()
-        work.install(layer)
+    with contextlib.ExitStack() as stack:
+        learned = [_begin(work, name, collector, config, stack) for name, collector in _inputs(work)]
+        if learned:
+            _reconstruct(work, learned, config)
+    for one in learned:
+        one.layer.quantized = one.rounding.quantized()
+        work.install(one.layer)
 
 
-def _reconstruct(
-    work: BlockWork, layers: Sequence[LayerWork], roundings: Sequence[SoftRounding], config: BRECQConfig
-) -> None:
-    """Learn ``roundings`` so that ``|block(call) - unchanged(reference)|^2``, weighted and summed, is small."""
+@dataclass
+class _Learned:
+    """A layer whose rounding is learned, and what its codes cost at first."""
+
+    layer: LayerWork
+    aim: Aim
+    rounding: SoftRounding
+    cost: float
+
+    def gradient(self, weight: torch.Tensor) -> torch.Tensor:
+        """fp32 [N, K]: of the layer's own cost, relative to that at first, times its number of weights."""
+        return self.aim.downhill(weight).mul_(-2 * weight.numel() / self.cost if self.cost > 0 else 0.0)
+
+
+def _inputs(work: BlockWork) -> Iterator[tuple[str, HessianCollector]]:
+    """What each layer without codes is given, once those that run before it have begun."""
+    reached = set[str]()
+    for names in work.subsets:
+        reached.update(names)
+        yield from collected(work, names, pairs=True).items()
+    for name, layer in work.layers.items():
+        if name not in reached and layer.quantized is None:
+            weight = layer.dense.weight
+            yield name, HessianCollector(weight.flatten(1).shape[1], weight.device)
+
+
+def _begin(
+    work: BlockWork, name: str, collector: HessianCollector, config: BRECQConfig, stack: contextlib.ExitStack
+) -> _Learned:
+    """The layer by itself; until ``stack`` is closed it computes as its quantized form will."""
+    layer = work.layers[name]
+    aim = aim_of(layer, collector, config)
+    rounding = first_rounding(layer, aim, config)
+    round_adaptively(rounding, aim, config)
+    codes = rounding.hard()
+    rounding.begin_at(codes, aim.downhill(codes))
+    stack.enter_context(_seen_as_quantized(layer, codes))
+    return _Learned(layer, aim, rounding, float(aim.cost(codes).sum()))
+
+
+def _reconstruct(work: BlockWork, learned: Sequence[_Learned], config: BRECQConfig) -> None:
+    """Learn roundings so that ``|block(call) - unchanged(reference)|^2``, weighted and summed, is small."""
     targets = _targets(work)
+    roundings = [one.rounding for one in learned]
 
     def error_of_codes() -> float:
-        weights = _weights(layers, [rounding.hard() for rounding in roundings])
+        weights = _weights(learned, [rounding.hard() for rounding in roundings])
         with torch.no_grad():
             return sum(float(_loss(work, weights, index, targets)) for index in range(len(targets)))
 
@@ -87,21 +130,23 @@ def _reconstruct(
     if error <= 0:
         return
     annealing = Annealing(config.iterations, config.warmup)
-    strength = config.regularization / sum(rounding.v.numel() for rounding in roundings)
+    # Gradients of a size that Adam's epsilon does not matter for.
+    size = sum(rounding.v.numel() for rounding in roundings)
     optimizer = torch.optim.Adam([rounding.v for rounding in roundings], lr=config.learning_rate)
-    generator, batch = work.generators(layers[0].name), min(config.batch_size, len(targets))
+    generator, batch = work.generators(learned[0].layer.name), min(config.batch_size, len(targets))
     for step in range(config.iterations):
-        weights = _weights(layers, [rounding.soft() for rounding in roundings])
+        values = [rounding.soft() for rounding in roundings]
+        gradients = [one.gradient(value) for one, value in zip(learned, values, strict=True)]
+        weights = _weights(learned, values)
         leaves = [weight.requires_grad_() for weight in weights.values()]
-        gradients = [torch.zeros_like(rounding.v) for rounding in roundings]
         for index in torch.randperm(len(targets), generator=generator)[:batch].tolist():
             with torch.enable_grad():
-                loss = _loss(work, weights, index, targets) * (len(targets) / batch / error)
+                loss = _loss(work, weights, index, targets) * (size * len(targets) / batch / error)
             for total, found in zip(gradients, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
                 if found is not None:
                     total.add_(found.flatten(1))
         for rounding, gradient in zip(roundings, gradients, strict=True):
-            rounding.v.grad = rounding.gradient(gradient, strength, annealing(step))
+            rounding.v.grad = rounding.gradient(gradient, config.regularization, annealing(step))
         optimizer.step()
     if error_of_codes() > error:  # nothing promises that what was learned is better
         for rounding, v in zip(roundings, start, strict=True):
@@ -123,8 +168,9 @@ def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
-def _weights(layers: Sequence[LayerWork], values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+def _weights(learned: Sequence[_Learned], values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """The block's parameters that stand for these weights [N, K], by name."""
+    layers = (one.layer for one in learned)
     return {
         f"{layer.name}.weight".lstrip("."): value.to(layer.dense.weight.dtype).reshape(layer.dense.weight.shape)
         for layer, value in zip(layers, values, strict=True)
@@ -134,26 +180,29 @@ def _weights(layers: Sequence[LayerWork], values: Sequence[torch.Tensor]) -> dic
 def _loss(
     work: BlockWork, weights: dict[str, torch.Tensor], index: int, targets: Sequence[Sequence[torch.Tensor]]
 ) -> torch.Tensor:
-    """Squared error of the block's output on a call, times the call's weight; fp32 scalar."""
+    """Squared error of the rows of the block's output on a call that count, times the call's weight; fp32 scalar."""
     call = work.here(work.calls[index])
     output = functional_call(work.block, weights, call.args, dict(call.kwargs))
     pairs = zip([leaf for leaf in tree_leaves(output) if _is_float(leaf)], targets[index], strict=True)
-    errors = [(found.float() - target.to(found.device).float()).square().sum() for found, target in pairs]
+    differences = [found.float() - target.to(found.device).float() for found, target in pairs]
+    errors = [work.counted(difference, index).square().sum() for difference in differences]
     return torch.stack(errors).sum() * work.weight(index)
 
 
 @contextlib.contextmanager
-def _seen_as_quantized(layers: Sequence[LayerWork]) -> Iterator[None]:
-    """Inside, the dense layers smooth and round their inputs and add their low-rank branch, as quantized ones will."""
-    handles = []
+def _seen_as_quantized(layer: LayerWork, value: torch.Tensor) -> Iterator[None]:
+    """Inside, a dense layer computes as its quantized form will, with a weight ``value`` [N, K]: it smooths and rounds
+    its input, and adds its low-rank branch."""
+    given: list[torch.Tensor] = []
+    handles = [layer.dense.register_forward_pre_hook(_enter(layer, given))]
+    if layer.low_rank is not None:
+        handles.append(layer.dense.register_forward_hook(_leave(layer, given)))
+    weight = layer.dense.weight.data
     try:
-        for layer in layers:
-            given: list[torch.Tensor] = []
-            handles.append(layer.dense.register_forward_pre_hook(_enter(layer, given)))
-            if layer.low_rank is not None:
-                handles.append(layer.dense.register_forward_hook(_leave(layer, given)))
+        layer.dense.weight.data = value.to(weight.dtype).reshape(weight.shape)
         yield
     finally:
+        layer.dense.weight.data = weight
         for handle in handles:
             handle.remove()
 

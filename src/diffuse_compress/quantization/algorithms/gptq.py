@@ -37,7 +37,7 @@ from diffuse_compress.quantization.numerics import (
 from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver
 from diffuse_compress.quantization.scheme import PerChannel, PerGroup, WeightScheme
 
-__all__ = ["GPTQConfig", "HessianCollector", "collected", "round_columns"]
+__all__ = ["GPTQConfig", "HessianCollector", "collected", "inverse_factor", "round_columns", "shared_inputs"]
 
 _DAMPING_ATTEMPTS = 6
 
@@ -181,7 +181,7 @@ def collected(work: BlockWork, names: Sequence[str], *, pairs: bool) -> dict[str
         pairs: collect the difference from the unchanged model's inputs as well.
     """
     todo = [name for name in names if work.layers[name].quantized is None]
-    owner = _shared(work, todo)
+    owner = shared_inputs(work, todo)
     collectors = {}
     for name in dict.fromkeys(owner.values()):
         weight = work.layers[name].dense.weight
@@ -193,7 +193,7 @@ def collected(work: BlockWork, names: Sequence[str], *, pairs: bool) -> dict[str
     return {name: collectors[owner[name]] for name in todo}
 
 
-def _shared(work: BlockWork, names: Sequence[str]) -> dict[str, str]:
+def shared_inputs(work: BlockWork, names: Sequence[str]) -> dict[str, str]:
     """{layer: the layer whose collector it uses}: one for those that see the same rows."""
     first: dict[tuple[object, ...], str] = {}
     owner = {}
@@ -234,7 +234,7 @@ def round_columns(
     order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True) if config.act_order else None
     if order is not None:
         hessian.copy_(hessian[order][:, order])
-    upper = _inverse_factor(hessian, config.damping)
+    upper = inverse_factor(hessian, config.damping)
     if cross is not None:
         cross = cross if order is None else cross[order][:, order]
         taken = torch.triu(cross @ upper.t(), diagonal=1) @ upper * config.asymmetric_share
@@ -272,7 +272,7 @@ def _reordered(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return matrix[back][:, back]
 
 
-def _inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """Upper triangular U with U^T U = H^-1, damping as much as it takes; the diagonal of H is overwritten."""
     if not torch.isfinite(hessian).all():
         raise ModelStateError("GPTQ: the Hessian of the inputs is not finite. Load the model in bfloat16 or float32.")
@@ -330,6 +330,10 @@ class _Grid:
             steps = steps.clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8).float()
         elif self._zero is None:
             steps.round_().clamp_(*self.scheme.range)
+        elif self.scheme.additive_zero_point:
+            steps = torch.div(values - self._zero[group], scale).round_().clamp_(*self.scheme.range)
+            torch.mul(steps, scale, out=out).add_(self._zero[group])
+            return
         elif self.scheme.float_zero_point:
             steps.add_(self._zero[group]).round_().clamp_(*self.scheme.range).sub_(self._zero[group])
         else:

@@ -59,6 +59,10 @@ class QuaRotConfig(AlgorithmConfig):
         return self.residual
 
     @property
+    def needs_quantized_inputs(self) -> bool:  # type: ignore[override]
+        return not self.residual
+
+    @property
     def is_random(self) -> bool:  # type: ignore[override]
         return self.residual
 

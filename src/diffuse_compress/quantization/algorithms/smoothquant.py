@@ -1,9 +1,9 @@
 """SmoothQuant: move outliers of the inputs into the weights, where a scale per channel costs nothing.
 
 Xiao et al. 2023, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", arXiv
-2211.10438, equation 4. Deviation: the inverse scale stays with the layers (``act_pre_scale``), where input quantization
-applies it, instead of being folded into the preceding norm: adaptive norms have no weight to fold into, and the result
-is the same.
+2211.10438, equation 4. Deviation: the inverse scale is folded into what precedes the layers (``folding.py``) only in
+language models, unless ``fold`` says otherwise. Elsewhere, and behind adaptive norms, which have no weight to fold
+into, it stays with the layers (``act_pre_scale``), where input quantization applies it: the result is the same.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from diffuse_compress.errors import ConfigError
-from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
+from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block, takes_scale
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, per_channel
+from diffuse_compress.quantization.algorithms.folding import check_fold, set_scale
+from diffuse_compress.quantization.scheme import Scheme
 
 __all__ = ["AbsMaxCollector", "SmoothQuantConfig"]
 
@@ -29,12 +31,20 @@ class SmoothQuantConfig(AlgorithmConfig):
 
     Args:
         alpha: how much of the range goes into the weights: 0 nothing, 1 all of it.
+        fold: into the norm or linear before the layers, wherever that is exact: True, False, or None: in language
+            models that are no part of a pipeline. Adapters trained before do not fit a model with folded scales.
     """
 
     alpha: float = 0.5
+    fold: bool | None = None
     kind: ClassVar[str] = "smoothquant"
     needs_calibration: ClassVar[bool] = True
     chooses_codes: ClassVar[bool] = False
+    chooses_scales: ClassVar[bool] = True
+    needs_quantized_inputs: ClassVar[bool] = True
+
+    def idle_after(self, earlier: AlgorithmConfig) -> str | None:
+        return "it has chosen the scales of the channels" if earlier.chooses_scales else None
 
     @property
     def summary(self) -> str:
@@ -43,6 +53,10 @@ class SmoothQuantConfig(AlgorithmConfig):
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"SmoothQuantConfig: alpha must be in [0, 1], got {self.alpha}.")
+        check_fold("SmoothQuantConfig", self.fold)
+
+    def scales_input(self, layer: nn.Module, scheme: Scheme) -> bool:
+        return scheme.activation is not None and takes_scale(layer)
 
 
 class AbsMaxCollector:
@@ -63,7 +77,7 @@ def calibrate(work: BlockWork, config: SmoothQuantConfig) -> None:
     for names in work.subsets:
         layers = [work.layers[name] for name in names]
         chosen = [layer for layer in layers if layer.scheme.activation is not None and layer.act_pre_scale is None]
-        chosen = [layer for layer in chosen if isinstance(layer.dense, nn.Linear) or layer.dense.groups == 1]
+        chosen = [layer for layer in chosen if takes_scale(layer.dense)]
         if not chosen:
             continue
         collector = AbsMaxCollector(chosen[0])
@@ -72,8 +86,7 @@ def calibrate(work: BlockWork, config: SmoothQuantConfig) -> None:
             continue
         weights = [per_channel(layer.dense, layer.rest().abs().amax(dim=0), torch.amax) for layer in chosen]
         scale = smoothing_scale(collector.value, torch.stack(weights).amax(dim=0), config.alpha)
-        for layer in chosen:
-            layer.act_pre_scale = 1.0 / scale
+        set_scale(work, chosen, 1.0 / scale, config.fold)
 
 
 def smoothing_scale(inputs: torch.Tensor, weights: torch.Tensor, alpha: float) -> torch.Tensor:

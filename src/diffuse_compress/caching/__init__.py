@@ -1,0 +1,1 @@
+"""Feature caches: schedules of what to compute and what to reuse, their execution and fast calibration."""

@@ -1,0 +1,95 @@
+"""Every unit of a model handed to an observer, which sees what it adds and may say what is added instead.
+
+Recording, profiling and the training of a router look at units one by one; what they do with a unit is the observer's
+business (a router's soft mix is ``r * fresh + (1 - r) * kept``). The runtime of a schedule is another option, since it
+must leave out what it does not compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import nn
+
+from diffuse_compress.caching.units import Site, Unit, sites_of
+from diffuse_compress.families.base import Branch, Conditioning, Streams
+from diffuse_compress.families.boundary import Boundary
+from diffuse_compress.runtime.blocks import BlockOption, disown, known_kind, own
+from diffuse_compress.runtime.steps import Consumer, track, untrack
+
+__all__ = ["Observer", "UnitOption", "observed"]
+
+_NAME = "unit observer"
+
+
+class Observer(Protocol):
+    """What sees the units."""
+
+    def unit(self, index: int, streams: Streams, compute: Callable[[], Streams]) -> Streams:
+        """What unit ``index`` adds to the streams it is given; ``compute()`` runs it."""
+
+
+class UnitOption(BlockOption):
+    """Of one block. A block whose unit is all of it is seen from outside; bits change only if the observer's do."""
+
+    name, rank = _NAME, 10
+
+    def __init__(self, observer: Observer, site: Site, units: Sequence[Unit], boundary: Boundary) -> None:
+        self.observer = observer
+        self.composes = not site.whole
+        self.wraps = site.whole
+        self._first = site.first
+        self._index = {unit.branch: site.first + number for number, unit in enumerate(units)}
+        self._boundary = boundary
+
+    def around(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
+        """The block as one unit; of a block that does not return its streams nothing is seen."""
+        boundary, ran = self._boundary, []
+        streams = boundary.streams(args, kwargs)
+
+        def compute() -> Streams:
+            output = run(*args, **kwargs)
+            returned = boundary.returned(streams, output) or {}
+            made = {name: value - streams[name] for name, value in returned.items() if name in streams}
+            ran.append((output, made))
+            return made
+
+        deltas = self.observer.unit(self._first, streams, compute)
+        if ran and deltas is ran[-1][1]:
+            return ran[-1][0]
+        return boundary.packed({**streams, **{name: streams[name] + delta for name, delta in deltas.items()}})
+
+    def branch(
+        self,
+        block: nn.Module,
+        branch: Branch,
+        streams: Streams,
+        conditioning: Conditioning,
+        compute: Callable[[], Streams],
+    ) -> Streams:
+        """A branch as a unit."""
+        return self.observer.unit(self._index[branch.name], streams, compute)
+
+
+@contextmanager
+def observed(
+    model: nn.Module, units: Sequence[Unit], observer: Observer, *, in_a_loop: bool = True
+) -> Iterator[tuple[Site, ...]]:
+    """Inside, ``observer`` sees the units of ``model``, whose steps are followed if it is called in a loop."""
+    sites = sites_of(model, units)
+    owned: list[nn.Module] = []
+    try:
+        for site in sites:
+            module = model.get_submodule(site.block)
+            members = units[site.first : site.first + site.count]
+            own(module, UnitOption(observer, site, members, Boundary(module, known_kind(module))))
+            owned.append(module)
+        if in_a_loop:
+            track(model, Consumer(_NAME))
+        yield sites
+    finally:
+        for module in owned:
+            disown(module, _NAME)
+        untrack(model, _NAME)

@@ -1,0 +1,96 @@
+"""How the tables of temporal features are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import torch
+
+from diffuse_compress.errors import ConfigError, nearest
+
+__all__ = ["TableConfig", "TableFormat", "WeightPlace"]
+
+
+class TableFormat(str, Enum):
+    """How the entries of a table are stored.
+
+    LIVE keeps the dtype that the layer computes in, and with it every bit. INT8 and INT4 keep one scale and one zero
+    point for each entry (one timestep of one layer).
+    """
+
+    LIVE = "live"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the entries; None for LIVE and for codes."""
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.value)
+
+
+class WeightPlace(str, Enum):
+    """Where the weights of tabulated layers stand while the table serves the loop.
+
+    CPU and DISK take them off the device, bit for bit, and bring them back for the next table. INT8 and INT4 round them
+    once, when the table is attached (symmetric, per channel; per group of 128 for int4): tables are made of the rounded
+    weights from then on, and a layer that runs live computes with them.
+    """
+
+    DEVICE = "device"
+    CPU = "cpu"
+    DISK = "disk"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """Tables in place of the layers that do not see the sample.
+
+    Source: Huang et al. 2024, arXiv 2407.19547 (cache-based maintenance); differs: layers that also depend on a
+    condition have tables too, built for every request.
+
+    Args:
+        table: format of the entries.
+        exact: compute every row by itself, with the batch that the model is called with: the live bits. False computes
+            all rows in one product, whose sums may differ in the last bits. None is exact for layers of the timestep
+            alone, which are computed once for a schedule, and not for those built anew for every request.
+        conditions: also keep what depends on the conditions alone (keys and values of the text) for a request.
+        weights: where the weights of these layers stand meanwhile.
+        skip: patterns of layers that always run live.
+        max_schedules: schedules whose rows are kept; the one unused for longest goes.
+        work_dir: folder for ``weights="disk"``; the system's temporary folder by default.
+        strict: raise, where the tables serve less than 90 % of what they could, instead of warning.
+    """
+
+    table: TableFormat = TableFormat.LIVE
+    exact: bool | None = None
+    conditions: bool = True
+    weights: WeightPlace = WeightPlace.DEVICE
+    skip: tuple[str, ...] = ()
+    max_schedules: int = 4
+    work_dir: str | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "table", _member("table", TableFormat, self.table))
+        object.__setattr__(self, "weights", _member("weights", WeightPlace, self.weights))
+        object.__setattr__(self, "skip", tuple(self.skip))
+        if self.exact not in (None, True, False):
+            raise ConfigError(f"TableConfig: exact must be True, False or None, got {self.exact!r}.")
+        if not isinstance(self.max_schedules, int) or self.max_schedules < 1:
+            raise ConfigError(f"TableConfig: max_schedules must be a positive integer, got {self.max_schedules!r}.")
+        if self.work_dir is not None:
+            object.__setattr__(self, "work_dir", str(Path(self.work_dir)))
+
+
+def _member(name: str, kind: type[Enum], value: object) -> Enum:
+    try:
+        return kind(value)
+    except ValueError:
+        known = [str(member.value) for member in kind]
+        raise ConfigError(f"TableConfig: {name}={value!r} is unknown; {nearest(str(value), known)}.") from None
