@@ -185,7 +185,6 @@ def test_a_search_takes_algorithms_in_their_quick_form() -> None:
     assert dc.BRECQConfig().for_search() == gptq
     both = SequenceConfig((dc.AWQConfig(), dc.AdaRoundConfig()))
     assert both.for_search() == SequenceConfig((dc.AWQConfig(), gptq))
-    assert SequenceConfig((dc.GPTQConfig(), dc.AdaRoundConfig())).for_search() == gptq
 
 
 @pytest.mark.parametrize(("stage", "share"), [("Measuring", 0.3), ("Measuring", 0.8), ("Trying", 0.5)])
