@@ -23,6 +23,7 @@ from diffuse_compress.cli import main
 from diffuse_compress.families.published import meta_components, published_config
 from diffuse_compress.integrations.component import get_state, quantized_layers
 from diffuse_compress.mixed_precision import parse_size
+from diffuse_compress.quantization.algorithms.base import SequenceConfig
 from diffuse_compress.quantization.algorithms.gptq import round_columns
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.allocation import allocate
@@ -176,6 +177,14 @@ def test_samples_are_split_by_item() -> None:
     assert split_samples(single, dc.GPTQConfig()) == Split(single, single)
     many = split_samples(numbered(*range(128)), dc.GPTQConfig())
     assert (len(many.fit), len(many.judge)) == (112, 16)
+
+
+def test_a_search_takes_algorithms_in_their_quick_form() -> None:
+    gptq = dc.GPTQConfig(true_sequential=False)
+    assert dc.GPTQConfig(asymmetric=True).for_search() == gptq
+    assert dc.BRECQConfig().for_search() == gptq
+    both = SequenceConfig((dc.AWQConfig(), dc.AdaRoundConfig()))
+    assert both.for_search() == SequenceConfig((dc.AWQConfig(), gptq))
 
 
 @pytest.mark.parametrize(("stage", "share"), [("Measuring", 0.3), ("Measuring", 0.8), ("Trying", 0.5)])

@@ -200,9 +200,7 @@ class SequenceConfig(AlgorithmConfig):
         return sum(config.branch_bytes(layer, scheme) for config in self.algorithms)
 
     def for_search(self) -> AlgorithmConfig:
-        # Two of them may come to the same.
-        steps = tuple({type(step): step for step in (config.for_search() for config in self.algorithms)}.values())
-        return steps[0] if len(steps) == 1 else SequenceConfig(steps)
+        return SequenceConfig(tuple(config.for_search() for config in self.algorithms))
 
 
 def steps_of(config: AlgorithmConfig) -> tuple[AlgorithmConfig, ...]:
