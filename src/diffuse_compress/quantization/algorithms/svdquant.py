@@ -41,8 +41,6 @@ _FEW = 4
 _OVERSAMPLING = 16
 # Singular values that are this much smaller than the largest are rounding errors of float32.
 _NEGLIGIBLE = 1e-6
-# Share of the squared error that a refinement must take off for another one to be worth its time.
-_SMALLEST_GAIN = 1e-3
 _NO_SMOOTHING = -1
 
 
@@ -57,7 +55,7 @@ class SVDQuantConfig(AlgorithmConfig):
         num_alphas: smoothing strengths to choose from, evenly spaced in [0, 1], beside no smoothing; 0 smooths nothing.
             Of more than seven some are tried, then those around the best. Only layers whose inputs are quantized are
             smoothed, and only where an algorithm before has not.
-        iterations: refinements of the branch at most; they end when one gains next to nothing.
+        iterations: refinements of the branch at most; they end when one does not lower the error.
         share: give layers that share an input the same ``low_rank_down``, so that they can be run as one product.
         num_rows: input rows that errors are measured on.
     """
@@ -278,11 +276,9 @@ def _refine(group: Sequence[_Trial], iterations: int) -> None:
         rounded = [trial.rounded(rest, found) for trial, rest, found in zip(group, rests, ranges, strict=True)]
         errors = [trial.error(branch, codes) for trial, branch, codes in zip(group, branches, rounded, strict=True)]
         error = float(torch.stack(errors).sum())
-        goes_on = error < (1 - _SMALLEST_GAIN) * best_error
-        if not best or error < best_error:
-            best, best_error = branches, error
-        if not goes_on:
+        if best and not error < best_error:
             break
+        best, best_error = branches, error
         target = exact - torch.cat(rounded)
     for trial, branch in zip(group, best, strict=True):
         trial.work.low_rank = branch
