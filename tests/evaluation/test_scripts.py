@@ -179,13 +179,13 @@ def test_ecosystem_cost_rehearses_without_a_gpu(tmp_path: Path, capsys: pytest.C
     assert "bitsandbytes" in found["error"]
 
 
-@pytest.mark.parametrize("model", ["llama_8b", "flux1_dev"])
-def test_calibration_cost_rehearses_without_a_gpu(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("model", "sequence"), [("llama_8b", "awq,gptq"), ("flux1_dev", "quarot,smoothquant")])
+def test_calibration_cost_rehearses_without_a_gpu(model: str, sequence: str, capsys: pytest.CaptureFixture[str]) -> None:
     script = load_script("calibration_cost")
     options = ["--model", model, "--tiny", "--device", "cpu", "--samples", "2", "--layers", "2"]
-    assert script.main([*options, "--algorithms", "quarot,smoothquant", "smoothquant"]) == 0
+    assert script.main([*options, "--algorithms", sequence, "gptq"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [line["algorithm"] for line in lines] == ["quarot,smoothquant", "smoothquant"]
+    assert [line["algorithm"] for line in lines] == [sequence, "gptq"]
     assert {(line["samples"], line["peak_bytes"]) for line in lines} == {(2, None)}
     assert all(line["seconds"] > 0 < line["bytes"] for line in lines)
     assert "2 layers of width" in lines[0]["model"]
