@@ -180,7 +180,9 @@ def test_ecosystem_cost_rehearses_without_a_gpu(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(("model", "sequence"), [("llama_8b", "awq,gptq"), ("flux1_dev", "quarot,smoothquant")])
-def test_calibration_cost_rehearses_without_a_gpu(model: str, sequence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibration_cost_rehearses_without_a_gpu(
+    model: str, sequence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     script = load_script("calibration_cost")
     options = ["--model", model, "--tiny", "--device", "cpu", "--samples", "2", "--layers", "2"]
     assert script.main([*options, "--algorithms", sequence, "gptq"]) == 0
