@@ -17,6 +17,7 @@ from calibrated_block import Block, calibrated, error, inputs, work_of
 from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.integrations.component import quantized_layers
+from diffuse_compress.quantization.algorithms import svdquant
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, SequenceConfig, calibrate_with
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig
 from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
@@ -99,6 +100,20 @@ def test_refinement_never_loses_and_shared_branches_share_down() -> None:
     calibrated(ours, W4A4, replace(QUICK, share=True), calls)
     assert torch.equal(ours.to_q.low_rank_down, ours.to_v.low_rank_down)
     assert not torch.equal(ours.to_q.low_rank_up, ours.to_v.low_rank_up)
+
+
+def test_refinement_ends_at_the_first_that_loses_and_keeps_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def error(trial: Any, branch: Any, rounded: torch.Tensor) -> torch.Tensor:
+        seen.append(branch)
+        return torch.tensor([5.0, 3.0, 4.0, 1.0][len(seen) - 1])
+
+    monkeypatch.setattr(svdquant._Trial, "error", error)
+    work = work_of(nn.Sequential(nn.Linear(128, 64)), W4A4, inputs(1))
+    calibrate_with(replace(QUICK, num_alphas=0, iterations=9), work)
+    assert len(seen) == 3
+    assert work.layers["0"].low_rank is seen[1]
 
 
 def test_convolutions_get_branches_and_grouped_ones_are_kept() -> None:
