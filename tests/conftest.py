@@ -99,6 +99,26 @@ def _restore_library_switches() -> Iterator[None]:
 
 
 @pytest.fixture
+def fresh_thread() -> None:
+    """Hand-written sampling loops of one test must not be the past of the next."""
+    from diffuse_compress.runtime import steps
+
+    steps._thread.scopes[0].runs.clear()
+    steps._thread.scopes[0].stats.clear()
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Graphs are counted from 0, and none is left for the next test."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def untouched_rng() -> Iterator[None]:
     """Fails when the test has advanced or reseeded a global random generator."""
     python, cpu = random.getstate(), torch.get_rng_state()

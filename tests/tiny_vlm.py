@@ -115,12 +115,7 @@ def build_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProc
         text_config={"model_type": "llama", **_text_config(tokenizer)},
         vision_config={
             "model_type": "clip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 2 * PATCH,
-            "patch_size": PATCH,
+            **_VISION,
             "projection_dim": 32,
             "initializer_range": 0.5,
         },

@@ -29,6 +29,8 @@ from families import unknown_classes
 from families.composition import SKIPS
 from tolerance import KERNEL, assert_close
 
+pytestmark = pytest.mark.usefixtures("fresh_thread")
+
 STEPS = 5
 MODELS: list[tuple[str, dict[str, Any]]] = [
     ("unet", SKIPS),
@@ -43,13 +45,6 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("hunyuan_video", {}),
     ("qwenimage", {}),
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_thread():
-    """Hand-written loops of one test must not be the past of the next."""
-    steps._thread.scopes[0].runs.clear()
-    steps._thread.scopes[0].stats.clear()
 
 
 def stats(model: torch.nn.Module) -> Any:

@@ -7,7 +7,6 @@ a code by one, which is a rounding of eight bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +18,8 @@ import tiny
 from diffuse_compress.integrations.component import quantized_layers
 from tolerance import KERNEL, Tolerance, assert_close
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 # One block of each kind: tracing is what takes the time.
 SMALL: dict[str, dict[str, Any]] = {
     "pixart": {"num_layers": 1},
@@ -27,14 +28,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "flux": {},
     "unet_sdxl": {"transformer_layers_per_block": (1, 1), "up_block_types": ("UpBlock2D", "UpBlock2D")},
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def compressed(name: str, preset: str) -> Any:

@@ -34,6 +34,8 @@ from diffuse_compress.runtime.sampling import SamplingSettings
 from diffuse_compress.runtime.stats import PlanMissedError, Reason
 from tiny import build, build_pipeline, call_kwargs
 
+pytestmark = pytest.mark.usefixtures("fresh_thread")
+
 SCHEDULERS = sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax"))
 # What these need beyond set_timesteps(n) and step(noise, t, sample); their loops differ from all others.
 OTHER_LOOPS = {
@@ -78,13 +80,6 @@ def denoiser():
     steps.track(model)
     yield model
     steps.untrack(model)
-
-
-@pytest.fixture(autouse=True)
-def fresh_thread():
-    """Hand-written loops of one test must not be the past of the next."""
-    steps._thread.scopes[0].runs.clear()
-    steps._thread.scopes[0].stats.clear()
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -13,13 +11,7 @@ from diffuse_compress.temporal.config import TableConfig
 from diffuse_compress.temporal.table import attach_table
 from temporal.loops import inputs_for, loop, reasons, scheduler_for
 
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 @pytest.mark.parametrize(("name", "form"), [("flux", "live"), ("wan", "int8")])

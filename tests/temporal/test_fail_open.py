@@ -24,7 +24,10 @@ from diffuse_compress.temporal.table import attach_table, detach_table, table_of
 from temporal.loops import as_given, inputs_for, loop, scheduler_for, stats
 from temporal.loops import reasons as missed
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*temporal table saved:diffuse_compress.errors.DiffuseCompressWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*temporal table saved:diffuse_compress.errors.DiffuseCompressWarning"),
+    pytest.mark.usefixtures("fresh_thread"),
+]
 
 
 def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
@@ -35,12 +38,6 @@ def attached(name: str, **config: Any) -> Any:
     model = tiny.build(name)
     attach_table(model, TableConfig(exact=True, **config))
     return model
-
-
-@pytest.fixture(autouse=True)
-def fresh_thread():
-    steps._thread.scopes[0].runs.clear()
-    steps._thread.scopes[0].stats.clear()
 
 
 @pytest.fixture
