@@ -7,7 +7,7 @@ import copy
 import inspect
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import Any
 
@@ -21,6 +21,7 @@ __all__ = [
     "accepted_arguments",
     "cheap_arguments",
     "default_prompt",
+    "from_noise",
     "named_arguments",
     "outputs_of",
     "picture_of",
@@ -107,6 +108,20 @@ def prompt_arguments(pipe: Any, prompt: str | list[str]) -> dict[str, Any]:
         # At the default size binning changes nothing, but pipelines of small models refuse to start with it.
         arguments["use_resolution_binning"] = False
     return arguments
+
+
+def from_noise(pipe: Any, arguments: Mapping[str, Any], seed: int, *, decode: bool = False) -> dict[str, Any]:
+    """``arguments`` of a call of ``pipe``, where they do not say it with its noise, and without decoding its output.
+
+    Args:
+        pipe: a diffusers pipeline.
+        arguments: are not changed.
+        seed: of the noise.
+        decode: leave the form of the output to the pipeline.
+    """
+    accepted = accepted_arguments(pipe)
+    own: dict[str, Any] = {"generator": seeded(seed), **({} if decode else {"output_type": "latent"})}
+    return {**{name: value for name, value in own.items() if accepted is None or name in accepted}, **arguments}
 
 
 def seeded(seed: int) -> torch.Generator:

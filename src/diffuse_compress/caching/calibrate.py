@@ -27,7 +27,7 @@ from diffuse_compress.caching.units import Granularity, Unit, sites_of, units_of
 from diffuse_compress.calibration.items import pipeline_arguments
 from diffuse_compress.components import is_pipeline, model_components, resolve_names
 from diffuse_compress.errors import ConfigError
-from diffuse_compress.pipeline_call import accepted_arguments, outputs_of, seeded, untouched
+from diffuse_compress.pipeline_call import from_noise, outputs_of, untouched
 from diffuse_compress.progress import Callback
 from diffuse_compress.progress import track as progress
 
@@ -316,12 +316,7 @@ class _Runner:
 
     def run(self, arguments: Mapping[str, Any], index: int) -> torch.Tensor:
         """Output for an item, latents where the pipeline gives them, as float64 on the CPU."""
-        call, accepted = dict(arguments), accepted_arguments(self.pipe)
-        if accepted is None or "generator" in accepted:
-            call.setdefault("generator", seeded(self.seed + index))
-        if accepted is None or "output_type" in accepted:
-            call.setdefault("output_type", "latent")
-        return _values(outputs_of(self.pipe(**call)))
+        return _values(outputs_of(self.pipe(**from_noise(self.pipe, arguments, self.seed + index))))
 
     def record(
         self,

@@ -28,7 +28,7 @@ from diffuse_compress.families.base import BlockKind, Streams
 from diffuse_compress.families.boundary import Boundary
 from diffuse_compress.runtime.blocks import BlockOption, disown, keep_outermost, known_kind, own
 from diffuse_compress.runtime.run import Run
-from diffuse_compress.runtime.steps import Consumer, current, track, tracker_of, untrack
+from diffuse_compress.runtime.steps import Consumer, current, hook_owner, remove_hooks, track, tracker_of, untrack
 
 __all__ = ["NAME", "FeatureCache", "apply_cache", "cache_disabled", "cache_of", "compile_variants", "remove_cache"]
 
@@ -302,18 +302,13 @@ def remove_cache(model: nn.Module) -> None:
         return
     for site in cache.sites:
         disown(model.get_submodule(site.block), NAME)
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is cache]:
-            del hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
-            model._forward_hooks_always_called.pop(key, None)
+    remove_hooks(model, cache)
     untrack(model, NAME)
 
 
 def cache_of(model: nn.Module) -> FeatureCache | None:
     """The cache of a model, if it has one."""
-    owners = (getattr(hook, "__self__", None) for hook in unwrap(model)._forward_pre_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, FeatureCache)), None)
+    return hook_owner(model, FeatureCache)
 
 
 @contextlib.contextmanager

@@ -302,7 +302,8 @@ def sample_weights(samples: Sequence[Sample], model: nn.Module) -> list[float | 
 
     Padding is computed like any token and looked at by none; as most of a batch it would decide about the layers.
     """
-    return [_weight(sample, list(inspect.signature(model.forward).parameters)) for sample in samples]
+    names = list(inspect.signature(model.forward).parameters)
+    return [_weight(sample, names) for sample in samples]
 
 
 def _weight(sample: Sample, names: Sequence[str]) -> float | torch.Tensor:

@@ -29,7 +29,7 @@ from diffuse_compress.components import (
 )
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.failures import failures_explained
-from diffuse_compress.pipeline_call import accepted_arguments, seeded, untouched
+from diffuse_compress.pipeline_call import from_noise, seeded, untouched
 from diffuse_compress.progress import Callback
 from diffuse_compress.progress import track as progress
 from diffuse_compress.runtime.sampling import SamplingSettings
@@ -153,13 +153,8 @@ def _record_pipeline(
     settings: dict[str, Any] = {}
     with untouched(pipe), recorder.attached():
         decode = any(GROUPS["vaes"].match(name) for name in names)
-        accepted = accepted_arguments(pipe)
         for index, given in progress(list(enumerate(arguments)), "Recording", pipe, callback, {}):
-            call = dict(given)
-            if accepted is None or "generator" in accepted:
-                call.setdefault("generator", seeded(seed + index))
-            if not decode and (accepted is None or "output_type" in accepted):
-                call.setdefault("output_type", "latent")
+            call = from_noise(pipe, given, seed + index, decode=decode)
             recorder.begin(index, pipe)
             what = f"item {index} cannot be run: {type(pipe).__name__} called with {', '.join(given)}"
             with failures_explained(what, _MEMORY), contextlib.suppress(_EnoughError):

@@ -31,7 +31,15 @@ from diffuse_compress.quantization.numerics import (
 )
 from diffuse_compress.quantization.scheme import ActivationScheme, PerTensor, TwoLevel, WeightScheme
 
-__all__ = ["HistogramObserver", "MSEObserver", "MinMaxObserver", "Observer", "ObserverConfig", "PercentileObserver"]
+__all__ = [
+    "HistogramObserver",
+    "MSEObserver",
+    "MinMaxObserver",
+    "Observer",
+    "ObserverConfig",
+    "PercentileObserver",
+    "weight_qparams",
+]
 
 _ROW_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)
 _GROUP_SCALE_STEPS = 8
@@ -108,6 +116,23 @@ class Observer(Protocol):
 
     def qparams(self) -> QParams:
         """Scale and zero point for the values seen. Raises ModelStateError if there were none."""
+
+
+def weight_qparams(weight: torch.Tensor, scheme: WeightScheme, observer: str = "mse", **options: Any) -> QParams:
+    """Scale and zero point of a weight within the range that an observer chooses.
+
+    Args:
+        weight: [N, K] floating point; not modified.
+        scheme: of the weight.
+        observer: "mse" (:class:`MSEObserver`) or "minmax" (:class:`MinMaxObserver`).
+        options: of :class:`MSEObserver`.
+
+    Raises:
+        ModelStateError: the weight holds inf or nan.
+    """
+    found: Observer = MSEObserver(scheme, **options) if observer == "mse" else MinMaxObserver(scheme)
+    found.update(weight)
+    return found.qparams()
 
 
 class MinMaxObserver:

@@ -21,7 +21,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -51,6 +51,7 @@ __all__ = [
     "StepContext",
     "StepTracker",
     "current",
+    "hook_owner",
     "remove_hooks",
     "stats_of",
     "track",
@@ -71,6 +72,8 @@ NOT_SEEN = Reason(
     "the model was not seen running: it is compiled as a whole, or the pipeline did not call it",
     "if it is compiled, compile its blocks instead (compile_repeated_blocks)",
 )
+
+_OwnerT = TypeVar("_OwnerT")
 
 # So many calls without any schedule are no trial of a single forward pass: the user's loop is not one we can follow.
 _CALLS_WITHOUT_SCHEDULE = 3
@@ -461,11 +464,7 @@ def track(model: nn.Module, consumer: Consumer | None = None) -> StepTracker:
 
 def tracker_of(model: nn.Module) -> StepTracker | None:
     """The tracker whose hooks ``model`` carries, or None."""
-    for hook in unwrap(model)._forward_pre_hooks.values():
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, StepTracker):
-            return owner
-    return None
+    return hook_owner(model, StepTracker)
 
 
 def untrack(model: nn.Module, consumer: str | None = None) -> None:
@@ -476,6 +475,12 @@ def untrack(model: nn.Module, consumer: str | None = None) -> None:
     if consumer is not None and (tracker.consumers.pop(consumer, None) is None or tracker.consumers):
         return
     remove_hooks(model, tracker)
+
+
+def hook_owner(model: nn.Module, kind: type[_OwnerT]) -> _OwnerT | None:
+    """The object of class ``kind`` of which a forward pre-hook of ``model`` is a method, or None."""
+    owners = (getattr(hook, "__self__", None) for hook in unwrap(model)._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, kind)), None)
 
 
 def remove_hooks(model: nn.Module, owner: object) -> None:

@@ -480,11 +480,7 @@ def detach_table(model: nn.Module) -> None:
 
 def table_of(model: nn.Module) -> TemporalTable | None:
     """The table whose hooks a model carries, or None."""
-    for hook in unwrap(model)._forward_pre_hooks.values():
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, TemporalTable):
-            return owner
-    return None
+    return steps.hook_owner(model, TemporalTable)
 
 
 def _arguments_of(model: nn.Module) -> tuple[list[str], str]:

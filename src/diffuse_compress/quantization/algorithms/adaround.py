@@ -36,7 +36,7 @@ from diffuse_compress.quantization.algorithms.gptq import (
     round_columns,
 )
 from diffuse_compress.quantization.numerics import QParams, choose_qparams, effective_scale, quantize_weight
-from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver
+from diffuse_compress.quantization.observers import weight_qparams
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import WeightScheme
 
@@ -284,9 +284,7 @@ def first_rounding(layer: LayerWork, aim: Aim, config: LearnedRoundingConfig) ->
         return rounding
     if layer.ranges is not None:
         return SoftRounding(weight, scheme, choose_qparams(layer.ranges, scheme))
-    found = MSEObserver(scheme) if config.observer == "mse" else MinMaxObserver(scheme)
-    found.update(weight)
-    return SoftRounding(weight, scheme, found.qparams())
+    return SoftRounding(weight, scheme, weight_qparams(weight, scheme, config.observer))
 
 
 @register_block

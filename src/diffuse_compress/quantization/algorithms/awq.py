@@ -34,7 +34,6 @@ from diffuse_compress.quantization.algorithms.folding import check_fold, set_sca
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig, quantize
 from diffuse_compress.quantization.numerics import QParams, choose_qparams, dequantize, fake_quantize, split_groups
 from diffuse_compress.quantization.observers import ObserverConfig
-from diffuse_compress.quantization.rotation import rotate
 from diffuse_compress.quantization.scheme import PerTensor, Scheme, TwoLevel, WeightScheme
 
 __all__ = ["AWQConfig", "AbsMeanCollector", "RowCollector", "clip_weight"]
@@ -264,8 +263,7 @@ def _tried(
                     inputs = (prepared(x, trial) for x in given)
                     ranges[layer.scheme] = observed_qparams(inputs, layer.scheme.activation, observer)
                 trial.input_qparams = ranges[layer.scheme]
-            scaled, rotation = weight / layer.per_column(1.0 / scale), layer.scheme.input_rotation
-            rounded = _rounded(scaled if rotation is None else rotate(scaled, rotation), layer.scheme.weight)
+            rounded = _rounded(trial.as_codes_see_it(weight), layer.scheme.weight)
             layer.dense.weight.data = rounded.to(dense[0].dtype).reshape(layer.dense.weight.shape)
             handles.append(layer.dense.register_forward_pre_hook(_scaled(trial)))
         yield

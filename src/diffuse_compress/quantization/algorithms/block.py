@@ -119,7 +119,11 @@ class LayerWork:
         """fp32 [N, K], a copy: the weight that the codes are to stand for."""
         if self.weight is not None:
             return self.weight.clone()
-        weight, scale, rotation = self.rest(), self.column_scale, self.scheme.input_rotation
+        return self.as_codes_see_it(self.rest())
+
+    def as_codes_see_it(self, weight: torch.Tensor) -> torch.Tensor:
+        """fp32 [R, K], a weight on the input as it comes, on the one multiplied by ``act_pre_scale`` and rotated."""
+        scale, rotation = self.column_scale, self.scheme.input_rotation
         if scale is not None:
             weight = weight / scale
         return weight if rotation is None else rotate(weight, rotation)

@@ -34,7 +34,7 @@ from diffuse_compress.quantization.numerics import (
     effective_scale,
     quantize_weight,
 )
-from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver
+from diffuse_compress.quantization.observers import weight_qparams
 from diffuse_compress.quantization.scheme import PerChannel, PerGroup, WeightScheme
 
 __all__ = ["GPTQConfig", "HessianCollector", "collected", "inverse_factor", "round_columns", "shared_inputs"]
@@ -350,9 +350,7 @@ class _Grid:
 
 
 def _qparams(weight: torch.Tensor, scheme: WeightScheme, config: GPTQConfig) -> QParams:
-    observer = MSEObserver(scheme) if config.observer == "mse" else MinMaxObserver(scheme)
-    observer.update(weight)
-    found = observer.qparams()
+    found = weight_qparams(weight, scheme, config.observer)
     return QParams(
         found.scale.clone(), None if found.zero_point is None else found.zero_point.clone(), found.group_scale
     )

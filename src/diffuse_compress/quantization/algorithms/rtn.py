@@ -11,7 +11,7 @@ from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register, register_block
 from diffuse_compress.quantization.algorithms.block import BlockWork
 from diffuse_compress.quantization.numerics import choose_qparams, quantize_weight
-from diffuse_compress.quantization.observers import MinMaxObserver, MSEObserver, Observer
+from diffuse_compress.quantization.observers import weight_qparams
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import WeightScheme
 
@@ -84,8 +84,5 @@ def quantize(
         IncompatibleShapeError: K does not fit the scheme's group size.
         ModelStateError: the weight holds inf or nan.
     """
-    observer: Observer = MinMaxObserver(scheme)
-    if config.observer == "mse":
-        observer = MSEObserver(scheme, config.norm, config.num_ratios, config.min_ratio)
-    observer.update(weight)
-    return quantize_weight(weight, scheme, observer.qparams())
+    options = {"norm": config.norm, "num_ratios": config.num_ratios, "min_ratio": config.min_ratio}
+    return quantize_weight(weight, scheme, weight_qparams(weight, scheme, config.observer, **options))

@@ -30,7 +30,7 @@ from diffuse_compress.quantization.algorithms.gptq import shared_inputs
 from diffuse_compress.quantization.algorithms.smoothquant import AbsMaxCollector, smoothing_scale
 from diffuse_compress.quantization.layer_base import LowRank
 from diffuse_compress.quantization.numerics import QParams, choose_qparams, fake_quantize, fake_quantize_activation
-from diffuse_compress.quantization.observers import MSEObserver, ObserverConfig
+from diffuse_compress.quantization.observers import ObserverConfig, weight_qparams
 from diffuse_compress.quantization.rotation import rotate, rotate_back
 from diffuse_compress.quantization.scheme import PerTensor, Scheme
 
@@ -166,10 +166,9 @@ class _Trial:
 
     def scale(self, act_pre_scale: torch.Tensor | None) -> None:
         """Go on with this scale of the input."""
-        layer = dataclasses.replace(self.work, act_pre_scale=act_pre_scale)
-        self._column_scale = layer.column_scale
-        self._quantized_rows = _quantized_rows(self.rows, layer, self._observer)
-        self.exact = self._as_codes_see_it(self.dense)
+        self._layer = dataclasses.replace(self.work, act_pre_scale=act_pre_scale)
+        self._quantized_rows = _quantized_rows(self.rows, self._layer, self._observer)
+        self.exact = self._layer.as_codes_see_it(self.dense)
 
     def fits(self, other: _Trial) -> bool:
         """Whether both multiply the same columns."""
@@ -178,20 +177,14 @@ class _Trial:
         same = same and self.work.scheme.input_rotation == other.work.scheme.input_rotation
         return same and self.work.dense.weight.shape[1:] == other.work.dense.weight.shape[1:]
 
-    def _as_codes_see_it(self, weight: torch.Tensor) -> torch.Tensor:
-        """fp32 [R, K], a weight on the input as it comes, on the scaled and rotated one."""
-        rotation = self.work.scheme.input_rotation
-        if self._column_scale is not None:
-            weight = weight / self._column_scale
-        return weight if rotation is None else rotate(weight, rotation)
-
     def branch(self, factors: LowRank) -> LowRank:
         """Factors of a part of ``exact`` as the layer keeps them: for the input as it comes, in the layer's dtype."""
         down, up = factors
         if self.work.scheme.input_rotation is not None:
             down = rotate_back(down, self.work.scheme.input_rotation)
-        if self._column_scale is not None:
-            down = down * self._column_scale
+        scale = self._layer.column_scale
+        if scale is not None:
+            down = down * scale
         # Copies of their own, in order: layers must not share memory, and products sum alike after a reload.
         dtype, plain = self.work.dense.weight.dtype, torch.contiguous_format
         return down.to(dtype, copy=True, memory_format=plain), up.to(dtype, copy=True, memory_format=plain)
@@ -199,7 +192,7 @@ class _Trial:
     def rest(self, branch: LowRank) -> torch.Tensor:
         """fp32 [N, K]: what ``branch`` leaves of ``exact`` for the codes."""
         down, up = branch
-        return torch.addmm(self.exact, up.float(), self._as_codes_see_it(down.float()), alpha=-1)
+        return torch.addmm(self.exact, up.float(), self._layer.as_codes_see_it(down.float()), alpha=-1)
 
     def rounded(self, rest: torch.Tensor, qparams: QParams | None = None) -> torch.Tensor:
         """fp32 [N, K]: ``rest`` as codes have it, with the ranges of its groups as they are unless given."""
@@ -272,7 +265,9 @@ def _refine(group: Sequence[_Trial], iterations: int) -> None:
         branches = [trial.branch((down, part)) for trial, part in zip(group, parts, strict=True)]
         rests = [trial.rest(branch) for trial, branch in zip(group, branches, strict=True)]
         # Searched once: other ranges change little but what the branch has adapted to.
-        ranges = ranges or [_searched(trial, rest) for trial, rest in zip(group, rests, strict=True)]
+        ranges = ranges or [
+            weight_qparams(rest, trial.work.scheme.weight) for trial, rest in zip(group, rests, strict=True)
+        ]
         rounded = [trial.rounded(rest, found) for trial, rest, found in zip(group, rests, ranges, strict=True)]
         errors = [trial.error(branch, codes) for trial, branch, codes in zip(group, branches, rounded, strict=True)]
         error = float(torch.stack(errors).sum())
@@ -284,12 +279,6 @@ def _refine(group: Sequence[_Trial], iterations: int) -> None:
         trial.work.low_rank = branch
         # What was decided for the whole weight does not hold for what the branch leaves of it.
         trial.work.weight = trial.work.ranges = None
-
-
-def _searched(trial: _Trial, rest: torch.Tensor) -> QParams:
-    observer = MSEObserver(trial.work.scheme.weight)
-    observer.update(rest)
-    return observer.qparams()
 
 
 def _quantized_rows(rows: torch.Tensor, layer: LayerWork, observer: ObserverConfig) -> torch.Tensor:
