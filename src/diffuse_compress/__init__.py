@@ -1,8 +1,10 @@
 """diffuse_compress: make diffusers and transformers models smaller and faster, in place.
 
 ``import diffuse_compress`` adds ``compress``, ``compression_plan``, ``compression_report``, ``compression_recipe``,
-``compression_stats`` and ``decompress`` to pipelines and models, and lets plain ``from_pretrained`` load what they
-saved. The same verbs are functions here. ``DIFFUSE_COMPRESS_NO_PATCH=1`` leaves the classes alone.
+``compression_stats`` and ``decompress`` to pipelines and models, and to those of diffusers ``enable_cache``,
+``disable_cache``, ``cache_disabled``, ``save_cache``, ``load_cache``, ``push_cache_to_hub`` and ``cache_summary``. It
+lets plain ``from_pretrained`` load what they saved. The same verbs are functions here.
+``DIFFUSE_COMPRESS_NO_PATCH=1`` leaves the classes alone.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from diffuse_compress.api import (
     decompress,
     sensitivity,
 )
+from diffuse_compress.caching.config import CacheConfig, FeatureCacheConfig
+from diffuse_compress.caching.schedule import Schedule as CacheSchedule
 from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.card_results import attach_results
 from diffuse_compress.companions import complete_save, complete_upload
@@ -31,6 +35,16 @@ from diffuse_compress.errors import (
     MissingDependencyError,
     ModelStateError,
     UnsupportedHardwareError,
+)
+from diffuse_compress.feature_cache import (
+    CACHE_METHODS,
+    cache_disabled,
+    cache_summary,
+    disable_cache,
+    enable_cache,
+    load_cache,
+    push_cache_to_hub,
+    save_cache,
 )
 from diffuse_compress.importing import import_quantized
 from diffuse_compress.integrations.attach import attach, register_quantizers
@@ -69,6 +83,7 @@ from diffuse_compress.quantization.scheme import (
 from diffuse_compress.recipe import Recipe
 from diffuse_compress.report import CompressionReport
 from diffuse_compress.runtime.stats import CompressionStats, PlanMissedError
+from diffuse_compress.temporal.config import TableConfig, TFMQConfig
 
 __version__ = "0.1.0.dev0"
 
@@ -77,6 +92,8 @@ __all__ = [
     "ActivationScheme",
     "AdaRoundConfig",
     "BRECQConfig",
+    "CacheConfig",
+    "CacheSchedule",
     "Calibration",
     "CheckpointError",
     "CompressionConflictError",
@@ -86,6 +103,7 @@ __all__ = [
     "ConfigError",
     "DiffuseCompressError",
     "DiffuseCompressWarning",
+    "FeatureCacheConfig",
     "GPTQConfig",
     "HQQConfig",
     "IncompatibleShapeError",
@@ -108,10 +126,14 @@ __all__ = [
     "Scheme",
     "SensitivityReport",
     "SmoothQuantConfig",
+    "TFMQConfig",
+    "TableConfig",
     "TwoLevel",
     "UnsupportedHardwareError",
     "WeightScheme",
     "attach_results",
+    "cache_disabled",
+    "cache_summary",
     "compare",
     "compress",
     "compression_plan",
@@ -119,7 +141,12 @@ __all__ = [
     "compression_report",
     "compression_stats",
     "decompress",
+    "disable_cache",
+    "enable_cache",
     "import_quantized",
+    "load_cache",
+    "push_cache_to_hub",
+    "save_cache",
     "sensitivity",
     "set_verbosity_debug",
     "set_verbosity_error",
@@ -130,4 +157,4 @@ __all__ = [
 set_verbosity_from_environment()
 
 register_quantizers()
-attach(METHODS, complete_save, complete_upload)
+attach(METHODS, CACHE_METHODS, complete_save, complete_upload)

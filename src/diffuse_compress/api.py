@@ -13,10 +13,13 @@ from typing import Any, TypeVar, cast
 import torch
 
 from diffuse_compress.apply import apply_plan, needs_calibration, require_consumer
+from diffuse_compress.caching.config import CacheConfig
+from diffuse_compress.caching.runtime import caches_off
 from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.components import GROUPS, is_pipeline, model_components, resolve_names
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.integrations.component import get_state
+from diffuse_compress.integrations.methods import live_methods, remove_methods
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.layer_sensitivity import Measurements, SensitivityReport
 from diffuse_compress.mixed_precision import candidate_schemes, meet_target, parse_size
@@ -27,7 +30,7 @@ from diffuse_compress.quantization.algorithms.base import AlgorithmConfig
 from diffuse_compress.quantization.presets import PRESETS, resolve_preset
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import resolve_scheme
-from diffuse_compress.recipe import Recipe, as_recipe
+from diffuse_compress.recipe import MethodConfig, Recipe, as_recipe
 from diffuse_compress.report import CompressionReport, report_of
 from diffuse_compress.runtime.stats import CompressionStats
 from diffuse_compress.runtime.steps import stats_of
@@ -103,7 +106,8 @@ def compression_plan(
     if searches and plan.components:
         measurements = Measurements(target, plan, device, callback)
         size = None if target_size is None else parse_size(target_size)
-        meet_target(plan, target, measurements, sensitivity, size=size, bits=target_bits)
+        with caches_off(model_components(target).values()):
+            meet_target(plan, target, measurements, sensitivity, size=size, bits=target_bits)
         # A calibration that only the search has looked at is done with.
         plan.calibration = plan.calibration if needs_calibration(plan) else None
     return plan
@@ -166,7 +170,7 @@ def compress(
         sensitivity=sensitivity,
         callback=callback,
     )
-    if plan.components:
+    if plan.components or plan.methods:
         apply_plan(target, plan, device=device, callback=callback, work_dir=work_dir, preview=preview, measure=measure)
     return target
 
@@ -215,7 +219,8 @@ def sensitivity(
     formats = None if isinstance(listed, str) else [cast(Scheme, resolve_scheme(scheme)) for scheme in listed]
     candidates = candidate_schemes(plan, target, formats)
     plan.calibration = require_consumer(plan, calibration, searches=True)
-    return Measurements(target, plan, device, callback).sensitivity(candidates)
+    with caches_off(model_components(target).values()):
+        return Measurements(target, plan, device, callback).sensitivity(candidates)
 
 
 def _seed_of(seed: int | None, generator: torch.Generator | None) -> int | None:
@@ -268,6 +273,7 @@ def decompress(target: _Target) -> _Target:
     for model in models.values():
         if get_state(model) is not None:
             model.dequantize()
+        remove_methods(model)
     return target
 
 
@@ -286,8 +292,17 @@ def compression_recipe(target: Any) -> Recipe:
     Raises:
         ConfigError: nothing is compressed.
     """
-    states = {name: get_state(model) for name, model in model_components(target).items()}
-    found = {name or "denoisers": (state.config,) for name, state in states.items() if state is not None}
+    found: dict[str, tuple[MethodConfig, ...]] = {}
+    for name, model in model_components(target).items():
+        state, methods = get_state(model), live_methods(model).values()
+        weights: tuple[MethodConfig, ...] = ()
+        if state is not None and not state.config.spec.is_dense:
+            weights = (QuantizationConfig.from_spec(state.config.spec, state.config.compute_dtype),)
+        # A schedule that was given is no recipe: it was made for this very model.
+        others = (config for m in methods if (config := m.config_of(model)) and type(config) is not CacheConfig)
+        configs = (*weights, *others)
+        if configs:
+            found[name or "denoisers"] = configs
     if not found:
         raise ConfigError(f'{type(target).__name__} is not compressed; call compress("w8a8") first.')
     return Recipe(found)

@@ -12,6 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffuse_compress.apply_methods import (
+    apply_methods,
+    put_tables_back,
+    rounded_bytes,
+    tables_of_dense_weights,
+    take_tables_off,
+)
+from diffuse_compress.caching.config import FeatureCacheConfig
+from diffuse_compress.caching.runtime import caches_off
 from diffuse_compress.calibration.engine import calibrate_layers
 from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.calibration.samples import Samples
@@ -69,11 +78,20 @@ def require_consumer(plan: CompressionPlan, calibration: Any, *, searches: bool 
             "prompts (of texts, of forward arguments for a model without pipeline) or a Calibration; or "
             f"{instead}."
         )
-    if calibration is not None and plan.components and not needing and not searches:
+    caches = any(isinstance(method.config, FeatureCacheConfig) for method in plan.methods)
+    if caches and not isinstance(calibration, Calibration | Sequence | None):
+        calibration = list(calibration)  # both a cache and an algorithm may read it
+    consumed = needing or searches or (caches and not isinstance(calibration, Calibration))
+    if calibration is not None and (plan.components or plan.methods) and not consumed:
         found = ", ".join(sorted({part.spec.algorithm.summary for part in plan.components.values()}))
+        if caches:
+            raise ConfigError(
+                "calibration: a feature cache runs the whole sampling loop, for which it needs prompts (class labels, "
+                "dicts of arguments), got recorded calls of the denoiser. Pass the items themselves, or nothing."
+            )
         raise ConfigError(
-            f"calibration: given, but nothing uses it ({found} is data-free). Leave it out, or name an algorithm "
-            "that does, algorithm=GPTQConfig(), or none: a preset then takes its calibrated one."
+            f"calibration: given, but nothing uses it ({found or 'what is asked for'} is data-free). Leave it out, or "
+            "name an algorithm that does, algorithm=GPTQConfig(), or none: a preset then takes its calibrated one."
         )
     return calibration
 
@@ -96,12 +114,20 @@ def apply_plan(
         DiffuseCompressError: a layer could not be converted; the message names it.
     """
     models = model_components(target)
-    for name, part in plan.components.items():
-        _check_ready(name or part.class_name, models[name])
+    for name in dict.fromkeys([*plan.components, *(method.component for method in plan.methods)]):
+        _check_ready(name or type(models[name]).__name__, models[name])
     spilled = sum(row.bytes_before for row in plan.rows if row.scheme is not None)
     # A rotation writes out what it changes beside.
     spilled += sum(part.bytes_before for part in plan.components.values() if part.residual is not None)
-    with _keep_random_state(), torch.no_grad(), Transaction(spilled, work_dir) as spill:
+    spilled += rounded_bytes(models, plan.methods)
+    with (
+        _keep_random_state(),
+        torch.no_grad(),
+        caches_off(models.values()),
+        Transaction(spilled, work_dir) as spill,
+    ):
+        tables = tables_of_dense_weights(target, models, plan.methods, plan.calibration)
+        kept = take_tables_off({name: models[name] for name in plan.components}, spill)
         calibration, finished = _prepared(target, models, plan, device, work_dir, callback)
         probe = PipelineProbe(target, plan, preview=preview, enabled=measure, callback=callback)
         probe.record_dense()
@@ -121,7 +147,9 @@ def apply_plan(
         for name, part in plan.components.items():
             given = calibration if part.needs_calibration else None
             _mark(models[name], part, given, spill)
+        put_tables_back(models, kept)
         probe.record_compressed()
+        apply_methods(target, models, plan.methods, tables, plan.calibration, spill, callback)
         for name, part in plan.components.items():
             state = get_state(models[name])
             assert state is not None  # marked above
@@ -305,6 +333,9 @@ def _calibrate(
 
 def _mark(model: nn.Module, part: ComponentPlan, calibration: Calibration | None, spill: Transaction) -> None:
     mark, unmark = marks_of(model)
+    before = get_state(model)
+    if before is not None:  # of a dense model that carries a method
+        spill.on_rollback(lambda: mark(model, before))
     spill.on_rollback(lambda: unmark(model))
     config = part.resolved_config
     config.calibration = None if calibration is None else calibration.settings_of(part.name)

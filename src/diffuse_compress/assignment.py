@@ -82,7 +82,7 @@ def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAs
             raise ConfigError(
                 f"{type(model).__name__}: {len(unmatched)} of the recipe's {len(spec.rules)} patterns match no layer, "
                 f"e.g. {unmatched[0]!r}. It was resolved on another architecture: start from its preset, "
-                f"{spec.preset or spec.scheme.name!r}."
+                f"{spec.label!r}."
             )
     roles, tied = layer_roles(cast(nn.Module, _WithoutAdapters(model))), _tied_layers(model)
     rotated = residual_stream_of(model).rotated_inputs if spec.algorithm.rotates_residual else ()
@@ -228,6 +228,7 @@ def _decide(
     if role in _KEPT_ROLE:
         return keep(_KEPT_ROLE[role])
     scheme = spec.modulation_scheme if role is LayerRole.MODULATION else spec.scheme
+    assert scheme is not None  # of a dense spec, which has rules
     unfit = supports(module, scheme) or spec.algorithm.unsupported(module, scheme)
     if unfit:
         return keep(unfit)

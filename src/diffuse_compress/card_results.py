@@ -19,7 +19,7 @@ from diffuse_compress.evaluation.records import Record, eval_results, load_recor
 from diffuse_compress.integrations.component import ComponentState, get_state
 from diffuse_compress.integrations.origin import base_model_of
 from diffuse_compress.quantization.spec import QuantizationSpec
-from diffuse_compress.recipe import Recipe
+from diffuse_compress.recipe import Recipe, weights_among
 
 __all__ = ["SOURCE", "attach_results", "card_results", "foreign_results", "require_results_of", "results_text"]
 
@@ -149,7 +149,8 @@ def _states(target: Any) -> dict[str, ComponentState]:
 
 def _specs(recipe: Recipe, target: Any) -> dict[str, QuantizationSpec]:
     """{component: what is asked of its weights}; of a bare model the one that there is."""
-    given = {name: configs[0].spec for name, configs in recipe.components.items() if configs}
+    weights = {name: weights_among(configs) for name, configs in recipe.components.items()}
+    given = {name: configs[0].spec for name, configs in weights.items() if configs}
     if model_components(target).keys() == {""}:
         return dict.fromkeys([""], next(iter(given.values()))) if given else {}
     return {name: given[key] for key, names in resolve_names(given, target).items() for name in names}
@@ -163,7 +164,7 @@ def _agree(one: QuantizationSpec, other: QuantizationSpec) -> bool:
 
 
 def _named(specs: Mapping[str, QuantizationSpec]) -> str:
-    found = [f"{name + ': ' if name else ''}{spec.preset or spec.scheme.name}" for name, spec in specs.items()]
+    found = [f"{name + ': ' if name else ''}{spec.label}" for name, spec in specs.items()]
     return ", ".join(found) or "the dense model"
 
 

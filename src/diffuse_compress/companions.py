@@ -1,4 +1,4 @@
-"""The files that stand beside a compressed object's weights: README.md and pipeline.py."""
+"""The files that stand beside an object's weights: README.md, pipeline.py and the schedules of feature caches."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffuse_compress import model_card
+from diffuse_compress.caching.artefact import FILE_NAME, save_schedules, schedules_of
 from diffuse_compress.components import is_pipeline, model_components
 from diffuse_compress.integrations.component import get_state
 from diffuse_compress.integrations.hub import remote_text
@@ -19,11 +20,19 @@ __all__ = ["complete_save", "complete_upload"]
 
 
 def complete_save(obj: Any, staging: Path, target: Path) -> None:
-    """Write both into ``staging``, whose files are about to be moved to ``target``; the user's own there stay.
+    """Write them into ``staging``, whose files are about to be moved to ``target``; the user's own there stay.
 
-    Nothing is written where no weights of ours are: adapters are saved alone, for instance. After a save of a dense
-    object, what an earlier save wrote is taken out of ``target``.
+    Schedules are written beside every pipeline that has some: what is saved of a dense one is the stock checkpoint, and
+    one in torchao's format holds none of ours. No card or pipeline.py is written where no weights of ours are: adapters
+    are saved alone, for instance. After the save of a dense object, what an earlier save wrote is taken out of
+    ``target``.
     """
+    if is_pipeline(obj):
+        schedules = schedules_of(obj)
+        if schedules:
+            save_schedules(staging / FILE_NAME, schedules)
+        else:
+            (target / FILE_NAME).unlink(missing_ok=True)
     if _is_dense(obj):
         _take_out(obj, target)
         return

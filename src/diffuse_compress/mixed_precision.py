@@ -68,7 +68,7 @@ def candidate_schemes(plan: CompressionPlan, target: Any, schemes: Sequence[Sche
 
 def _of_component(part: ComponentPlan, model: nn.Module, schemes: Sequence[Scheme] | None) -> dict[str, list[Scheme]]:
     if part.spec.rules is not None:
-        start = part.spec.preset or part.spec.scheme.name
+        start = part.spec.label
         raise ConfigError(
             f"{part.name or part.class_name}: a resolved recipe fixes the format of every layer, so there is nothing "
             f'to search. Start from the preset: compression_plan("{start}", target_size=...).'

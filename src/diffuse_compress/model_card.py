@@ -214,7 +214,7 @@ def _dtype_of(obj: Any) -> torch.dtype:
 
 def _metadata(obj: Any, bases: list[str], *, online: bool, token: str | bool | None) -> dict[str, Any]:
     specs = [state.config.spec for state in map(get_state, model_components(obj).values()) if state is not None]
-    labels = [spec.preset or spec.scheme.name for spec in specs]
+    labels = [spec.label for spec in specs]
     data: dict[str, Any] = {
         "library_name": "diffusers" if is_pipeline(obj) else library_of(obj),
         "tags": [*_OUR_TAGS, *dict.fromkeys(labels)],

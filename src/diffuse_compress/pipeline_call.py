@@ -19,8 +19,8 @@ from diffuse_compress.components import GROUPS, model_components
 __all__ = [
     "CannotCallError",
     "accepted_arguments",
+    "bundled_items",
     "cheap_arguments",
-    "default_prompt",
     "from_noise",
     "named_arguments",
     "outputs_of",
@@ -42,10 +42,30 @@ class CannotCallError(Exception):
     """The pipeline needs arguments that cannot be made up; the message names them."""
 
 
-def default_prompt() -> str:
-    """First prompt of the bundled list."""
-    text = resources.files("diffuse_compress").joinpath("prompts").joinpath("general.txt").read_text(encoding="utf-8")
-    return next(line for line in text.splitlines() if line.strip() and not line.startswith("#"))
+def bundled_prompts(name: str = "general") -> list[str]:
+    """Prompts that come with the package: "general", or "motion" for videos."""
+    text = resources.files("diffuse_compress").joinpath("prompts").joinpath(f"{name}.txt").read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def bundled_items(pipe: Any, count: int) -> list[Any]:
+    """``count`` things to ask ``pipe`` for, as far apart as this package knows: prompts, class labels, or nothing.
+
+    Raises:
+        CannotCallError: an argument is required that this function does not know.
+    """
+    known = _parameters(pipe)
+    _require_known(pipe, known)
+    if "prompt" in known:
+        prompts = bundled_prompts("motion" if "num_frames" in known else "general")
+        return [prompts[number * len(prompts) // count] for number in range(min(count, len(prompts)))]
+    if "class_labels" in known:
+        denoiser = next(
+            (part for name, part in model_components(pipe).items() if GROUPS["denoisers"].match(name)), None
+        )
+        classes = getattr(getattr(denoiser, "config", None), "num_embeds_ada_norm", None) or 1000
+        return [number * classes // count for number in range(count)]
+    return [{"batch_size": 1} if "batch_size" in known else {} for _ in range(count)]
 
 
 def cheap_arguments(pipe: Any, steps: int, seed: int, *, decode: bool) -> dict[str, Any]:
@@ -61,15 +81,9 @@ def cheap_arguments(pipe: Any, steps: int, seed: int, *, decode: bool) -> dict[s
         CannotCallError: an argument is required that this function does not know.
     """
     known = _parameters(pipe)
-    missing = [
-        name
-        for name, default in known.items()
-        if default is inspect.Parameter.empty and name not in _SUPPLIED and name not in ("height", "width")
-    ]
-    if missing:
-        raise CannotCallError(f"{type(pipe).__name__} needs {', '.join(missing)}")
+    _require_known(pipe, known)
     choices: dict[str, Any] = {
-        "prompt": default_prompt(),
+        "prompt": bundled_prompts()[0],
         "class_labels": [0],
         "num_inference_steps": steps,
         "use_resolution_binning": False,
@@ -197,6 +211,16 @@ def _parameters(pipe: Any) -> dict[str, Any]:
     parameters = inspect.signature(type(pipe).__call__).parameters.values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
     return {parameter.name: parameter.default for parameter in named}
+
+
+def _require_known(pipe: Any, known: Mapping[str, Any]) -> None:
+    missing = [
+        name
+        for name, default in known.items()
+        if default is inspect.Parameter.empty and name not in _SUPPLIED and name not in ("height", "width")
+    ]
+    if missing:
+        raise CannotCallError(f"{type(pipe).__name__} needs {', '.join(missing)}")
 
 
 def _reduced_size(pipe: Any, known: dict[str, Any]) -> dict[str, int]:

@@ -26,6 +26,7 @@ from diffuse_compress.families.registry import residual_stream_of
 from diffuse_compress.integrations.component import foreign_quantization, get_state
 from diffuse_compress.integrations.placement import require_own_weights
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
+from diffuse_compress.method_plan import MethodPlan, plan_methods
 from diffuse_compress.patterns import generalize, matches, require_match
 from diffuse_compress.plan_text import render_plan
 from diffuse_compress.quantization.dispatch import require_device
@@ -33,7 +34,7 @@ from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinea
 from diffuse_compress.quantization.residual import ResidualStream
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import QuantizationSpec, resolve_scheme
-from diffuse_compress.recipe import Recipe
+from diffuse_compress.recipe import MethodConfig, Recipe, weights_among
 
 __all__ = ["ComponentPlan", "CompressionPlan", "PlanRow", "make_plan", "stored_bytes", "tensor_rows"]
 
@@ -101,7 +102,7 @@ class ComponentPlan:
     def edit(self, pattern: str, scheme: Scheme | None) -> None:
         """Give every layer matching ``pattern`` this scheme, or None to keep it."""
         if self.spec.rules is not None:
-            start = self.spec.preset or self.spec.scheme.name
+            start = self.spec.label
             raise ConfigError(
                 f"{self.name or self.class_name}: this plan follows a resolved recipe, which fixes every layer. To "
                 f'edit, plan from the preset: compression_plan("{start}").'
@@ -195,7 +196,9 @@ class CompressionPlan:
         components: {name: ComponentPlan}; a bare model's name is "".
         unchanged: components that already carry this very configuration.
         untouched: {name: bytes} of models that this plan leaves alone.
-        calibration: a Calibration, or items to record one from, for the components whose algorithm needs it.
+        methods: plans of the methods beside weights, in the order in which they are carried out.
+        calibration: a Calibration, or items to record one from, for the components whose algorithm needs it, and for
+            feature caches.
         search: what a search for the layers' formats was asked for and looked at, in words; "" without one.
         sensitivity: what it looked at, or None.
     """
@@ -207,7 +210,9 @@ class CompressionPlan:
         unchanged: list[str],
         untouched: dict[str, int],
         device: torch.device,
+        methods: Iterable[MethodPlan] = (),
     ) -> None:
+        self.methods = list(methods)
         self.target_class = type(target).__name__
         self.components, self.unchanged, self.untouched = components, unchanged, untouched
         self.device = device
@@ -271,11 +276,19 @@ class CompressionPlan:
 
     def request(self) -> Recipe:
         """What was asked for, edits included, before it was resolved: plans anew on another or changed model."""
-        return Recipe({name: (QuantizationConfig.from_spec(part.spec),) for name, part in self.components.items()})
+        return self._recipe({name: QuantizationConfig.from_spec(part.spec) for name, part in self.components.items()})
 
     def recipe(self) -> Recipe:
         """The resolved recipe of this plan."""
-        return Recipe({name: (part.resolved_config,) for name, part in self.components.items()})
+        return self._recipe({name: part.resolved_config for name, part in self.components.items()})
+
+    def _recipe(self, weights: Mapping[str, QuantizationConfig]) -> Recipe:
+        names = dict.fromkeys([*weights, *(method.component for method in self.methods)])
+        parts: dict[str, tuple[MethodConfig, ...]] = {}
+        for name in names:
+            own = tuple(method.config for method in self.methods if method.component == name)
+            parts[name] = (*((weights[name],) if name in weights else ()), *own)
+        return Recipe(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form: {"components": {name: {"class", "config", "bytes_before", "bytes_after", "rows"}}, ...}."""
@@ -292,6 +305,7 @@ class CompressionPlan:
                 }
                 for name, part in self.components.items()
             },
+            "methods": [method.to_dict() for method in self.methods],
             "unchanged": list(self.unchanged),
             "untouched": dict(self.untouched),
         }
@@ -312,16 +326,21 @@ def make_plan(target: Any, recipe: Recipe, device: torch.device | None = None) -
         UnsupportedHardwareError: the device cannot hold a scheme's dtype.
     """
     models = model_components(target)
-    wanted: dict[str, QuantizationConfig | None] = {}
+    wanted: dict[str, tuple[MethodConfig, ...]] = {}
     for key, names in resolve_names(recipe.components, target).items():
-        configs = recipe.components[key]
-        if len(configs) > 1:
-            raise ConfigError(f"{key}: {len(configs)} configurations of kind 'weights'; a component takes one.")
         for name in names:
             exact = key == name
             if exact or name not in wanted:
-                wanted[name] = configs[0] if configs else None
-    given = {name: config for name, config in wanted.items() if config is not None}
+                wanted[name] = recipe.components[key]
+    given: dict[str, QuantizationConfig] = {}
+    others: dict[str, list[Any]] = {}
+    for name, configs in wanted.items():
+        weights = weights_among(configs)
+        if len(weights) > 1:
+            raise ConfigError(f"{name}: {len(weights)} configurations of kind 'weights'; a component takes one.")
+        if weights:
+            given[name] = weights[0]
+        others[name] = [config for config in configs if not isinstance(config, QuantizationConfig)]
     unchanged = [name for name, config in given.items() if _is_present(name, models[name], config)]
     todo = {name: config for name, config in given.items() if name not in unchanged}
     _check_patterns(todo, models)
@@ -334,8 +353,9 @@ def make_plan(target: Any, recipe: Recipe, device: torch.device | None = None) -
     for part in parts.values():
         for scheme in set(part.layers.values()):
             require_device(scheme, device)
+    methods, present = plan_methods(target, models, others)
     rest = {name: stored_bytes(model) for name, model in models.items() if name not in parts and name not in unchanged}
-    return CompressionPlan(target, parts, unchanged, rest, device)
+    return CompressionPlan(target, parts, [*unchanged, *present], rest, device, methods)
 
 
 def tensor_rows(model: nn.Module, assigned: dict[str, LayerAssignment]) -> Iterator[PlanRow]:
@@ -392,7 +412,7 @@ def _is_present(name: str, model: nn.Module, config: QuantizationConfig) -> bool
             "components; import_quantized() takes over layers of torchao, GGUF and BFL with their codes."
         )
     state = get_state(model)
-    if state is None:
+    if state is None or state.config.spec.is_dense:
         require_own_weights(where, model)
         return False
     changes = state.config.spec.differences(config.spec)

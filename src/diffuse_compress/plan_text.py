@@ -34,8 +34,13 @@ def render_plan(plan: CompressionPlan) -> str:
     lines = [headline(plan), plan.search] if plan.search else [headline(plan)]
     for part in plan.components.values():
         lines += ["", *_component_lines(part, plan)]
+    for method in plan.methods:
+        where = f"{method.component}: " if method.component != SELF else ""
+        lines += ["", f"{where}{method}"]
     for name in plan.unchanged:
         lines.append(f"{name or plan.target_class}: already compressed with this configuration; nothing to do")
+    if not plan.components:
+        return "\n".join(lines)
     total = f"total: {format_bytes(plan.bytes_before)} -> {format_bytes(plan.bytes_after)}"
     if plan.bytes_before:
         total += f" ({plan.bytes_after / plan.bytes_before:.3f} of before)"
@@ -49,8 +54,12 @@ def headline(plan: CompressionPlan) -> str:
     described = []
     for name, part in plan.components.items():
         spec = part.spec
-        label = f"{spec.preset or spec.scheme.name} by {spec.algorithm.summary}"
+        label = f"{spec.label} by {spec.algorithm.summary}"
         described.append(f"{label} on {name or part.class_name}")
+    methods: dict[str, list[str]] = {method.config.summary: [] for method in plan.methods}
+    for method in plan.methods:
+        methods[method.config.summary].append(method.component or plan.target_class)
+    described += [f"{summary} on {' and '.join(names)}" for summary, names in methods.items()]
     return f"CompressionPlan for {plan.target_class}: " + ("; ".join(described) or "nothing to do")
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from diffuse_compress.caching.config import CACHE_KIND, CACHE_PRESETS, CacheConfig, cache_config_from_dict
 from diffuse_compress.errors import CheckpointError, ConfigError, DiffuseCompressError
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.quantization.presets import resolve_preset
 from diffuse_compress.quantization.scheme import Scheme
+from diffuse_compress.temporal.config import TEMPORAL_KIND, TFMQConfig
 
-__all__ = ["MethodConfig", "Recipe", "as_recipe"]
+__all__ = ["MethodConfig", "Recipe", "as_recipe", "weights_among"]
 
-MethodConfig: TypeAlias = QuantizationConfig
+MethodConfig: TypeAlias = QuantizationConfig | TFMQConfig | CacheConfig
 """Configuration of one method; each kind (weights, sparsity, temporal, cache, tokens) at most once a component."""
 DEFAULT_GROUP = "denoisers"
 _SCHEMA_VERSION = 1
@@ -77,6 +79,11 @@ class Recipe:
             raise CheckpointError(f"{path}: {error}") from error
 
 
+def weights_among(configs: Iterable[MethodConfig]) -> list[QuantizationConfig]:
+    """Those of the kind "weights"."""
+    return [config for config in configs if isinstance(config, QuantizationConfig)]
+
+
 def as_recipe(
     *methods: Any,
     default_group: str = DEFAULT_GROUP,
@@ -94,7 +101,8 @@ def as_recipe(
             ``algorithm=``, ``seed=``); None means not given.
 
     Raises:
-        ConfigError: nothing given, mixed forms, unknown names, or options beside a ready config.
+        ConfigError: nothing given, mixed forms, unknown names, or options beside a ready config or a method that has
+            no use for them.
     """
     given = {key: value for key, value in options.items() if value is not None}
     if len(methods) == 1 and isinstance(methods[0], Recipe):
@@ -110,12 +118,15 @@ def as_recipe(
                 f"compress: every component given ({', '.join(components)}) is None. Name at least one to compress: "
                 '{"transformer": "w8a8"}.'
             )
-        return Recipe(components)
-    calibrated = is_calibrated(default_group)
-    configs = tuple(config for method in methods for config in _configs(method, given, calibrated))
-    if not configs:
-        raise ConfigError("compress needs a preset, a configuration, a dict or a Recipe, got nothing.")
-    return Recipe({default_group: configs})
+    else:
+        calibrated = is_calibrated(default_group)
+        configs = tuple(config for method in methods for config in _configs(method, given, calibrated))
+        if not configs:
+            raise ConfigError("compress needs a preset, a configuration, a dict or a Recipe, got nothing.")
+        components = {default_group: configs}
+    if given and not any(weights_among(configs) for configs in components.values()):
+        raise ConfigError(f"{', '.join(sorted(given))}: for quantized weights, and nothing asks for them here.")
+    return Recipe(components)
 
 
 def _configs(value: Any, options: Mapping[str, Any], calibrated: bool) -> tuple[MethodConfig, ...]:
@@ -123,6 +134,10 @@ def _configs(value: Any, options: Mapping[str, Any], calibrated: bool) -> tuple[
         return ()
     if isinstance(value, list | tuple):
         return tuple(config for item in value for config in _configs(item, options, calibrated))
+    if isinstance(value, str) and value in CACHE_PRESETS:
+        return (CACHE_PRESETS[value],)
+    if isinstance(value, TFMQConfig | CacheConfig):
+        return (value,)
     if isinstance(value, str) and calibrated:
         return (QuantizationConfig(value, **{"algorithm": resolve_preset(value).calibrated, **options}),)
     if isinstance(value, str | Scheme):
@@ -144,7 +159,12 @@ def _configs(value: Any, options: Mapping[str, Any], calibrated: bool) -> tuple[
 
 
 def _config(data: Mapping[str, Any]) -> MethodConfig:
-    if data.get("kind") != "weights":
-        raise CheckpointError(f"Recipe: unknown method kind {data.get('kind')!r}; pip install -U diffuse-compress.")
-    config: QuantizationConfig = QuantizationConfig.from_dict({k: v for k, v in data.items() if k != "kind"})
-    return config
+    readers: dict[str, Callable[[Mapping[str, Any]], MethodConfig]] = {
+        "weights": QuantizationConfig.from_dict,
+        TEMPORAL_KIND: TFMQConfig.from_dict,
+        CACHE_KIND: cache_config_from_dict,
+    }
+    kind = data.get("kind")
+    if kind not in readers:
+        raise CheckpointError(f"Recipe: unknown method kind {kind!r}; pip install -U diffuse-compress.")
+    return readers[kind]({key: value for key, value in data.items() if key != "kind"})

@@ -19,6 +19,7 @@ from torch import nn
 from diffuse_compress.components import SELF, model_components
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.integrations.component import ComponentState, get_state, quantized_layers
+from diffuse_compress.integrations.methods import live_methods
 from diffuse_compress.integrations.peft import merge_errors
 from diffuse_compress.measurement import LayerMeasurement, PipelineProbe, PreviewPair
 from diffuse_compress.plan import ComponentPlan, PlanRow, stored_bytes, tensor_rows
@@ -89,6 +90,7 @@ class CompressionReport:
                 "imported": {source: layers},            # only of models that import_quantized made
                 "calibration": what it was calibrated on,  # only of calibrated ones: Calibration.settings_of
                 "made_dynamic": [name],                  # only where no sample reached layers of static inputs
+                "methods": {kind: {"title", "summary", ...}},  # beside weights, only where there are some
                 "parameters": count of the dense component,
                 "disk_bytes": {"before", "after"},       # exact tensor bytes of a checkpoint, headers excluded
                 "memory_bytes": {"before", "after"},     # parameters and all buffers
@@ -156,11 +158,11 @@ def report_of(target: Any) -> CompressionReport:
     preview: list[PreviewPair] = []
     for name, model in model_components(target).items():
         state = get_state(model)
-        if state is None:
+        if state is None and not live_methods(model):
             untouched[name] = stored_bytes(model)
         else:
             components[name] = _view(model, state)
-            preview = preview or state.preview
+            preview = preview or (state.preview if state is not None else [])
     if not components:
         raise ConfigError(f'{type(target).__name__} is not compressed; call compress("w8a8") first.')
     components = dict(sorted(components.items(), key=lambda item: -item[1]["disk_bytes"]["before"]))
@@ -184,7 +186,7 @@ def component_report(
         probe: what was measured of the pipeline.
         seconds: that the conversion took.
     """
-    report = _facts(model, part.spec.preset, part.spec.scheme.name, part.spec.algorithm.summary, probe.macs(part.name))
+    report = _facts(model, part.spec.preset, part.spec.scheme_name, part.spec.algorithm.summary, probe.macs(part.name))
     output_error = probe.output_error(part.name)
     output_error["relative_error"] = [_rounded(error) for error in output_error["relative_error"]]
     fixed = report["memory_bytes"]["after"] - report["disk_bytes"]["after"]
@@ -216,7 +218,7 @@ def imported_report(model: nn.Module, spec: QuantizationSpec, sources: Mapping[s
         sources: {what the layers were before: how many}.
     """
     origin = ", ".join(f"{count} layers of {source}" for source, count in sources.items())
-    report = _facts(model, None, spec.scheme.name, f"import of {origin}", {})
+    report = _facts(model, None, spec.scheme_name, f"import of {origin}", {})
     report["output_error"]["note"] = (
         "not measured: codes and scales are those of the source; bytes before are those of the compute dtype"
     )
@@ -235,15 +237,21 @@ def report_kind(path: str | Path) -> str:
 # --- one component ----------------------------------------------------------------------------------------------
 
 
-def _view(model: nn.Module, state: ComponentState) -> dict[str, Any]:
+def _view(model: nn.Module, state: ComponentState | None) -> dict[str, Any]:
     """The stored part, or what the layers tell, and how the component is computed where it is now."""
-    stored = state.report
-    if stored is None:
-        spec = state.config.spec
-        stored = _facts(model, spec.preset, spec.scheme.name, spec.algorithm.summary, {})
+    spec = QuantizationSpec.dense() if state is None else state.config.spec
+    stored = None if state is None else state.report
+    if stored is None and spec.is_dense:
+        stored = _facts(model, None, spec.scheme_name, "", {})
+        stored["output_error"]["note"] = ""
+    elif stored is None:
+        stored = _facts(model, spec.preset, spec.scheme_name, spec.algorithm.summary, {})
     ranked = sorted(stored["layers"], key=_sensitivity, reverse=True)
     view = {**stored, "sensitive_layers": ranked[:MOST_SENSITIVE], "compute": _compute_paths(model)}
-    if state.config.calibration is not None:
+    methods = {kind: {"title": m.title, **m.facts(model)} for kind, m in live_methods(model).items()}
+    if methods:
+        view["methods"] = methods
+    if state is not None and state.config.calibration is not None:
         view["calibration"] = state.config.calibration
     fused = merge_errors(model)
     if fused:

@@ -20,6 +20,7 @@ __all__ = [
     "headline",
     "render_markdown",
     "render_text",
+    "schedule_picture",
     "timestep_errors",
 ]
 
@@ -34,6 +35,7 @@ def render_text(report: dict[str, Any]) -> str:
         for heading, table in _tables(part):
             lines += [f" {heading}", *align(table)]
         lines += [f" {line}" for line in _notes(part)]
+        lines += [f"  {line}" for line in schedule_picture(part)]
     worst = worst_preview(report["preview"])
     if worst is not None:
         lines += ["", f"preview: worst of {len(report['preview'])} prompts is {worst['prompt']!r}, {_decibel(worst)}"]
@@ -49,6 +51,8 @@ def render_markdown(report: dict[str, Any]) -> str:
         for heading, table in _tables(part):
             blocks.append(f"{heading[0].upper()}{heading[1:]}:\n\n{_markdown_table(table)}")
         blocks += _notes(part)
+        if schedule_picture(part):
+            blocks.append("\n".join(["```text", *schedule_picture(part), "```"]))
     if report["preview"]:
         rows = [("prompt", "PSNR against dense"), *((item["prompt"], _decibel(item)) for item in report["preview"])]
         blocks.append(f"### Preview\n\n{_markdown_table(rows)}")
@@ -66,7 +70,9 @@ def headline(report: dict[str, Any]) -> str:
         gain = f"{format_bytes(before)} -> {format_bytes(after)} ({_ratio(after, before)} of before)"
         error = error_range(part)
         where = f" on {name}" if name else ""
-        found = f"{part['preset'] or part['scheme']} by {part['algorithm']}{where}: {gain}"
+        by = f" by {part['algorithm']}" if part["algorithm"] else ""
+        methods = "".join(f", {method['title']}" for method in part.get("methods", {}).values())
+        found = f"{part['preset'] or part['scheme']}{by}{methods}{where}: {gain}"
         parts.append(f"{found}, output error {error}" if error else found)
     return f"{report['target']} compressed: " + "; ".join(parts)
 
@@ -194,8 +200,13 @@ def _tables(part: dict[str, Any]) -> list[tuple[str, list[Sequence[str]]]]:
     return tables
 
 
+def schedule_picture(part: dict[str, Any]) -> list[str]:
+    """Lines of a feature cache's schedule, steps by units; [] without one."""
+    return list(part.get("methods", {}).get("cache", {}).get("picture", ()))
+
+
 def _notes(part: dict[str, Any]) -> list[str]:
-    notes = []
+    notes = [f"{method['title']}: {method['summary']}" for method in part.get("methods", {}).values()]
     if part["output_error"]["note"]:
         notes.append(f"output error: {part['output_error']['note']}")
     notes += calibration_notes(part)

@@ -40,7 +40,7 @@ from diffuse_compress.evaluation.records import Metric, Record, load_record
 from diffuse_compress.evaluation.samples import RECORD, open_pictures
 from diffuse_compress.plan import stored_bytes
 from diffuse_compress.plan_text import format_bytes
-from diffuse_compress.recipe import Recipe
+from diffuse_compress.recipe import Recipe, weights_among
 from diffuse_compress.versions import installed_versions
 
 __all__ = ["ModelScorer", "describe", "register_scorer", "reproduce", "require_possible"]
@@ -205,7 +205,7 @@ def _job(experiment: Experiment, recipes: Sequence[str], folder: Path, device: A
     chosen = read_recipes(list(dict.fromkeys([DENSE, *recipes])))
     for name, recipe in chosen.items():
         configs = [config for part in (recipe.components.values() if recipe else ()) for config in part]
-        if any(config.spec.needs_calibration for config in configs):
+        if any(config.spec.needs_calibration for config in weights_among(configs)):
             raise ConfigError(
                 f"reproduce: {name} needs calibration data, which an experiment does not have. Take a recipe without, "
                 "for example w4a8."

@@ -68,6 +68,7 @@ class Transaction:
         self._folder = folder
         self._spilled: list[_Spilled] = []
         self._undo: list[Callable[[], Any]] = []
+        self._undo_last: list[Callable[[], Any]] = []
 
     def __enter__(self) -> Transaction:
         self._file = tempfile.TemporaryFile(dir=self._folder, prefix="diffuse_compress-")
@@ -108,6 +109,10 @@ class Transaction:
         """Call ``undo`` first if the transaction fails (last registered, first called)."""
         self._undo.append(undo)
 
+    def after_rollback(self, undo: Callable[[], Any]) -> None:
+        """Call ``undo`` if the transaction fails, once every layer is in its place again."""
+        self._undo_last.append(undo)
+
     def _spill(self, model: nn.Module, names: list[str], module: nn.Module, parameter: nn.Parameter) -> _Spilled:
         data = parameter.detach()
         offset = self._file.seek(0, 2)
@@ -133,6 +138,8 @@ class Transaction:
             record.parameter.data = self._read(record).to(record.device)
             for name in record.names:
                 replace_module(record.model, name, record.module)
+        for undo in self._undo_last:
+            undo()
 
 
 class _interrupts_held:

@@ -15,15 +15,16 @@ from torch._dynamo.utils import counters
 import tiny
 from caching.loops import Operations, inputs_of, loop, naive_cache, random_mask, schedule_for
 from diffuse_compress.caching.call import ADAPTERS, CHANGED, MISSING, NAME, NOT_COMPOSED, NOT_RETURNED, OVER_BUDGET
+from diffuse_compress.caching.config import CacheConfig
 from diffuse_compress.caching.runtime import (
     apply_cache,
-    cache_disabled,
     cache_of,
     compile_variants,
     remove_cache,
 )
 from diffuse_compress.caching.units import units_of
 from diffuse_compress.errors import CompressionConflictError, ConfigError, DiffuseCompressWarning, ModelStateError
+from diffuse_compress.feature_cache import cache_disabled
 from diffuse_compress.runtime import steps
 from families import unknown_classes
 from families.composition import SKIPS
@@ -408,14 +409,14 @@ def test_a_block_that_returns_something_else_is_computed():
 def test_a_memory_budget_keeps_what_saves_most(dit):
     model, inputs, schedule = dit
     stream = 2 * 16 * 128 * 4
-    cache = apply_cache(model, schedule, memory_budget=stream)
+    cache = apply_cache(model, schedule, CacheConfig(memory_budget=stream))
     with pytest.warns(DiffuseCompressWarning, match="memory budget did not allow"):
         loop(model, inputs, 6)
     (program,) = cache._programs.values()
     assert program.peak() <= 1
     assert 0 < program.schedule.reused < schedule.reused
     remove_cache(model)
-    apply_cache(model, schedule, memory_budget=stream - 1)
+    apply_cache(model, schedule, CacheConfig(memory_budget=stream - 1))
     with pytest.warns(DiffuseCompressWarning, match="saved 0 of 9"):
         loop(model, inputs, 6)
     assert reasons(model) == {OVER_BUDGET.what: 9}
@@ -428,7 +429,7 @@ def test_what_is_kept_may_be_kept_elsewhere(dit, placement):
     apply_cache(model, schedule)
     expected = loop(model, inputs, 6)
     remove_cache(model)
-    cache = apply_cache(model, schedule, **placement)
+    cache = apply_cache(model, schedule, CacheConfig(**placement))
     kept: list[int] = []
     model.register_forward_hook(lambda *_: kept.append(cache.last_bytes))
     found = loop(model, inputs, 6)

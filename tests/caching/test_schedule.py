@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import tiny
 from caching.loops import random_mask
+from diffuse_compress.caching.artefact import load_schedules, save_schedules
 from diffuse_compress.caching.compiler import compile_schedule, within_memory
 from diffuse_compress.caching.schedule import CachePoint, Guidance, Schedule, noise_levels
 from diffuse_compress.caching.units import Site, Unit, sites_of, units_of
@@ -113,18 +114,18 @@ def test_a_file_holds_all_of_it(tmp_path):
         flops=torch.rand(57, dtype=torch.float64) * 1e12,
         details={"trajectories": 8},
     ).with_mask(mask, torch.rand(50, 57, 3))
-    path = schedule.save(tmp_path / "deep" / "cache.safetensors")
+    path = save_schedules(tmp_path / "deep" / "cache.safetensors", {"": schedule})
     assert path.stat().st_size < 100_000
-    again = Schedule.load(path)
+    again = load_schedules(path)[""]
     for field in dataclasses.fields(Schedule):
         one, other = getattr(schedule, field.name), getattr(again, field.name)
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, field.name
     with pytest.raises(ConfigError, match="at most 100000 bytes"):
-        dataclasses.replace(schedule, details={"notes": "x" * 100_000}).save(path)
-    assert Schedule.load(path).units_hash == schedule.units_hash
+        save_schedules(path, {"": dataclasses.replace(schedule, details={"notes": "x" * 100_000})})
+    assert load_schedules(path)[""].units_hash == schedule.units_hash
     save_file({"mask": mask}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="not a cache schedule"):
-        Schedule.load(tmp_path / "other.safetensors")
+        load_schedules(tmp_path / "other.safetensors")
     tensors, metadata = schedule.to_tensors()
     with pytest.raises(CheckpointError, match="newer release"):
         Schedule.from_tensors(tensors, {**metadata, "schema_version": 2})

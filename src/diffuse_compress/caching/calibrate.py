@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from diffuse_compress.caching.config import MAX_TRAJECTORIES, MIN_STEPS, too_few_steps
 from diffuse_compress.caching.forecast import with_forecast
 from diffuse_compress.caching.observing import observed
 from diffuse_compress.caching.recording import LoopClock, Profile, Recorder, profile_units
@@ -33,10 +34,8 @@ from diffuse_compress.progress import track as progress
 
 __all__ = ["CacheCalibration", "Candidate", "calibrate_cache"]
 
-MAX_TRAJECTORIES = 8
 MAX_CHECKS = 100
 """Forwards spent on checking schedules."""
-MIN_STEPS = 10
 # How much more an error in the first step counts than one in the last.
 _SLOPES = {"even": 0.0, "early steps count more": 1.5}
 _INTERVAL = "whole steps"
@@ -103,6 +102,7 @@ def calibrate_cache(
     longest_reuse: int | None = None,
     seed: int = 0,
     force: bool = False,
+    components: Sequence[str] = ("denoisers",),
     callback: Callback | None = None,
     **call_arguments: Any,
 ) -> CacheCalibration:
@@ -118,6 +118,7 @@ def calibrate_cache(
         longest_reuse: most steps in a row in which a unit may be reused.
         seed: of the starting noise; trajectory i has ``seed + i``.
         force: calibrate for fewer than 10 steps too.
+        components: names or groups of the denoisers that get a schedule.
         callback: ``callback(stage, done, total, metrics)``.
         call_arguments: of every call: num_inference_steps, guidance_scale, height, ...
 
@@ -125,7 +126,7 @@ def calibrate_cache(
         ConfigError: no prompts, fewer than 10 steps, a speed-up that these units cannot give, or a model that has a
             cache already.
     """
-    models, given = _checked(pipe, prompts, target_speedup, num_trajectories, force, call_arguments)
+    models, given = _checked(pipe, prompts, target_speedup, num_trajectories, force, components, call_arguments)
     units = {name: units_of(model, granularity) for name, model in models.items()}
     recorders = {name: Recorder(found) for name, found in units.items()}
     runner = _Runner(pipe, models, seed)
@@ -137,12 +138,9 @@ def calibrate_cache(
     candidates = list(_candidates(full, recorders, models, target_speedup, history, longest_reuse))
     candidates = candidates[: max(1, MAX_CHECKS // max(1, sum(r.calls for r in recorders.values()) // len(given)))]
     with runner.timed() as clock:
-        runner.run(given[0], 0)
-        uncached = clock.stop()
-        checked = [
-            runner.checked(candidate, given[0], clock)
-            for candidate in progress(candidates, "Checking schedules", pipe, callback, {})
-        ]
+        uncached = runner.seconds(given[0], clock)
+        todo = progress(candidates, "Checking schedules", pipe, callback, {})
+        checked = [runner.checked(candidate, given[0], clock) for candidate in todo]
     best = min(checked, key=lambda candidate: candidate.error or 0.0)
     return CacheCalibration(
         best.schedules,
@@ -160,6 +158,7 @@ def _checked(
     target_speedup: float,
     num_trajectories: int,
     force: bool,
+    components: Sequence[str],
     call_arguments: dict[str, Any],
 ) -> tuple[dict[str, nn.Module], list[dict[str, Any]]]:
     """The denoisers and the arguments of each trajectory, or a ConfigError."""
@@ -175,12 +174,12 @@ def _checked(
         raise ConfigError("cache calibration: a list of prompts is needed, got one. Put it in a list.")
     steps = call_arguments.get("num_inference_steps")
     if isinstance(steps, int) and steps < MIN_STEPS and not force:
-        raise _too_few(steps)
+        raise too_few_steps(steps)
     items = itertools.islice(prompts, num_trajectories)
     given = [pipeline_arguments(pipe, item, call_arguments) for item in items]
     if not given:
         raise ConfigError("cache calibration: at least one prompt is needed, got none.")
-    names = resolve_names(["denoisers"], pipe)["denoisers"]
+    names = dict.fromkeys(name for found in resolve_names(components, pipe).values() for name in found)
     models = {name: model_components(pipe)[name] for name in names}
     cached = [name for name, model in models.items() if cache_of(model) is not None]
     if cached:
@@ -188,17 +187,10 @@ def _checked(
     return models, given
 
 
-def _too_few(steps: int) -> ConfigError:
-    return ConfigError(
-        f"cache calibration: loops of fewer than {MIN_STEPS} steps change too much from one to the next for a cache, "
-        f"got {steps}. Run fewer steps instead, or pass force=True."
-    )
-
-
 def _enough_steps(recorders: Mapping[str, Recorder], force: bool) -> None:
     steps = max(len(recorder.timesteps) for recorder in recorders.values())
     if steps < MIN_STEPS and not force:
-        raise _too_few(steps)
+        raise too_few_steps(steps)
 
 
 def _full_schedule(model: nn.Module, units: Any, recorder: Recorder, profile: Profile) -> Schedule:
@@ -355,6 +347,11 @@ class _Runner:
             for model in self.models.values():
                 stack.enter_context(clock.on(model))
             yield clock
+
+    def seconds(self, arguments: Mapping[str, Any], clock: LoopClock) -> float:
+        """Of the denoisers' part of a run of the first item, as they are."""
+        self.run(arguments, 0)
+        return clock.stop()
 
     def checked(self, candidate: Candidate, arguments: Mapping[str, Any], clock: LoopClock) -> Candidate:
         """The candidate after a run of the first item."""

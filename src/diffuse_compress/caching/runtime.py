@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch import nn
 
 from diffuse_compress.caching.call import NAME, Call
 from diffuse_compress.caching.compiler import Program, compile_schedule, within_memory
+from diffuse_compress.caching.config import CacheConfig
 from diffuse_compress.caching.patterns import Op, Variants, run_pattern
 from diffuse_compress.caching.schedule import CachePoint, Schedule, noise_levels
-from diffuse_compress.caching.store import Placement
 from diffuse_compress.caching.units import BLOCK_KIND, Granularity, sites_of, units_of
 from diffuse_compress.components import unwrap
 from diffuse_compress.errors import CompressionConflictError, ConfigError, DiffuseCompressWarning, ModelStateError
@@ -30,7 +30,7 @@ from diffuse_compress.runtime.blocks import BlockOption, disown, keep_outermost,
 from diffuse_compress.runtime.run import Run
 from diffuse_compress.runtime.steps import Consumer, current, hook_owner, remove_hooks, track, tracker_of, untrack
 
-__all__ = ["NAME", "FeatureCache", "apply_cache", "cache_disabled", "cache_of", "compile_variants", "remove_cache"]
+__all__ = ["NAME", "FeatureCache", "apply_cache", "cache_of", "caches_off", "compile_variants", "remove_cache"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class FeatureCache:
 
     Attributes:
         schedule: as it was given.
+        config: how features are kept, and how the schedule was found.
         placement: dtype and device of what is kept.
         memory_budget: bytes that may be kept for each call of a step, or None.
         enabled: False computes everything.
@@ -74,14 +75,13 @@ class FeatureCache:
         last_bytes: what the last call left for later steps.
     """
 
-    def __init__(
-        self, model: nn.Module, schedule: Schedule, placement: Placement, memory_budget: int | None, strict: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, schedule: Schedule, config: CacheConfig) -> None:
         self.schedule = schedule
-        self.placement = placement
-        self.memory_budget = memory_budget
+        self.config = config
+        self.placement = config.placement
+        self.memory_budget = config.memory_budget
         planner = Planner(tuple((1 - schedule.mask.int()).sum(dim=1).tolist()), schedule.levels)
-        self.consumer = Consumer(NAME, planner, strict)
+        self.consumer = Consumer(NAME, planner, config.strict)
         self.merge = schedule.cache_point is CachePoint.POST_GATE
         self.sites = sites_of(model, schedule.units, merge=self.merge)
         self.boundaries = [
@@ -239,25 +239,13 @@ def _refuse_compilation() -> None:
     )
 
 
-def apply_cache(
-    model: nn.Module,
-    schedule: Schedule,
-    *,
-    cache_dtype: torch.dtype | None = None,
-    cache_device: torch.device | str | None = None,
-    memory_budget: int | None = None,
-    strict: bool = False,
-) -> FeatureCache:
+def apply_cache(model: nn.Module, schedule: Schedule, config: CacheConfig | None = None) -> FeatureCache:
     """Let ``model`` follow ``schedule`` from its next run on.
 
     Args:
         model: a denoiser, in the loop of a diffusers scheduler.
         schedule: made for its class and size.
-        cache_dtype: of what is kept; by default that of the streams.
-        cache_device: where it is kept ("cpu"); by default where it was computed.
-        memory_budget: bytes that may be kept for each call of a step. Whatever saves least time for its memory is
-            computed instead.
-        strict: raise in the call instead of warning when less than 90 % of the schedule was achieved.
+        config: how features are kept.
 
     Raises:
         ConfigError: the schedule does not belong to the model.
@@ -276,8 +264,7 @@ def apply_cache(
     except ConfigError as error:
         raise ConfigError(f"feature cache: {error}") from error
     schedule.check(type(model).__name__, units)
-    placement = Placement(cache_dtype, None if cache_device is None else torch.device(cache_device))
-    cache = FeatureCache(model, schedule, placement, memory_budget, strict)
+    cache = FeatureCache(model, schedule, config or CacheConfig())
     owned: list[nn.Module] = []
     try:
         for index, site in enumerate(cache.sites):
@@ -312,18 +299,17 @@ def cache_of(model: nn.Module) -> FeatureCache | None:
 
 
 @contextlib.contextmanager
-def cache_disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes everything, with its cache in place."""
-    cache = cache_of(model)
-    if cache is None:
-        yield
-        return
-    before = cache.enabled
-    cache.enable(model, False)
+def caches_off(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, these models compute everything, with their caches in place; those without one are left alone."""
+    before = {model: (cache, cache.enabled) for model in models if (cache := cache_of(model)) is not None}
+    for model, (cache, _) in before.items():
+        cache.enable(model, False)
     try:
         yield
     finally:
-        cache.enable(model, before)
+        for model, (cache, enabled) in before.items():
+            if cache_of(model) is cache:
+                cache.enable(model, enabled)
 
 
 def compile_variants(model: nn.Module, **options: Any) -> Variants:

@@ -1,8 +1,8 @@
 """A cache schedule: which unit is computed and which is reused in which step of the sampling loop.
 
 The table and what is needed to use it elsewhere: the units by name, the steps by their noise level, what each unit
-costs, coefficients of a forecast. It is a value: nothing in it belongs to a model or a run. One safetensors file of a
-few kilobytes holds it.
+costs, coefficients of a forecast. It is a value: nothing in it belongs to a model or a run. A file of a few kilobytes
+holds it (``artefact.py``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +23,7 @@ from diffuse_compress.errors import CheckpointError, ConfigError, DiffuseCompres
 
 __all__ = ["CachePoint", "Guidance", "Schedule", "noise_levels"]
 
-_METADATA_KEY = "diffuse_compress_cache"
 _SCHEMA_VERSION = 1
-_MAX_BYTES = 100_000
 
 
 class CachePoint(str, Enum):
@@ -198,7 +195,7 @@ class Schedule:
         mask[0] = 1
         return replace(self, mask=mask, timesteps=timesteps.float(), levels=levels.float(), coefficients=None)
 
-    # --- files ----------------------------------------------------------------------------------------------------
+    # --- as tensors ----------------------------------------------------------------------------------------------
 
     def to_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors, JSON-able metadata), of which :meth:`from_tensors` makes it again."""
@@ -238,41 +235,6 @@ class Schedule:
         if schedule.units_hash != metadata["units_hash"]:
             raise CheckpointError("cache schedule: its units do not have the hash that is written beside them.")
         return schedule
-
-    def save(self, path: str | Path) -> Path:
-        """Write one safetensors file.
-
-        Raises:
-            ConfigError: ``details`` are so large that the file would not stay below 100 KB.
-        """
-        from safetensors.torch import save
-
-        tensors, metadata = self.to_tensors()
-        data = save(
-            {name: value.contiguous() for name, value in tensors.items()}, {_METADATA_KEY: json.dumps(metadata)}
-        )
-        if len(data) > _MAX_BYTES:
-            raise ConfigError(
-                f"cache schedule: at most {_MAX_BYTES} bytes, got {len(data)}. Keep less in details, or a shorter "
-                "history of coefficients."
-            )
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> Schedule:
-        """Read a file of :meth:`save`. Raises CheckpointError if it is not one."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as handle:
-                metadata = json.loads((handle.metadata() or {})[_METADATA_KEY])
-                tensors = {key: handle.get_tensor(key) for key in handle.keys()}
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a cache schedule ({type(error).__name__}: {error}).") from error
-        return cls.from_tensors(tensors, metadata)
 
     # --- for reading ----------------------------------------------------------------------------------------------
 

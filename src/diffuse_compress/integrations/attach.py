@@ -17,6 +17,7 @@ from diffuse_compress.integrations.loading import wrap_from_single_file, wrap_mo
 from diffuse_compress.integrations.refresh import up_to_date
 from diffuse_compress.integrations.refusals import wrap_layerwise_casting
 from diffuse_compress.integrations.saving import wrap_push_to_hub, wrap_save_pretrained
+from diffuse_compress.integrations.stock_caches import wrap_cache_mixin
 from diffuse_compress.integrations.wrapping import is_wrapped, mark_wrapped
 
 __all__ = ["NO_PATCH_VARIABLE", "attach", "register_quantizers"]
@@ -31,10 +32,13 @@ def register_quantizers() -> None:
 
 def attach(
     methods: dict[str, Callable[..., Any]],
+    cache_methods: dict[str, Callable[..., Any]],
     complete_save: Callable[[Any, Path, Path], None],
     complete_upload: Prepare,
 ) -> None:
     """Add ``methods`` to the pipeline and model classes, and wrap what must know of compressed objects.
+
+    ``cache_methods`` are for those of diffusers alone.
 
     ``complete_save`` and ``complete_upload`` add what stands beside the weights (see ``companions.py``).
 
@@ -44,7 +48,8 @@ def attach(
     if not may_patch():
         return
     for cls in _classes():
-        for name, function in methods.items():
+        own = methods if cls.__name__ == "PreTrainedModel" else {**methods, **cache_methods}
+        for name, function in own.items():
             if not hasattr(cls, name):
                 setattr(cls, name, function)
         wrap_save_pretrained(cls, up_to_date, complete_save)
@@ -54,6 +59,7 @@ def attach(
             wrap_register_modules(cls)
             wrap_from_pipe(cls)
         if cls.__name__ == "ModelMixin":
+            wrap_cache_mixin(cache_methods)
             wrap_model_loading(cls)
             wrap_builders(cls)
             for mixin in ("FromOriginalModelMixin", "FromSingleFileMixin"):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from diffuse_compress.errors import CheckpointError, DiffuseCompressError
+from diffuse_compress.integrations.methods import Stored
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
 from diffuse_compress.patterns import first_match
 from diffuse_compress.quantization.convert import placeholder_for, replace_module
@@ -81,6 +82,7 @@ class ComponentState:
             quantized on their way in: both libraries tell the model its name after that.
         results: evaluation records for the card (see ``card_results.py``); not written with the weights.
         merge_errors: {layer: error} of adapters fused into packed layers, as of the last save (see ``peft.py``).
+        stored: {kind: method} as it is being written, during a save (see ``methods.py``).
     """
 
     config: QuantizationConfig
@@ -90,6 +92,7 @@ class ComponentState:
     base_model: str | None = None
     results: tuple[Any, ...] = field(default=(), repr=False, compare=False)
     merge_errors: dict[str, float] = field(default_factory=dict, compare=False)
+    stored: Mapping[str, Stored] = field(default_factory=dict, repr=False, compare=False)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedConv2d]:
@@ -179,6 +182,8 @@ def metadata_of(state: ComponentState) -> dict[str, str]:
         content["base_model"] = state.base_model
     if state.merge_errors:
         content["merge_errors"] = state.merge_errors
+    if state.stored:
+        content["methods"] = {kind: {"config": m.config, "meta": m.meta} for kind, m in state.stored.items()}
     return {METADATA_KEY: json.dumps(content, separators=(",", ":"), sort_keys=True)}
 
 

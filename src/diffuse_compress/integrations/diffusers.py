@@ -23,6 +23,7 @@ from diffuse_compress.integrations.component import (
     read_metadata,
     require_keys,
 )
+from diffuse_compress.integrations.methods import is_method_key, method_keys
 from diffuse_compress.integrations.peft import support_adapters
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
 from diffuse_compress.integrations.quantizer import QuantizerMixin
@@ -62,7 +63,9 @@ class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ign
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         if self.pre_quantized:
             self._metadata = read_metadata(checkpoint_files)
-            self._loaded_keys = list(loaded_keys)
+            self._files = [str(file) for file in checkpoint_files]
+            loaded_keys = [key for key in loaded_keys if not is_method_key(key)]
+            self._loaded_keys = loaded_keys
             self._warn_of_another_dtype()
         return loaded_keys
 
@@ -135,12 +138,15 @@ class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ign
             if not layer.scheme.weight.format.is_integer and layer.qweight.dtype == torch.float32:
                 layer.qweight.data = layer.qweight.data.to(torch.float8_e4m3fn)
         _mark(model, self, self._loaded_state(model, self._dtype or model.dtype))
+        self._restore_methods(model)
         return model
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        return state_dict, metadata_of(self.state) if self.state is not None else {}
+        if self.state is None:
+            return state_dict, {}
+        return {**state_dict, **method_keys(self.state.stored)}, metadata_of(self.state)
 
     def _dequantize(self, model: Any) -> Any:
         self._restore_dense_layers(model)

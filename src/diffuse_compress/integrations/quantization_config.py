@@ -55,6 +55,7 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
 
     Attributes:
         calibration: what a compressed component was calibrated on (``Calibration.settings_of``), or None.
+        methods: {kind: configuration as a dict} of what a compressed component carries beside quantized weights.
 
     Raises:
         ConfigError: unknown names; a preset that needs calibration and got none; an observer, and no static inputs.
@@ -92,11 +93,12 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
         spec: QuantizationSpec,
         compute_dtype: torch.dtype | None = None,
         calibration: Mapping[str, Any] | None = None,
+        methods: Mapping[str, Any] | None = None,
     ) -> QuantizationConfig:
         """The config around an existing spec, e.g. one resolved on a model."""
         config = cls.__new__(cls)
         config._algorithm_is_default = False
-        config._set(spec, compute_dtype, calibration)
+        config._set(spec, compute_dtype, calibration, methods)
         return config
 
     def _set(
@@ -104,11 +106,13 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
         spec: QuantizationSpec,
         compute_dtype: torch.dtype | str | None,
         calibration: Mapping[str, Any] | None = None,
+        methods: Mapping[str, Any] | None = None,
     ) -> None:
         self.quant_method = _Method.DIFFUSE_COMPRESS
         self.spec = spec
         self.compute_dtype = _as_dtype(compute_dtype)
         self.calibration = None if calibration is None else dict(calibration)
+        self.methods = dict(methods or {})
         self.modules_to_not_convert = list(spec.modules_to_not_convert) or None
 
     def with_calibration(self) -> QuantizationConfig:
@@ -130,7 +134,8 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
         """JSON-able content of ``config.json``'s ``quantization_config``: patterns only, no prompts, no paths."""
         dtype = None if self.compute_dtype is None else str(self.compute_dtype).removeprefix("torch.")
         data = {"quant_method": QUANT_METHOD, "compute_dtype": dtype, **self.spec.to_dict()}
-        return data if self.calibration is None else {**data, "calibration": copy.deepcopy(self.calibration)}
+        extra = {"calibration": self.calibration, "methods": self.methods}
+        return {**data, **{name: copy.deepcopy(value) for name, value in extra.items() if value}}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Same as :meth:`to_dict`; diffusers' mixin calls it without defining it."""
@@ -147,7 +152,7 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
         data = {key: val for key, val in config_dict.items() if key != "quant_method"}
         if "schema_version" in data:
             spec, dtype = QuantizationSpec.from_dict(data), _as_dtype(data.get("compute_dtype"))
-            config = cls.from_spec(spec, dtype, data.get("calibration"))
+            config = cls.from_spec(spec, dtype, data.get("calibration"), data.get("methods"))
         else:
             known = {name for name in inspect.signature(cls.__init__).parameters if name != "self"}
             unknown = [name for name in data if name not in known]
@@ -166,7 +171,7 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         spec = self.spec
-        parts = [repr(spec.preset or spec.scheme.name), f"algorithm={spec.algorithm!r}"]
+        parts = [repr(spec.label), f"algorithm={spec.algorithm!r}"]
         if spec.modules_to_not_convert:
             parts.append(f"modules_to_not_convert={list(spec.modules_to_not_convert)!r}")
         if spec.overrides:
@@ -176,7 +181,9 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
         return f"QuantizationConfig({', '.join(parts)})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizationConfig:
-        config = type(self).from_spec(copy.deepcopy(self.spec, memo), self.compute_dtype, self.calibration)
+        config = type(self).from_spec(
+            copy.deepcopy(self.spec, memo), self.compute_dtype, self.calibration, self.methods
+        )
         config._algorithm_is_default = self._algorithm_is_default
         return config
 

@@ -16,6 +16,7 @@ from diffuse_compress.integrations.component import (
     layer_entries,
     quantized_layers,
 )
+from diffuse_compress.integrations.methods import read_methods, remove_methods, restore_methods
 from diffuse_compress.integrations.origin import repository_of
 from diffuse_compress.integrations.peft import restore_merge_errors
 from diffuse_compress.integrations.placement import require_free, require_memory
@@ -46,6 +47,7 @@ class QuantizerMixin:
         self.pending: dict[str, Scheme] = {}
         self._rules: Rules = ()
         self._metadata: dict[str, Any] | None = None
+        self._files: list[str] = []
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Both libraries call this with the device map, as given and as resolved, before they load a weight."""
@@ -114,8 +116,13 @@ class QuantizerMixin:
         report, base_model = stored.get("report"), stored.get("base_model")
         return ComponentState(self.quantization_config, layer_entries(model), report, base_model=base_model)
 
+    def _restore_methods(self, model: Any) -> None:
+        """Put on ``model`` what its checkpoint holds beside weights."""
+        restore_methods(model, read_methods(self._files, (self._metadata or {}).get("methods", {})))
+
     @staticmethod
     def _restore_dense_layers(model: Any) -> None:
         require_free(type(model).__name__, model, "decompress")
+        remove_methods(model)
         for name, layer in quantized_layers(model).items():
             replace_module(model, name, layer.to_dense())

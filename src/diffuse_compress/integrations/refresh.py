@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,7 @@ from diffuse_compress.components import is_pipeline, model_components
 from diffuse_compress.errors import CheckpointError
 from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries, quantized_layers
 from diffuse_compress.integrations.doors import marks_of
+from diffuse_compress.integrations.methods import Stored, stored_methods
 from diffuse_compress.integrations.origin import base_model_of
 from diffuse_compress.integrations.peft import has_adapters, merge_errors
 from diffuse_compress.integrations.placement import require_bytes
@@ -28,6 +29,7 @@ def up_to_date(obj: Any) -> Iterator[None]:
 
     * A cast since it was compressed: layer map and ``compute_dtype`` follow.
     * A part of it was compressed on its own (a language model inside a vision-language one): the whole gets a state.
+    * What it carries beside weights (``methods.py``) is put into its state for the writers.
     * A dense model whose config object is shared with a compressed one: its config is written without ours.
 
     Raises:
@@ -50,12 +52,24 @@ def up_to_date(obj: Any) -> Iterator[None]:
         finally:
             holder.quantization_config = config
         return
+    if not layers and get_state(obj) is None:
+        yield
+        return
+    stored = stored_methods(obj)
     if layers:
         require_bytes(obj)
         _require_no_adapters(obj)
-        state = _refresh(obj, get_state(obj) or _state_of_parts(obj))
-        state.merge_errors = merge_errors(obj)
-    yield
+    elif not stored:  # what a dense model carried has been taken off
+        marks_of(obj)[1](obj)
+        yield
+        return
+    state = _refresh(obj, get_state(obj) or _state_of_parts(obj), stored)
+    state.merge_errors = merge_errors(obj) if layers else {}
+    state.stored = stored
+    try:
+        yield
+    finally:
+        state.stored = {}
 
 
 def _require_no_adapters(model: Any) -> None:
@@ -70,13 +84,15 @@ def _require_no_adapters(model: Any) -> None:
         )
 
 
-def _refresh(model: Any, state: ComponentState) -> ComponentState:
+def _refresh(model: Any, state: ComponentState, stored: Mapping[str, Stored]) -> ComponentState:
     entries, dtype = layer_entries(model), model.dtype
     base_model = base_model_of(model, state)
+    methods = {kind: dict(method.config) for kind, method in stored.items()}
     same = entries == state.layers and dtype == state.config.compute_dtype and base_model == state.base_model
+    same = same and methods == state.config.methods
     if get_state(model) is state and same:
         return state
-    config = QuantizationConfig.from_spec(state.config.spec, dtype, state.config.calibration)
+    config = QuantizationConfig.from_spec(state.config.spec, dtype, state.config.calibration, methods)
     fresh = replace(state, config=config, layers=entries, base_model=base_model)
     marks_of(model)[0](model, fresh)
     return fresh

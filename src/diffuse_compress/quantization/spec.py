@@ -38,7 +38,7 @@ class QuantizationSpec:
     """Weights (and activations) of one component.
 
     Attributes:
-        scheme: format of the layers inside blocks.
+        scheme: format of the layers inside blocks; None keeps every layer dense (:meth:`dense`).
         modulation_scheme: format of modulation and timestep projections.
         algorithm: how codes are chosen.
         preset: the preset's name if one was asked for; for people.
@@ -51,8 +51,8 @@ class QuantizationSpec:
         observer: chooses the ranges of static inputs.
     """
 
-    scheme: Scheme
-    modulation_scheme: Scheme
+    scheme: Scheme | None
+    modulation_scheme: Scheme | None
     algorithm: AlgorithmConfig = field(default_factory=RTNConfig)
     preset: str | None = None
     modules_to_not_convert: tuple[str, ...] = ()
@@ -107,10 +107,30 @@ class QuantizationSpec:
         )
         if observer is not None and not spec.has_static_inputs:
             raise ConfigError(
-                f"observer: chooses ranges of static inputs, and {spec.scheme.name} has none. Leave it out, or take a "
+                f"observer: chooses ranges of static inputs, and {body.name} has none. Leave it out, or take a "
                 "Scheme with ActivationScheme(..., PerTensor(), dynamic=False)."
             )
         return spec
+
+    @classmethod
+    def dense(cls) -> QuantizationSpec:
+        """Of a component whose weights are as they were, and which carries something else of ours."""
+        return cls(scheme=None, modulation_scheme=None, rules=())
+
+    @property
+    def is_dense(self) -> bool:
+        """No layer is quantized."""
+        return self.scheme is None
+
+    @property
+    def scheme_name(self) -> str:
+        """Of the format inside blocks."""
+        return "dense" if self.scheme is None else self.scheme.name
+
+    @property
+    def label(self) -> str:
+        """Name of the preset, else of the format."""
+        return self.preset or self.scheme_name
 
     @property
     def has_static_inputs(self) -> bool:
@@ -197,8 +217,8 @@ class QuantizationSpec:
                 return tuple((pattern, None if name is None else schemes[name]) for pattern, name in pairs)
 
             return cls(
-                scheme=schemes[data["scheme"]],
-                modulation_scheme=schemes[data["modulation_scheme"]],
+                scheme=None if data["scheme"] is None else schemes[data["scheme"]],
+                modulation_scheme=None if data["modulation_scheme"] is None else schemes[data["modulation_scheme"]],
                 algorithm=algorithm_from_dict(data["algorithm"]),
                 preset=data.get("preset"),
                 modules_to_not_convert=tuple(data.get("modules_to_not_convert", ())),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
 from diffuse_compress.errors import ConfigError, nearest
 
-__all__ = ["TableConfig", "TableFormat", "WeightPlace"]
+__all__ = ["TEMPORAL_KIND", "TFMQConfig", "TableConfig", "TableFormat", "WeightPlace"]
+
+TEMPORAL_KIND = "temporal"
 
 
 class TableFormat(str, Enum):
@@ -86,6 +90,76 @@ class TableConfig:
             raise ConfigError(f"TableConfig: max_schedules must be a positive integer, got {self.max_schedules!r}.")
         if self.work_dir is not None:
             object.__setattr__(self, "work_dir", str(Path(self.work_dir)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, a dict of the arguments; ``work_dir`` is of one machine and left out."""
+        return {**asdict(self), "table": self.table.value, "weights": self.weights.value, "skip": list(self.skip)} | {
+            "work_dir": None
+        }
+
+
+@dataclass(frozen=True)
+class TFMQConfig:
+    """The timestep path of a denoiser: tables in place of what it computes from the timestep and conditions alone.
+
+    Source: Huang et al. 2024, arXiv 2407.19547, which extends TFMQ-DM (arXiv 2311.16503). Tables are made of the dense
+    weights, so that quantizing these layers costs nothing in accuracy while a table serves them.
+
+    Args:
+        table: how tables are kept, a TableConfig or a dict of its arguments.
+        num_inference_steps: schedules whose rows of the timestep alone are made by ``compress`` and stored with the
+            model, by their numbers of steps; the pipeline's own number by default, () for none. Rows of any other
+            schedule are made in its first run.
+
+    Raises:
+        ConfigError: a value that is none of these.
+    """
+
+    table: TableConfig = field(default_factory=TableConfig)
+    num_inference_steps: tuple[int, ...] | None = None
+
+    kind: ClassVar[str] = TEMPORAL_KIND
+
+    def __post_init__(self) -> None:
+        if isinstance(self.table, Mapping):
+            object.__setattr__(self, "table", TableConfig(**_known(TableConfig, self.table)))
+        if not isinstance(self.table, TableConfig):
+            raise ConfigError(f"TFMQConfig: table is a TableConfig, got {type(self.table).__name__}.")
+        steps: Any = self.num_inference_steps
+        steps = (steps,) if isinstance(steps, int) else None if steps is None else tuple(steps)
+        if steps is not None and any(not isinstance(step, int) or step < 1 for step in steps):
+            raise ConfigError(f"TFMQConfig: num_inference_steps are positive integers, got {steps!r}.")
+        if steps is not None and len(steps) > self.table.max_schedules:
+            raise ConfigError(
+                f"TFMQConfig: num_inference_steps are {len(steps)} schedules, and the table keeps "
+                f"{self.table.max_schedules}: pass table=TableConfig(max_schedules={len(steps)})."
+            )
+        object.__setattr__(self, "num_inference_steps", steps)
+
+    @property
+    def summary(self) -> str:
+        """In a few words, for plans."""
+        where = self.table.weights
+        kept = "" if where is WeightPlace.DEVICE else f", weights {where.value}"
+        return f"temporal tables ({self.table.table.value}{kept})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, a dict of the arguments."""
+        steps = self.num_inference_steps
+        return {"table": self.table.to_dict(), "num_inference_steps": None if steps is None else list(steps)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TFMQConfig:
+        """Read a :meth:`to_dict`. Raises ConfigError for an unknown field."""
+        return cls(**_known(cls, data))
+
+
+def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    names = [item.name for item in fields(cls)]  # type: ignore[arg-type]
+    unknown = next((name for name in values if name not in names), None)
+    if unknown is not None:
+        raise ConfigError(f"{cls.__name__}: unknown field {unknown!r}; {nearest(unknown, names)}")
+    return dict(values)
 
 
 def _member(name: str, kind: type[Enum], value: object) -> Enum:

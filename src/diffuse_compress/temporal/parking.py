@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffuse_compress.quantization.layers import QuantizedLinear
 from diffuse_compress.quantization.numerics import dequantize, quantize_weight
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import NumberFormat, PerChannel, PerGroup, WeightScheme
@@ -79,11 +80,11 @@ class Parking:
 
     def __init__(self, layer: nn.Module, place: WeightPlace, folder: Folder | None) -> None:
         self.layer = layer
-        self.place = place
+        self.place = WeightPlace.DEVICE if place in _SCHEMES and isinstance(layer, QuantizedLinear) else place
         self.folder = folder
         self.away = False
         self._kept: dict[str, _Kept] = {}
-        if place in _SCHEMES:
+        if self.place in _SCHEMES:
             # From here on the layer computes with what can come back.
             parameter = self._weights()["weight"]
             self._kept["weight"] = self._put(parameter)
@@ -93,8 +94,8 @@ class Parking:
 
     @staticmethod
     def fits(layer: nn.Module, place: WeightPlace) -> bool:
-        """Can the layer's weights be put there? Rounding is for dense ones."""
-        return type(layer) is nn.Linear or place not in _SCHEMES
+        """Can the layer's weights be put there? Rounding is for dense ones; quantized ones are integers already."""
+        return type(layer) is nn.Linear or isinstance(layer, QuantizedLinear) or place not in _SCHEMES
 
     def leave(self) -> None:
         """Free the weights' memory on the device; what is kept already, and still true, is not written again."""

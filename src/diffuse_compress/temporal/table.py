@@ -49,7 +49,7 @@ from diffuse_compress.temporal.state import Pass, Request, Schedule
 from diffuse_compress.temporal.storage import store
 from diffuse_compress.temporal.watch import Watch
 
-__all__ = ["TemporalTable", "attach_table", "detach_table", "table_of"]
+__all__ = ["TemporalTable", "arguments_of", "attach_table", "detach_table", "table_of"]
 
 _LOGGER = get_logger(__name__)
 
@@ -74,6 +74,7 @@ class TemporalTable:
         layout: which layers have tables, and why others have none.
         schedules: rows by schedule, the one used last at the end.
         left: why layers that do not see the sample run live.
+        prepared: numbers of steps whose schedules are stored with the model; None for the pipeline's own.
     """
 
     def __init__(self, model: nn.Module, config: TableConfig, family: Family | None) -> None:
@@ -81,6 +82,7 @@ class TemporalTable:
         self.config = config
         self.layout = layout_of(model, config, family)
         self.left: dict[str, str] = {}
+        self.prepared: tuple[int, ...] | None = None
         self.schedules: list[Schedule] = []
         self.lookups = {
             name: LayerLookup(model.get_submodule(name), name, kind) for name, kind in self.layout.layers.items()
@@ -94,7 +96,7 @@ class TemporalTable:
         self._request_bytes = 0
         self._kinds: dict[Dependence, frozenset[str]] = {}
         self._leave(self.layout.left)
-        self._names, self._timestep = _arguments_of(model)
+        self._names, self._timestep = arguments_of(model)
         self._busy: int | None = None
         self._contended = False
 
@@ -134,7 +136,7 @@ class TemporalTable:
         """Layers to look up in every step of a run; of a class that was probed, that shows when they are recorded."""
         if self._probed and not self.schedules:
             return None
-        return None if run.num_steps is None else [self._num_served() * self._calls_per_step] * run.num_steps
+        return None if run.num_steps is None else [self.num_served * self._calls_per_step] * run.num_steps
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the tables by schedule (all), of the last request's tables, and of the layers' weights.
@@ -164,7 +166,9 @@ class TemporalTable:
             names = (name for name, lookup in self.lookups.items() if lookup.dependence is kind)
             self._kinds[kind] = frozenset(name for name in names if name not in self.left)
 
-    def _num_served(self) -> int:
+    @property
+    def num_served(self) -> int:
+        """Layers that have tables."""
         return sum(len(names) for names in self._kinds.values())
 
     # --- a call ---------------------------------------------------------------------------------------------------
@@ -214,7 +218,7 @@ class TemporalTable:
             if lookup.parking is not None:
                 lookup.parking.come_back()
         if context is not None:
-            context.miss(CONSUMER, reason, self._num_served())
+            context.miss(CONSUMER, reason, self.num_served)
 
     def _serve(
         self, context: steps.StepContext, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -483,7 +487,7 @@ def table_of(model: nn.Module) -> TemporalTable | None:
     return steps.hook_owner(model, TemporalTable)
 
 
-def _arguments_of(model: nn.Module) -> tuple[list[str], str]:
+def arguments_of(model: nn.Module) -> tuple[list[str], str]:
     """Names of the forward's arguments, and which of them is the timestep."""
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     return names, next((name for name in TIMESTEP_NAMES if name in names), "")

@@ -1,0 +1,212 @@
+"""Carrying out the methods beside weights: tables of the dense weights first, all else once these are quantized."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.caching.calibrate import CacheCalibration, calibrate_cache
+from diffuse_compress.caching.config import FeatureCacheConfig
+from diffuse_compress.caching.runtime import apply_cache, remove_cache
+from diffuse_compress.calibration.items import pipeline_arguments
+from diffuse_compress.calibration.recording import Calibration
+from diffuse_compress.components import compute_dtype_of, is_pipeline
+from diffuse_compress.errors import ConfigError
+from diffuse_compress.integrations.component import ComponentState, get_state
+from diffuse_compress.integrations.doors import marks_of
+from diffuse_compress.integrations.methods import live_methods
+from diffuse_compress.integrations.origin import repository_of
+from diffuse_compress.integrations.quantization_config import QuantizationConfig
+from diffuse_compress.logging import get_logger
+from diffuse_compress.method_plan import MethodPlan
+from diffuse_compress.pipeline_call import CannotCallError, bundled_items
+from diffuse_compress.progress import Callback
+from diffuse_compress.quantization.spec import QuantizationSpec
+from diffuse_compress.temporal.config import TFMQConfig, WeightPlace
+from diffuse_compress.temporal.persist import load_table_state, table_state
+from diffuse_compress.temporal.prepare import prepare_schedules
+from diffuse_compress.temporal.table import attach_table, detach_table, table_of
+from diffuse_compress.transaction import Transaction
+
+__all__ = ["apply_methods", "put_tables_back", "rounded_bytes", "tables_of_dense_weights", "take_tables_off"]
+
+_LOGGER = get_logger(__name__)
+_ROUNDED = (WeightPlace.INT8, WeightPlace.INT4)
+_TableState = tuple[dict[str, torch.Tensor], dict[str, Any]]
+
+
+def tables_of_dense_weights(
+    target: Any, models: Mapping[str, nn.Module], plans: Iterable[MethodPlan], calibration: Any
+) -> dict[str, _TableState]:
+    """{component: rows of the schedules that are to be stored}; the models stay as they are."""
+    configs = {plan.component: plan.config for plan in plans if isinstance(plan.config, TFMQConfig)}
+    tables = {}
+    try:
+        for name, config in configs.items():
+            # Where weights are to be rounded or moved is no matter yet.
+            tables[name] = attach_table(models[name], replace(config.table, weights=WeightPlace.DEVICE))
+        arguments = _call_of(target, calibration) if tables else None
+        if arguments is not None:
+            numbers = {
+                name: config.num_inference_steps or ((None,) if config.num_inference_steps is None else ())
+                for name, config in configs.items()
+            }
+            for steps in dict.fromkeys(itertools.chain(*numbers.values())):
+                prepare_schedules(
+                    target,
+                    {name: table for name, table in tables.items() if steps in numbers[name]},
+                    [steps],
+                    arguments,
+                )
+        return {name: table_state(table) for name, table in tables.items()}
+    finally:
+        for name in tables:
+            detach_table(models[name])
+
+
+def take_tables_off(models: Mapping[str, nn.Module], spill: Transaction) -> dict[str, tuple[TFMQConfig, _TableState]]:
+    """Detach the tables of models whose layers are about to be replaced, and return what they hold."""
+    found = {}
+    for name, model in models.items():
+        table = table_of(model)
+        if table is None:
+            continue
+        config = TFMQConfig(table.config, table.prepared)
+        found[name] = (config, table_state(table))
+        detach_table(model)
+        # Undone after the layers are back, so registered before they go.
+        spill.after_rollback(functools.partial(_restore_table, model, *found[name]))
+    return found
+
+
+def put_tables_back(models: Mapping[str, nn.Module], tables: Mapping[str, tuple[TFMQConfig, _TableState]]) -> None:
+    """Attach these tables again; they stay those of the dense weights."""
+    for name, (config, state) in tables.items():
+        _restore_table(models[name], config, state)
+
+
+def _restore_table(model: nn.Module, config: TFMQConfig, state: _TableState) -> None:
+    detach_table(model)
+    table = attach_table(model, config.table)
+    table.prepared = config.num_inference_steps
+    load_table_state(table, *state, adopt=True)
+
+
+def rounded_bytes(models: Mapping[str, nn.Module], plans: Iterable[MethodPlan]) -> int:
+    """Bytes of the weights that tables round in their place, at most."""
+    rounding = {p.component for p in plans if isinstance(p.config, TFMQConfig) and p.config.table.weights in _ROUNDED}
+    return sum(
+        module.weight.numel() * module.weight.element_size()
+        for name in rounding
+        for module in models[name].modules()
+        if type(module) is nn.Linear
+    )
+
+
+def apply_methods(
+    target: Any,
+    models: Mapping[str, nn.Module],
+    plans: Sequence[MethodPlan],
+    states: Mapping[str, _TableState],
+    calibration: Any,
+    spill: Transaction,
+    callback: Callback | None,
+) -> dict[str, CacheCalibration]:
+    """Put the methods on the models, in the order of the plans; ``spill`` takes them off if anything fails.
+
+    Returns:
+        What the calibration of a cache found, by component.
+    """
+    for plan in plans:
+        if isinstance(plan.config, TFMQConfig):
+            _attach(models[plan.component], plan.config, states[plan.component], spill)
+    found: dict[str, CacheCalibration] = {}
+    caches: dict[FeatureCacheConfig, list[str]] = {}
+    for plan in plans:
+        if isinstance(plan.config, FeatureCacheConfig):
+            caches.setdefault(plan.config, []).append(plan.component)
+    for config, names in caches.items():
+        result = _calibrated_cache(target, config, names, calibration, callback)
+        _LOGGER.info("%s", result)
+        for name in names:
+            found[name] = result
+            measured = {"measured_speedup": result.measured_speedup, "error": result.error}
+            schedule = result.schedules[name]
+            schedule = replace(schedule, details={**schedule.details, **measured})
+            spill.on_rollback(functools.partial(remove_cache, models[name]))
+            apply_cache(models[name], schedule, config)
+    for name in dict.fromkeys(plan.component for plan in plans):
+        _mark_dense(models[name], spill)
+    return found
+
+
+def _attach(model: nn.Module, config: TFMQConfig, state: _TableState, spill: Transaction) -> None:
+    spill.on_rollback(lambda: detach_table(model))
+    if config.table.weights in _ROUNDED:
+        with_tables = attach_table(model, replace(config.table, weights=WeightPlace.DEVICE)).lookups.values()
+        detach_table(model)
+        for lookup in with_tables:
+            if type(lookup.layer) is nn.Linear:
+                spill.keep(lookup.layer.weight)  # type: ignore[arg-type]
+    _restore_table(model, config, state)
+
+
+def _calibrated_cache(
+    pipe: Any, config: FeatureCacheConfig, names: Sequence[str], calibration: Any, callback: Callback | None
+) -> CacheCalibration:
+    given = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
+    return calibrate_cache(
+        pipe,
+        _items(pipe, calibration, config.num_trajectories),
+        target_speedup=config.target_speedup,
+        granularity=config.granularity,
+        num_trajectories=config.num_trajectories,
+        history=config.history,
+        longest_reuse=config.longest_reuse,
+        seed=config.seed,
+        force=config.force,
+        components=names,
+        callback=callback,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _items(pipe: Any, calibration: Any, count: int) -> list[Any]:
+    """What the pipeline is asked for: the first items that were given, else some of this package's."""
+    if calibration is not None and not isinstance(calibration, Calibration):
+        return list(itertools.islice(calibration, count))
+    try:
+        return bundled_items(pipe, count)
+    except CannotCallError as error:
+        raise ConfigError(
+            f"feature cache: needs things to ask the pipeline for: {error}. Pass calibration=, a list of dicts of its "
+            "arguments."
+        ) from error
+
+
+def _call_of(target: Any, calibration: Any) -> dict[str, Any] | None:
+    """Arguments of a call of the pipeline; None where there is none or they cannot be made up."""
+    if not is_pipeline(target):
+        return None
+    try:
+        item = _items(target, calibration, 1)[0]
+    except (ConfigError, IndexError) as error:
+        _LOGGER.warning("%s: temporal tables are made in the first run: %s", type(target).__name__, error)
+        return None
+    return pipeline_arguments(target, item, {})
+
+
+def _mark_dense(model: nn.Module, spill: Transaction) -> None:
+    """A dense model whose checkpoint must hold a method is marked like a compressed one."""
+    if get_state(model) is not None or not any(m.is_embedded(model) for m in live_methods(model).values()):
+        return
+    mark, unmark = marks_of(model)
+    spill.on_rollback(lambda: unmark(model))
+    config = QuantizationConfig.from_spec(QuantizationSpec.dense(), compute_dtype_of(model))
+    mark(model, ComponentState(config, {}, base_model=repository_of(model)))

@@ -1,0 +1,285 @@
+"""Methods beside quantized weights: how a component carries them, and how they go into its checkpoint and come back.
+
+Their tensors are entries ``diffuse_compress.<kind>.<name>`` of the component's safetensors file, what they are in its
+metadata, and their configurations under ``methods`` of ``quantization_config``: the Hub drops files beside the weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from diffuse_compress.caching.config import CACHE_KIND, CacheConfig, cache_config_from_dict
+from diffuse_compress.caching.runtime import apply_cache, cache_of, remove_cache
+from diffuse_compress.caching.schedule import Schedule
+from diffuse_compress.errors import (
+    CheckpointError,
+    ConfigError,
+    DiffuseCompressWarning,
+    MissingDependencyError,
+    ModelStateError,
+)
+from diffuse_compress.integrations.compat import may_patch
+from diffuse_compress.integrations.quantization_config import QUANT_METHOD
+from diffuse_compress.temporal.config import TEMPORAL_KIND, TFMQConfig
+from diffuse_compress.temporal.persist import load_table_state, table_state
+from diffuse_compress.temporal.table import attach_table, detach_table, table_of
+
+__all__ = [
+    "KINDS",
+    "CacheMethod",
+    "Method",
+    "Stored",
+    "TemporalMethod",
+    "is_method_key",
+    "live_methods",
+    "method_keys",
+    "read_methods",
+    "remove_methods",
+    "restore_methods",
+    "stored_methods",
+]
+
+_PREFIX = f"{QUANT_METHOD}."
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A method as a checkpoint holds it.
+
+    Attributes:
+        config: what it was asked for, ``to_dict()``.
+        meta: JSON-able, what the tensors are.
+        tensors: by name within the method.
+    """
+
+    config: Mapping[str, Any]
+    meta: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+
+
+class Method(ABC):
+    """One kind of method. A model has at most one of each; everything that is live is the model's, nothing is here."""
+
+    kind: ClassVar[str]
+    title: ClassVar[str]
+
+    @abstractmethod
+    def config_of(self, model: nn.Module) -> Any:
+        """Its configuration on ``model``; None where it is not."""
+
+    @abstractmethod
+    def is_embedded(self, model: nn.Module) -> bool:
+        """Whether the checkpoint of a model whose weights are dense must hold it."""
+
+    @abstractmethod
+    def store(self, model: nn.Module) -> Stored:
+        """What a checkpoint of ``model`` is to hold."""
+
+    @abstractmethod
+    def restore(self, model: nn.Module, stored: Stored) -> None:
+        """Put it on ``model``, whose weights are loaded."""
+
+    @abstractmethod
+    def remove(self, model: nn.Module) -> None:
+        """Leave ``model`` without it; nothing happens if it is not there."""
+
+    @abstractmethod
+    def facts(self, model: nn.Module) -> dict[str, Any]:
+        """For the report, JSON-able: at least "summary", one line."""
+
+
+class TemporalMethod(Method):
+    """Temporal tables (``temporal/``)."""
+
+    kind, title = TEMPORAL_KIND, "temporal tables"
+
+    def config_of(self, model: nn.Module) -> TFMQConfig | None:
+        table = table_of(model)
+        return None if table is None else TFMQConfig(table.config, table.prepared)
+
+    def is_embedded(self, model: nn.Module) -> bool:
+        return True
+
+    def store(self, model: nn.Module) -> Stored:
+        table = table_of(model)
+        assert table is not None
+        tensors, meta = table_state(table)
+        return Stored(TFMQConfig(table.config, table.prepared).to_dict(), meta, tensors)
+
+    def restore(self, model: nn.Module, stored: Stored) -> None:
+        config = TFMQConfig.from_dict(stored.config)
+        table = attach_table(model, config.table)
+        table.prepared = config.num_inference_steps
+        weights = stored.tensors.get("weights")
+        if weights is not None and not torch.equal(weights.cpu(), table.weights_signature()):
+            warnings.warn(
+                f"{type(model).__name__}: its stored temporal tables were made from other weights (it is loaded in "
+                "another dtype, or its weights were replaced); each is made anew in the first run that needs it.",
+                DiffuseCompressWarning,
+                stacklevel=2,
+            )
+            return
+        load_table_state(table, stored.tensors, stored.meta)
+
+    def remove(self, model: nn.Module) -> None:
+        detach_table(model)
+
+    def facts(self, model: nn.Module) -> dict[str, Any]:
+        table = table_of(model)
+        assert table is not None
+        bytes_of = table.nbytes()
+        schedules = [
+            {"scheduler": known.scheduler, "rows": len(known.values), "bytes": known.nbytes}
+            for known in table.schedules
+        ]
+        kept = ", ".join(
+            f"{len(known.values)} timesteps of {known.scheduler or 'a schedule'}" for known in table.schedules
+        )
+        summary = f"{table.num_served} layers looked up, {TFMQConfig(table.config).summary}"
+        return {
+            "summary": f"{summary}; {kept}" if kept else f"{summary}; made in the first run",
+            "layers": table.num_served,
+            "live": dict(table.left),
+            "schedules": schedules,
+            "bytes": bytes_of,
+        }
+
+
+class CacheMethod(Method):
+    """Feature caches (``caching/``)."""
+
+    kind, title = CACHE_KIND, "feature cache"
+
+    def config_of(self, model: nn.Module) -> CacheConfig | None:
+        cache = cache_of(model)
+        return None if cache is None else cache.config
+
+    def is_embedded(self, model: nn.Module) -> bool:
+        cache = cache_of(model)
+        return cache is not None and cache.config.embed
+
+    def store(self, model: nn.Module) -> Stored:
+        cache = cache_of(model)
+        assert cache is not None
+        tensors, meta = cache.schedule.to_tensors()
+        return Stored(cache.config.to_dict(), meta, tensors)
+
+    def restore(self, model: nn.Module, stored: Stored) -> None:
+        config = cache_config_from_dict(stored.config)
+        apply_cache(model, Schedule.from_tensors(stored.tensors, stored.meta), config)
+
+    def remove(self, model: nn.Module) -> None:
+        remove_cache(model)
+
+    def facts(self, model: nn.Module) -> dict[str, Any]:
+        cache = cache_of(model)
+        assert cache is not None
+        schedule = cache.schedule
+        summary = f"{len(schedule.units)} units, {schedule.num_steps} steps, {100 * schedule.reused:.1f} % reused"
+        if schedule.predicted_speedup is not None:
+            summary += f", {schedule.predicted_speedup:.2f}x predicted"
+        if "measured_speedup" in schedule.details:
+            summary += f", {schedule.details['measured_speedup']:.2f}x measured"
+        return {
+            "summary": summary if cache.enabled else f"{summary}; off",
+            "units": [unit.name for unit in schedule.units],
+            "mask": schedule.mask.tolist(),
+            "picture": schedule.picture().splitlines(),
+            "timesteps": schedule.timesteps.tolist(),
+            "reused": schedule.reused,
+            "flops": schedule.total_flops,
+            "predicted_speedup": schedule.predicted_speedup,
+            "details": dict(schedule.details),
+        }
+
+
+KINDS: dict[str, Method] = {method.kind: method for method in (TemporalMethod(), CacheMethod())}
+"""By kind, in the order in which they are put on a model."""
+
+
+def live_methods(model: nn.Module) -> dict[str, Method]:
+    """The kinds that ``model`` carries."""
+    return {kind: method for kind, method in KINDS.items() if method.config_of(model) is not None}
+
+
+def remove_methods(model: nn.Module) -> None:
+    """Leave ``model`` without any."""
+    for method in KINDS.values():
+        method.remove(model)
+
+
+def stored_methods(model: nn.Module) -> dict[str, Stored]:
+    """What a checkpoint of ``model`` is to hold, by kind."""
+    return {kind: method.store(model) for kind, method in live_methods(model).items()}
+
+
+def method_keys(stored: Mapping[str, Stored]) -> dict[str, torch.Tensor]:
+    """Entries of the checkpoint, contiguous and on the CPU."""
+    return {
+        f"{_PREFIX}{kind}.{name}": tensor.detach().cpu().contiguous()
+        for kind, method in stored.items()
+        for name, tensor in method.tensors.items()
+    }
+
+
+def read_methods(files: Iterable[str], described: Mapping[str, Any]) -> dict[str, Stored]:
+    """The methods of a checkpoint, read past the library's loader: it would cast their tensors to the model's dtype.
+
+    Args:
+        files: of the checkpoint.
+        described: ``{kind: {"config", "meta"}}`` of its metadata.
+
+    Raises:
+        CheckpointError: a kind that this release does not know.
+    """
+    from safetensors import safe_open
+
+    unknown = next((kind for kind in described if kind not in KINDS), None)
+    if unknown is not None:
+        raise CheckpointError(
+            f"the checkpoint holds a method of kind {unknown!r}, which this release does not know: "
+            "pip install -U diffuse-compress."
+        )
+    tensors: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in described}
+    for file in files if described else ():
+        with safe_open(str(file), framework="pt") as handle:
+            for key in handle.keys():
+                kind, _, name = key.removeprefix(_PREFIX).partition(".")
+                if key.startswith(_PREFIX) and kind in tensors:
+                    tensors[kind][name] = handle.get_tensor(key)
+    return {kind: Stored(found["config"], found["meta"], tensors[kind]) for kind, found in described.items()}
+
+
+def is_method_key(key: str) -> bool:
+    """Whether an entry of a checkpoint is a method's, not the model's."""
+    return key.startswith(_PREFIX)
+
+
+def restore_methods(model: nn.Module, stored: Mapping[str, Stored]) -> None:
+    """Put the methods of a checkpoint on a model; where the classes of diffusers are to be left alone, none.
+
+    Raises:
+        CheckpointError: one of them does not fit the model.
+    """
+    if stored and not may_patch():
+        warnings.warn(
+            f"{type(model).__name__}: its {' and '.join(KINDS[kind].title for kind in stored)} stay off, since nothing "
+            "may follow the steps of a scheduler here.",
+            DiffuseCompressWarning,
+            stacklevel=2,
+        )
+        return
+    for kind, found in stored.items():
+        try:
+            KINDS[kind].restore(model, found)
+        except (MissingDependencyError, ModelStateError) as error:  # a part of diffusers is missing; offloaded weights
+            warnings.warn(f"{KINDS[kind].title}: off. {error}", DiffuseCompressWarning, stacklevel=2)
+        except ConfigError as error:
+            raise CheckpointError(f"{type(model).__name__}: its stored {KINDS[kind].title}: {error}") from error

@@ -1,0 +1,116 @@
+"""Plans of the methods beside quantized weights: what each would do to a component, checked before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from diffuse_compress.caching.config import CACHE_KIND, CacheConfig, FeatureCacheConfig
+from diffuse_compress.caching.units import units_of
+from diffuse_compress.components import is_pipeline
+from diffuse_compress.errors import CompressionConflictError, ConfigError
+from diffuse_compress.integrations.doors import library_of
+from diffuse_compress.integrations.methods import KINDS
+from diffuse_compress.temporal.config import TFMQConfig
+from diffuse_compress.temporal.layout import layout_of
+
+__all__ = ["MethodPlan", "plan_methods"]
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """One method on one component.
+
+    Attributes:
+        component: its name, "" for a bare model.
+        config: of the method.
+        extent: what of the component it is about, in words.
+    """
+
+    component: str
+    config: TFMQConfig | CacheConfig
+    extent: str
+
+    @property
+    def kind(self) -> str:
+        """Of the method."""
+        return self.config.kind
+
+    @property
+    def title(self) -> str:
+        """Of its kind."""
+        return KINDS[self.kind].title
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {"component": self.component, "kind": self.kind, "config": self.config.to_dict(), "extent": self.extent}
+
+    def __str__(self) -> str:
+        return f"{self.config.summary}: {self.extent}"
+
+
+def plan_methods(
+    target: Any, models: Mapping[str, nn.Module], wanted: Mapping[str, Iterable[TFMQConfig | CacheConfig]]
+) -> tuple[list[MethodPlan], list[str]]:
+    """(plans in the order in which they are carried out, what is there already, in words).
+
+    Args:
+        target: the pipeline or model.
+        models: its models, by component name.
+        wanted: configurations by component name.
+
+    Raises:
+        ConfigError: a method that the model or target does not allow, or two of one kind.
+        CompressionConflictError: the component carries another of the kind.
+    """
+    plans, present = [], []
+    for name, configs in wanted.items():
+        where = name or type(models[name]).__name__
+        kinds = [config.kind for config in configs]
+        twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"{where}: two configurations of kind {twice!r}; a component takes one.")
+        for config in configs:
+            if _is_present(where, models[name], config):
+                present.append(f"{where}: {KINDS[config.kind].title}")
+            else:
+                plans.append(MethodPlan(name, config, _extent(where, target, models[name], config)))
+    order = list(KINDS)
+    return sorted(plans, key=lambda plan: order.index(plan.kind)), present
+
+
+def _is_present(where: str, model: nn.Module, config: TFMQConfig | CacheConfig) -> bool:
+    there = KINDS[config.kind].config_of(model)
+    if there is None:
+        return False
+    if there == config:
+        return True
+    remedy = "decompress() takes it off, or load the model without it"
+    if config.kind == CACHE_KIND:
+        remedy = "disable_cache(remove=True) takes it off"
+    raise CompressionConflictError(
+        f"{where}: has a method of kind {config.kind!r} already ({there!r}); asked for another ({config!r}). {remedy}."
+    )
+
+
+def _extent(where: str, target: Any, model: nn.Module, config: TFMQConfig | CacheConfig) -> str:
+    title = KINDS[config.kind].title
+    if library_of(model) != "diffusers":
+        raise ConfigError(f"{where}: {title} are for denoisers of diffusers, got a {type(model).__name__}.")
+    if isinstance(config, TFMQConfig):
+        layout = layout_of(model, config.table)
+        left = f", {len(layout.left)} run live" if layout.left else ""
+        return f"{len(layout.layers)} layers{left}"
+    if not isinstance(config, FeatureCacheConfig):
+        raise ConfigError(
+            f"{where}: a {title} needs a schedule: FeatureCacheConfig(target_speedup=...), or load_cache()."
+        )
+    if not is_pipeline(target):
+        raise ConfigError(
+            f"{where}: a {title} is calibrated in a pipeline's sampling loop, got a bare model. Compress the pipeline; "
+            "its denoiser alone can be given a schedule: load_cache(path)."
+        )
+    return f"{len(units_of(model, config.granularity))} units"

@@ -1,0 +1,126 @@
+"""The rows of a schedule before any run: from a loop of the pipeline in which the denoisers compute nothing.
+
+What the denoisers are called with decides: a scheduler may shift its timesteps by the size of the picture, and a
+pipeline may scale and cast them before the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.errors import ModelStateError
+from diffuse_compress.logging import get_logger
+from diffuse_compress.pipeline_call import from_noise, untouched
+from diffuse_compress.temporal.table import TemporalTable, arguments_of
+
+__all__ = ["LoopCalls", "loop_calls", "prepare_schedules"]
+
+_LOGGER = get_logger(__name__)
+
+
+@dataclass
+class LoopCalls:
+    """How a pipeline calls one of its denoisers in a loop.
+
+    Attributes:
+        inputs: arguments of the first call, by name.
+        timesteps: of all calls, as they were given; None where one of them cannot be told.
+    """
+
+    inputs: dict[str, Any] = field(default_factory=dict)
+    timesteps: list[float | None] = field(default_factory=list)
+
+
+def loop_calls(pipe: Any, models: Mapping[str, nn.Module], arguments: Mapping[str, Any]) -> dict[str, LoopCalls]:
+    """Run ``pipe`` once and tell how it calls each of ``models``, which run in their first call only.
+
+    Args:
+        pipe: a diffusers pipeline; not changed.
+        models: its denoisers, by name.
+        arguments: of ``pipe(...)``.
+    """
+    found = {name: LoopCalls() for name in models}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(untouched(pipe))
+        for name, model in models.items():
+            stack.enter_context(_answering(model, found[name]))
+        pipe(**from_noise(pipe, arguments, 0))
+    return found
+
+
+def prepare_schedules(
+    pipe: Any,
+    tables: Mapping[str, TemporalTable],
+    steps: Iterable[int | None],
+    arguments: Mapping[str, Any],
+) -> None:
+    """Build the rows of the timestep alone for these numbers of steps; what cannot be built is left to the first run.
+
+    Args:
+        pipe: the tables' pipeline.
+        tables: by component name.
+        steps: of the schedules; None for the pipeline's own number.
+        arguments: of ``pipe(...)`` otherwise.
+    """
+    models = {name: table.model for name, table in tables.items()}
+    for number in steps:
+        given = {**arguments, **({} if number is None else {"num_inference_steps": number})}
+        try:
+            calls = loop_calls(pipe, models, given)
+            for name, table in tables.items():
+                _prepare(table, calls[name], type(pipe.scheduler).__name__)
+        except Exception as error:  # whatever a pipeline refuses: the same rows are made when it runs
+            what = "its own number of" if number is None else str(number)
+            _LOGGER.warning(
+                "%s: temporal tables for %s steps are made in the first run: %s", type(pipe).__name__, what, error
+            )
+
+
+def _prepare(table: TemporalTable, calls: LoopCalls, scheduler: str) -> None:
+    known = [value for value in calls.timesteps if value is not None]
+    if not known or len(known) != len(calls.timesteps):
+        raise ModelStateError(
+            f"{type(table.model).__name__}: {len(known)} of its {len(calls.timesteps)} calls have one timestep for all."
+        )
+    # The pipeline may have run inside inference mode's like; rows are plain tensors.
+    with torch.no_grad():
+        table.prepare(calls.inputs, torch.tensor(known, dtype=torch.float64), scheduler)
+
+
+@contextlib.contextmanager
+def _answering(model: nn.Module, calls: LoopCalls) -> Iterator[None]:
+    """Inside, ``model`` answers with the output of its first call."""
+    names, timestep = arguments_of(model)
+    own, outputs = model.__dict__.get("forward"), list[Any]()
+    stock = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        calls.timesteps.append(_single(inputs.get(timestep)))
+        if not outputs:
+            calls.inputs.update(inputs)
+            outputs.append(stock(*args, **kwargs))
+        return outputs[0]
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.__dict__["forward"]
+        else:
+            model.forward = own
+
+
+def _single(timestep: Any) -> float | None:
+    """The timestep of a call, or None if samples or tokens have several."""
+    if not isinstance(timestep, torch.Tensor):
+        return None if timestep is None else float(timestep)
+    values = timestep.detach().double().flatten().unique().tolist()
+    return values[0] if len(values) == 1 and timestep.ndim < 2 else None
