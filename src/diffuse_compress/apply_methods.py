@@ -25,7 +25,7 @@ from diffuse_compress.integrations.origin import repository_of
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.logging import get_logger
 from diffuse_compress.method_plan import MethodPlan
-from diffuse_compress.pipeline_call import CannotCallError, bundled_items
+from diffuse_compress.pipeline_call import CannotCallError, bundled_items, small_output
 from diffuse_compress.progress import Callback
 from diffuse_compress.quantization.spec import QuantizationSpec
 from diffuse_compress.temporal.config import TFMQConfig, WeightPlace
@@ -199,7 +199,9 @@ def _call_of(target: Any, calibration: Any) -> dict[str, Any] | None:
     except (ConfigError, IndexError) as error:
         _LOGGER.warning("%s: temporal tables are made in the first run: %s", type(target).__name__, error)
         return None
-    return pipeline_arguments(target, item, {})
+    # Some schedulers shift their timesteps by the size of the picture; of the others any will do.
+    shifts = getattr(getattr(target, "scheduler", None), "config", {}).get("use_dynamic_shifting", False)
+    return {**({} if shifts else small_output(target)), **pipeline_arguments(target, item, {})}
 
 
 def _mark_dense(model: nn.Module, spill: Transaction) -> None:

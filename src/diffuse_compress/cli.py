@@ -19,13 +19,14 @@ import torch
 from diffuse_compress import __version__
 from diffuse_compress.anatomy import GENERIC, model_anatomy, step_behaviour
 from diffuse_compress.api import compress, compression_plan, compression_report
+from diffuse_compress.caching.artefact import FILE_NAME, load_schedules
 from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.card_results import attach_results, require_results_of
 from diffuse_compress.cli_eval import add_eval
 from diffuse_compress.components import SELF, model_components
 from diffuse_compress.demo import PROMPTS, run_demo
 from diffuse_compress.errors import ConfigError, UnsupportedHardwareError
-from diffuse_compress.integrations.component import get_state, quantized_layers
+from diffuse_compress.integrations.component import describe_methods, get_state, quantized_layers
 from diffuse_compress.integrations.saving import FORMATS, TORCHAO
 from diffuse_compress.integrations.torchao import require_exact
 from diffuse_compress.plan import CompressionPlan, stored_bytes
@@ -423,10 +424,12 @@ def _path_facts(name: str) -> dict[str, Any]:
     target = read_skeleton(folder)
     models = model_components(target)
     compressed = any(get_state(model) is not None for model in models.values())
+    caches = load_schedules(folder / FILE_NAME) if (folder / FILE_NAME).is_file() else {}
     return {
         "path": name,
         "class": type(target).__name__,
         "components": {part: _model_facts(model) for part, model in models.items()},
+        "feature_caches": {part: str(schedule) for part, schedule in caches.items()},
         "steps": step_behaviour(folder),
         "report": report_of(target).to_dict() if compressed else None,
     }
@@ -440,7 +443,7 @@ def _model_facts(model: Any) -> dict[str, Any]:
     for layer in quantized.values():
         schemes[layer.scheme.name] = schemes.get(layer.scheme.name, 0) + 1
     compressed = None
-    if state is not None:
+    if state is not None and not state.config.spec.is_dense:
         spec = state.config.spec
         compressed = {
             "preset": spec.preset,
@@ -453,6 +456,7 @@ def _model_facts(model: Any) -> dict[str, Any]:
         "stored_bytes": stored_bytes(model),
         "anatomy": model_anatomy(model),
         "compressed": compressed,
+        "methods": describe_methods(state),
     }
 
 
@@ -470,12 +474,16 @@ def _path_lines(facts: dict[str, Any]) -> list[str]:
         table += [(r, str(entry["layers"]), format_count(entry["parameters"])) for r, entry in roles.items()]
         lines += align(table) if roles else []
         lines += _anatomy_lines(part["anatomy"])
+        lines += [f"  {title}: {text}" for title, text in part["methods"].items()]
         if part["compressed"] is None:
-            lines.append("  not compressed")
+            lines.append("  weights not compressed" if part["methods"] else "  not compressed")
         else:
             found = part["compressed"]
             counts = ", ".join(f"{count} x {scheme}" for scheme, count in found["layers"].items())
             lines.append(f"  compressed: {counts}; algorithm {_fields(found['algorithm'])}")
+    for name, picture in facts["feature_caches"].items():
+        lines += ["", f"feature cache in {FILE_NAME}, for {name}:" if name else f"feature cache in {FILE_NAME}:"]
+        lines += [f"  {line}" for line in picture.splitlines()]
     if facts["steps"] is not None:
         lines += ["", *_step_lines(facts["steps"])]
     if facts["report"] is not None:

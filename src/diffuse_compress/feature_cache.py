@@ -201,7 +201,7 @@ def cache_summary(target: Any) -> str:
     parts = []
     for model, found in caches.items():
         state = "" if found.enabled else " (off)"
-        kept = f"\nkept after the last call: {format_bytes(found.last_bytes)}" if found.last_bytes else ""
+        kept = f"\nkept between calls: at most {format_bytes(found.peak_bytes)} so far" if found.peak_bytes else ""
         title = f"{names[model]}{state}\n" if names[model] else ""
         parts.append(f"{title}{found.schedule.summary()}{kept}")
     return "\n\n".join(parts)

@@ -27,6 +27,7 @@ __all__ = [
     "picture_of",
     "prompt_arguments",
     "seeded",
+    "small_output",
     "untouched",
 ]
 
@@ -94,11 +95,15 @@ def cheap_arguments(pipe: Any, steps: int, seed: int, *, decode: bool) -> dict[s
         choices["batch_size"] = 1
     if not decode:
         choices["output_type"] = "latent"
+    return {name: value for name, value in choices.items() if name in known} | small_output(pipe)
+
+
+def small_output(pipe: Any) -> dict[str, int]:
+    """height, width and num_frames of a picture or clip that this device makes in little time; {} to leave them."""
+    known = _parameters(pipe)
     frames = known.get("num_frames")
-    if isinstance(frames, int) and frames > MAX_FRAMES:
-        choices["num_frames"] = MAX_FRAMES
-    arguments = {name: value for name, value in choices.items() if name in known}
-    return arguments | _reduced_size(pipe, known)
+    fewer = {"num_frames": MAX_FRAMES} if isinstance(frames, int) and frames > MAX_FRAMES else {}
+    return {**fewer, **_reduced_size(pipe, known)}
 
 
 def accepted_arguments(pipe: Any) -> set[str] | None:
@@ -135,7 +140,19 @@ def from_noise(pipe: Any, arguments: Mapping[str, Any], seed: int, *, decode: bo
     """
     accepted = accepted_arguments(pipe)
     own: dict[str, Any] = {"generator": seeded(seed), **({} if decode else {"output_type": "latent"})}
-    return {**{name: value for name, value in own.items() if accepted is None or name in accepted}, **arguments}
+    given = {**{name: value for name, value in own.items() if accepted is None or name in accepted}, **arguments}
+    # The caller's own generator would give other noise to the next call of the same arguments.
+    return {**given, **({"generator": _copied(given["generator"])} if "generator" in given else {})}
+
+
+def _copied(generator: Any) -> Any:
+    if isinstance(generator, list | tuple):
+        return [_copied(one) for one in generator]
+    if not isinstance(generator, torch.Generator):
+        return generator
+    copied = torch.Generator(generator.device)
+    copied.set_state(generator.get_state())
+    return copied
 
 
 def seeded(seed: int) -> torch.Generator:

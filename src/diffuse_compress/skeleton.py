@@ -24,6 +24,7 @@ from diffuse_compress.integrations.component import (
     read_metadata,
 )
 from diffuse_compress.integrations.doors import marks_of
+from diffuse_compress.integrations.methods import read_methods
 from diffuse_compress.integrations.peft import restore_merge_errors
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
 
@@ -172,10 +173,12 @@ def _meta_model(folder: Path, cls: Any, dtype: torch.dtype | None) -> nn.Module:
     _cast(model.eval(), dtype)
     if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
         config = QuantizationConfig.from_dict(quantization)
-        metadata = read_metadata(sorted(folder.glob("*.safetensors")))
+        files = [str(file) for file in sorted(folder.glob("*.safetensors"))]
+        metadata = read_metadata(files)
         install_placeholders(model, layers_of_checkpoint(model, config.spec, metadata, dtype))
         mark, _ = marks_of(model)
-        mark(model, ComponentState(config, layer_entries(model), (metadata or {}).get("report")))
+        stored = read_methods(files, (metadata or {}).get("methods", {}))
+        mark(model, ComponentState(config, layer_entries(model), (metadata or {}).get("report"), stored=stored))
         restore_merge_errors(model, (metadata or {}).get("merge_errors", {}))
     return model
 

@@ -23,7 +23,7 @@ from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.families.base import Streams
 from diffuse_compress.runtime.run import Run
-from diffuse_compress.runtime.steps import StepContext, current
+from diffuse_compress.runtime.steps import StepContext, current, outside_loops
 
 __all__ = ["LoopClock", "Profile", "Recorder", "Trajectory", "profile_units"]
 
@@ -253,6 +253,7 @@ class _Counter:
 
 
 @torch.no_grad()
+@outside_loops()
 def profile_units(model: nn.Module, units: Sequence[Unit], call: Call, *, repeats: int = _REPEATS) -> Profile:
     """Time and count every unit of ``model``: its median share of a call, of the time of the fastest call.
 

@@ -73,6 +73,7 @@ class FeatureCache:
         enabled: False computes everything.
         variants: compiled functions of its blocks, or None.
         last_bytes: what the last call left for later steps.
+        peak_bytes: the most that a call has left for later steps.
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule, config: CacheConfig) -> None:
@@ -89,7 +90,7 @@ class FeatureCache:
         ]
         self.enabled = True
         self.variants: Variants | None = None
-        self.last_bytes = 0
+        self.last_bytes = self.peak_bytes = 0
         self._warned: set[str] = set()
         self._programs: dict[Any, Program] = {}
         self._calls = threading.local()
@@ -133,6 +134,7 @@ class FeatureCache:
         call, self._calls.call = self.call, None
         if call is not None:
             self.last_bytes = call.end(failed=output is None)
+            self.peak_bytes = max(self.peak_bytes, self.last_bytes)
 
     def program(self, run: Run, streams: Streams) -> Program:
         """The schedule compiled for a run, and for streams of this size if there is a budget."""

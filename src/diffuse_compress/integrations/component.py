@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from diffuse_compress.errors import CheckpointError, DiffuseCompressError
-from diffuse_compress.integrations.methods import Stored
+from diffuse_compress.integrations.methods import KINDS, Stored
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
 from diffuse_compress.patterns import first_match
 from diffuse_compress.quantization.convert import placeholder_for, replace_module
@@ -31,6 +31,7 @@ __all__ = [
     "ComponentState",
     "LayerEntry",
     "align_tensors",
+    "describe_methods",
     "foreign_quantization",
     "get_state",
     "install_placeholders",
@@ -82,7 +83,8 @@ class ComponentState:
             quantized on their way in: both libraries tell the model its name after that.
         results: evaluation records for the card (see ``card_results.py``); not written with the weights.
         merge_errors: {layer: error} of adapters fused into packed layers, as of the last save (see ``peft.py``).
-        stored: {kind: method} as it is being written, during a save (see ``methods.py``).
+        stored: {kind: method} as it is being written, during a save, or of a model without weights (``skeleton.py``) as
+            its checkpoint holds it.
     """
 
     config: QuantizationConfig
@@ -105,6 +107,14 @@ def weight_elements(layer: Any) -> int:
     if isinstance(layer, QuantizedLinear | QuantizedConv2d):
         return int(layer.qweight.shape[0]) * layer.quantized_weight().in_features
     return int(layer.weight.numel())
+
+
+def describe_methods(state: ComponentState | None) -> dict[str, str]:
+    """{title: what it is, in one line} of what a component carries beside weights, as its checkpoint says."""
+    if state is None:
+        return {}
+    configs = state.config.methods
+    return {KINDS[kind].title: KINDS[kind].describe(config, state.stored.get(kind)) for kind, config in configs.items()}
 
 
 def layer_entries(model: nn.Module) -> dict[str, LayerEntry]:

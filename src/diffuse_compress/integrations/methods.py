@@ -91,6 +91,14 @@ class Method(ABC):
         """Leave ``model`` without it; nothing happens if it is not there."""
 
     @abstractmethod
+    def describe(self, config: Mapping[str, Any], stored: Stored | None) -> str:
+        """What a checkpoint of this configuration holds, in one line."""
+
+    def _described(self, model: nn.Module) -> str:
+        stored = self.store(model)
+        return self.describe(stored.config, stored)
+
+    @abstractmethod
     def facts(self, model: nn.Module) -> dict[str, Any]:
         """For the report, JSON-able: at least "summary", one line."""
 
@@ -134,22 +142,29 @@ class TemporalMethod(Method):
     def facts(self, model: nn.Module) -> dict[str, Any]:
         table = table_of(model)
         assert table is not None
-        bytes_of = table.nbytes()
         schedules = [
             {"scheduler": known.scheduler, "rows": len(known.values), "bytes": known.nbytes}
             for known in table.schedules
         ]
-        kept = ", ".join(
-            f"{len(known.values)} timesteps of {known.scheduler or 'a schedule'}" for known in table.schedules
-        )
-        summary = f"{table.num_served} layers looked up, {TFMQConfig(table.config).summary}"
+        summary = f"{table.num_served} layers looked up, {self._described(model)}"
+        if not schedules:
+            summary += "; rows are made in the first run"
         return {
-            "summary": f"{summary}; {kept}" if kept else f"{summary}; made in the first run",
+            "summary": summary,
             "layers": table.num_served,
             "live": dict(table.left),
             "schedules": schedules,
-            "bytes": bytes_of,
+            "bytes": table.nbytes(),
         }
+
+    def describe(self, config: Mapping[str, Any], stored: Stored | None) -> str:
+        schedules = [] if stored is None else stored.meta["schedules"]
+        rows = [
+            f"{len(stored.tensors[f'{number}.timesteps'])} timesteps of {known['scheduler'] or 'a schedule'}"
+            for number, known in enumerate(schedules)
+            if stored is not None
+        ]
+        return "; ".join([TFMQConfig.from_dict(config).summary, *([", ".join(rows)] if rows else [])])
 
 
 class CacheMethod(Method):
@@ -182,11 +197,7 @@ class CacheMethod(Method):
         cache = cache_of(model)
         assert cache is not None
         schedule = cache.schedule
-        summary = f"{len(schedule.units)} units, {schedule.num_steps} steps, {100 * schedule.reused:.1f} % reused"
-        if schedule.predicted_speedup is not None:
-            summary += f", {schedule.predicted_speedup:.2f}x predicted"
-        if "measured_speedup" in schedule.details:
-            summary += f", {schedule.details['measured_speedup']:.2f}x measured"
+        summary = self._described(model)
         return {
             "summary": summary if cache.enabled else f"{summary}; off",
             "units": [unit.name for unit in schedule.units],
@@ -198,6 +209,17 @@ class CacheMethod(Method):
             "predicted_speedup": schedule.predicted_speedup,
             "details": dict(schedule.details),
         }
+
+    def describe(self, config: Mapping[str, Any], stored: Stored | None) -> str:
+        if stored is None:
+            return cache_config_from_dict(config).summary
+        schedule = Schedule.from_tensors(stored.tensors, stored.meta)
+        summary = f"{len(schedule.units)} units, {schedule.num_steps} steps, {100 * schedule.reused:.1f} % reused"
+        if schedule.predicted_speedup is not None:
+            summary += f", {schedule.predicted_speedup:.2f}x predicted"
+        if "measured_speedup" in schedule.details:
+            summary += f", {schedule.details['measured_speedup']:.2f}x measured"
+        return summary
 
 
 KINDS: dict[str, Method] = {method.kind: method for method in (TemporalMethod(), CacheMethod())}

@@ -15,11 +15,12 @@ Whenever the place is unknown the context has a ``problem``, and whoever reads i
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -52,6 +53,7 @@ __all__ = [
     "StepTracker",
     "current",
     "hook_owner",
+    "outside_loops",
     "remove_hooks",
     "stats_of",
     "track",
@@ -247,6 +249,7 @@ class _Thread(threading.local):
         self.scopes = [_Scope()]
         self.active: list[StepContext] = []
         self.branches: dict[int, str] = {}
+        self.outside = False
 
 
 _thread = _Thread()
@@ -337,7 +340,7 @@ class StepTracker:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: find the place of this call and make it the current one."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _thread.outside:
             return
         timestep = self._timestep(module, args, kwargs)
         scope = _thread.scopes[-1]
@@ -490,6 +493,16 @@ def remove_hooks(model: nn.Module, owner: object) -> None:
             del hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
             model._forward_hooks_always_called.pop(key, None)
+
+
+@contextlib.contextmanager
+def outside_loops() -> Iterator[None]:
+    """Inside, this thread's calls of tracked models are no part of a loop: nothing is planned, counted or warned of."""
+    before, _thread.outside = _thread.outside, True
+    try:
+        yield
+    finally:
+        _thread.outside = before
 
 
 def current() -> StepContext | None:
