@@ -355,3 +355,34 @@ def test_info_shows_what_a_checkpoint_carries(pixart, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "temporal tables" in out
     assert "feature cache" in out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["pixart", "stable_diffusion", "flux", "wan"])
+def test_all_kinds_together_on_cuda(name, tmp_path):
+    pipe = tiny.build_pipeline(name, dtype=torch.bfloat16).to("cuda")
+    pipe.compress("w8a8", TABLES, CACHE, algorithm=dc.RTNConfig(), calibration=items_for(pipe), **PLAIN)
+    expected = picture(pipe)
+    assert torch.isfinite(expected).all()
+    dc.compression_stats(pipe, strict=True)
+    pipe.save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path).to("cuda")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(picture(again), expected)
+    dc.compression_stats(again, strict=True)
+    again.to("cpu")
+    again.enable_model_cpu_offload()
+    assert torch.equal(picture(again), expected)
+    dc.compression_stats(again, strict=True)
+
+
+@pytest.mark.gpu
+def test_compiled_blocks_with_tables_and_a_cache(tmp_path):
+    pipe = tiny.build_pipeline("flux", dtype=torch.bfloat16).to("cuda")
+    pipe.compress("w8a8", TABLES, **PLAIN)
+    pipe.enable_cache(every_other(pipe.transformer))
+    expected = picture(pipe)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    found = picture(pipe)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    dc.compression_stats(pipe, strict=True)
