@@ -229,9 +229,11 @@ def round_columns(
         ModelStateError: the Hessian cannot be inverted at any damping that is tried, or is not finite.
     """
     columns = weight.shape[1]
-    dead = torch.diagonal(hessian) == 0
-    torch.diagonal(hessian)[dead] = 1.0
-    order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True) if config.act_order else None
+    diagonal = torch.diagonal(hessian)
+    dead = diagonal == 0
+    # As large as the others are, whatever their unit: the damping is a share of the mean of all.
+    diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
+    order = torch.argsort(diagonal, descending=True, stable=True) if config.act_order else None
     if order is not None:
         hessian.copy_(hessian[order][:, order])
     upper = inverse_factor(hessian, config.damping)
