@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from calibrated_block import Block, calibrated, error, inputs
+from calibrated_block import Block, calibrated, error, inputs, work_of
 from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError, ModelStateError
+from diffuse_compress.quantization.algorithms.adaround import AdaRoundConfig
 from diffuse_compress.quantization.algorithms.awq import AWQConfig, clip_weight
 from diffuse_compress.quantization.algorithms.base import (
     AlgorithmConfig,
@@ -24,6 +25,7 @@ from diffuse_compress.quantization.algorithms.hqq import HQQConfig
 from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig, smoothing_scale
+from diffuse_compress.quantization.algorithms.svdquant import SVDQuantConfig
 from diffuse_compress.quantization.numerics import choose_qparams, dequantize, quantize_weight
 from diffuse_compress.quantization.presets import PRESETS
 from diffuse_compress.quantization.scheme import NumberFormat, PerGroup, Scheme, WeightScheme
@@ -151,6 +153,46 @@ def test_pairs_are_the_inputs_of_both_models() -> None:
     assert torch.allclose(collector.sum, x.t() @ x, rtol=1e-4, atol=1e-2)
     assert torch.allclose(collector.difference, (reference - x).t() @ x, rtol=1e-4, atol=1e-2)
     assert not work.unchanged.down._forward_pre_hooks
+
+
+class Kernels(nn.Module):
+    """Convolutions that differ in all that decides which rows they multiply, of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.point = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 1)
+        self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.circular = nn.Conv2d(32, 32, 3, padding=1, padding_mode="circular")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.plain(x) + self.point(x) + self.depthwise(x) + self.circular(x)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [AWQConfig(), GPTQConfig(), AdaRoundConfig(iterations=2), SVDQuantConfig(rank=4)],
+    ids=lambda c: c.kind,
+)
+def test_convolutions_of_one_input_may_differ_in_everything_else(algorithm: AlgorithmConfig) -> None:
+    torch.manual_seed(7)
+    dense = Kernels()
+    ours, plain = copy.deepcopy(dense), copy.deepcopy(dense)
+    x = torch.randn(4, 32, 6, 6)
+    x[:, ::9] *= 10
+    scheme = Scheme(WeightScheme(NumberFormat.INT4, PerGroup(32, pad=True)), PRESETS["w8a8"].scheme.activation)
+    calibrated(ours, scheme, algorithm, [Call((x,))])
+    calibrated(plain, scheme, RTNConfig(), [Call((x,))])
+    assert error(ours, dense, [Call((x,))]) < error(plain, dense, [Call((x,))])
+
+
+def test_layers_share_a_hessian_only_of_equal_rows() -> None:
+    block, x = Kernels(), torch.randn(2, 32, 6, 6)
+    work = work_of(block, W4, [Call((x,))])
+    found = collected(work, list(work.layers), pairs=False)
+    assert len({id(collector) for collector in found.values()}) == 4
+    for name, collector in found.items():
+        rows = as_rows(work.layers[name].dense, x)
+        assert torch.allclose(collector.sum, rows.t() @ rows, rtol=1e-4, atol=1e-3), name
 
 
 def test_clipping_lowers_the_output_error_and_is_asymmetric() -> None:

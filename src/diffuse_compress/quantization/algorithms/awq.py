@@ -167,8 +167,7 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
         scale = scale / (scale.max() * scale.min()).sqrt()
         if step == 0:
             scale = torch.ones_like(scale)  # the candidate that changes nothing is always among them
-        scale = torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
-        with _tried(layers, weights, scale, given, work.observer):
+        with _tried(layers, weights, scale, given, work.observer), torch.no_grad():
             error = sum(
                 _distance(call.run(parent), output, functools.partial(work.counted, index=index))
                 for index, call, output in observed
@@ -189,9 +188,11 @@ def _relative_magnitude(layers: Sequence[LayerWork], weights: Sequence[torch.Ten
     for layer, weight in zip(layers, weights, strict=True):
         groups = split_groups(weight.abs(), layer.scheme.weight)
         relative = groups / groups.amax(dim=-1, keepdim=True).clamp(min=1e-12)
-        parts.append(relative.reshape(weight.shape[0], -1)[:, : weight.shape[1]])
-    mean = torch.cat(parts).mean(dim=0)
-    return per_channel(layers[0].dense, mean, torch.mean).clamp(min=1e-6)
+        columns = relative.reshape(weight.shape[0], -1)[:, : weight.shape[1]].sum(dim=0)
+        # Convolutions of one input need not have one kernel size.
+        total = total.to(columns) + per_channel(layer.dense, columns, torch.mean)
+        rows += weight.shape[0]
+    return (total / rows).clamp(min=1e-6)
 
 
 def _observed(

@@ -40,6 +40,8 @@ from diffuse_compress.quantization.scheme import PerChannel, PerGroup, WeightSch
 __all__ = ["GPTQConfig", "HessianCollector", "collected", "inverse_factor", "round_columns", "shared_inputs"]
 
 _DAMPING_ATTEMPTS = 6
+# Of a convolution: what decides which rows it multiplies (``as_rows``).
+_GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
 @dataclass(frozen=True)
@@ -201,8 +203,8 @@ def shared_inputs(work: BlockWork, names: Sequence[str]) -> dict[str, str]:
     for name in names:
         layer = work.layers[name]
         scale = None if layer.act_pre_scale is None else layer.act_pre_scale.data_ptr()
-        kind = tuple(getattr(layer.dense, key, None) for key in ("kernel_size", "stride", "padding", "dilation"))
-        seen = (group_of.get(name, name), scale, layer.scheme.input_rotation, layer.scheme.activation, kind)
+        geometry = tuple(getattr(layer.dense, key, None) for key in _GEOMETRY)
+        seen = (group_of.get(name, name), scale, layer.scheme.input_rotation, layer.scheme.activation, geometry)
         owner[name] = first.setdefault(seen, name)
     return owner
 
