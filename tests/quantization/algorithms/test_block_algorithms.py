@@ -195,6 +195,23 @@ def test_layers_share_a_hessian_only_of_equal_rows() -> None:
         assert torch.allclose(collector.sum, rows.t() @ rows, rtol=1e-4, atol=1e-3), name
 
 
+@pytest.mark.parametrize("algorithm", [AWQConfig(), SmoothQuantConfig()], ids=lambda c: c.kind)
+def test_channels_that_were_never_seen_keep_their_weights(algorithm: AlgorithmConfig) -> None:
+    block, calls = Block(), inputs(4)
+    for call in calls:
+        call.args[0][..., 5] = 0
+        call.args[0].mul_(1e-3)
+    weight = block.to_v.weight.detach().clone()
+    calibrated(block, Scheme(W4.weight, PRESETS["w8a8"].scheme.activation), algorithm, calls)
+    missed = (block.to_v.weight - weight)[:, [5, 6]].norm(dim=0) / weight[:, [5, 6]].norm(dim=0)
+    assert missed[0] < 0.3
+    scale = block.to_v.act_pre_scale
+    assert scale is not None
+    # Nor is the range of their weights that of all others.
+    others = torch.cat([scale[:5], scale[6:]])
+    assert others.min() <= scale[5] <= others.max()
+
+
 def test_clipping_lowers_the_output_error_and_is_asymmetric() -> None:
     torch.manual_seed(1)
     weight = torch.randn(32, 128)

@@ -154,8 +154,9 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
     collector = AbsMeanCollector(layers[0])
     work.collect({layers[0].name: collector})
     inputs = collector.mean()
-    if inputs is None:
+    if inputs is None or not inputs.any():
         return
+    reached = inputs > 0
     weights = [layer.rest() for layer in layers]
     magnitude = _relative_magnitude(layers, weights)
     parent, observed, given = _observed(work, layers)
@@ -164,7 +165,8 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
         ratio = step / config.num_ratios
         scale = inputs**ratio / (magnitude ** (1 - ratio) if config.duo_scaling else 1.0)
         scale = scale.clamp(min=_SMALLEST_SCALE)
-        scale = scale / (scale.max() * scale.min()).sqrt()
+        # A channel that was never seen keeps its weights: as small as its inputs they would all be rounded to 0.
+        scale = torch.where(reached, scale / (scale[reached].max() * scale[reached].min()).sqrt(), 1.0)
         if step == 0:
             scale = torch.ones_like(scale)  # the candidate that changes nothing is always among them
         with _tried(layers, weights, scale, given, work.observer), torch.no_grad():
@@ -184,7 +186,7 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
 
 def _relative_magnitude(layers: Sequence[LayerWork], weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """fp32 [C]: mean over the rows of all layers of |w| relative to the largest of its group."""
-    parts = []
+    total, rows = torch.zeros(()), 0
     for layer, weight in zip(layers, weights, strict=True):
         groups = split_groups(weight.abs(), layer.scheme.weight)
         relative = groups / groups.amax(dim=-1, keepdim=True).clamp(min=1e-12)
