@@ -12,7 +12,7 @@ from calibrated_block import Block, calibrated, error, inputs, work_of
 from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.quantization.algorithms.adaround import AdaRoundConfig
-from diffuse_compress.quantization.algorithms.awq import AWQConfig, clip_weight
+from diffuse_compress.quantization.algorithms.awq import AWQConfig, RowCollector, clip_weight
 from diffuse_compress.quantization.algorithms.base import (
     AlgorithmConfig,
     SequenceConfig,
@@ -226,6 +226,20 @@ def test_clipping_lowers_the_output_error_and_is_asymmetric() -> None:
     clipped = clip_weight(weight.clone(), rows, W3.weight, steps=10)
     assert loss(clipped) < 0.8 * loss(weight)
     assert clipped.max() < weight.max()
+
+
+@pytest.mark.parametrize(("calls", "count"), [(1, 1000), (3, 256), (5, 200), (700, 3), (2, 4)])
+def test_rows_to_judge_by_are_spread_over_calls_and_rows(calls: int, count: int) -> None:
+    collector = RowCollector(512, calls)
+    for call in range(calls):
+        rows = torch.arange(count, dtype=torch.float32)
+        collector.update(torch.stack([torch.full_like(rows, call), rows], dim=1))
+    found = collector.rows()
+    assert found is not None
+    assert len(found) == min(512, calls * count)
+    for column, total in ((0, calls), (1, count)):
+        values = found[:, column]
+        assert abs(float(values.mean()) - (total - 1) / 2) <= 0.01 * total + 0.5, column
 
 
 def test_inputs_that_are_not_finite_are_named() -> None:

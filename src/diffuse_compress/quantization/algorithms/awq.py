@@ -107,7 +107,7 @@ class AbsMeanCollector:
 
 
 class RowCollector:
-    """Evenly spaced input rows, at most ``limit`` of them, fp32 [M, K]."""
+    """Evenly spaced input rows of every call, at most ``limit`` of them, fp32 [M, K]."""
 
     def __init__(self, limit: int, calls: int) -> None:
         self._per_call = max(1, -(-limit // max(1, calls)))
@@ -115,11 +115,19 @@ class RowCollector:
         self._parts: list[torch.Tensor] = []
 
     def update(self, rows: torch.Tensor) -> None:
-        step = max(1, rows.shape[0] // self._per_call)
-        self._parts.append(rows[::step][: self._per_call].float())
+        self._parts.append(_evenly(rows, self._per_call).float())
 
     def rows(self) -> torch.Tensor | None:
-        return torch.cat(self._parts)[: self._limit] if self._parts else None
+        return _evenly(torch.cat(self._parts), self._limit) if self._parts else None
+
+
+def _evenly(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` of the rows, or all of them if there are no more."""
+    total = rows.shape[0]
+    if total <= count:
+        return rows
+    middles = torch.arange(1, 2 * count, 2, device=rows.device) * total // (2 * count)
+    return rows[middles]
 
 
 @register_block
