@@ -228,6 +228,34 @@ def test_clipping_lowers_the_output_error_and_is_asymmetric() -> None:
     assert clipped.max() < weight.max()
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_clipping_finds_the_range_of_least_error_of_those_it_tries(symmetric: bool) -> None:
+    """By trying each on the whole weight, as codes will be rounded: both ends together, or one and then the other."""
+    torch.manual_seed(2)
+    scheme = WeightScheme(NumberFormat.INT4, PerGroup(32, pad=True), symmetric=symmetric)
+    weight, rows = torch.randn(12, 80) + 0.3, torch.randn(64, 80) @ torch.randn(80, 80)
+    found = choose_qparams(clip_weight(weight.clone(), rows, scheme, steps=10), scheme)
+    ratios = [1 - step / 20 for step in range(10)]
+
+    def error(part: torch.Tensor, x: torch.Tensor, low: float, high: float) -> float:
+        ends = torch.tensor([[low, high]]).expand(1, 2)
+        qparams = choose_qparams(ends, WeightScheme(NumberFormat.INT4, symmetric=symmetric))
+        rounded = dequantize(quantize_weight(part, WeightScheme(NumberFormat.INT4, symmetric=symmetric), qparams))
+        return float(((rounded - part).double() @ x.t().double()).square().sum())
+
+    for row in range(12):
+        for group, columns in enumerate((slice(0, 32), slice(32, 64), slice(64, 80))):
+            part, x = weight[row : row + 1, columns], rows[:, columns]
+            low, high = min(0.0, float(part.min())), max(0.0, float(part.max()))
+            if symmetric:
+                low, high = min(((low * r, high * r) for r in ratios), key=lambda ends: error(part, x, *ends))
+            else:
+                high = min((high * r for r in ratios), key=lambda end: error(part, x, low, end))
+                low = min((low * r for r in ratios), key=lambda end: error(part, x, end, high))
+            expected = choose_qparams(torch.tensor([[low, high]]), WeightScheme(NumberFormat.INT4, symmetric=symmetric))
+            assert torch.allclose(found.scale[row, group], expected.scale.squeeze(), rtol=1e-5), (row, group)
+
+
 @pytest.mark.parametrize(("calls", "count"), [(1, 1000), (3, 256), (5, 200), (700, 3), (2, 4)])
 def test_rows_to_judge_by_are_spread_over_calls_and_rows(calls: int, count: int) -> None:
     collector = RowCollector(512, calls)

@@ -344,8 +344,9 @@ def _clip_rows(weight: torch.Tensor, rows: torch.Tensor, scheme: WeightScheme, s
     exact = torch.einsum("ngk,mgk->ngm", groups, x)
 
     def error(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        clamped = groups.clamp(low, high).reshape(weight.shape[0], -1)[:, : weight.shape[1]]
-        rounded = split_groups(fake_quantize(clamped, scheme, choose_qparams(clamped, scheme)), scheme)
+        # The whole weight, on the grid of that range: what lies beyond an end may have a code all the same.
+        ranges = groups.clamp(low, high).reshape(weight.shape[0], -1)[:, : weight.shape[1]]
+        rounded = split_groups(fake_quantize(weight, scheme, choose_qparams(ranges, scheme)), scheme)
         return (torch.einsum("ngk,mgk->ngm", rounded, x) - exact).square().mean(dim=-1, keepdim=True)
 
     best_low, best_high = low, high
