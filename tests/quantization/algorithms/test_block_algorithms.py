@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from diffuse_compress.quantization.algorithms.base import (
     algorithm_to_dict,
 )
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, as_rows, unchanged_twin
+from diffuse_compress.quantization.algorithms.brecq import BRECQConfig
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig, collected
 from diffuse_compress.quantization.algorithms.hqq import HQQConfig
 from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
@@ -153,6 +155,31 @@ def test_pairs_are_the_inputs_of_both_models() -> None:
     assert torch.allclose(collector.sum, x.t() @ x, rtol=1e-4, atol=1e-2)
     assert torch.allclose(collector.difference, (reference - x).t() @ x, rtol=1e-4, atol=1e-2)
     assert not work.unchanged.down._forward_pre_hooks
+
+
+@pytest.fixture
+def half_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+LEARNED = [AdaRoundConfig(iterations=2), BRECQConfig(iterations=2)]
+
+
+@pytest.mark.parametrize(
+    "algorithm", [SEQUENCE, SmoothQuantConfig(), SVDQuantConfig(rank=4), QuaRotConfig(), *LEARNED], ids=lambda c: c.kind
+)
+def test_the_default_dtype_does_not_matter(algorithm: AlgorithmConfig, half_by_default: None) -> None:
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.set_default_dtype(torch.float32)
+        torch.manual_seed(0)
+        block, calls = Block(), inputs(2)
+        torch.set_default_dtype(dtype)
+        calibrated(block, PRESETS["w8a8"].scheme, algorithm, calls)
+        found.append(block.state_dict())
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 class Kernels(nn.Module):
