@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -28,6 +29,7 @@ from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig, smoothing_scale
 from diffuse_compress.quantization.algorithms.svdquant import SVDQuantConfig
+from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.quantization.numerics import choose_qparams, dequantize, quantize_weight
 from diffuse_compress.quantization.presets import PRESETS
 from diffuse_compress.quantization.scheme import NumberFormat, PerGroup, Scheme, WeightScheme
@@ -180,6 +182,40 @@ def test_the_default_dtype_does_not_matter(algorithm: AlgorithmConfig, half_by_d
         calibrated(block, PRESETS["w8a8"].scheme, algorithm, calls)
         found.append(block.state_dict())
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "scheme", "rotation", "factor"),
+    [
+        (AWQConfig(clip=False), W4, None, 0.9),
+        (SVDQuantConfig(rank=8), PRESETS["w4a4"].scheme, None, 0.8),
+        (GPTQConfig(), PRESETS["w4a4"].scheme, 128, 0.8),
+        (AdaRoundConfig(iterations=2), W3, None, 0.8),
+        (BRECQConfig(iterations=2), W3, None, 0.8),
+    ],
+    ids=["awq", "svdquant", "rotated-gptq", "adaround", "brecq"],
+)
+def test_autocast_is_the_models_and_not_the_algorithms(
+    algorithm: AlgorithmConfig, scheme: Scheme, rotation: int | None, factor: float
+) -> None:
+    """A float32 model that is run in autocast: only its own products are of half precision, and none of them stale."""
+    torch.manual_seed(3)
+    dense = Block()
+    found, calls = [], inputs(8)
+    for config, size in ((algorithm, rotation), (RTNConfig(), None)):
+        block = copy.deepcopy(dense)
+        with torch.autocast("cpu", torch.bfloat16):
+            calibrated(block, dataclasses.replace(scheme, input_rotation=size), config, calls)
+        found.append(error(block, dense, calls))
+    assert found[0] < factor * found[1], found
+
+
+def test_weights_are_rotated_outside_of_autocast() -> None:
+    torch.manual_seed(0)
+    dense, scheme = nn.Linear(128, 32), dataclasses.replace(PRESETS["w8a8"].scheme, input_rotation=128)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = quantize_module(dense, scheme, RTNConfig())
+    assert torch.equal(found.qweight, quantize_module(dense, scheme, RTNConfig()).qweight)
 
 
 class Kernels(nn.Module):

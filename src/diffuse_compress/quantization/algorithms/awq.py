@@ -179,7 +179,7 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
             scale = torch.ones_like(scale)  # the candidate that changes nothing is always among them
         with _tried(layers, weights, scale, given, work.observer), torch.no_grad():
             error = sum(
-                _distance(call.run(parent), output, functools.partial(work.counted, index=index))
+                _distance(work.forward(parent, call), output, functools.partial(work.counted, index=index))
                 for index, call, output in observed
             )
         if error < best_error:
