@@ -101,7 +101,9 @@ def apply_plan(
     spilled = sum(row.bytes_before for row in plan.rows if row.scheme is not None)
     # A rotation writes out what it changes beside.
     spilled += sum(part.bytes_before for part in plan.components.values() if part.residual is not None)
-    with _keep_random_state(), torch.no_grad(), Transaction(spilled, work_dir) as spill:
+    # Parameters made in inference mode could not be trained beside, nor written to, ever after.
+    no_inference = torch.inference_mode(False)
+    with no_inference, _keep_random_state(), torch.no_grad(), Transaction(spilled, work_dir) as spill:
         calibration, finished = _prepared(target, models, plan, device, work_dir, callback)
         probe = PipelineProbe(target, plan, preview=preview, enabled=measure, callback=callback)
         probe.record_dense()

@@ -40,7 +40,8 @@ class Call:
         def copy(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.detach().to("cpu", copy=True)
 
-        return Call(map_tensors(copy, self.args), map_tensors(copy, dict(self.kwargs)))
+        with torch.inference_mode(False):  # for algorithms that need gradients
+            return Call(map_tensors(copy, self.args), map_tensors(copy, dict(self.kwargs)))
 
     def to(self, device: torch.device | str) -> Call:
         """The same with every tensor on ``device``."""
