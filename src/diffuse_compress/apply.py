@@ -121,6 +121,7 @@ def apply_plan(
     spilled += sum(part.bytes_before for part in plan.components.values() if part.residual is not None)
     spilled += rounded_bytes(models, plan.methods)
     with (
+        torch.inference_mode(False),  # parameters made in it could never be trained beside, nor written to
         _keep_random_state(),
         torch.no_grad(),
         caches_off(models.values()),

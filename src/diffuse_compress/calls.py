@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["Call", "map_tensors"]
+__all__ = ["NO_AUTOCAST", "Autocast", "Call", "autocast_as", "autocast_now", "map_tensors", "set_autocast"]
+
+Autocast = tuple[tuple[str, bool, torch.dtype], ...]
+"""(device type, whether it is enabled, dtype) of the autocast that a thread is in."""
+
+NO_AUTOCAST: Autocast = (("cpu", False, torch.bfloat16), ("cuda", False, torch.float16))
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,8 @@ class Call:
         def copy(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.detach().to("cpu", copy=True)
 
-        return Call(map_tensors(copy, self.args), map_tensors(copy, dict(self.kwargs)))
+        with torch.inference_mode(False):  # for algorithms that need gradients
+            return Call(map_tensors(copy, self.args), map_tensors(copy, dict(self.kwargs)))
 
     def to(self, device: torch.device | str) -> Call:
         """The same with every tensor on ``device``."""
@@ -54,3 +61,30 @@ def map_tensors(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
     if type(tree) is dict:
         return {key: map_tensors(function, item) for key, item in tree.items()}
     return tree
+
+
+def autocast_now() -> Autocast:
+    """The autocast that surrounds the caller."""
+    return tuple(
+        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device, _, _ in NO_AUTOCAST
+    )
+
+
+@contextlib.contextmanager
+def autocast_as(state: Autocast) -> Iterator[None]:
+    """Inside, autocast is as it was, or off with :data:`NO_AUTOCAST`; casts of weights that were kept are forgotten."""
+    before = autocast_now()
+    # They would stand in for weights whose data are another by now.
+    torch.clear_autocast_cache()
+    try:
+        set_autocast(state)
+        yield
+    finally:
+        set_autocast(before)
+
+
+def set_autocast(state: Autocast) -> None:
+    """Let autocast be so from here on."""
+    for device, enabled, dtype in state:
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)

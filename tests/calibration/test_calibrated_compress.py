@@ -118,6 +118,22 @@ def test_learned_rounding_of_models_there_and_back(name: str, algorithm: Any, tm
             assert torch.equal(tensor, model.state_dict()[key]), key
 
 
+@pytest.mark.parametrize("algorithm", [dc.BRECQConfig(iterations=2), dc.GPTQConfig(), None])
+def test_inference_mode_around_it_does_not_matter(algorithm: Any) -> None:
+    items = [tiny.inputs_for(tiny.build("pixart"), seed=seed) for seed in range(2)]
+    config = dc.QuantizationConfig(W4, algorithm=algorithm or "rtn")
+
+    def compressed(model: Any) -> Any:
+        return model.compress(config, calibration=dc.Calibration.record(model, items) if algorithm else None)
+
+    model = tiny.build("pixart")
+    with torch.inference_mode():
+        compressed(model)
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+    for key, tensor in compressed(tiny.build("pixart")).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[key]), key
+
+
 def test_reference_algorithms_refuse_float8() -> None:
     with pytest.raises(dc.ConfigError, match="BRECQConfig: rounds up or down to integer codes, got float8_e4m3fn"):
         tiny.build("llama").compress(dc.QuantizationConfig("fp8", algorithm="brecq"), calibration=[[1, 2, 3]])

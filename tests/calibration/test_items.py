@@ -136,6 +136,16 @@ def test_tensors_by_position_for_any_model() -> None:
         assert torch.equal(torch.cat(found), x)
 
 
+def test_tuples_that_a_forward_takes_stay_what_they_are() -> None:
+    model = tiny.build("qwenimage")
+    given = tiny.inputs_for(model)
+    calibration = dc.Calibration.record(model, [given])
+    (sample,) = calibration.of("")
+    assert sample.call.kwargs["img_shapes"] == given["img_shapes"]
+    with torch.no_grad():
+        assert torch.equal(sample.call.run(model)[0], model(**given)[0])
+
+
 def test_labels_make_the_decoder_inputs_of_an_encoder_decoder() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 

@@ -15,7 +15,7 @@ from diffuse_compress_kernels.int8_linear import cpu
 from diffuse_compress_kernels.int8_linear.reference import int_matmul_reference, linear_codes_reference
 from tolerance import assert_close
 
-SHAPES = [(1, 8, 16), (3, 5, 7), (17, 33, 130), (64, 96, 128), (300, 70, 1152), (2, 3, 2500)]
+SHAPES = [(1, 8, 16), (3, 5, 7), (17, 33, 130), (64, 96, 128), (300, 70, 1152), (2, 3, 2500), (3, 32, 1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -45,6 +45,13 @@ def test_int_matmul_equals_int64(gemm: str, rows: int, outputs: int, depth: int)
     acc = int_matmul(a, b)
     assert acc.dtype == torch.int32
     assert torch.equal(acc.long(), int_matmul_reference(a, b))
+
+
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(5, 1, 7), (1, 1, 32), (1, 3, 7), (1, 8, 1), (4, 8, 1)])
+def test_int_matmul_reads_sides_of_one_whatever_their_strides(gemm: str, rows: int, depth: int, columns: int) -> None:
+    for a in (codes(rows, depth), codes(depth, rows).t()):
+        for b in (codes(depth, columns), codes(columns, depth).t()):
+            assert torch.equal(cpu.int_matmul(a, b).long(), a.long() @ b.long())
 
 
 @pytest.mark.parametrize("depth", [1023, 1024, 1025, 4608, 20000])

@@ -151,9 +151,15 @@ def int_matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None
         out = torch.empty(a.shape[0], b.shape[1], dtype=torch.int32, device=a.device)
     if 0 in (a.shape[0], a.shape[1], b.shape[1]):
         return out.zero_()
-    if has_fast_int8() and a.device.type == "cpu":
+    if has_fast_int8() and a.device.type == "cpu" and _is_laid_out_plainly(a, b):
         return torch._int_mm(a, b, out=out)
     return _float_matmul(a.float(), b.float(), out)
+
+
+def _is_laid_out_plainly(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """False for strides that ``torch._int_mm`` misreads, and then reads past the end: (1, 1) beside a side of 1."""
+    depth, columns = b.shape
+    return (a.shape[0] > 1 or a.stride(0) >= depth) and (depth > 1 or b.stride(0) >= columns)
 
 
 def _float_matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

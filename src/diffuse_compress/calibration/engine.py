@@ -16,6 +16,7 @@ from torch import nn
 from diffuse_compress.calibration.lockstep import Visit, lockstep
 from diffuse_compress.calibration.samples import Sample
 from diffuse_compress.calibration.work_folder import FinishedBlocks, FinishedLayer
+from diffuse_compress.calls import NO_AUTOCAST, autocast_as
 from diffuse_compress.errors import ModelStateError
 from diffuse_compress.failures import is_out_of_memory
 from diffuse_compress.families.registry import family_of
@@ -199,11 +200,12 @@ def calibrate_block(work: BlockWork, algorithm: AlgorithmConfig) -> None:
     """
     if algorithm.needs_reference and work.unchanged is None:
         work.unchanged = unchanged_twin(work.block)
-    for config in (*steps_of(algorithm), RTNConfig()):
-        if config.chooses_codes:
-            work.observe_inputs()
-        calibrate_with(config, work)
-    fold_scales(work)
+    with autocast_as(NO_AUTOCAST):
+        for config in (*steps_of(algorithm), RTNConfig()):
+            if config.chooses_codes:
+                work.observe_inputs()
+            calibrate_with(config, work)
+        fold_scales(work)
 
 
 @contextlib.contextmanager

@@ -150,7 +150,11 @@ class ModelItems:
         )
 
     def _of_mapping(self, item: Mapping[str, Any], index: int) -> list[Call]:
-        found = {key: _as_tensor(value) for key, value in item.items()}
+        # Rows of datasets hold lists. A denoiser's forward may take tuples that are no tensors (img_shapes).
+        found = {
+            key: None if not self._is_language and _holds_tuple(value) else _as_tensor(value)
+            for key, value in item.items()
+        }
         values = {key: value if found[key] is None else found[key] for key, value in item.items()}
         taken = [key for key in self._names if found.get(key) is not None and key != "labels"]
         if not taken and self._is_language:
@@ -307,6 +311,13 @@ def _as_tensor(value: Any) -> torch.Tensor | None:
         return torch.as_tensor(value)
     except (TypeError, ValueError):
         return None
+
+
+def _holds_tuple(value: Any) -> bool:
+    """A tuple, or a list in which one comes first."""
+    while isinstance(value, list) and value:
+        value = value[0]
+    return isinstance(value, tuple)
 
 
 def _is_integer(value: Any) -> bool:

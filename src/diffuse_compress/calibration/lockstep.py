@@ -26,7 +26,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from diffuse_compress.calls import Call
+from diffuse_compress.calls import Autocast, Call, autocast_now, set_autocast
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.failures import failures_explained
 
@@ -228,15 +228,11 @@ class _Waiting:
         return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._home), output)
 
 
-def _modes() -> tuple[Any, ...]:
-    devices = ("cpu", "cuda")
-    autocast = [(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices]
-    return torch.is_grad_enabled(), autocast
+def _modes() -> tuple[bool, Autocast]:
+    return torch.is_grad_enabled(), autocast_now()
 
 
-def _restore(modes: tuple[Any, ...]) -> None:
+def _restore(modes: tuple[bool, Autocast]) -> None:
     grad, autocast = modes
     torch.set_grad_enabled(grad)
-    for device, enabled, dtype in autocast:
-        torch.set_autocast_enabled(device, enabled)
-        torch.set_autocast_dtype(device, dtype)
+    set_autocast(autocast)

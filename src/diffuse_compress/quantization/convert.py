@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffuse_compress.calls import NO_AUTOCAST, autocast_as
 from diffuse_compress.errors import ConfigError, DiffuseCompressError, ModelStateError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, quantize_with
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
@@ -59,7 +60,7 @@ def quantize_module(
     weight = module.weight.detach().flatten(1)
     scheme.weight.check_shape(label, weight.shape[1])
     try:
-        with torch.no_grad():
+        with torch.no_grad(), autocast_as(NO_AUTOCAST):
             quantized = _quantize(weight, scheme, algorithm, device, generator)
         if isinstance(module, nn.Linear):
             return QuantizedLinear.from_dense(module, quantized, scheme, compute_dtype=compute_dtype)
@@ -155,7 +156,7 @@ def requantize(
     What it knows of its input stays, and so does a low-rank branch: codes stand for what it leaves of ``dense``.
     """
     weight = dense.weight.detach().flatten(1)
-    with torch.no_grad():
+    with torch.no_grad(), autocast_as(NO_AUTOCAST):
         if layer._low_rank is not None:
             down, up = layer._low_rank
             weight = weight.float() - up.float() @ down.float()

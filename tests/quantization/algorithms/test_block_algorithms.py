@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
-from calibrated_block import Block, calibrated, error, inputs
+from calibrated_block import Block, calibrated, error, inputs, work_of
 from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError, ModelStateError
-from diffuse_compress.quantization.algorithms.awq import AWQConfig, clip_weight
+from diffuse_compress.quantization.algorithms.adaround import AdaRoundConfig
+from diffuse_compress.quantization.algorithms.awq import AWQConfig, RowCollector, clip_weight
 from diffuse_compress.quantization.algorithms.base import (
     AlgorithmConfig,
     SequenceConfig,
@@ -19,11 +22,14 @@ from diffuse_compress.quantization.algorithms.base import (
     algorithm_to_dict,
 )
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, as_rows, unchanged_twin
+from diffuse_compress.quantization.algorithms.brecq import BRECQConfig
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig, collected
 from diffuse_compress.quantization.algorithms.hqq import HQQConfig
 from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig, smoothing_scale
+from diffuse_compress.quantization.algorithms.svdquant import SVDQuantConfig
+from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.quantization.numerics import choose_qparams, dequantize, quantize_weight
 from diffuse_compress.quantization.presets import PRESETS
 from diffuse_compress.quantization.scheme import NumberFormat, PerGroup, Scheme, WeightScheme
@@ -153,6 +159,122 @@ def test_pairs_are_the_inputs_of_both_models() -> None:
     assert not work.unchanged.down._forward_pre_hooks
 
 
+@pytest.fixture
+def half_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+LEARNED = [AdaRoundConfig(iterations=2), BRECQConfig(iterations=2)]
+
+
+@pytest.mark.parametrize(
+    "algorithm", [SEQUENCE, SmoothQuantConfig(), SVDQuantConfig(rank=4), QuaRotConfig(), *LEARNED], ids=lambda c: c.kind
+)
+def test_the_default_dtype_does_not_matter(algorithm: AlgorithmConfig, half_by_default: None) -> None:
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.set_default_dtype(torch.float32)
+        torch.manual_seed(0)
+        block, calls = Block(), inputs(2)
+        torch.set_default_dtype(dtype)
+        calibrated(block, PRESETS["w8a8"].scheme, algorithm, calls)
+        found.append(block.state_dict())
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "scheme", "rotation", "factor"),
+    [
+        (AWQConfig(clip=False), W4, None, 0.9),
+        (SVDQuantConfig(rank=8), PRESETS["w4a4"].scheme, None, 0.8),
+        (GPTQConfig(), PRESETS["w4a4"].scheme, 128, 0.8),
+        (AdaRoundConfig(iterations=2), W3, None, 0.8),
+        (BRECQConfig(iterations=2), W3, None, 0.8),
+    ],
+    ids=["awq", "svdquant", "rotated-gptq", "adaround", "brecq"],
+)
+def test_autocast_is_the_models_and_not_the_algorithms(
+    algorithm: AlgorithmConfig, scheme: Scheme, rotation: int | None, factor: float
+) -> None:
+    """A float32 model that is run in autocast: only its own products are of half precision, and none of them stale."""
+    torch.manual_seed(3)
+    dense = Block()
+    found, calls = [], inputs(8)
+    for config, size in ((algorithm, rotation), (RTNConfig(), None)):
+        block = copy.deepcopy(dense)
+        with torch.autocast("cpu", torch.bfloat16):
+            calibrated(block, dataclasses.replace(scheme, input_rotation=size), config, calls)
+        found.append(error(block, dense, calls))
+    assert found[0] < factor * found[1], found
+
+
+def test_weights_are_rotated_outside_of_autocast() -> None:
+    torch.manual_seed(0)
+    dense, scheme = nn.Linear(128, 32), dataclasses.replace(PRESETS["w8a8"].scheme, input_rotation=128)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = quantize_module(dense, scheme, RTNConfig())
+    assert torch.equal(found.qweight, quantize_module(dense, scheme, RTNConfig()).qweight)
+
+
+class Kernels(nn.Module):
+    """Convolutions that differ in all that decides which rows they multiply, of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.point = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 1)
+        self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.circular = nn.Conv2d(32, 32, 3, padding=1, padding_mode="circular")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.plain(x) + self.point(x) + self.depthwise(x) + self.circular(x)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [AWQConfig(), GPTQConfig(), AdaRoundConfig(iterations=2), SVDQuantConfig(rank=4)],
+    ids=lambda c: c.kind,
+)
+def test_convolutions_of_one_input_may_differ_in_everything_else(algorithm: AlgorithmConfig) -> None:
+    torch.manual_seed(7)
+    dense = Kernels()
+    ours, plain = copy.deepcopy(dense), copy.deepcopy(dense)
+    x = torch.randn(4, 32, 6, 6)
+    x[:, ::9] *= 10
+    scheme = Scheme(WeightScheme(NumberFormat.INT4, PerGroup(32, pad=True)), PRESETS["w8a8"].scheme.activation)
+    calibrated(ours, scheme, algorithm, [Call((x,))])
+    calibrated(plain, scheme, RTNConfig(), [Call((x,))])
+    assert error(ours, dense, [Call((x,))]) < error(plain, dense, [Call((x,))])
+
+
+def test_layers_share_a_hessian_only_of_equal_rows() -> None:
+    block, x = Kernels(), torch.randn(2, 32, 6, 6)
+    work = work_of(block, W4, [Call((x,))])
+    found = collected(work, list(work.layers), pairs=False)
+    assert len({id(collector) for collector in found.values()}) == 4
+    for name, collector in found.items():
+        rows = as_rows(work.layers[name].dense, x)
+        assert torch.allclose(collector.sum, rows.t() @ rows, rtol=1e-4, atol=1e-3), name
+
+
+@pytest.mark.parametrize("algorithm", [AWQConfig(), SmoothQuantConfig()], ids=lambda c: c.kind)
+def test_channels_that_were_never_seen_keep_their_weights(algorithm: AlgorithmConfig) -> None:
+    block, calls = Block(), inputs(4)
+    for call in calls:
+        call.args[0][..., 5] = 0
+        call.args[0].mul_(1e-3)
+    weight = block.to_v.weight.detach().clone()
+    calibrated(block, Scheme(W4.weight, PRESETS["w8a8"].scheme.activation), algorithm, calls)
+    missed = (block.to_v.weight - weight)[:, [5, 6]].norm(dim=0) / weight[:, [5, 6]].norm(dim=0)
+    assert missed[0] < 0.3
+    scale = block.to_v.act_pre_scale
+    assert scale is not None
+    # Nor is the range of their weights that of all others.
+    others = torch.cat([scale[:5], scale[6:]])
+    assert others.min() <= scale[5] <= others.max()
+
+
 def test_clipping_lowers_the_output_error_and_is_asymmetric() -> None:
     torch.manual_seed(1)
     weight = torch.randn(32, 128)
@@ -167,6 +289,48 @@ def test_clipping_lowers_the_output_error_and_is_asymmetric() -> None:
     clipped = clip_weight(weight.clone(), rows, W3.weight, steps=10)
     assert loss(clipped) < 0.8 * loss(weight)
     assert clipped.max() < weight.max()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_clipping_finds_the_range_of_least_error_of_those_it_tries(symmetric: bool) -> None:
+    """By trying each on the whole weight, as codes will be rounded: both ends together, or one and then the other."""
+    torch.manual_seed(2)
+    scheme = WeightScheme(NumberFormat.INT4, PerGroup(32, pad=True), symmetric=symmetric)
+    weight, rows = torch.randn(12, 80) + 0.3, torch.randn(64, 80) @ torch.randn(80, 80)
+    found = choose_qparams(clip_weight(weight.clone(), rows, scheme, steps=10), scheme)
+    ratios = [1 - step / 20 for step in range(10)]
+
+    def error(part: torch.Tensor, x: torch.Tensor, low: float, high: float) -> float:
+        ends = torch.tensor([[low, high]]).expand(1, 2)
+        qparams = choose_qparams(ends, WeightScheme(NumberFormat.INT4, symmetric=symmetric))
+        rounded = dequantize(quantize_weight(part, WeightScheme(NumberFormat.INT4, symmetric=symmetric), qparams))
+        return float(((rounded - part).double() @ x.t().double()).square().sum())
+
+    for row in range(12):
+        for group, columns in enumerate((slice(0, 32), slice(32, 64), slice(64, 80))):
+            part, x = weight[row : row + 1, columns], rows[:, columns]
+            low, high = min(0.0, float(part.min())), max(0.0, float(part.max()))
+            if symmetric:
+                low, high = min(((low * r, high * r) for r in ratios), key=lambda ends: error(part, x, *ends))
+            else:
+                high = min((high * r for r in ratios), key=lambda end: error(part, x, low, end))
+                low = min((low * r for r in ratios), key=lambda end: error(part, x, end, high))
+            expected = choose_qparams(torch.tensor([[low, high]]), WeightScheme(NumberFormat.INT4, symmetric=symmetric))
+            assert torch.allclose(found.scale[row, group], expected.scale.squeeze(), rtol=1e-5), (row, group)
+
+
+@pytest.mark.parametrize(("calls", "count"), [(1, 1000), (3, 256), (5, 200), (700, 3), (2, 4)])
+def test_rows_to_judge_by_are_spread_over_calls_and_rows(calls: int, count: int) -> None:
+    collector = RowCollector(512, calls)
+    for call in range(calls):
+        rows = torch.arange(count, dtype=torch.float32)
+        collector.update(torch.stack([torch.full_like(rows, call), rows], dim=1))
+    found = collector.rows()
+    assert found is not None
+    assert len(found) == min(512, calls * count)
+    for column, total in ((0, calls), (1, count)):
+        values = found[:, column]
+        assert abs(float(values.mean()) - (total - 1) / 2) <= 0.01 * total + 0.5, column
 
 
 def test_inputs_that_are_not_finite_are_named() -> None:

@@ -146,6 +146,19 @@ def test_columns_that_no_input_reaches_are_rounded_to_nearest() -> None:
     assert not torch.equal(found, plain)
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+def test_unit_of_inputs_does_not_matter(act_order: bool) -> None:
+    """A power of two changes no digit; channels that are always zero must not make up the mean that damping is of."""
+    x = correlated(300, 64, seed=8)
+    x[:, 5::9] = 0
+    weight, hessian = torch.randn(16, 64), x.t() @ x
+    first, second = (
+        quantize_columns(weight.clone(), hessian * factor, INT4, GPTQConfig(act_order=act_order))
+        for factor in (1.0, 2.0**-40)
+    )
+    assert torch.equal(first.qweight, second.qweight)
+
+
 def test_singular_hessian_is_damped() -> None:
     x = torch.randn(3, 128)  # fewer rows than columns
     weight = torch.randn(16, 128)

@@ -185,7 +185,7 @@ class SoftRounding:
         code = self._in_steps(codes).round_().clamp_(low, high)
         up = ((downhill > 0) & (code < high)) | (code <= low)
         self._floor = code - (~up).float()
-        first = torch.where(up, _FIRST_STEP, 1 - _FIRST_STEP)
+        first = torch.full_like(codes, 1 - _FIRST_STEP).masked_fill_(up, _FIRST_STEP)
         self.v = torch.logit((first - _LOW) / (_HIGH - _LOW))
 
     def _h(self) -> torch.Tensor:

@@ -107,7 +107,7 @@ class AbsMeanCollector:
 
 
 class RowCollector:
-    """Evenly spaced input rows, at most ``limit`` of them, fp32 [M, K]."""
+    """Evenly spaced input rows of every call, at most ``limit`` of them, fp32 [M, K]."""
 
     def __init__(self, limit: int, calls: int) -> None:
         self._per_call = max(1, -(-limit // max(1, calls)))
@@ -115,11 +115,19 @@ class RowCollector:
         self._parts: list[torch.Tensor] = []
 
     def update(self, rows: torch.Tensor) -> None:
-        step = max(1, rows.shape[0] // self._per_call)
-        self._parts.append(rows[::step][: self._per_call].float())
+        self._parts.append(_evenly(rows, self._per_call).float())
 
     def rows(self) -> torch.Tensor | None:
-        return torch.cat(self._parts)[: self._limit] if self._parts else None
+        return _evenly(torch.cat(self._parts), self._limit) if self._parts else None
+
+
+def _evenly(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` of the rows, or all of them if there are no more."""
+    total = rows.shape[0]
+    if total <= count:
+        return rows
+    middles = torch.arange(1, 2 * count, 2, device=rows.device) * total // (2 * count)
+    return rows[middles]
 
 
 @register_block
@@ -154,8 +162,9 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
     collector = AbsMeanCollector(layers[0])
     work.collect({layers[0].name: collector})
     inputs = collector.mean()
-    if inputs is None:
+    if inputs is None or not inputs.any():
         return
+    reached = inputs > 0
     weights = [layer.rest() for layer in layers]
     magnitude = _relative_magnitude(layers, weights)
     parent, observed, given = _observed(work, layers)
@@ -164,13 +173,13 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
         ratio = step / config.num_ratios
         scale = inputs**ratio / (magnitude ** (1 - ratio) if config.duo_scaling else 1.0)
         scale = scale.clamp(min=_SMALLEST_SCALE)
-        scale = scale / (scale.max() * scale.min()).sqrt()
+        # A channel that was never seen keeps its weights: as small as its inputs they would all be rounded to 0.
+        scale = torch.where(reached, scale / (scale[reached].max() * scale[reached].min()).sqrt(), 1.0)
         if step == 0:
             scale = torch.ones_like(scale)  # the candidate that changes nothing is always among them
-        scale = torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
-        with _tried(layers, weights, scale, given, work.observer):
+        with _tried(layers, weights, scale, given, work.observer), torch.no_grad():
             error = sum(
-                _distance(call.run(parent), output, functools.partial(work.counted, index=index))
+                _distance(work.forward(parent, call), output, functools.partial(work.counted, index=index))
                 for index, call, output in observed
             )
         if error < best_error:
@@ -185,13 +194,15 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
 
 def _relative_magnitude(layers: Sequence[LayerWork], weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """fp32 [C]: mean over the rows of all layers of |w| relative to the largest of its group."""
-    parts = []
+    total, rows = torch.zeros(()), 0
     for layer, weight in zip(layers, weights, strict=True):
         groups = split_groups(weight.abs(), layer.scheme.weight)
         relative = groups / groups.amax(dim=-1, keepdim=True).clamp(min=1e-12)
-        parts.append(relative.reshape(weight.shape[0], -1)[:, : weight.shape[1]])
-    mean = torch.cat(parts).mean(dim=0)
-    return per_channel(layers[0].dense, mean, torch.mean).clamp(min=1e-6)
+        columns = relative.reshape(weight.shape[0], -1)[:, : weight.shape[1]].sum(dim=0)
+        # Convolutions of one input need not have one kernel size.
+        total = total.to(columns) + per_channel(layer.dense, columns, torch.mean)
+        rows += weight.shape[0]
+    return (total / rows).clamp(min=1e-6)
 
 
 def _observed(
@@ -333,8 +344,9 @@ def _clip_rows(weight: torch.Tensor, rows: torch.Tensor, scheme: WeightScheme, s
     exact = torch.einsum("ngk,mgk->ngm", groups, x)
 
     def error(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        clamped = groups.clamp(low, high).reshape(weight.shape[0], -1)[:, : weight.shape[1]]
-        rounded = split_groups(fake_quantize(clamped, scheme, choose_qparams(clamped, scheme)), scheme)
+        # The whole weight, on the grid of that range: what lies beyond an end may have a code all the same.
+        ranges = groups.clamp(low, high).reshape(weight.shape[0], -1)[:, : weight.shape[1]]
+        rounded = split_groups(fake_quantize(weight, scheme, choose_qparams(ranges, scheme)), scheme)
         return (torch.einsum("ngk,mgk->ngm", rounded, x) - exact).square().mean(dim=-1, keepdim=True)
 
     best_low, best_high = low, high

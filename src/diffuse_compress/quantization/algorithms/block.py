@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from diffuse_compress.calls import Call
+from diffuse_compress.calls import Autocast, Call, autocast_as, autocast_now
 from diffuse_compress.errors import ModelStateError
 from diffuse_compress.failures import failures_explained
 from diffuse_compress.quantization.layer_base import LowRank
@@ -152,6 +152,7 @@ class BlockWork:
             layers may change.
         folds: whether scales are folded into what precedes the layers where a config does not say (``folding.py``).
         shared: ids of the parameters that the model has under several names: they stay.
+        autocast: that the model is run in; what algorithms compute themselves is not cast.
         reached, folded: what ``folding.py`` has found, and decided.
     """
 
@@ -170,6 +171,7 @@ class BlockWork:
     change: Callable[[str, torch.Tensor], None] | None = None
     folds: bool = False
     shared: frozenset[int] = frozenset()
+    autocast: Autocast = field(default_factory=autocast_now)
     reached: dict[str, set[str]] | None = field(default=None, repr=False)
     folded: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
 
@@ -308,6 +310,11 @@ class BlockWork:
         """``call`` on the block's device."""
         return call if self.device is None else call.to(self.device)
 
+    def forward(self, module: nn.Module, call: Call) -> Any:
+        """What ``module``, the block or a part of it, returns for ``call``, with the caller's :attr:`autocast`."""
+        with autocast_as(self.autocast):
+            return self.here(call).run(module)
+
     def run(self) -> Iterable[Any]:
         """What the block returns for each call, as it is now."""
         with torch.no_grad():
@@ -321,7 +328,7 @@ class BlockWork:
             ConfigError: it raises; the message names block and sample.
         """
         with self._failures_explained(index):
-            return self.here(self.calls[index]).run(self.block)
+            return self.forward(self.block, self.calls[index])
 
     def _failures_explained(self, index: int) -> contextlib.AbstractContextManager[None]:
         return failures_explained(f"sample {self.sample(index)} cannot be run through {self.name}")
@@ -392,7 +399,7 @@ class BlockWork:
             now["call"] = index
             awaited.update(names)
             with contextlib.suppress(_Enough), self._failures_explained(index):
-                self.here(call).run(block)
+                self.forward(block, call)
 
         handles = []
         try:

@@ -24,6 +24,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+from diffuse_compress.calls import autocast_as
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.adaround import (
     Aim,
@@ -159,7 +160,7 @@ def _targets(work: BlockWork) -> list[list[torch.Tensor]]:
     with torch.no_grad():
         for call in work.reference_calls:
             home = next((leaf.device for leaf in tree_leaves((call.args, dict(call.kwargs))) if _is_float(leaf)), None)
-            output = work.here(call).run(work.reference_block)
+            output = work.forward(work.reference_block, call)
             found.append([leaf if home is None else leaf.to(home) for leaf in tree_leaves(output) if _is_float(leaf)])
     return found
 
@@ -182,7 +183,8 @@ def _loss(
 ) -> torch.Tensor:
     """Squared error of the rows of the block's output on a call that count, times the call's weight; fp32 scalar."""
     call = work.here(work.calls[index])
-    output = functional_call(work.block, weights, call.args, dict(call.kwargs))
+    with autocast_as(work.autocast):
+        output = functional_call(work.block, weights, call.args, dict(call.kwargs))
     pairs = zip([leaf for leaf in tree_leaves(output) if _is_float(leaf)], targets[index], strict=True)
     differences = [found.float() - target.to(found.device).float() for found, target in pairs]
     errors = [work.counted(difference, index).square().sum() for difference in differences]

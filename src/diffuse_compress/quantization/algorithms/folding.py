@@ -131,7 +131,7 @@ def _trace(work: BlockWork) -> dict[str, set[str]]:
             handles.append(layer.dense.register_forward_hook(paths.leave))
         handles += [module.register_forward_hook(paths.start(name)) for name, module in candidates.items()]
         with torch.no_grad(), paths:
-            paths.lost |= paths.of(work.here(work.calls[0]).run(work.block))
+            paths.lost |= paths.of(work.forward(work.block, work.calls[0]))
     finally:
         for handle in handles:
             handle.remove()
@@ -279,7 +279,7 @@ def _outputs(work: BlockWork, layers: Sequence[LayerWork]) -> list[torch.Tensor]
     handles = [layer.dense.register_forward_hook(note) for layer in layers]
     try:
         with torch.no_grad():
-            output = work.here(work.calls[0]).run(work.block)
+            output = work.forward(work.block, work.calls[0])
     finally:
         for handle in handles:
             handle.remove()

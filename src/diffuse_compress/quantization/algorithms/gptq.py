@@ -40,6 +40,8 @@ from diffuse_compress.quantization.scheme import PerChannel, PerGroup, WeightSch
 __all__ = ["GPTQConfig", "HessianCollector", "collected", "inverse_factor", "round_columns", "shared_inputs"]
 
 _DAMPING_ATTEMPTS = 6
+# Of a convolution: what decides which rows it multiplies (``as_rows``).
+_GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
 @dataclass(frozen=True)
@@ -201,8 +203,8 @@ def shared_inputs(work: BlockWork, names: Sequence[str]) -> dict[str, str]:
     for name in names:
         layer = work.layers[name]
         scale = None if layer.act_pre_scale is None else layer.act_pre_scale.data_ptr()
-        kind = tuple(getattr(layer.dense, key, None) for key in ("kernel_size", "stride", "padding", "dilation"))
-        seen = (group_of.get(name, name), scale, layer.scheme.input_rotation, layer.scheme.activation, kind)
+        geometry = tuple(getattr(layer.dense, key, None) for key in _GEOMETRY)
+        seen = (group_of.get(name, name), scale, layer.scheme.input_rotation, layer.scheme.activation, geometry)
         owner[name] = first.setdefault(seen, name)
     return owner
 
@@ -229,9 +231,11 @@ def round_columns(
         ModelStateError: the Hessian cannot be inverted at any damping that is tried, or is not finite.
     """
     columns = weight.shape[1]
-    dead = torch.diagonal(hessian) == 0
-    torch.diagonal(hessian)[dead] = 1.0
-    order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True) if config.act_order else None
+    diagonal = torch.diagonal(hessian)
+    dead = diagonal == 0
+    # As large as the others are, whatever their unit: the damping is a share of the mean of all.
+    diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
+    order = torch.argsort(diagonal, descending=True, stable=True) if config.act_order else None
     if order is not None:
         hessian.copy_(hessian[order][:, order])
     upper = inverse_factor(hessian, config.damping)

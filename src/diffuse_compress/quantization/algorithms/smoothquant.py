@@ -90,7 +90,10 @@ def calibrate(work: BlockWork, config: SmoothQuantConfig) -> None:
 
 
 def smoothing_scale(inputs: torch.Tensor, weights: torch.Tensor, alpha: float) -> torch.Tensor:
-    """``max|x|^alpha / max|w|^(1 - alpha)`` per channel; 1 for channels that are always zero.
+    """``max|x|^alpha / max|w|^(1 - alpha)`` per channel; for those that are always zero, the median of the others.
+
+    So a channel that was never seen is neither lost nor the one that sets the range of all weights, whatever the unit
+    of the inputs.
 
     Args:
         inputs: fp32 [C], largest magnitude of each input channel.
@@ -98,4 +101,6 @@ def smoothing_scale(inputs: torch.Tensor, weights: torch.Tensor, alpha: float) -
         alpha: in [0, 1].
     """
     scale = inputs.clamp(min=_SMALLEST) ** alpha / weights.clamp(min=_SMALLEST) ** (1 - alpha)
-    return torch.where((inputs == 0) | (weights == 0), torch.ones_like(scale), scale.clamp(min=_SMALLEST))
+    reached = (inputs != 0) & (weights != 0)
+    others = scale[reached].median() if reached.any() else 1.0
+    return torch.where(reached, scale, others).clamp(min=_SMALLEST)
