@@ -73,8 +73,9 @@ def test_text_encoder_and_denoiser_together() -> None:
     assert 0 < len(found.of("text_encoder")) <= 4
 
 
-def test_save_and_load(tmp_path: Path) -> None:
-    pipe = tiny.build_pipeline("flux")
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_save_and_load(name: str, tmp_path: Path) -> None:
+    pipe = tiny.build_pipeline(name)
     found = Calibration.record(pipe, ["a very secret cat"], num_samples=3, **arguments(pipe))
     found.save(tmp_path / "calibration.safetensors")
     assert b"secret" not in (tmp_path / "calibration.safetensors").read_bytes()
