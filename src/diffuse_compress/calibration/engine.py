@@ -111,7 +111,7 @@ def calibrate_layers(
         on_block(found.name, len(run.done), len(layers))
 
     with evaluating(model), memory_explained(there, len(samples)):
-        calls = [sample.call.to(home) for sample in samples]
+        calls = [sample.call for sample in samples]
         lockstep(model, blocks, calls, visit, references=algorithm.needs_reference, device=there)
     missed = {name: scheme for name, scheme in layers.items() if name not in run.done}
     quantize_layers(missed, RTNConfig(), replace, generator=generator, device=device)

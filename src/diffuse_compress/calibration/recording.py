@@ -102,11 +102,12 @@ class Calibration(Samples):
                 f"{type(target).__name__}. Leave them out, or record the pipeline."
             )
         limit, reader = num_samples or DEFAULT_SAMPLES["model"], ModelItems(target, tokenizer, max_length)
-        calls = (call for index, item in enumerate(items) for call in reader.calls(item, index))
+        # Copies, at once: a loader may fill the same tensors again for its next item.
+        calls = (call.copied() for index, item in enumerate(items) for call in reader.calls(item, index))
         chosen = list(itertools.islice(calls, limit))
         if not chosen:
             raise ConfigError("calibration: needs at least one item, got none.")
-        samples = [Sample(call.to("cpu"), item=index) for index, call in enumerate(chosen)]
+        samples = [Sample(call, item=index) for index, call in enumerate(chosen)]
         settings = {
             "model": type(unwrap(target)).__name__,
             "items": len(samples),

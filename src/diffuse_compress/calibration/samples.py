@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -124,7 +124,7 @@ class Samples:
         settings = ", ".join(f"{key} {value}" for key, value in self.settings.items() if not isinstance(value, Mapping))
         lines = [f"calibration: {settings}" if settings else "calibration"]
         for name, samples in self.components.items():
-            size = sum(t.numel() * t.element_size() for s in samples for t in _tensors_of(s.call))
+            size = sum(t.numel() * t.element_size() for s in samples for t in s.call.tensors())
             line = (
                 f"  {name or 'model'}: {len(samples)} calls of {len({s.item for s in samples})} items, {size >> 20} MiB"
             )
@@ -241,9 +241,3 @@ def _sample(data: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Sample
     if "weight" in data:
         data["weight"] = unflatten(data["weight"], tensors)
     return Sample(Call(args, kwargs), **data)
-
-
-def _tensors_of(call: Call) -> Iterable[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    map_tensors(found.append, (call.args, dict(call.kwargs)))
-    return found

@@ -200,7 +200,7 @@ class _Subject:
         try:
             if self._there == self._home:
                 for call in calls:
-                    call.run(self._model)
+                    call.copied(self._home).run(self._model)
             else:
                 lockstep(self._model, self._blocks, calls, lambda visit: None, device=self._there)
         finally:
@@ -294,7 +294,7 @@ class _Subject:
     def _block_outputs(self, name: str, calls: Mapping[int, Call]) -> Outputs:
         # By its name: a block that is a layer itself is not the same module any more.
         block = self._model.get_submodule(name)
-        return [_tensors(call.to(self._there).run(block)) for call in calls.values()]
+        return [_tensors(call.copied(self._there).run(block)) for call in calls.values()]
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

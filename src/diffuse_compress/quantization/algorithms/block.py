@@ -173,9 +173,18 @@ class BlockWork:
     reached: dict[str, set[str]] | None = field(default=None, repr=False)
     folded: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
 
-    @functools.cached_property
+    @property
     def entries(self) -> dict[str, list[tuple[Any, ...]]]:
         """{layer that the first call reaches: which tensor it is given, each time}, in the order they run in."""
+        return self._traced[0]
+
+    @property
+    def works_in_place(self) -> bool:
+        """Whether the block changes what it or a layer was given (``x += ...``): what is kept must be copied."""
+        return self._traced[1]
+
+    @functools.cached_property
+    def _traced(self) -> tuple[dict[str, list[tuple[Any, ...]]], bool]:
         return self._trace()
 
     @functools.cached_property
@@ -271,7 +280,8 @@ class BlockWork:
 
         def keep(name: str, index: int, x: torch.Tensor) -> None:
             layer = self.layers[name]
-            kept.setdefault(name, []).append(as_rows(layer.dense, prepared(x, layer)))
+            rows = as_rows(layer.dense, prepared(x, layer))
+            kept.setdefault(name, []).append(rows.clone() if self.works_in_place else rows)
 
         def give(name: str, index: int, x: torch.Tensor) -> None:
             layer = self.layers[name]
@@ -305,7 +315,9 @@ class BlockWork:
         return self.calls if self.references is None else self.references
 
     def here(self, call: Call) -> Call:
-        """``call`` on the block's device."""
+        """``call`` on the block's device, to be run once."""
+        if self.works_in_place:
+            return call.copied(self.device)
         return call if self.device is None else call.to(self.device)
 
     def run(self) -> Iterable[Any]:
@@ -404,26 +416,30 @@ class BlockWork:
             for handle in handles:
                 handle.remove()
 
-    def _trace(self) -> dict[str, list[tuple[Any, ...]]]:
-        """One run that tells who reads what; inputs are held meanwhile, so that no address is used twice."""
+    def _trace(self) -> tuple[dict[str, list[tuple[Any, ...]]], bool]:
+        """One run that tells who reads what, and whether inputs are changed; they are held meanwhile, so that no
+        address is used twice."""
         found: dict[str, list[tuple[Any, ...]]] = {}
-        held: list[torch.Tensor] = []
+        given = self.calls[0].copied(self.device)
+        held = [(tensor, tensor._version) for tensor in given.tensors()]
 
         def note(name: str) -> Callable[..., None]:
             def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                held.append(args[0])
-                found.setdefault(name, []).append((args[0].data_ptr(), args[0].shape, args[0].stride()))
+                x = args[0]
+                held.append((x, x._version))
+                # One that was changed since is another input.
+                found.setdefault(name, []).append((x.data_ptr(), x._version, x.shape, x.stride()))
 
             return enter
 
         handles = [self._module(name).register_forward_pre_hook(note(name)) for name in self.layers]
         try:
-            with torch.no_grad():
-                self.run_call(0)
+            with torch.no_grad(), self._failures_explained(0):
+                given.run(self.block)
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return found, any(tensor._version != version for tensor, version in held)
 
 
 class _Enough(BaseException):

@@ -123,7 +123,7 @@ def _trace(work: BlockWork) -> dict[str, set[str]]:
     candidates |= {name: layer for name, layer in linears.items() if id(layer.weight) not in work.shared}
     # What this call passes by might read on another one.
     idle = {module for module in work.block.modules() if not module._modules and any(True for _ in module.parameters())}
-    paths, handles = _Paths(), []
+    paths, handles, call = _Paths(), [], work.here(work.calls[0])
     try:
         handles += [module.register_forward_pre_hook(lambda module, args: idle.discard(module)) for module in set(idle)]
         for name, layer in work.layers.items():
@@ -131,7 +131,7 @@ def _trace(work: BlockWork) -> dict[str, set[str]]:
             handles.append(layer.dense.register_forward_hook(paths.leave))
         handles += [module.register_forward_hook(paths.start(name)) for name, module in candidates.items()]
         with torch.no_grad(), paths:
-            paths.lost |= paths.of(work.here(work.calls[0]).run(work.block))
+            paths.lost |= paths.of(call.run(work.block))
     finally:
         for handle in handles:
             handle.remove()
@@ -272,6 +272,7 @@ def _is_exact(work: BlockWork, fold: Fold) -> bool:
 def _outputs(work: BlockWork, layers: Sequence[LayerWork]) -> list[torch.Tensor]:
     """What the layers and the block return for the first call: floating tensors."""
     found: list[torch.Tensor] = []
+    call = work.here(work.calls[0])
 
     def note(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         found.append(output)
@@ -279,7 +280,7 @@ def _outputs(work: BlockWork, layers: Sequence[LayerWork]) -> list[torch.Tensor]
     handles = [layer.dense.register_forward_hook(note) for layer in layers]
     try:
         with torch.no_grad():
-            output = work.here(work.calls[0]).run(work.block)
+            output = call.run(work.block)
     finally:
         for handle in handles:
             handle.remove()
