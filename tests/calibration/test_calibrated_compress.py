@@ -13,6 +13,7 @@ import torch
 
 import diffuse_compress as dc
 import tiny
+from diffuse_compress.calibration.work_folder import digest_of_weights
 from diffuse_compress.integrations.component import get_state, quantized_layers
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
 from diffuse_compress.quantization.algorithms.block import BlockWork
@@ -264,6 +265,21 @@ def test_padding_does_not_count(algorithm: Any) -> None:
     expected, found, unmasked = weights(texts), weights([batch]), weights([{"input_ids": batch["input_ids"]}])
     # Sums differ in the last bits, and so may a tie.
     assert (found - expected).norm() < 0.1 * (unmasked - expected).norm()
+
+
+def test_a_denoiser_without_its_pipeline_takes_the_calibration_of_it(tmp_path: Path) -> None:
+    pipe, config = tiny.build_pipeline("pixart"), dc.QuantizationConfig("w8a8", algorithm=SEQUENCE)
+    found = dc.Calibration.record(pipe, items(pipe), components=["transformer", "text_encoder"])
+    with pytest.raises(dc.ConfigError, match=r"got those of 'transformer', 'text_encoder'\. Choose: calibration\.only"):
+        tiny.build("pixart").compress(config, calibration=found)
+    dc.Calibration.record(pipe, items(pipe)).save(tmp_path / "whole.safetensors")
+    pipe.compress(config, calibration=found, measure=False)
+    for one in (found.only("transformer"), dc.Calibration.load(tmp_path / "whole.safetensors")):
+        alone = tiny.build_pipeline("pixart").transformer.compress(config, calibration=one, measure=False)
+        assert get_state(alone).config.calibration["sampling"]["steps"] == [3]
+        assert digest_of_weights(alone) == digest_of_weights(pipe.transformer)
+    with pytest.raises(dc.ConfigError, match="no samples of 'unet', only of 'transformer'"):
+        found.only("unet")
 
 
 def test_a_plan_carries_its_calibration() -> None:

@@ -84,9 +84,15 @@ class Samples:
             ConfigError: there are none; the message names those that there are.
         """
         if component not in self.components:
+            found = ", ".join(repr(name) if name else "a model without pipeline" for name in self.components)
+            if component:
+                raise ConfigError(
+                    f"calibration: no samples of {component!r}, only of {found}. Record it with "
+                    f"components=[{component!r}]."
+                )
             raise ConfigError(
-                f"calibration: no samples of {component or 'this model'!r}, only of "
-                f"{', '.join(map(repr, self.components))}. Record it with components=[{component!r}]."
+                f"calibration: a model without its pipeline takes samples of one component, got those of {found}. "
+                f"Choose: calibration.only({next(iter(self.components))!r})."
             )
         recorded = self._of_component(component).get("dtype")
         samples = self.components[component]
@@ -183,6 +189,15 @@ class Samples:
         for name, samples in content["components"].items():
             components[name] = [_sample(data, tensors) for data in samples]
         return cls(components, content["settings"])
+
+    def only(self, component: str) -> Self:
+        """The samples of a component of a pipeline, for that model without the pipeline.
+
+        Raises:
+            ConfigError: there are none; the message names those that there are.
+        """
+        settings = {**self.settings, "components": {"": dict(self._of_component(component))}}
+        return replace(self, components={"": self.of(component)}, settings=settings)
 
     def take(self, num_samples: int) -> Self:
         """The first ``num_samples`` of each component; they are stratified over timesteps in any such prefix."""
