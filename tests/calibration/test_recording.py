@@ -153,6 +153,12 @@ def test_wrong_items_for_a_pipeline(items: Any, message: str) -> None:
         Calibration.record(pipe, items, **arguments(pipe))
 
 
+@pytest.mark.parametrize("given", [{"num_samples": 0}, {"num_samples": 2.5}, {"num_samples": "2"}, {"seed": None}])
+def test_wrong_numbers(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"{next(iter(given))} must be a .*number.*, got "):
+        Calibration.record(tiny.build_pipeline("pixart"), ["a cat"], **given)
+
+
 def test_wrong_items_for_a_model() -> None:
     model = tiny.build("llama")
     with pytest.raises(ConfigError, match="texts need a tokenizer"):

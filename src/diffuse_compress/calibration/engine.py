@@ -104,7 +104,10 @@ def calibrate_layers(
     weights = sample_weights(samples, model)
     # On another device every block is worth a stop: what is kept dense runs there too.
     blocks = calibration_blocks(model, list(layers), every=there != home)
-    run = _Run(model, layers, algorithm, weights, replace, generator, observer, keep, folds, finished, home, there)
+    labels = [_label(index, sample) for index, sample in enumerate(samples)]
+    run = _Run(
+        model, layers, algorithm, weights, labels, replace, generator, observer, keep, folds, finished, home, there
+    )
 
     def visit(found: Visit) -> None:
         run.visit(found)
@@ -126,6 +129,7 @@ class _Run:
     layers: Mapping[str, Scheme]
     algorithm: AlgorithmConfig
     weights: Sequence[float | torch.Tensor]
+    labels: Sequence[str]
     replace: Replace
     generator: Callable[[str], torch.Generator]
     observer: ObserverConfig | None
@@ -168,10 +172,18 @@ class _Run:
             return self.replace(names[layer.name], lambda dense: quantized_layer(layer).to(self.home)).to(self.there)
 
         work = block_work(found, names, self.layers, self.weights, self.generator, install, self.there)
+        work.samples = [self.labels[index] for index in found.calls]
         work.observer = self.observer or work.observer
         work.change = None if self.keep is None else changes.set
         work.folds, work.shared = self.folds, self.shared
         return work
+
+
+def _label(index: int, sample: Sample) -> str:
+    """A sample in messages; of a trajectory, from which many are taken, with the item and the timestep."""
+    if sample.timestep is None:
+        return str(index)
+    return f"{index} (item {sample.item}, timestep {sample.timestep:g})"
 
 
 class _Changes:
@@ -196,7 +208,16 @@ def calibrate_block(work: BlockWork, algorithm: AlgorithmConfig) -> None:
 
     Ranges of static inputs are chosen when everything is decided that changes inputs, and nothing yet that must know
     their grid. Scales are folded last, on codes that are final.
+
+    Raises:
+        ModelStateError: weights or inputs are not finite; the message names the layer, and of inputs the sample.
     """
+    for layer in work.layers.values():
+        if not bool(torch.isfinite(layer.dense.weight).all()):
+            raise ModelStateError(
+                f"{work.full_name(layer.name)}: quantization needs finite weights, got inf or nan. Check the "
+                "checkpoint, or leave this layer out with modules_to_not_convert."
+            )
     if algorithm.needs_reference and work.unchanged is None:
         work.unchanged = unchanged_twin(work.block)
     for config in (*steps_of(algorithm), RTNConfig()):

@@ -146,7 +146,7 @@ class BlockWork:
         unchanged: the block as it was (:func:`unchanged_twin`), if the algorithm ``needs_reference``.
         references: for each call the arguments that ``unchanged`` has in a model of which nothing was changed; None,
             the same as ``calls``.
-        samples: for each call the number of its sample, for messages; None, the calls' own numbers.
+        samples: for each call the number of its sample and what else tells it, for messages; None, the calls' numbers.
         observer: chooses the ranges of static inputs.
         change: sets a parameter of the block, by its name, so that a failure undoes it; None, where nothing but the
             layers may change.
@@ -165,7 +165,7 @@ class BlockWork:
     weights: Sequence[float | torch.Tensor] | None = None
     unchanged: nn.Module | None = None
     references: Sequence[Call] | None = None
-    samples: Sequence[int] | None = None
+    samples: Sequence[int | str] | None = None
     observer: ObserverConfig = field(default_factory=ObserverConfig)
     change: Callable[[str, torch.Tensor], None] | None = None
     folds: bool = False
@@ -338,9 +338,13 @@ class BlockWork:
     def _failures_explained(self, index: int) -> contextlib.AbstractContextManager[None]:
         return failures_explained(f"sample {self.sample(index)} cannot be run through {self.name}")
 
-    def sample(self, index: int) -> int:
-        """Number of the sample that a call is of."""
+    def sample(self, index: int) -> int | str:
+        """The sample that a call is of, for messages."""
         return index if self.samples is None else self.samples[index]
+
+    def full_name(self, layer: str) -> str:
+        """Qualified name of a layer, or of what else is in the block."""
+        return ".".join(part for part in (self.name, layer) if part)
 
     def weight(self, index: int) -> float:
         """How much a call counts, the mean of its rows that do."""
@@ -387,11 +391,9 @@ class BlockWork:
             def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 x = args[0].detach()
                 if not torch.isfinite(x).all():
-                    layer = ".".join(part for part in (self.name, name) if part)
                     raise ModelStateError(
-                        f"{layer}: calibration needs finite inputs, got inf or nan in sample "
-                        f"{self.sample(now['call'])}. The model overflows on it in {x.dtype}: load it in bfloat16 or "
-                        "float32, or leave the sample out."
+                        f"{self.full_name(name)}: calibration needs finite inputs, got inf or nan in sample "
+                        f"{self.sample(now['call'])}. {_why_not_finite(x.dtype)}, or leave the sample out."
                     )
                 give(name, now["call"], x)
                 awaited.discard(name)
@@ -440,6 +442,12 @@ class BlockWork:
             for handle in handles:
                 handle.remove()
         return found, any(tensor._version != version for tensor, version in held)
+
+
+def _why_not_finite(dtype: torch.dtype) -> str:
+    if dtype == torch.float16:
+        return "The model overflows on it in float16: load it in bfloat16 or float32"
+    return "Check the sample and the checkpoint for inf and nan"
 
 
 class _Enough(BaseException):
