@@ -43,6 +43,10 @@ class Call:
 
         return Call(map_tensors(copy, self.args), map_tensors(copy, dict(self.kwargs)))
 
+    def versions(self) -> list[int]:
+        """For each tensor a count of its changes in place; 0 for those of inference mode, which have none."""
+        return [0 if tensor.is_inference() else tensor._version for tensor in self.tensors()]
+
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor in it."""
         found: list[torch.Tensor] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,10 +27,12 @@ class Block(nn.Module):
     def __init__(self, in_place: bool) -> None:
         super().__init__()
         self.in_place = in_place
+        self.register_buffer("calls", torch.zeros(()))
         self.mix = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
         self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
         if not self.in_place:
             x = x + self.mix(x)
             return x + self.down(torch.relu(self.up(x)))
@@ -102,6 +104,22 @@ def test_a_calibration_is_not_changed_by_what_it_is_used_for() -> None:
     assert found.fingerprint == before
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_what_a_model_counts_is_as_before(interrupted: bool) -> None:
+    target, config = model(), dc.QuantizationConfig(W4, algorithm=dc.GPTQConfig())
+    target(**batches()[0])
+    before = digest_of_weights(target)
+
+    def callback(stage: str, done: int, total: int, metrics: dict[str, Any]) -> None:
+        if interrupted and done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
+        target.compress(config, calibration=batches(), callback=callback, measure=False)
+    assert [float(block.calls) for block in target.blocks] == [1.0] * 3
+    assert not interrupted or digest_of_weights(target) == before
+
+
 def test_gradients_that_in_place_work_has_lost_are_told() -> None:
     config = dc.QuantizationConfig(W4, algorithm=dc.BRECQConfig(iterations=2))
     with pytest.raises(dc.ConfigError, match=r"blocks\.0: BRECQ needs gradients .* AdaRoundConfig\(\) needs none"):
@@ -122,12 +140,13 @@ def test_a_loader_may_fill_the_same_tensor_again() -> None:
 def test_compiled_models_are_calibrated_eagerly(what: str, fresh_compiler: None) -> None:
     """A compiled forward that was suspended would leave its tracer on: it would trace what the thread does next."""
     config = dc.QuantizationConfig(W4, algorithm=dc.GPTQConfig())
-    expected = model().compress(config, calibration=batches(), measure=False)
-    target = model()
+    expected, target = model(), model()
+    expected(**batches()[0])
+    expected.compress(config, calibration=batches(), measure=False)
     for module in [target] if what == "model" else target.blocks:
         module.compile(backend="eager")
     target(**batches()[0])
     target.compress(config, calibration=batches(), measure=False)
     assert digest_of_weights(target) == digest_of_weights(expected)
-    assert quantized_layers(copy.deepcopy(tiny.build("llama"))) == {}
+    assert quantized_layers(tiny.build("llama")) == {}  # traced, its constructor would raise
     torch.testing.assert_close(target(**batches()[0]), expected(**batches()[0]))

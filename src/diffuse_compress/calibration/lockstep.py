@@ -199,10 +199,10 @@ class _Waiting:
         self._passed.add(name)
         changing = True  # in place: the first shows whether copies are needed
         for index, call in calls.items():
-            versions = [tensor._version for tensor in call.tensors()]
+            versions = call.versions()
             calls[index] = call.copied(None) if changing else call
             self.resume(index + self._samples, runs[index + self._samples])
-            changing = changing and versions != [tensor._version for tensor in call.tensors()]
+            changing = changing and versions != call.versions()
         return calls
 
     def resume(self, index: int, run: greenlet) -> None:

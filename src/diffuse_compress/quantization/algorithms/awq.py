@@ -223,12 +223,14 @@ def _observe(
     observed: list[tuple[int, Call, Any]] = []
     given: list[torch.Tensor] = []
     entered: list[Call] = []
-    noted: list[tuple[torch.Tensor, int]] = []
+    noted: list[tuple[Call, list[int]]] = []
     done = 0  # calls of the block
 
     def kept(call: Call) -> Call:
-        noted.extend((tensor, tensor._version) for tensor in ([] if copies else call.tensors()))
-        return call.copied(None) if copies else call
+        if copies:
+            return call.copied(None)
+        noted.append((call, call.versions()))
+        return call
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entered.append(kept(Call(args, kwargs)))
@@ -247,7 +249,7 @@ def _observe(
     try:
         for _ in work.run():
             done += 1
-            if any(tensor._version != version for tensor, version in noted):
+            if any(call.versions() != versions for call, versions in noted):
                 return None
             noted.clear()
     finally:

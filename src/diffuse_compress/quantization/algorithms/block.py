@@ -423,14 +423,14 @@ class BlockWork:
         address is used twice."""
         found: dict[str, list[tuple[Any, ...]]] = {}
         given = self.calls[0].copied(self.device)
-        held = [(tensor, tensor._version) for tensor in given.tensors()]
+        held = [(given, given.versions())]
 
         def note(name: str) -> Callable[..., None]:
             def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                x = args[0]
-                held.append((x, x._version))
+                x, entered = args[0], Call(args)
+                held.append((entered, entered.versions()))
                 # One that was changed since is another input.
-                found.setdefault(name, []).append((x.data_ptr(), x._version, x.shape, x.stride()))
+                found.setdefault(name, []).append((x.data_ptr(), *entered.versions(), x.shape, x.stride()))
 
             return enter
 
@@ -441,7 +441,7 @@ class BlockWork:
         finally:
             for handle in handles:
                 handle.remove()
-        return found, any(tensor._version != version for tensor, version in held)
+        return found, any(call.versions() != versions for call, versions in held)
 
 
 def _why_not_finite(dtype: torch.dtype) -> str:
