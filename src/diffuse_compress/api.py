@@ -90,7 +90,7 @@ def compression_plan(
     if not methods and not searches:
         raise ConfigError(_choices(target))
     methods = methods or (DEFAULT_FAMILY,)
-    calibration = calibration if calibration is not None else _calibration_of(methods)
+    calibration = _for_target(target, calibration if calibration is not None else _calibration_of(methods))
     # A plan is looked at again: the model may have changed since, or it was made on a meta-device twin.
     methods = tuple(method.request() if isinstance(method, CompressionPlan) else method for method in methods)
     recipe = as_recipe(
@@ -204,6 +204,7 @@ def sensitivity(
         ConfigError: unknown preset, component or pattern; a calibrated algorithm without calibration.
         ModelStateError: weights on the meta device, or already compressed.
     """
+    calibration = _for_target(target, calibration)
     listed = [schemes] if isinstance(schemes, Scheme) else schemes
     first = listed if isinstance(listed, str) else next(iter(listed), None)
     if first is None:
@@ -248,6 +249,15 @@ def _check_search(target_size: Any, target_bits: Any, sensitivity: Any) -> bool:
             f"{type(sensitivity).__name__}" + ("." if searches else " and no target.")
         )
     return searches
+
+
+def _for_target(target: Any, calibration: Any) -> Any:
+    """``calibration``, which may be of a pipeline whose only recorded component ``target`` is: the pipeline with its
+    text encoders need not be there any more."""
+    if not isinstance(calibration, Calibration) or is_pipeline(target) or len(calibration.components) != 1:
+        return calibration
+    (component,) = calibration.components
+    return calibration.only(component) if component else calibration
 
 
 def _is_calibrated(target: Any, key: str, calibration: Any) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ def apply_plan(
         torch.inference_mode(False),  # parameters made in it could never be trained beside, nor written to
         _keep_random_state(),
         torch.no_grad(),
+        _buffers_kept(models.values()),
         caches_off(models.values()),
         Transaction(spilled, work_dir) as spill,
     ):
@@ -348,6 +350,27 @@ def _check_ready(where: str, model: nn.Module) -> None:
     require_free(where, model)
     if not any(True for _ in model.parameters()):
         raise DiffuseCompressError(f"{where}: has no parameters.")
+
+
+@contextlib.contextmanager
+def _buffers_kept(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Buffers hold the same afterwards: what runs in between is no use of the models that they should count."""
+    kept = [
+        (module, name, buffer.detach().clone())
+        for model in models
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_meta
+    ]
+    try:
+        yield
+    finally:
+        for module, name, value in kept:
+            present = module._buffers.get(name)
+            if present is None or present.shape != value.shape or present.is_inference():
+                module._buffers[name] = value if present is None else value.to(present.device)
+            elif not torch.equal(present, value.to(present.device)):
+                present.copy_(value)
 
 
 class _keep_random_state:

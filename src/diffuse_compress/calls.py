@@ -34,14 +34,31 @@ class Call:
         """``module`` called with these arguments."""
         return module(*self.args, **self.kwargs)
 
-    def copied(self) -> Call:
-        """The same with copies of every tensor, on the CPU: callers go on to change theirs in place."""
+    def copied(self, device: torch.device | str | None = "cpu") -> Call:
+        """The same with copies of every tensor, for callers and modules that change theirs in place.
+
+        Args:
+            device: of the copies; None leaves each where its tensor is. A tensor that is there twice is copied once.
+        """
+        made: dict[int, torch.Tensor] = {}
 
         def copy(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.detach().to("cpu", copy=True)
+            if id(tensor) not in made:
+                made[id(tensor)] = tensor.detach().to(device or tensor.device, copy=True)
+            return made[id(tensor)]
 
         with torch.inference_mode(False):  # for algorithms that need gradients
             return Call(map_tensors(copy, self.args), map_tensors(copy, dict(self.kwargs)))
+
+    def versions(self) -> list[int]:
+        """For each tensor a count of its changes in place; 0 for those of inference mode, which have none."""
+        return [0 if tensor.is_inference() else tensor._version for tensor in self.tensors()]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor in it."""
+        found: list[torch.Tensor] = []
+        map_tensors(found.append, (self.args, dict(self.kwargs)))
+        return found
 
     def to(self, device: torch.device | str) -> Call:
         """The same with every tensor on ``device``."""

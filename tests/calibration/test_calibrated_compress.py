@@ -13,6 +13,7 @@ import torch
 
 import diffuse_compress as dc
 import tiny
+from diffuse_compress.calibration.work_folder import digest_of_weights
 from diffuse_compress.integrations.component import get_state, quantized_layers
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
 from diffuse_compress.quantization.algorithms.block import BlockWork
@@ -150,6 +151,17 @@ def needs_too_much(work: BlockWork, config: TooLarge) -> None:
     torch.empty(1 << 60, dtype=torch.int8)
 
 
+@pytest.mark.parametrize("algorithm", ["gptq", "awq", "svdquant"])
+def test_weights_that_are_not_finite_are_told_by_layer(algorithm: str) -> None:
+    model = tiny.build("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    before = digest_of_weights(model)
+    config = dc.QuantizationConfig("w4a4" if algorithm == "svdquant" else "w4a16", algorithm=algorithm)
+    with pytest.raises(dc.ModelStateError, match=r"^model\.layers\.1\.mlp\.up_proj: quantization needs finite weights"):
+        model.compress(config, calibration=[torch.arange(2, 10)])
+    assert digest_of_weights(model) == before
+
+
 def test_out_of_memory_says_what_to_lower() -> None:
     model, texts = tiny.build("llama"), [torch.randint(0, 64, (1, 24)) for _ in range(3)]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -159,12 +171,12 @@ def test_out_of_memory_says_what_to_lower() -> None:
         assert torch.equal(tensor, before[name]), name
 
 
-@pytest.mark.parametrize("way", ["record", "calibrate"])
+@pytest.mark.parametrize("way", ["record", "calibrate", "search"])
 def test_out_of_memory_in_the_model_says_what_to_lower(way: str) -> None:
     """While a pipeline is recorded, and while a model runs between its blocks."""
     pipe, given = tiny.build_pipeline("pixart"), {}
     given["calibration"] = items(pipe)
-    if way == "calibrate":
+    if way != "record":
         given["calibration"] = dc.Calibration.record(pipe, items(pipe), num_samples=2)
 
     def enter(*args: Any) -> None:
@@ -172,11 +184,11 @@ def test_out_of_memory_in_the_model_says_what_to_lower(way: str) -> None:
 
     handle = pipe.transformer.pos_embed.register_forward_pre_hook(enter)
     with unchanged_by(pipe.transformer):
-        what = {"record": r"smaller height=, width= .*CUDA out", "calibrate": r"on cpu with 2 samples\. .*CUDA out"}[
-            way
-        ]
+        what = r"smaller height=, width= .*CUDA out" if way == "record" else r"on cpu with \d samples?\. .*CUDA out"
+        config = "w4a16" if way == "search" else dc.QuantizationConfig("w8a8", algorithm=SEQUENCE)
+        given |= {"target_bits": 6.0} if way == "search" else {}
         with pytest.raises(dc.ModelStateError, match=f"out of memory.* {what}"):
-            pipe.compress(dc.QuantizationConfig("w8a8", algorithm=SEQUENCE), measure=False, **given)
+            pipe.compress(config, measure=False, **given)
     handle.remove()
 
 
@@ -215,7 +227,7 @@ def test_a_pipeline_that_overflows_half_way_is_told_by_layer() -> None:
     with torch.no_grad():
         pipe.transformer.transformer_blocks[1].ff.net[0].proj.bias[0] = float("inf")
     config = dc.QuantizationConfig(W4, algorithm=dc.GPTQConfig())
-    message = r"^transformer_blocks\.1\.ff\.net\.2: .* in sample 0\."
+    message = r"^transformer_blocks\.1\.ff\.net\.2: .* in sample 0 \(item 0, timestep \d+\)\."
     with unchanged_by(pipe.transformer), pytest.raises(dc.ModelStateError, match=message):
         pipe.compress(config, calibration=calibration, measure=False)
 
@@ -280,6 +292,21 @@ def test_padding_does_not_count(algorithm: Any) -> None:
     expected, found, unmasked = weights(texts), weights([batch]), weights([{"input_ids": batch["input_ids"]}])
     # Sums differ in the last bits, and so may a tie.
     assert (found - expected).norm() < 0.1 * (unmasked - expected).norm()
+
+
+def test_a_denoiser_without_its_pipeline_takes_the_calibration_of_it(tmp_path: Path) -> None:
+    pipe, config = tiny.build_pipeline("pixart"), dc.QuantizationConfig("w8a8", algorithm=SEQUENCE)
+    found = dc.Calibration.record(pipe, items(pipe), components=["transformer", "text_encoder"])
+    with pytest.raises(dc.ConfigError, match=r"got those of 'transformer', 'text_encoder'\. Choose: calibration\.only"):
+        tiny.build("pixart").compress(config, calibration=found)
+    dc.Calibration.record(pipe, items(pipe)).save(tmp_path / "whole.safetensors")
+    pipe.compress(config, calibration=found, measure=False)
+    for one in (found.only("transformer"), dc.Calibration.load(tmp_path / "whole.safetensors")):
+        alone = tiny.build_pipeline("pixart").transformer.compress(config, calibration=one, measure=False)
+        assert get_state(alone).config.calibration["sampling"]["steps"] == [3]
+        assert digest_of_weights(alone) == digest_of_weights(pipe.transformer)
+    with pytest.raises(dc.ConfigError, match="no samples of 'unet', only of 'transformer'"):
+        found.only("unet")
 
 
 def test_a_plan_carries_its_calibration() -> None:

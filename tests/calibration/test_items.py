@@ -177,6 +177,10 @@ WRONG: dict[str, tuple[Callable[[], Any], list[Any], str]] = {
         [{**tiny.inputs_for(tiny.build("dit")), "prompt": IDS}],
         "does not fit the forward .* 'prompt'",
     ),
+    "no tokens": (llama, [IDS, IDS[:, :0]], "item 1 is empty, it holds no tokens"),
+    "no rows": (lambda: torch.nn.Linear(4, 4), [torch.ones(0, 4)], "item 0 is empty, it holds tensors without values"),
+    "a file": (llama, "x.safetensors", r"Put it in a list; a file is read with Calibration\.load"),
+    "generator that was read": (llama, iter(()), "needs at least one item, got none. Of a generator nothing is left"),
     "pixels missing": (
         lambda: tiny_vlm.build("llava")[0],
         [{"input_ids": tiny_vlm.build("llava")[1]["input_ids"]}],

@@ -73,8 +73,9 @@ def test_text_encoder_and_denoiser_together() -> None:
     assert 0 < len(found.of("text_encoder")) <= 4
 
 
-def test_save_and_load(tmp_path: Path) -> None:
-    pipe = tiny.build_pipeline("flux")
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_save_and_load(name: str, tmp_path: Path) -> None:
+    pipe = tiny.build_pipeline(name)
     found = Calibration.record(pipe, ["a very secret cat"], num_samples=3, **arguments(pipe))
     found.save(tmp_path / "calibration.safetensors")
     assert b"secret" not in (tmp_path / "calibration.safetensors").read_bytes()
@@ -150,6 +151,12 @@ def test_wrong_items_for_a_pipeline(items: Any, message: str) -> None:
     pipe = tiny.build_pipeline("flux")
     with pytest.raises(ConfigError, match=message):
         Calibration.record(pipe, items, **arguments(pipe))
+
+
+@pytest.mark.parametrize("given", [{"num_samples": 0}, {"num_samples": 2.5}, {"num_samples": "2"}, {"seed": None}])
+def test_wrong_numbers(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"{next(iter(given))} must be a .*number.*, got "):
+        Calibration.record(tiny.build_pipeline("pixart"), ["a cat"], **given)
 
 
 def test_wrong_items_for_a_model() -> None:

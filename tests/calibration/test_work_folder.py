@@ -130,6 +130,8 @@ def test_items_have_a_hash_where_they_can() -> None:
     assert digest_of_items(items) == digest_of_items(list(items))
     assert digest_of_items(items) != digest_of_items(["a", {"prompt": "b", "latents": torch.ones(2)}])
     assert digest_of_items([object()]) is None
+    # As pipelines expand a timestep to their batch, here of one: the stride is 0.
+    assert digest_of_items([torch.tensor(3.0).expand(1)]) == digest_of_items([torch.tensor([3.0])])
 
 
 def killed(folder: Path, number: int, seed: int) -> list[dict[str, Any]]:

@@ -105,14 +105,17 @@ def calibrate_layers(
     weights = sample_weights(samples, model)
     # On another device every block is worth a stop: what is kept dense runs there too.
     blocks = calibration_blocks(model, list(layers), every=there != home)
-    run = _Run(model, layers, algorithm, weights, replace, generator, observer, keep, folds, finished, home, there)
+    labels = [_label(index, sample) for index, sample in enumerate(samples)]
+    run = _Run(
+        model, layers, algorithm, weights, labels, replace, generator, observer, keep, folds, finished, home, there
+    )
 
     def visit(found: Visit) -> None:
         run.visit(found)
         on_block(found.name, len(run.done), len(layers))
 
     with evaluating(model), memory_explained(there, len(samples)):
-        calls = [sample.call.to(home) for sample in samples]
+        calls = [sample.call for sample in samples]
         lockstep(model, blocks, calls, visit, references=algorithm.needs_reference, device=there)
     missed = {name: scheme for name, scheme in layers.items() if name not in run.done}
     quantize_layers(missed, RTNConfig(), replace, generator=generator, device=device)
@@ -127,6 +130,7 @@ class _Run:
     layers: Mapping[str, Scheme]
     algorithm: AlgorithmConfig
     weights: Sequence[float | torch.Tensor]
+    labels: Sequence[str]
     replace: Replace
     generator: Callable[[str], torch.Generator]
     observer: ObserverConfig | None
@@ -169,10 +173,18 @@ class _Run:
             return self.replace(names[layer.name], lambda dense: quantized_layer(layer).to(self.home)).to(self.there)
 
         work = block_work(found, names, self.layers, self.weights, self.generator, install, self.there)
+        work.samples = [self.labels[index] for index in found.calls]
         work.observer = self.observer or work.observer
         work.change = None if self.keep is None else changes.set
         work.folds, work.shared = self.folds, self.shared
         return work
+
+
+def _label(index: int, sample: Sample) -> str:
+    """A sample in messages; of a trajectory, from which many are taken, with the item and the timestep."""
+    if sample.timestep is None:
+        return str(index)
+    return f"{index} (item {sample.item}, timestep {sample.timestep:g})"
 
 
 class _Changes:
@@ -197,7 +209,16 @@ def calibrate_block(work: BlockWork, algorithm: AlgorithmConfig) -> None:
 
     Ranges of static inputs are chosen when everything is decided that changes inputs, and nothing yet that must know
     their grid. Scales are folded last, on codes that are final.
+
+    Raises:
+        ModelStateError: weights or inputs are not finite; the message names the layer, and of inputs the sample.
     """
+    for layer in work.layers.values():
+        if not bool(torch.isfinite(layer.dense.weight).all()):
+            raise ModelStateError(
+                f"{work.full_name(layer.name)}: quantization needs finite weights, got inf or nan. Check the "
+                "checkpoint, or leave this layer out with modules_to_not_convert."
+            )
     if algorithm.needs_reference and work.unchanged is None:
         work.unchanged = unchanged_twin(work.block)
     with autocast_as(NO_AUTOCAST):

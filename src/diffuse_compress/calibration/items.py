@@ -19,7 +19,7 @@ from diffuse_compress.errors import ConfigError
 from diffuse_compress.failures import failures_explained
 from diffuse_compress.pipeline_call import accepted_arguments, named_arguments, prompt_arguments
 
-__all__ = ["MAX_LENGTH", "ModelItems", "pipeline_arguments"]
+__all__ = ["MAX_LENGTH", "ModelItems", "is_integer", "pipeline_arguments"]
 
 MAX_LENGTH = 2048
 # transformers' names for the tokens that pictures, clips and sounds are put in the place of.
@@ -88,7 +88,7 @@ def _class_labels(item: Any) -> list[int] | None:
         return [int(label) for label in item.reshape(-1)]
     if _is_list_of(item, numbers.Integral):
         return [int(label) for label in item]
-    return [int(item)] if _is_integer(item) else None
+    return [int(item)] if is_integer(item) else None
 
 
 # --- models -----------------------------------------------------------------------------------------------------
@@ -132,7 +132,8 @@ class ModelItems:
         if isinstance(item, str):
             return [self._encoded(item, index)]
         if tensor is not None and tensor.ndim and self._is_language and not tensor.is_floating_point():
-            return [self._call((), {"input_ids": tensor.reshape(-1, tensor.shape[-1])}, index)]
+            ids = tensor.unsqueeze(0) if tensor.ndim == 1 else tensor.flatten(0, -2)
+            return [self._call((), {"input_ids": ids}, index)]
         if tensor is not None and not isinstance(item, Sequence) and not self._is_language:
             return [self._call((tensor,), {}, index)]
         if _is_chat(item):
@@ -218,7 +219,13 @@ class ModelItems:
                 f"calibration: item {index} does not fit the forward of {self.where}: {error}. It takes "
                 f"{', '.join(self._names)}."
             ) from error
-        return Call(args, kwargs)
+        call = Call(args, kwargs)
+        ids = kwargs.get("input_ids")
+        looked_at = [ids] if isinstance(ids, torch.Tensor) else call.tensors()
+        if looked_at and not any(tensor.numel() for tensor in looked_at):
+            what = "no tokens" if looked_at[0] is ids else "tensors without values"
+            raise ConfigError(f"calibration: item {index} is empty, it holds {what}. Leave it out.")
+        return call
 
     def _require_media(self, values: Mapping[str, Any], index: int) -> None:
         """Raise ConfigError if the text has tokens for pictures and there are none: noise would be calibrated on."""
@@ -228,8 +235,8 @@ class ModelItems:
         if holds_media or not isinstance(ids, torch.Tensor):
             return
         for medium, names in _MEDIA_TOKENS.items():
-            token = next((value for name in names if (value := getattr(self.model.config, name, None)) is not None), -1)
-            count = int((ids == token).sum())
+            tokens = [value for name in names if (value := getattr(self.model.config, name, None)) is not None]
+            count = int((ids == tokens[0]).sum()) if tokens else 0
             if count:
                 raise ConfigError(
                     f"calibration: item {index} has {count} {medium} tokens and no pixel_values or the like. Give all "
@@ -292,7 +299,8 @@ class ModelItems:
             what = "a processor" if kind == "AutoProcessor" else "a tokenizer"
             raise ConfigError(
                 f"calibration: texts need {what}, and none was found beside the weights of {self.where} "
-                f"({name or 'not loaded from a folder'}: {type(error).__name__}). Pass tokenizer=, or token ids."
+                f"({name or 'not loaded from a folder'}: {type(error).__name__}). Pass token ids, or "
+                "calibration=Calibration.record(model, texts, tokenizer=...)."
             ) from error
         return self._own[kind]
 
@@ -320,7 +328,8 @@ def _holds_tuple(value: Any) -> bool:
     return isinstance(value, tuple)
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
+    """A whole number of Python or numpy."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -333,7 +342,7 @@ def _is_chat(value: Any) -> bool:
 
 
 def _is_chat_or_ids(value: Any) -> bool:
-    return _is_chat(value) or (_is_list_of(value, numbers.Integral) and all(map(_is_integer, value)))
+    return _is_chat(value) or (_is_list_of(value, numbers.Integral) and all(map(is_integer, value)))
 
 
 def _is_words(value: Any) -> bool:

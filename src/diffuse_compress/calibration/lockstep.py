@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,7 +70,7 @@ def lockstep(
     Args:
         model: to run; its training flags are the caller's business.
         blocks: qualified names of the submodules to stop at.
-        samples: arguments of the model's forward.
+        samples: arguments of the model's forward, on any device; they are not changed.
         visit: what to do with a block and its inputs; may run the block.
         references: run the unchanged model as well. A block that one forward runs twice is unchanged in the first only.
         device: each block is there while it is visited and run by the samples, and then goes back to where the model
@@ -86,8 +87,9 @@ def lockstep(
     modules = {name: _submodule(model, name) for name in blocks}
     waiting = _Waiting(model, modules, len(samples), device)
     streams = 2 if references else 1
-    runs = [greenlet(functools.partial(_forward, model, *pair)) for _ in range(streams) for pair in enumerate(samples)]
-    with torch.no_grad(), waiting.intercepting():
+    start = functools.partial(_forward, model, waiting.home)
+    runs = [greenlet(functools.partial(start, *pair)) for _ in range(streams) for pair in enumerate(samples)]
+    with torch.inference_mode(False), torch.no_grad(), _eager(), waiting.intercepting():
         try:
             for index, run in enumerate(runs):
                 waiting.resume(index, run)
@@ -109,10 +111,11 @@ def lockstep(
     return [name for name in blocks if name not in waiting.visited]
 
 
-def _forward(model: nn.Module, index: int, sample: Call) -> None:
+def _forward(model: nn.Module, home: torch.device, index: int, sample: Call) -> None:
     given = ", ".join([*[type(value).__name__ for value in sample.args], *sample.kwargs])
     with failures_explained(f"sample {index} ({given}) cannot be run through {type(model).__name__}"):
-        sample.run(model)
+        # A copy: a model may change what it is given, and the sample is run again.
+        sample.copied(home).run(model)
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:
@@ -136,8 +139,8 @@ class _Waiting:
         self._running: dict[int, int] = {}  # id of a coroutine -> index of its sample
         self._driver = getcurrent()
         self._ignoring = False
-        self._home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        self._device = self._home if device is None else device
+        self.home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self._device = self.home if device is None else device
         self._placed: str | None = None
 
     @contextlib.contextmanager
@@ -167,7 +170,7 @@ class _Waiting:
     @contextlib.contextmanager
     def placed(self, name: str) -> Iterator[None]:
         """Inside, the block is on the device. What took the place of its layers goes home too, and so do they."""
-        if self._device == self._home:
+        if self._device == self.home:
             yield
             return
         before = list(self.modules[name].modules())
@@ -178,7 +181,7 @@ class _Waiting:
         finally:
             self._placed = None
             for module in (self.model.get_submodule(name), *before):
-                module.to(self._home)
+                module.to(self.home)
 
     def at(self, name: str, *, references: bool = False) -> dict[int, Call]:
         """The calls of the samples that wait at a block."""
@@ -187,13 +190,19 @@ class _Waiting:
         return {index: call for index, call in waiting.items() if 0 <= index < self._samples}
 
     def enter(self, name: str, runs: Sequence[greenlet], *, references: bool) -> dict[int, Call]:
-        """Let the samples that wait at a block go on through it; returns their calls."""
+        """Let the samples that wait at a block go on through it; returns their calls as they were before."""
         calls = self.at(name, references=references)
-        if references:
-            self._passed.add(name)
-        for index in calls:
-            place = index + self._samples if references else index
-            self.resume(place, runs[place])
+        if not references:
+            for index in calls:
+                self.resume(index, runs[index])
+            return calls
+        self._passed.add(name)
+        changing = True  # in place: the first shows whether copies are needed
+        for index, call in calls.items():
+            versions = call.versions()
+            calls[index] = call.copied(None) if changing else call
+            self.resume(index + self._samples, runs[index + self._samples])
+            changing = changing and versions != call.versions()
         return calls
 
     def resume(self, index: int, run: greenlet) -> None:
@@ -225,7 +234,12 @@ class _Waiting:
             return run(*args, **kwargs)
         call = Call(args, kwargs).to(self._device)
         output = run(*call.args, **call.kwargs)
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._home), output)
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.home), output)
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """A compiled forward cannot be suspended: its tracer would go on with whatever runs next in the thread."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def _modes() -> tuple[bool, Autocast]:

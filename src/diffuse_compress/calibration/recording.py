@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.calibration.items import MAX_LENGTH, ModelItems, pipeline_arguments
+from diffuse_compress.calibration.items import MAX_LENGTH, ModelItems, is_integer, pipeline_arguments
 from diffuse_compress.calibration.samples import Sample, Samples
 from diffuse_compress.calls import Call
 from diffuse_compress.components import (
@@ -46,6 +46,11 @@ _CONSUMER = "calibration"
 _MEMORY = (
     "Recording needs what a call of the pipeline does: give a smaller height=, width= or num_frames=, or call "
     "pipe.enable_model_cpu_offload() before."
+)
+
+
+_NO_ITEMS = (
+    "calibration: needs at least one item, got none. Of a generator nothing is left once it was read: give a list."
 )
 
 
@@ -91,8 +96,10 @@ class Calibration(Samples):
         Raises:
             ConfigError: no items, items of the wrong kind, or arguments that the pipeline does not take.
         """
-        if num_samples is not None and num_samples < 1:
-            raise ConfigError(f"calibration: num_samples must be at least 1, got {num_samples}.")
+        if num_samples is not None and not (is_integer(num_samples) and num_samples >= 1):
+            raise ConfigError(f"calibration: num_samples must be a number of at least 1, got {num_samples!r}.")
+        if not is_integer(seed):
+            raise ConfigError(f"calibration: seed must be a whole number, got {seed!r}.")
         items = _each(items)
         if is_pipeline(target):
             return _record_pipeline(target, items, num_samples, seed, components, callback, call_arguments)
@@ -102,11 +109,12 @@ class Calibration(Samples):
                 f"{type(target).__name__}. Leave them out, or record the pipeline."
             )
         limit, reader = num_samples or DEFAULT_SAMPLES["model"], ModelItems(target, tokenizer, max_length)
-        calls = (call for index, item in enumerate(items) for call in reader.calls(item, index))
+        # Copies, at once: a loader may fill the same tensors again for its next item.
+        calls = (call.copied() for index, item in enumerate(items) for call in reader.calls(item, index))
         chosen = list(itertools.islice(calls, limit))
         if not chosen:
-            raise ConfigError("calibration: needs at least one item, got none.")
-        samples = [Sample(call.to("cpu"), item=index) for index, call in enumerate(chosen)]
+            raise ConfigError(_NO_ITEMS)
+        samples = [Sample(call, item=index) for index, call in enumerate(chosen)]
         settings = {
             "model": type(unwrap(target)).__name__,
             "items": len(samples),
@@ -119,7 +127,10 @@ class Calibration(Samples):
 def _each(items: Any) -> Iterable[Any]:
     """``items``, checked. What torch calls a dataset need not be iterable."""
     if isinstance(items, str | Mapping):
-        raise ConfigError(f"calibration: a list of items is needed, got one {type(items).__name__}. Put it in a list.")
+        raise ConfigError(
+            f"calibration: a list of items is needed, got one {type(items).__name__}. Put it in a list; a file is read "
+            "with Calibration.load(path)."
+        )
     if hasattr(items, "__iter__"):
         return items  # type: ignore[no-any-return]
     if hasattr(items, "__getitem__") and hasattr(items, "__len__"):
@@ -148,7 +159,7 @@ def _record_pipeline(
     chosen = enumerate(itertools.islice(items, wanted))
     arguments = [pipeline_arguments(pipe, item, shared, index) for index, item in chosen]
     if not arguments:
-        raise ConfigError("calibration: needs at least one item, got none.")
+        raise ConfigError(_NO_ITEMS)
     recorder = _Recorder({name: model_components(pipe)[name] for name in names}, wanted, len(arguments), seed)
     settings: dict[str, Any] = {}
     with untouched(pipe), recorder.attached():

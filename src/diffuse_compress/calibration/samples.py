@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -84,9 +84,15 @@ class Samples:
             ConfigError: there are none; the message names those that there are.
         """
         if component not in self.components:
+            found = ", ".join(repr(name) if name else "a model without pipeline" for name in self.components)
+            if component:
+                raise ConfigError(
+                    f"calibration: no samples of {component!r}, only of {found}. Record it with "
+                    f"components=[{component!r}]."
+                )
             raise ConfigError(
-                f"calibration: no samples of {component or 'this model'!r}, only of "
-                f"{', '.join(map(repr, self.components))}. Record it with components=[{component!r}]."
+                f"calibration: a model without its pipeline takes samples of one component, got those of {found}. "
+                f"Choose: calibration.only({next(iter(self.components))!r})."
             )
         recorded = self._of_component(component).get("dtype")
         samples = self.components[component]
@@ -124,7 +130,7 @@ class Samples:
         settings = ", ".join(f"{key} {value}" for key, value in self.settings.items() if not isinstance(value, Mapping))
         lines = [f"calibration: {settings}" if settings else "calibration"]
         for name, samples in self.components.items():
-            size = sum(t.numel() * t.element_size() for s in samples for t in _tensors_of(s.call))
+            size = sum(t.numel() * t.element_size() for s in samples for t in s.call.tensors())
             line = (
                 f"  {name or 'model'}: {len(samples)} calls of {len({s.item for s in samples})} items, {size >> 20} MiB"
             )
@@ -184,6 +190,15 @@ class Samples:
             components[name] = [_sample(data, tensors) for data in samples]
         return cls(components, content["settings"])
 
+    def only(self, component: str) -> Self:
+        """The samples of a component of a pipeline, for that model without the pipeline.
+
+        Raises:
+            ConfigError: there are none; the message names those that there are.
+        """
+        settings = {**self.settings, "components": {"": dict(self._of_component(component))}}
+        return replace(self, components={"": self.of(component)}, settings=settings)
+
     def take(self, num_samples: int) -> Self:
         """The first ``num_samples`` of each component; they are stratified over timesteps in any such prefix."""
         return replace(self, components={name: list(s[:num_samples]) for name, s in self.components.items()})
@@ -241,9 +256,3 @@ def _sample(data: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Sample
     if "weight" in data:
         data["weight"] = unflatten(data["weight"], tensors)
     return Sample(Call(args, kwargs), **data)
-
-
-def _tensors_of(call: Call) -> Iterable[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    map_tensors(found.append, (call.args, dict(call.kwargs)))
-    return found

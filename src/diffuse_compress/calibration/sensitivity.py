@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,7 +156,7 @@ def output_error(
     """
     subject = _Subject(model, dict.fromkeys(layers, ()), generator, device)
     with evaluating(model), torch.no_grad(), _restored(model) as replace:
-        calls = subject.at_home(split.judge)
+        calls = [sample.call for sample in split.judge]
         _, references = subject.run(calls)
         if algorithm.needs_calibration:
             calibrate_layers(
@@ -184,10 +184,6 @@ class _Subject:
         # On another device every block is worth a stop: what is kept dense runs there too.
         self._blocks = calibration_blocks(model, list(candidates), every=self._there != self._home)
 
-    def at_home(self, samples: Iterable[Sample]) -> list[Call]:
-        """Their calls, where the model is."""
-        return [sample.call.to(self._home) for sample in samples]
-
     def run(self, calls: Sequence[Call], block: str | None = None) -> tuple[Outputs, Outputs]:
         """What ``block`` and the model, as they are now, make of each call, in an order that is always the same."""
         seen: Outputs = []
@@ -198,11 +194,9 @@ class _Subject:
             for module, kept in watched
         ]
         try:
-            if self._there == self._home:
-                for call in calls:
-                    call.run(self._model)
-            else:
-                lockstep(self._model, self._blocks, calls, lambda visit: None, device=self._there)
+            stops = self._blocks if self._there != self._home else []
+            with memory_explained(self._there, len(calls)):
+                lockstep(self._model, stops, calls, lambda visit: None, device=self._there)
         finally:
             for handle in handles:
                 handle.remove()
@@ -214,7 +208,7 @@ class _Subject:
         By rounding to nearest: how an error goes on depends on where it is far more than on what made it.
         """
         steps = len(self._candidates) + len(self._blocks)
-        calls = self.at_home(samples[: max(2, FACTOR_FORWARDS // max(1, steps))])
+        calls = [sample.call for sample in samples[: max(2, FACTOR_FORWARDS // max(1, steps))]]
         found: dict[str, float] = {}
         for block in self._blocks:
             inside = [name for _, name in layers_of(block, self._candidates)]
@@ -253,7 +247,8 @@ class _Subject:
             advance(reached.name, len(self._candidates) + len(found), 2 * len(self._candidates))
 
         with memory_explained(self._there, len(samples)):
-            lockstep(self._model, self._blocks, self.at_home(samples), visit, device=self._there)
+            calls = [sample.call for sample in samples]
+            lockstep(self._model, self._blocks, calls, visit, device=self._there)
         return found
 
     def _quantized(
@@ -294,7 +289,7 @@ class _Subject:
     def _block_outputs(self, name: str, calls: Mapping[int, Call]) -> Outputs:
         # By its name: a block that is a layer itself is not the same module any more.
         block = self._model.get_submodule(name)
-        return [_tensors(call.to(self._there).run(block)) for call in calls.values()]
+        return [_tensors(call.copied(self._there).run(block)) for call in calls.values()]
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:

@@ -80,4 +80,5 @@ def hash_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
     flat = tensor.detach().reshape(-1)
     for start in range(0, flat.numel(), _CHUNK_ELEMENTS):
         part = flat[start : start + _CHUNK_ELEMENTS].cpu().contiguous()
-        digest.update(part.view(torch.uint8).numpy().data)
+        # A timestep expanded to a batch of one is contiguous with a stride of 0, which a view as bytes refuses.
+        digest.update(part.as_strided(part.shape, (1,)).view(torch.uint8).numpy().data)

@@ -115,7 +115,8 @@ class RowCollector:
         self._parts: list[torch.Tensor] = []
 
     def update(self, rows: torch.Tensor) -> None:
-        self._parts.append(_evenly(rows, self._per_call).float())
+        # A copy: a view would hold all rows, and change with them.
+        self._parts.append(_evenly(rows, self._per_call).to(torch.float32, copy=True))
 
     def rows(self) -> torch.Tensor | None:
         return _evenly(torch.cat(self._parts), self._limit) if self._parts else None
@@ -167,7 +168,7 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
     reached = inputs > 0
     weights = [layer.rest() for layer in layers]
     magnitude = _relative_magnitude(layers, weights)
-    parent, observed, given = _observed(work, layers)
+    parent, observed, given, changing = _observed(work, layers)
     best, best_error = None, float("inf")
     for step in range(config.num_ratios):
         ratio = step / config.num_ratios
@@ -179,7 +180,11 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
             scale = torch.ones_like(scale)  # the candidate that changes nothing is always among them
         with _tried(layers, weights, scale, given, work.observer), torch.no_grad():
             error = sum(
-                _distance(work.forward(parent, call), output, functools.partial(work.counted, index=index))
+                _distance(
+                    work.forward(parent, call.copied(None) if changing else call),
+                    output,
+                    functools.partial(work.counted, index=index),
+                )
                 for index, call, output in observed
             )
         if error < best_error:
@@ -207,34 +212,61 @@ def _relative_magnitude(layers: Sequence[LayerWork], weights: Sequence[torch.Ten
 
 def _observed(
     work: BlockWork, layers: Sequence[LayerWork]
-) -> tuple[nn.Module, list[tuple[int, Call, Any]], list[torch.Tensor]]:
-    """The smallest module that runs all of the layers; the block's call, what it is called with and returns there; and
-    where a static range must be found for every candidate, what the layers, which share their input, are given."""
+) -> tuple[nn.Module, list[tuple[int, Call, Any]], list[torch.Tensor], bool]:
+    """The smallest module that runs all of the layers; the block's call, what it is called with and returns there;
+    where a static range must be found for every candidate, what the layers, which share their input, are given; and
+    whether some of that is changed in place when the block runs on."""
     path = _common_parent([layer.name for layer in layers])
     while path and not _is_callable(work.block.get_submodule(path)):
         path = path.rpartition(".")[0]
     parent = work.block.get_submodule(path) if path else work.block
+    found = _observe(work, layers, parent, copies=False)
+    # What is changed in place after it was noted (``out = attention(x); out += x``) must be noted as a copy.
+    changing = found is None
+    observed, given = found or _observe(work, layers, parent, copies=True) or ([], [])
+    return parent, observed, given, changing
+
+
+def _observe(
+    work: BlockWork, layers: Sequence[LayerWork], parent: nn.Module, *, copies: bool
+) -> tuple[list[tuple[int, Call, Any]], list[torch.Tensor]] | None:
+    """As :func:`_observed` for a ``parent``; None where without ``copies`` something was changed afterwards."""
     observed: list[tuple[int, Call, Any]] = []
     given: list[torch.Tensor] = []
+    entered: list[Call] = []
+    noted: list[tuple[Call, list[int]]] = []
     done = 0  # calls of the block
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        observed.append((done, Call(args, kwargs), output))
+    def kept(call: Call) -> Call:
+        if copies:
+            return call.copied(None)
+        noted.append((call, call.versions()))
+        return call
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(kept(Call(args, kwargs)))
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        observed.append((done, entered.pop(), kept(Call((output,))).args[0]))
 
     def note_input(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        x = args[0]
+        x = kept(Call((args[0],))).args[0]
         given.append(work.counted(x, done) if isinstance(module, nn.Linear) else x)
 
-    handles = [parent.register_forward_hook(note, with_kwargs=True)]
+    handles = [parent.register_forward_pre_hook(enter, with_kwargs=True)]
+    handles.append(parent.register_forward_hook(leave, with_kwargs=True))
     if any(layer.scheme.has_static_inputs for layer in layers):
         handles.append(layers[0].dense.register_forward_pre_hook(note_input))
     try:
         for _ in work.run():
             done += 1
+            if any(call.versions() != versions for call, versions in noted):
+                return None
+            noted.clear()
     finally:
         for handle in handles:
             handle.remove()
-    return parent, observed, given
+    return observed, given
 
 
 def _common_parent(names: Sequence[str]) -> str:

@@ -146,7 +146,7 @@ class BlockWork:
         unchanged: the block as it was (:func:`unchanged_twin`), if the algorithm ``needs_reference``.
         references: for each call the arguments that ``unchanged`` has in a model of which nothing was changed; None,
             the same as ``calls``.
-        samples: for each call the number of its sample, for messages; None, the calls' own numbers.
+        samples: for each call the number of its sample and what else tells it, for messages; None, the calls' numbers.
         observer: chooses the ranges of static inputs.
         change: sets a parameter of the block, by its name, so that a failure undoes it; None, where nothing but the
             layers may change.
@@ -166,7 +166,7 @@ class BlockWork:
     weights: Sequence[float | torch.Tensor] | None = None
     unchanged: nn.Module | None = None
     references: Sequence[Call] | None = None
-    samples: Sequence[int] | None = None
+    samples: Sequence[int | str] | None = None
     observer: ObserverConfig = field(default_factory=ObserverConfig)
     change: Callable[[str, torch.Tensor], None] | None = None
     folds: bool = False
@@ -175,9 +175,18 @@ class BlockWork:
     reached: dict[str, set[str]] | None = field(default=None, repr=False)
     folded: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
 
-    @functools.cached_property
+    @property
     def entries(self) -> dict[str, list[tuple[Any, ...]]]:
         """{layer that the first call reaches: which tensor it is given, each time}, in the order they run in."""
+        return self._traced[0]
+
+    @property
+    def works_in_place(self) -> bool:
+        """Whether the block changes what it or a layer was given (``x += ...``): what is kept must be copied."""
+        return self._traced[1]
+
+    @functools.cached_property
+    def _traced(self) -> tuple[dict[str, list[tuple[Any, ...]]], bool]:
         return self._trace()
 
     @functools.cached_property
@@ -273,7 +282,8 @@ class BlockWork:
 
         def keep(name: str, index: int, x: torch.Tensor) -> None:
             layer = self.layers[name]
-            kept.setdefault(name, []).append(as_rows(layer.dense, prepared(x, layer)))
+            rows = as_rows(layer.dense, prepared(x, layer))
+            kept.setdefault(name, []).append(rows.clone() if self.works_in_place else rows)
 
         def give(name: str, index: int, x: torch.Tensor) -> None:
             layer = self.layers[name]
@@ -307,7 +317,9 @@ class BlockWork:
         return self.calls if self.references is None else self.references
 
     def here(self, call: Call) -> Call:
-        """``call`` on the block's device."""
+        """``call`` on the block's device, to be run once."""
+        if self.works_in_place:
+            return call.copied(self.device)
         return call if self.device is None else call.to(self.device)
 
     def forward(self, module: nn.Module, call: Call) -> Any:
@@ -333,9 +345,13 @@ class BlockWork:
     def _failures_explained(self, index: int) -> contextlib.AbstractContextManager[None]:
         return failures_explained(f"sample {self.sample(index)} cannot be run through {self.name}")
 
-    def sample(self, index: int) -> int:
-        """Number of the sample that a call is of."""
+    def sample(self, index: int) -> int | str:
+        """The sample that a call is of, for messages."""
         return index if self.samples is None else self.samples[index]
+
+    def full_name(self, layer: str) -> str:
+        """Qualified name of a layer, or of what else is in the block."""
+        return ".".join(part for part in (self.name, layer) if part)
 
     def weight(self, index: int) -> float:
         """How much a call counts, the mean of its rows that do."""
@@ -382,11 +398,9 @@ class BlockWork:
             def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
                 x = args[0].detach()
                 if not torch.isfinite(x).all():
-                    layer = ".".join(part for part in (self.name, name) if part)
                     raise ModelStateError(
-                        f"{layer}: calibration needs finite inputs, got inf or nan in sample "
-                        f"{self.sample(now['call'])}. The model overflows on it in {x.dtype}: load it in bfloat16 or "
-                        "float32, or leave the sample out."
+                        f"{self.full_name(name)}: calibration needs finite inputs, got inf or nan in sample "
+                        f"{self.sample(now['call'])}. {_why_not_finite(x.dtype)}, or leave the sample out."
                     )
                 give(name, now["call"], x)
                 awaited.discard(name)
@@ -411,26 +425,36 @@ class BlockWork:
             for handle in handles:
                 handle.remove()
 
-    def _trace(self) -> dict[str, list[tuple[Any, ...]]]:
-        """One run that tells who reads what; inputs are held meanwhile, so that no address is used twice."""
+    def _trace(self) -> tuple[dict[str, list[tuple[Any, ...]]], bool]:
+        """One run that tells who reads what, and whether inputs are changed; they are held meanwhile, so that no
+        address is used twice."""
         found: dict[str, list[tuple[Any, ...]]] = {}
-        held: list[torch.Tensor] = []
+        given = self.calls[0].copied(self.device)
+        held = [(given, given.versions())]
 
         def note(name: str) -> Callable[..., None]:
             def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-                held.append(args[0])
-                found.setdefault(name, []).append((args[0].data_ptr(), args[0].shape, args[0].stride()))
+                x, entered = args[0], Call(args)
+                held.append((entered, entered.versions()))
+                # One that was changed since is another input.
+                found.setdefault(name, []).append((x.data_ptr(), *entered.versions(), x.shape, x.stride()))
 
             return enter
 
         handles = [self._module(name).register_forward_pre_hook(note(name)) for name in self.layers]
         try:
-            with torch.no_grad():
-                self.run_call(0)
+            with torch.no_grad(), self._failures_explained(0):
+                given.run(self.block)
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return found, any(call.versions() != versions for call, versions in held)
+
+
+def _why_not_finite(dtype: torch.dtype) -> str:
+    if dtype == torch.float16:
+        return "The model overflows on it in float16: load it in bfloat16 or float32"
+    return "Check the sample and the checkpoint for inf and nan"
 
 
 class _Enough(BaseException):

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffuse_compress.calls import autocast_as
 from diffuse_compress.errors import ConfigError
+from diffuse_compress.failures import is_out_of_memory
 from diffuse_compress.quantization.algorithms.adaround import (
     Aim,
     Annealing,
@@ -141,9 +142,10 @@ def _reconstruct(work: BlockWork, learned: Sequence[_Learned], config: BRECQConf
         weights = _weights(learned, values)
         leaves = [weight.requires_grad_() for weight in weights.values()]
         for index in torch.randperm(len(targets), generator=generator)[:batch].tolist():
-            with torch.enable_grad():
+            with _gradients_explained(work), torch.enable_grad():
                 loss = _loss(work, weights, index, targets) * (size * len(targets) / batch / error)
-            for total, found in zip(gradients, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
+                slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
+            for total, found in zip(gradients, slopes, strict=True):
                 if found is not None:
                     total.add_(found.flatten(1))
         for rounding, gradient in zip(roundings, gradients, strict=True):
@@ -152,6 +154,20 @@ def _reconstruct(work: BlockWork, learned: Sequence[_Learned], config: BRECQConf
     if error_of_codes() > error:  # nothing promises that what was learned is better
         for rounding, v in zip(roundings, start, strict=True):
             rounding.v = v
+
+
+@contextlib.contextmanager
+def _gradients_explained(work: BlockWork) -> Iterator[None]:
+    """A block may compute, and yet have no gradients: one that changes in place what they are computed from."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"{work.name}: BRECQ needs gradients of the block, and they cannot be computed ({error}). "
+            "AdaRoundConfig() needs none."
+        ) from error
 
 
 def _targets(work: BlockWork) -> list[list[torch.Tensor]]:

@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffuse_compress.calls import autocast_as
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
 from diffuse_compress.quantization.layer_base import QuantizedLayer
@@ -123,15 +124,15 @@ def _trace(work: BlockWork) -> dict[str, set[str]]:
     candidates |= {name: layer for name, layer in linears.items() if id(layer.weight) not in work.shared}
     # What this call passes by might read on another one.
     idle = {module for module in work.block.modules() if not module._modules and any(True for _ in module.parameters())}
-    paths, handles = _Paths(), []
+    paths, handles, call = _Paths(), [], work.here(work.calls[0])
     try:
         handles += [module.register_forward_pre_hook(lambda module, args: idle.discard(module)) for module in set(idle)]
         for name, layer in work.layers.items():
             handles.append(layer.dense.register_forward_pre_hook(paths.enter(name)))
             handles.append(layer.dense.register_forward_hook(paths.leave))
         handles += [module.register_forward_hook(paths.start(name)) for name, module in candidates.items()]
-        with torch.no_grad(), paths:
-            paths.lost |= paths.of(work.forward(work.block, work.calls[0]))
+        with torch.no_grad(), autocast_as(work.autocast), paths:
+            paths.lost |= paths.of(call.run(work.block))
     finally:
         for handle in handles:
             handle.remove()
@@ -272,14 +273,15 @@ def _is_exact(work: BlockWork, fold: Fold) -> bool:
 def _outputs(work: BlockWork, layers: Sequence[LayerWork]) -> list[torch.Tensor]:
     """What the layers and the block return for the first call: floating tensors."""
     found: list[torch.Tensor] = []
+    call = work.here(work.calls[0])
 
     def note(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         found.append(output)
 
     handles = [layer.dense.register_forward_hook(note) for layer in layers]
     try:
-        with torch.no_grad():
-            output = work.forward(work.block, work.calls[0])
+        with torch.no_grad(), autocast_as(work.autocast):
+            output = call.run(work.block)
     finally:
         for handle in handles:
             handle.remove()
