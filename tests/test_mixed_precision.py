@@ -118,6 +118,43 @@ def test_layer_sensitivities_equal_those_of_the_whole_model(algorithm: Any, devi
             assert found[name][scheme] == pytest.approx(exact, rel=2e-3)
 
 
+@pytest.mark.parametrize("device", [None, "cpu:0"])
+def test_errors_count_as_their_samples_and_tokens_do(device: str | None) -> None:
+    torch.manual_seed(0)
+    model, given = Chain(), samples(*(scale * torch.randn(2, 5, 64) for scale in (1.0, 0.1)))
+    measured = {"generator": no_seed, "device": device}
+
+    def error(*weights: float | torch.Tensor) -> float:
+        weighted = [dataclasses.replace(sample, weight=w) for sample, w in zip(given, weights, strict=True)]
+        split = split_samples(weighted, RTNConfig())
+        whole = output_error(model, {"blocks.0.up": W3}, RTNConfig(), split, **measured)
+        alone = layer_sensitivities(model, {"blocks.0.up": [W3]}, RTNConfig(), split, **measured)
+        assert alone["blocks.0.up"][W3] == pytest.approx(whole, rel=1e-4)
+        return whole
+
+    first, second = error(1.0, 0.0), error(0.0, 1.0)
+    assert abs(first - second) > 0.02 * first
+    assert error(3.0, 1.0) == pytest.approx((3 * first + second) / 4, rel=1e-5)
+    assert error(3.0 * torch.ones(10), 1.0) == pytest.approx((3 * first + second) / 4, rel=1e-5)
+    rows = torch.zeros(10)
+    rows[:5] = 2.0
+    given[0] = dataclasses.replace(given[0], call=Call((given[0].call.args[0][:1],)))
+    expected = error(1.0, 0.0)
+    given[0] = dataclasses.replace(given[0], call=Call((torch.cat([given[0].call.args[0], torch.ones(1, 5, 64)]),)))
+    assert error(rows, 0.0) == pytest.approx(expected, rel=1e-5)
+
+
+def test_padding_does_not_count_in_a_search() -> None:
+    model, ids = tiny.build("llama"), torch.randint(2, 100, (1, 12), generator=torch.Generator().manual_seed(3))
+    padded = torch.cat([ids, torch.zeros(1, 20, dtype=torch.long)], dim=1)
+    item = {"input_ids": padded, "attention_mask": (torch.arange(32) < 12).long()[None]}
+    alone, among = (
+        dc.sensitivity(model, [W3], calibration=[given], algorithm="rtn").of("") for given in ({"input_ids": ids}, item)
+    )
+    for name, errors in alone.items():
+        assert among[name][W3] == pytest.approx(errors[W3], rel=1e-3)
+
+
 class Pair(nn.Module):
     """Two layers alike, beside each other, whose inputs differ: ``fixable`` is given few directions, ``hard`` all."""
 
