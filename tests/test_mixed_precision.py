@@ -23,6 +23,7 @@ from diffuse_compress.cli import main
 from diffuse_compress.families.published import meta_components, published_config
 from diffuse_compress.integrations.component import get_state, quantized_layers
 from diffuse_compress.mixed_precision import parse_size
+from diffuse_compress.plan_text import format_bytes
 from diffuse_compress.quantization.algorithms.base import SequenceConfig
 from diffuse_compress.quantization.algorithms.gptq import round_columns
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
@@ -319,9 +320,15 @@ def test_target_size_is_met_planned_edited_saved_and_reloaded(recorded: dc.Calib
     assert "mixed precision for target_size=" in text.splitlines()[1]
     assert f"{part.bits_per_weight:.2f} bits per weight on average: " in text
     name = next(iter(part.layers))
+    assert "edited" not in text
     plan.set(f"transformer.{name}", "w8a16")
     plan.keep("transformer.transformer_blocks.1.attn2")
+    over = format_bytes(plan.bytes_after - target)
+    assert str(plan).splitlines()[1].endswith(f"; edited since, now {over} over that")
     pipe.compress(plan, measure=False)
+    assert str(pipe.compression_report()).startswith(
+        "PixArtAlphaPipeline compressed: formats mixed around w4a16 by round-to-nearest"
+    )
     assert quantized_layers(pipe.transformer)[name].scheme == PRESETS["w8a16"].scheme
     assert not any(".attn2" in name for name in quantized_layers(pipe.transformer) if "_blocks.1." in name)
     assert plan.bytes_after == pipe.compression_report().bytes_after
@@ -330,6 +337,23 @@ def test_target_size_is_met_planned_edited_saved_and_reloaded(recorded: dc.Calib
     again = type(pipe).from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(tiny.sample(again), picture)
+    for report in (pipe.compression_report(), again.compression_report()):
+        assert plan.outcome in str(report)
+        assert plan.outcome in report.to_markdown()
+
+
+def test_an_edit_within_the_size_is_told_and_another_search_starts_anew() -> None:
+    model = tiny.build("llama")
+    plan = model.compression_plan(target_bits=6)
+    plan.set("model.layers.0.mlp.up_proj", TWO_BITS)
+    assert str(plan).splitlines()[1].endswith("; edited since")
+    anew = model.compression_plan(plan)
+    assert anew.outcome == plan.outcome
+    again = model.compression_plan(anew, target_bits=5)
+    assert again.outcome.startswith("mixed precision for target_bits=5 ")
+    assert "edited" not in again.outcome
+    assert again.components[""].layers["model.layers.0.mlp.up_proj"] == TWO_BITS
+    assert again.components[""].bits_per_weight <= 5
 
 
 def test_mixed_precision_beats_uniform_at_equal_bytes() -> None:
@@ -408,6 +432,8 @@ def test_errors_say_what_can_be() -> None:
         model.compress(target_size="1MB", target_bits=4)
     with pytest.raises(dc.ConfigError, match="target_bits: average bits per weight"):
         model.compress(target_bits=0)
+    with pytest.raises(dc.ConfigError, match="target_bits: average bits per weight"):
+        model.compress(target_bits=float("inf"))
     with pytest.raises(dc.ConfigError, match="there is nothing to compress"):
         model.compress(target_size="1GB")
     with pytest.raises(dc.ConfigError, match="and no target"):
@@ -417,6 +443,11 @@ def test_errors_say_what_can_be() -> None:
     other = dc.sensitivity(model, modules_to_not_convert=["q_proj"])
     with pytest.raises(dc.ConfigError, match="knows nothing of"):
         model.compress(target_bits=5, sensitivity=other)
+    with pytest.raises(dc.ConfigError, match="every layer that is converted is named in overrides="):
+        model.compress(target_bits=5, overrides={"*": "w8a16"})
+    wider = dc.sensitivity(tiny.build("llama", intermediate_size=512))
+    with pytest.raises(dc.ConfigError, match=r"of shape \(256, 128\), the report has one of shape \(512, 128\)"):
+        model.compress(target_bits=5, sensitivity=wider)
     with pytest.raises(
         dc.ConfigError, match=r"cannot be met, the smallest possible is [\d.]+ [kM]B with w4a16"
     ) as found:
@@ -438,7 +469,7 @@ def test_parse_size(text: Any, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["11", "GB", "11 gigs", "-1GB", 0, True, float("nan")])
+@pytest.mark.parametrize("text", ["11", "GB", "11 gigs", "-1GB", 0, True, float("nan"), float("inf")])
 def test_parse_size_refuses(text: Any) -> None:
     with pytest.raises(dc.ConfigError, match="target_size: bytes, or a text"):
         parse_size(text)
