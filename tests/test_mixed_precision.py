@@ -156,6 +156,25 @@ def test_padding_does_not_count_in_a_search() -> None:
         assert among[name][W3] == pytest.approx(errors[W3], rel=1e-3)
 
 
+@pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
+def test_a_choice_is_tried_with_the_static_inputs_of_the_plan(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    static = dc.Scheme(dc.WeightScheme("int8"), dc.ActivationScheme("int8", dc.PerTensor(), dynamic=False))
+    model, observer = tiny.build("llama", num_hidden_layers=1), dc.ObserverConfig("percentile", percentile=60.0)
+    rows = torch.randint(2, 100, (4, 1, 24), generator=torch.Generator().manual_seed(3))
+    config = dc.QuantizationConfig("w8a8", algorithm=algorithm, overrides={"up_proj": static}, observer=observer)
+    ratios: list[float] = []
+
+    def tried(*args: Any, **kwargs: Any) -> float:
+        found, wide = (output_error(*args, **{**kwargs, "observer": which}) for which in (kwargs["observer"], None))
+        ratios.append(found / wide)
+        return found
+
+    monkeypatch.setattr("diffuse_compress.layer_sensitivity.output_error", tried)
+    model.compression_plan(config, target_bits=6, calibration=[{"input_ids": row} for row in rows])
+    assert len(ratios) == 2
+    assert min(ratios) > 1.5  # 40 % of the inputs of a layer are clipped
+
+
 class Pair(nn.Module):
     """Two layers alike, beside each other, whose inputs differ: ``fixable`` is given few directions, ``hard`` all."""
 

@@ -43,6 +43,7 @@ from diffuse_compress.quantization.algorithms.base import AlgorithmConfig
 from diffuse_compress.quantization.algorithms.block import LayerWork, mean_weight, row_weights
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.convert import module_aliases, quantize_module, replace_module
+from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.scheme import Scheme
 
 __all__ = ["Split", "layer_sensitivities", "output_error", "split_samples"]
@@ -141,6 +142,7 @@ def output_error(
     split: Split,
     *,
     generator: Callable[[str], torch.Generator],
+    observer: ObserverConfig | None = None,
     device: torch.device | str | None = None,
     advance: Advance = lambda name, done, total: None,
 ) -> float:
@@ -152,6 +154,7 @@ def output_error(
         algorithm: that quantizes them, on the samples to fit if it is calibrated.
         split: samples of this model.
         generator: source of random numbers of a layer.
+        observer: chooses the ranges of static inputs, which layers may have that are not searched for.
         device: as in :func:`layer_sensitivities`.
         advance: called after each block that is calibrated with its name, layers done, and layers there are.
 
@@ -162,9 +165,17 @@ def output_error(
     with evaluating(model), torch.no_grad(), _restored(model) as replace:
         calls, weights = subject.at_home(split.judge), sample_weights(split.judge, model)
         _, references = subject.run(calls)
-        if algorithm.needs_calibration:
+        if algorithm.needs_calibration or any(scheme.has_static_inputs for scheme in layers.values()):
             calibrate_layers(
-                model, layers, algorithm, split.fit, replace, generator=generator, device=device, on_block=advance
+                model,
+                layers,
+                algorithm,
+                split.fit or split.judge,
+                replace,
+                generator=generator,
+                observer=observer,
+                device=device,
+                on_block=advance,
             )
         else:
             quantize_layers(layers, algorithm, replace, generator=generator, device=device)
