@@ -23,6 +23,7 @@ from diffuse_compress.cli import main
 from diffuse_compress.families.published import meta_components, published_config
 from diffuse_compress.integrations.component import get_state, quantized_layers
 from diffuse_compress.mixed_precision import parse_size
+from diffuse_compress.plan_text import format_bytes
 from diffuse_compress.quantization.algorithms.base import SequenceConfig
 from diffuse_compress.quantization.algorithms.gptq import round_columns
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
@@ -116,6 +117,62 @@ def test_layer_sensitivities_equal_those_of_the_whole_model(algorithm: Any, devi
                 pairs = [(model(x)["sample"].double(), changed(x)["sample"].double()) for x in xs]
             exact = sum(float((y - z).square().sum() / y.square().sum()) for y, z in pairs) / len(pairs)
             assert found[name][scheme] == pytest.approx(exact, rel=2e-3)
+
+
+@pytest.mark.parametrize("device", [None, "cpu:0"])
+def test_errors_count_as_their_samples_and_tokens_do(device: str | None) -> None:
+    torch.manual_seed(0)
+    model, given = Chain(), samples(*(scale * torch.randn(2, 5, 64) for scale in (1.0, 0.1)))
+    measured = {"generator": no_seed, "device": device}
+
+    def error(*weights: float | torch.Tensor) -> float:
+        weighted = [dataclasses.replace(sample, weight=w) for sample, w in zip(given, weights, strict=True)]
+        split = split_samples(weighted, RTNConfig())
+        whole = output_error(model, {"blocks.0.up": W3}, RTNConfig(), split, **measured)
+        alone = layer_sensitivities(model, {"blocks.0.up": [W3]}, RTNConfig(), split, **measured)
+        assert alone["blocks.0.up"][W3] == pytest.approx(whole, rel=1e-4)
+        return whole
+
+    first, second = error(1.0, 0.0), error(0.0, 1.0)
+    assert abs(first - second) > 0.02 * first
+    assert error(3.0, 1.0) == pytest.approx((3 * first + second) / 4, rel=1e-5)
+    assert error(3.0 * torch.ones(10), 1.0) == pytest.approx((3 * first + second) / 4, rel=1e-5)
+    rows = torch.zeros(10)
+    rows[:5] = 2.0
+    given[0] = dataclasses.replace(given[0], call=Call((given[0].call.args[0][:1],)))
+    expected = error(1.0, 0.0)
+    given[0] = dataclasses.replace(given[0], call=Call((torch.cat([given[0].call.args[0], torch.ones(1, 5, 64)]),)))
+    assert error(rows, 0.0) == pytest.approx(expected, rel=1e-5)
+
+
+def test_padding_does_not_count_in_a_search() -> None:
+    model, ids = tiny.build("llama"), torch.randint(2, 100, (1, 12), generator=torch.Generator().manual_seed(3))
+    padded = torch.cat([ids, torch.zeros(1, 20, dtype=torch.long)], dim=1)
+    item = {"input_ids": padded, "attention_mask": (torch.arange(32) < 12).long()[None]}
+    alone, among = (
+        dc.sensitivity(model, [W3], calibration=[given], algorithm="rtn").of("") for given in ({"input_ids": ids}, item)
+    )
+    for name, errors in alone.items():
+        assert among[name][W3] == pytest.approx(errors[W3], rel=1e-3)
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
+def test_a_choice_is_tried_with_the_static_inputs_of_the_plan(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    static = dc.Scheme(dc.WeightScheme("int8"), dc.ActivationScheme("int8", dc.PerTensor(), dynamic=False))
+    model, observer = tiny.build("llama", num_hidden_layers=1), dc.ObserverConfig("percentile", percentile=60.0)
+    rows = torch.randint(2, 100, (4, 1, 24), generator=torch.Generator().manual_seed(3))
+    config = dc.QuantizationConfig("w8a8", algorithm=algorithm, overrides={"up_proj": static}, observer=observer)
+    ratios: list[float] = []
+
+    def tried(*args: Any, **kwargs: Any) -> float:
+        found, wide = (output_error(*args, **{**kwargs, "observer": which}) for which in (kwargs["observer"], None))
+        ratios.append(found / wide)
+        return found
+
+    monkeypatch.setattr("diffuse_compress.layer_sensitivity.output_error", tried)
+    model.compression_plan(config, target_bits=6, calibration=[{"input_ids": row} for row in rows])
+    assert len(ratios) == 2
+    assert min(ratios) > 1.5  # 40 % of the inputs of a layer are clipped
 
 
 class Pair(nn.Module):
@@ -282,9 +339,15 @@ def test_target_size_is_met_planned_edited_saved_and_reloaded(recorded: dc.Calib
     assert "mixed precision for target_size=" in text.splitlines()[1]
     assert f"{part.bits_per_weight:.2f} bits per weight on average: " in text
     name = next(iter(part.layers))
+    assert "edited" not in text
     plan.set(f"transformer.{name}", "w8a16")
     plan.keep("transformer.transformer_blocks.1.attn2")
+    over = format_bytes(plan.bytes_after - target)
+    assert str(plan).splitlines()[1].endswith(f"; edited since, now {over} over that")
     pipe.compress(plan, measure=False)
+    assert str(pipe.compression_report()).startswith(
+        "PixArtAlphaPipeline compressed: formats mixed around w4a16 by round-to-nearest"
+    )
     assert quantized_layers(pipe.transformer)[name].scheme == PRESETS["w8a16"].scheme
     assert not any(".attn2" in name for name in quantized_layers(pipe.transformer) if "_blocks.1." in name)
     assert plan.bytes_after == pipe.compression_report().bytes_after
@@ -293,6 +356,23 @@ def test_target_size_is_met_planned_edited_saved_and_reloaded(recorded: dc.Calib
     again = type(pipe).from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(tiny.sample(again), picture)
+    for report in (pipe.compression_report(), again.compression_report()):
+        assert plan.outcome in str(report)
+        assert plan.outcome in report.to_markdown()
+
+
+def test_an_edit_within_the_size_is_told_and_another_search_starts_anew() -> None:
+    model = tiny.build("llama")
+    plan = model.compression_plan(target_bits=6)
+    plan.set("model.layers.0.mlp.up_proj", TWO_BITS)
+    assert str(plan).splitlines()[1].endswith("; edited since")
+    anew = model.compression_plan(plan)
+    assert anew.outcome == plan.outcome
+    again = model.compression_plan(anew, target_bits=5)
+    assert again.outcome.startswith("mixed precision for target_bits=5 ")
+    assert "edited" not in again.outcome
+    assert again.components[""].layers["model.layers.0.mlp.up_proj"] == TWO_BITS
+    assert again.components[""].bits_per_weight <= 5
 
 
 def test_mixed_precision_beats_uniform_at_equal_bytes() -> None:
@@ -371,6 +451,8 @@ def test_errors_say_what_can_be() -> None:
         model.compress(target_size="1MB", target_bits=4)
     with pytest.raises(dc.ConfigError, match="target_bits: average bits per weight"):
         model.compress(target_bits=0)
+    with pytest.raises(dc.ConfigError, match="target_bits: average bits per weight"):
+        model.compress(target_bits=float("inf"))
     with pytest.raises(dc.ConfigError, match="there is nothing to compress"):
         model.compress(target_size="1GB")
     with pytest.raises(dc.ConfigError, match="and no target"):
@@ -380,6 +462,11 @@ def test_errors_say_what_can_be() -> None:
     other = dc.sensitivity(model, modules_to_not_convert=["q_proj"])
     with pytest.raises(dc.ConfigError, match="knows nothing of"):
         model.compress(target_bits=5, sensitivity=other)
+    with pytest.raises(dc.ConfigError, match="every layer that is converted is named in overrides="):
+        model.compress(target_bits=5, overrides={"*": "w8a16"})
+    wider = dc.sensitivity(tiny.build("llama", intermediate_size=512))
+    with pytest.raises(dc.ConfigError, match=r"of shape \(256, 128\), the report has one of shape \(512, 128\)"):
+        model.compress(target_bits=5, sensitivity=wider)
     with pytest.raises(
         dc.ConfigError, match=r"cannot be met, the smallest possible is [\d.]+ [kM]B with w4a16"
     ) as found:
@@ -401,7 +488,7 @@ def test_parse_size(text: Any, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["11", "GB", "11 gigs", "-1GB", 0, True, float("nan")])
+@pytest.mark.parametrize("text", ["11", "GB", "11 gigs", "-1GB", 0, True, float("nan"), float("inf")])
 def test_parse_size_refuses(text: Any) -> None:
     with pytest.raises(dc.ConfigError, match="target_size: bytes, or a text"):
         parse_size(text)

@@ -6,6 +6,7 @@ method of the same name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -90,9 +91,10 @@ def compression_plan(
     if not methods and not searches:
         raise ConfigError(_choices(target))
     methods = methods or (DEFAULT_FAMILY,)
-    calibration = _for_target(target, calibration if calibration is not None else _calibration_of(methods))
+    plans = [method for method in methods if isinstance(method, CompressionPlan)]
+    calibration = _for_target(target, plans[0].calibration if calibration is None and plans else calibration)
     # A plan is looked at again: the model may have changed since, or it was made on a meta-device twin.
-    methods = tuple(method.request() if isinstance(method, CompressionPlan) else method for method in methods)
+    methods = tuple(m.request(found=not searches) if isinstance(m, CompressionPlan) else m for m in methods)
     recipe = as_recipe(
         *methods,
         is_calibrated=lambda key: _is_calibrated(target, key, calibration),
@@ -103,11 +105,12 @@ def compression_plan(
     )
     plan = make_plan(target, recipe, _as_device(device))
     plan.calibration = require_consumer(plan, calibration, searches=searches)
+    for given in () if searches else plans:
+        plan.follow(given)
     if searches and plan.components:
         measurements = Measurements(target, plan, device, callback)
-        size = None if target_size is None else parse_size(target_size)
         with caches_off(model_components(target).values()):
-            meet_target(plan, target, measurements, sensitivity, size=size, bits=target_bits)
+            meet_target(plan, target, measurements, sensitivity, size=target_size, bits=target_bits)
         # A calibration that only the search has looked at is done with.
         plan.calibration = plan.calibration if needs_calibration(plan) else None
     return plan
@@ -237,7 +240,7 @@ def _check_search(target_size: Any, target_bits: Any, sensitivity: Any) -> bool:
     if target_size is not None and target_bits is not None:
         raise ConfigError("compress: give target_size= or target_bits=, not both.")
     if target_bits is not None and (
-        isinstance(target_bits, bool) or not isinstance(target_bits, int | float) or not target_bits > 0
+        isinstance(target_bits, bool) or not isinstance(target_bits, int | float) or not 0 < target_bits < math.inf
     ):
         raise ConfigError(f"target_bits: average bits per weight, a number above 0, got {target_bits!r}.")
     if target_size is not None:
@@ -265,12 +268,6 @@ def _is_calibrated(target: Any, key: str, calibration: Any) -> bool:
     if not isinstance(calibration, Calibration):
         return calibration is not None
     return any(name in calibration.components for name in resolve_names([key], target)[key])
-
-
-def _calibration_of(methods: tuple[Any, ...]) -> Calibration | Iterable[Any] | None:
-    """That of a plan which is among the methods."""
-    plans = [method for method in methods if isinstance(method, CompressionPlan)]
-    return plans[0].calibration if plans else None
 
 
 def decompress(target: _Target) -> _Target:

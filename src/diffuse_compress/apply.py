@@ -156,7 +156,9 @@ def apply_plan(
         for name, part in plan.components.items():
             state = get_state(models[name])
             assert state is not None  # marked above
-            state.report = component_report(models[name], part, layers[name], probe, seconds=started[name])
+            state.report = component_report(
+                models[name], part, layers[name], probe, seconds=started[name], search=plan.outcome
+            )
             _logger.info("%s: %d layers converted in %.1f s", name or part.class_name, len(layers[name]), started[name])
         probe.keep_preview(target)
 

@@ -188,6 +188,7 @@ class Measurements:
                     part.spec.algorithm,
                     split_samples(samples, part.spec.algorithm),
                     generator=part.spec.generator,
+                    observer=part.spec.observer,
                     device=self._device,
                     advance=_by_block(name, advance),
                 )

@@ -38,7 +38,7 @@ def parse_size(value: str | int | float) -> int:
         if found:
             number, prefix, binary = found.groups()
             value = float(number) * (1024 if binary else 1000) ** _POWER[prefix.lower()]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < math.inf:
         raise ConfigError(f'target_size: bytes, or a text such as "11GB" or "10.5GiB", got {value!r}.')
     return int(value)
 
@@ -108,7 +108,7 @@ def meet_target(
     measurements: Measurements,
     report: SensitivityReport | None = None,
     *,
-    size: int | None = None,
+    size: str | float | None = None,
     bits: float | None = None,
 ) -> None:
     """Edit ``plan`` so that it meets a size with the least sum of errors; "dense" is among every layer's formats.
@@ -121,16 +121,23 @@ def meet_target(
         target: that it is of.
         measurements: on the plan, made only if the size can be met.
         report: errors of the candidate layers, so that they are not measured.
-        size: bytes of all planned components, what stays dense included; or
+        size: of all planned components, what stays dense included, as :func:`parse_size` takes it; or
         bits: average for each weight of the candidate layers, scales included.
 
     Raises:
         ConfigError: no choice is that small (the message says how small it can be), everything is already, or the
             report does not know a layer.
     """
+    size = None if size is None else parse_size(size)
     candidates = _known(plan, target, report) if report is not None else candidate_schemes(plan, target)
     items = _items(plan, model_components(target), candidates)
+    if not items:
+        raise ConfigError(
+            f"{_asked(size, bits)}: every layer that is converted is named in overrides=, which leaves no format to "
+            "search for. Name fewer."
+        )
     budget = _budget(plan, items, size, bits)
+    others = plan.bytes_after - sum(plan.components[item.component].assigned_bytes(item.layer) for item in items)
     report = report if report is not None else measurements.sensitivity(candidates)
     known = {name: report.of(name) for name in candidates}
     errors = [[known[i.component][i.layer][s] if s is not None else 0.0 for s in i.schemes] for i in items]
@@ -139,6 +146,7 @@ def meet_target(
     for name, schemes in _by_component(items, chosen).items():
         plan.components[name].assign(schemes)
     plan.search = f"mixed precision for {_asked(size, bits)} by {report.basis}{outcome}"
+    plan.search_bytes, plan.edited = others + budget, False
     plan.sensitivity = report
 
 
@@ -232,12 +240,15 @@ def _known(plan: CompressionPlan, target: Any, report: SensitivityReport) -> Can
     found: Candidates = {}
     for name, layers in candidate_schemes(plan, target).items():
         errors = report.of(name)
-        unknown = [layer for layer in layers if layer not in errors]
-        if unknown:
-            raise ConfigError(
-                f"sensitivity: the report knows nothing of {unknown[0]!r} in {name or 'this model'}. Measure this "
-                "model, with the same components and patterns."
-            )
+        shapes = {item.layer: item.shape for item in report.layers if item.component == name}
+        for layer in layers:
+            here = plan.components[name].assigned[layer].shape
+            if shapes.get(layer) != here:
+                known = f"has one of shape {shapes[layer]}" if layer in shapes else "knows nothing of it"
+                raise ConfigError(
+                    f"sensitivity: {name or 'this model'} has a layer {layer!r} of shape {here}, the report {known}. "
+                    "Measure this model, with the same components and patterns."
+                )
         found[name] = {layer: list(errors[layer]) for layer in layers}
     return found
 

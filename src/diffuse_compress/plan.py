@@ -28,7 +28,7 @@ from diffuse_compress.integrations.placement import require_own_weights
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.method_plan import MethodPlan, plan_methods
 from diffuse_compress.patterns import generalize, matches, require_match
-from diffuse_compress.plan_text import render_plan
+from diffuse_compress.plan_text import format_bytes, render_plan
 from diffuse_compress.quantization.dispatch import require_device
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
 from diffuse_compress.quantization.residual import ResidualStream
@@ -74,6 +74,7 @@ class ComponentPlan:
         self.name, self.class_name = name, type(model).__name__
         self._model, self.request = model, config
         self.made_dynamic: list[str] = []
+        self._found = slice(0, 0)  # of the overrides, those that `assign` added
         self.spec: QuantizationSpec = config.spec
         self._refresh()
 
@@ -131,6 +132,8 @@ class ComponentPlan:
             changed = name in schemes and schemes[name] != item.scheme
             chosen[stock_name(name)] = (schemes[name] or "dense") if changed else None
         rules = [(pattern, None if value == "dense" else value) for pattern, value in generalize(chosen)]
+        start = len(self.spec.overrides)
+        self._found = slice(start, start + len(rules))
         self.spec = dataclasses.replace(self.spec, overrides=(*self.spec.overrides, *rules))  # type: ignore[arg-type]
         self._refresh()
 
@@ -143,6 +146,13 @@ class ComponentPlan:
         """Average over the layers that are converted, scales included."""
         rows = [row for row in self.rows if row.scheme is not None]
         return 8 * sum(row.bytes_after for row in rows) / sum(math.prod(row.shape) for row in rows)
+
+    @property
+    def asked(self) -> QuantizationSpec:
+        """Without what a search found: what was asked for, and edits."""
+        overrides = list(self.spec.overrides)
+        del overrides[self._found]
+        return dataclasses.replace(self.spec, overrides=tuple(overrides))
 
     @property
     def resolved_config(self) -> QuantizationConfig:
@@ -200,6 +210,8 @@ class CompressionPlan:
         calibration: a Calibration, or items to record one from, for the components whose algorithm needs it, and for
             feature caches.
         search: what a search for the layers' formats was asked for and looked at, in words; "" without one.
+        search_bytes: ``bytes_after`` that it was to meet, or None.
+        edited: whether ``set`` or ``keep`` was called since.
         sensitivity: what it looked at, or None.
     """
 
@@ -218,6 +230,8 @@ class CompressionPlan:
         self.device = device
         self.calibration: Any = None
         self.search = ""
+        self.search_bytes: int | None = None
+        self.edited = False
         self.sensitivity: Any = None
         self._target = target
 
@@ -258,6 +272,14 @@ class CompressionPlan:
             raise ConfigError(f"plan: pattern {pattern!r} matches no layer; write it without the component's name.")
         for part, own in edits:
             part.edit(own, scheme)
+        self.edited = True
+
+    def follow(self, other: CompressionPlan) -> None:
+        """This was planned anew by what ``other`` asks for: formats that a search found there are here, too."""
+        self.search, self.search_bytes, self.edited = other.search, other.search_bytes, other.edited
+        self.sensitivity = other.sensitivity
+        for name in self.components.keys() & other.components.keys():
+            self.components[name]._found = other.components[name]._found
 
     @property
     def rows(self) -> list[PlanRow]:
@@ -274,9 +296,21 @@ class CompressionPlan:
         """Bytes of the planned components afterwards."""
         return sum(part.bytes_after for part in self.components.values())
 
-    def request(self) -> Recipe:
-        """What was asked for, edits included, before it was resolved: plans anew on another or changed model."""
-        return self._recipe({name: QuantizationConfig.from_spec(part.spec) for name, part in self.components.items()})
+    @property
+    def outcome(self) -> str:
+        """``search``, and what became of it where the plan was edited afterwards; "" without a search."""
+        if not self.search or not self.edited:
+            return self.search
+        over = self.bytes_after - (self.search_bytes or self.bytes_after)
+        return f"{self.search}; edited since" + (f", now {format_bytes(over)} over that" if over > 0 else "")
+
+    def request(self, *, found: bool = True) -> Recipe:
+        """What was asked for, edits included, before it was resolved: plans anew on another or changed model.
+
+        ``found=False`` leaves out the formats that a search found, for another one.
+        """
+        specs = {name: part.spec if found else part.asked for name, part in self.components.items()}
+        return self._recipe({name: QuantizationConfig.from_spec(spec) for name, spec in specs.items()})
 
     def recipe(self) -> Recipe:
         """The resolved recipe of this plan."""

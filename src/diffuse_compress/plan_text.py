@@ -31,7 +31,7 @@ def format_bytes(count: float) -> str:
 
 def render_plan(plan: CompressionPlan) -> str:
     """The whole plan as text; the first line names algorithm, formats and components."""
-    lines = [headline(plan), plan.search] if plan.search else [headline(plan)]
+    lines = [headline(plan), plan.outcome] if plan.outcome else [headline(plan)]
     for part in plan.components.values():
         lines += ["", *_component_lines(part, plan)]
     for method in plan.methods:

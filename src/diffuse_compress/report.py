@@ -88,6 +88,7 @@ class CompressionReport:
                 "schema_version": 1, "class", "preset": name or null, "scheme", "algorithm": text,
                 "measured": true if written by compress, false if only what the layers tell is known,
                 "imported": {source: layers},            # only of models that import_quantized made
+                "search": text,                          # only after a search for formats: what was asked, looked at
                 "calibration": what it was calibrated on,  # only of calibrated ones: Calibration.settings_of
                 "made_dynamic": [name],                  # only where no sample reached layers of static inputs
                 "methods": {kind: {"title", "summary", ...}},  # beside weights, only where there are some
@@ -176,6 +177,7 @@ def component_report(
     layers: Mapping[str, LayerMeasurement],
     probe: PipelineProbe,
     seconds: float,
+    search: str = "",
 ) -> dict[str, Any]:
     """What is stored with a component that was just compressed; see :meth:`CompressionReport.to_dict`.
 
@@ -185,6 +187,7 @@ def component_report(
         layers: errors of each converted layer, in order.
         probe: what was measured of the pipeline.
         seconds: that the conversion took.
+        search: how the layers' formats were found; "" where they are the preset's.
     """
     report = _facts(model, part.spec.preset, part.spec.scheme_name, part.spec.algorithm.summary, probe.macs(part.name))
     output_error = probe.output_error(part.name)
@@ -194,6 +197,7 @@ def component_report(
         "measured": True,
         "disk_bytes": {"before": part.bytes_before, "after": report["disk_bytes"]["after"]},
         "memory_bytes": {"before": part.bytes_before + fixed, "after": report["memory_bytes"]["after"]},
+        **({"search": search} if search else {}),
         "kept": _kept(row for row in part.rows if row.scheme is None),
         **({"made_dynamic": part.made_dynamic} if part.made_dynamic else {}),
         "output_error": output_error,

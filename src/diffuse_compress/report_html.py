@@ -11,7 +11,7 @@ from typing import Any
 from diffuse_compress.plan_text import format_bytes
 from diffuse_compress.report_text import (
     SPEED,
-    calibration_notes,
+    basis_notes,
     call_times,
     component_title,
     error_range,
@@ -177,7 +177,7 @@ def _component(name: str, part: dict[str, Any]) -> dict[str, Any]:
         "saved": 1 - disk["after"] / disk["before"] if disk["before"] else 0.0,
         "error_range": error_range(part),
         "call_times": call_times(part),
-        "calibration_notes": calibration_notes(part),
+        "basis_notes": basis_notes(part),
         "call_word": "timesteps" if None not in part["output_error"]["timesteps"] else "calls",
         "quantized_mac_share": sum(shares) if shares else None,
         "quantized_parameter_share": sum(entry["parameter_share"] for entry in quantized),

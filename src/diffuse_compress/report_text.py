@@ -10,7 +10,7 @@ from diffuse_compress.runtime.sampling import SamplingSettings
 
 __all__ = [
     "SPEED",
-    "calibration_notes",
+    "basis_notes",
     "call_times",
     "component_title",
     "error_range",
@@ -70,9 +70,11 @@ def headline(report: dict[str, Any]) -> str:
         gain = f"{format_bytes(before)} -> {format_bytes(after)} ({_ratio(after, before)} of before)"
         error = error_range(part)
         where = f" on {name}" if name else ""
-        by = f" by {part['algorithm']}" if part["algorithm"] else ""
+        label = part["preset"] or part["scheme"]
+        label = f"formats mixed around {label}" if part.get("search") else label
+        label += f" by {part['algorithm']}" if part["algorithm"] else ""
         methods = "".join(f", {method['title']}" for method in part.get("methods", {}).values())
-        found = f"{part['preset'] or part['scheme']}{by}{methods}{where}: {gain}"
+        found = f"{label}{methods}{where}: {gain}"
         parts.append(f"{found}, output error {error}" if error else found)
     return f"{report['target']} compressed: " + "; ".join(parts)
 
@@ -124,10 +126,10 @@ def call_times(part: dict[str, Any]) -> str:
     return f"one call took {before} dense and {after} compressed, measured on {part['volatile']['device']}"
 
 
-def calibration_notes(part: dict[str, Any]) -> list[str]:
-    """What it was calibrated on, and what that did not reach."""
+def basis_notes(part: dict[str, Any]) -> list[str]:
+    """How its formats were found, what it was calibrated on, and what that did not reach."""
     settings, unreached = part.get("calibration"), part.get("made_dynamic")
-    notes = []
+    notes = [part["search"]] if part.get("search") else []
     if settings:
         text = f"calibrated on {settings['samples']} calls"
         text += f" of {settings['items']} items" if "items" in settings else ""
@@ -209,7 +211,7 @@ def _notes(part: dict[str, Any]) -> list[str]:
     notes = [f"{method['title']}: {method['summary']}" for method in part.get("methods", {}).values()]
     if part["output_error"]["note"]:
         notes.append(f"output error: {part['output_error']['note']}")
-    notes += calibration_notes(part)
+    notes += basis_notes(part)
     fused = part.get("fused_adapters")
     if fused:
         notes.append(

@@ -128,6 +128,18 @@ def test_chats_with_and_without_pictures(name: str, tmp_path: Path) -> None:
         assert torch.equal(own.of("")[1].call.kwargs["pixel_values"], pictured["pixel_values"])
 
 
+def test_lists_beside_tensors_are_arguments_as_they_are(tmp_path: Path) -> None:
+    model = tiny.build("qwenimage")
+    item = tiny.inputs_for(model)
+    recorded = dc.Calibration.record(model, [item])
+    recorded.save(tmp_path / "samples.safetensors")
+    for found in (recorded, dc.Calibration.load(tmp_path / "samples.safetensors")):
+        (sample,) = found.of("")
+        assert sample.call.kwargs["img_shapes"] == item["img_shapes"] == [[(1, 4, 4)]] * 2
+        with torch.no_grad():
+            assert torch.equal(sample.call.run(model).sample, model(**item).sample)
+
+
 def test_tensors_by_position_for_any_model() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
     x = torch.randn(4, 64)

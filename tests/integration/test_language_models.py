@@ -9,12 +9,19 @@ import accelerate
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CompileConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CompileConfig,
+    FalconConfig,
+    FalconForCausalLM,
+)
 
 import diffuse_compress as dc
 import tiny
 import tiny_vlm
 from diffuse_compress.integrations.component import quantized_layers
+from tolerance import assert_snr
 
 W4 = dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT4, dc.PerGroup(32)))
 W8A8 = dc.QuantizationConfig("w8a8", algorithm=[dc.SmoothQuantConfig(), dc.GPTQConfig()])
@@ -119,6 +126,23 @@ def test_generate_after_calibration_in_every_way(name: str, tmp_path: Path) -> N
     on_disk = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
     assert any(tensor.is_meta for tensor in on_disk.parameters())
     assert torch.equal(generate(on_disk, call), expected)
+
+
+def test_linears_of_falcon_are_converted(tmp_path: Path) -> None:
+    """Its linears are a class of their own, which writes out the same product; any other subclass is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        size = dict(vocab_size=128, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, bias=True)
+        model = FalconForCausalLM(FalconConfig(**size, initializer_range=0.2)).eval()
+    call = padded_prompts()
+    dense = logits(model, call)
+    model.compress(W8A8, calibration=[call], measure=False)
+    assert len(quantized_layers(model)) == 8
+    assert_snr(dense, logits(model, call), measured_db=34.5)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, call), logits(model, call))
+    assert torch.equal(generate(again, call), generate(model, call))
 
 
 @pytest.mark.parametrize("name", ["llama", "llava"])

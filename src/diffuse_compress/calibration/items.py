@@ -151,10 +151,10 @@ class ModelItems:
         )
 
     def _of_mapping(self, item: Mapping[str, Any], index: int) -> list[Call]:
-        # Rows of datasets hold lists. A denoiser's forward may take tuples that are no tensors (img_shapes).
+        # Rows of datasets have lists for tensors. Beside tensors a list is meant as it is: QwenImage's img_shapes.
+        as_is = not self._is_transformers and any(isinstance(value, torch.Tensor) for value in item.values())
         found = {
-            key: None if not self._is_language and _holds_tuple(value) else _as_tensor(value)
-            for key, value in item.items()
+            key: None if as_is and isinstance(value, list | tuple) else _as_tensor(value) for key, value in item.items()
         }
         values = {key: value if found[key] is None else found[key] for key, value in item.items()}
         taken = [key for key in self._names if found.get(key) is not None and key != "labels"]

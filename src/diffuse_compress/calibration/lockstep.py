@@ -19,6 +19,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +32,15 @@ from diffuse_compress.calls import Autocast, Call, autocast_now, set_autocast
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.failures import failures_explained
 
-__all__ = ["Visit", "lockstep"]
+__all__ = ["Visit", "current_sample", "lockstep"]
+
+# Every coroutine has a context of its own.
+_SAMPLE: ContextVar[int] = ContextVar("sample")
+
+
+def current_sample() -> int:
+    """Number of the sample whose forward this is called from. Raises LookupError outside of :func:`lockstep`."""
+    return _SAMPLE.get()
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,7 @@ def lockstep(
 
 
 def _forward(model: nn.Module, home: torch.device, index: int, sample: Call) -> None:
+    _SAMPLE.set(index)
     given = ", ".join([*[type(value).__name__ for value in sample.args], *sample.kwargs])
     with failures_explained(f"sample {index} ({given}) cannot be run through {type(model).__name__}"):
         # A copy: a model may change what it is given, and the sample is run again.

@@ -207,6 +207,7 @@ class Samples:
         """The same with weights: how much the error that a sample shows counts, relative to the others.
 
         GPTQ, AdaRound and BRECQ minimise the weighted error. Scales of AWQ and SmoothQuant do not look at weights.
+        Sensitivities and searches for formats count errors so.
 
         Args:
             weight: gives for a sample a number at least 0, e.g. of its ``timestep``; or one for each row of the hidden

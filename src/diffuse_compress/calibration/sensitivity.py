@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,13 +36,14 @@ from diffuse_compress.calibration.engine import (
     quantized_layer,
     sample_weights,
 )
-from diffuse_compress.calibration.lockstep import Visit, lockstep
+from diffuse_compress.calibration.lockstep import Visit, current_sample, lockstep
 from diffuse_compress.calibration.samples import Sample
 from diffuse_compress.calls import Call, map_tensors
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig
-from diffuse_compress.quantization.algorithms.block import LayerWork
+from diffuse_compress.quantization.algorithms.block import LayerWork, mean_weight, row_weights
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.convert import module_aliases, quantize_module, replace_module
+from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.scheme import Scheme
 
 __all__ = ["Split", "layer_sensitivities", "output_error", "split_samples"]
@@ -52,7 +54,9 @@ FACTOR_FORWARDS = 2048
 """Whole forwards, about, for the layers' factors: models of many layers get them from fewer samples, two at least."""
 
 Errors = dict[str, dict[Scheme, float]]
-Outputs = list[list[torch.Tensor]]
+Outputs = dict[int, list[torch.Tensor]]
+"""{number of a call: floating point tensors}"""
+Weights = Sequence[float | torch.Tensor]
 Advance = Callable[[str, int, int], None]
 
 
@@ -73,8 +77,9 @@ def split_samples(samples: Sequence[Sample], algorithm: AlgorithmConfig) -> Spli
     """Every second item is for judging, of which the first 16 samples are used; a data-free algorithm needs no other.
 
     Calls of one item are much alike, so they stay on one side. Where there is one item only its calls are dealt out,
-    and a single sample serves both uses.
+    and a single sample serves both uses. Samples of weight 0 serve none.
     """
+    samples = [sample for sample in samples if mean_weight(sample.weight)]
     if not algorithm.needs_calibration:
         return Split((), samples[:NUM_SAMPLES])
     items = list(dict.fromkeys(sample.item for sample in samples))
@@ -98,8 +103,8 @@ def layer_sensitivities(
 ) -> Errors:
     """Squared relative error of the model's output that each layer causes alone, for each of its candidate formats.
 
-    ``||f(x) - f_quantized(x)||^2 / ||f(x)||^2``, averaged over the samples. The model is as before afterwards,
-    whatever happens.
+    ``||f(x) - f_quantized(x)||^2 / ||f(x)||^2``, averaged over the samples by their weights; in outputs with a row for
+    each token by these, so that padding does not count. The model is as before afterwards, whatever happens.
 
     Args:
         model: dense.
@@ -137,6 +142,7 @@ def output_error(
     split: Split,
     *,
     generator: Callable[[str], torch.Generator],
+    observer: ObserverConfig | None = None,
     device: torch.device | str | None = None,
     advance: Advance = lambda name, done, total: None,
 ) -> float:
@@ -148,6 +154,7 @@ def output_error(
         algorithm: that quantizes them, on the samples to fit if it is calibrated.
         split: samples of this model.
         generator: source of random numbers of a layer.
+        observer: chooses the ranges of static inputs, which layers may have that are not searched for.
         device: as in :func:`layer_sensitivities`.
         advance: called after each block that is calibrated with its name, layers done, and layers there are.
 
@@ -156,16 +163,24 @@ def output_error(
     """
     subject = _Subject(model, dict.fromkeys(layers, ()), generator, device)
     with evaluating(model), torch.no_grad(), _restored(model) as replace:
-        calls = [sample.call for sample in split.judge]
+        calls, weights = [sample.call for sample in split.judge], sample_weights(split.judge, model)
         _, references = subject.run(calls)
-        if algorithm.needs_calibration:
+        if algorithm.needs_calibration or any(scheme.has_static_inputs for scheme in layers.values()):
             calibrate_layers(
-                model, layers, algorithm, split.fit, replace, generator=generator, device=device, on_block=advance
+                model,
+                layers,
+                algorithm,
+                split.fit or split.judge,
+                replace,
+                generator=generator,
+                observer=observer,
+                device=device,
+                on_block=advance,
             )
         else:
             quantize_layers(layers, algorithm, replace, generator=generator, device=device)
             advance("", len(layers), len(layers))
-        return _error(references, subject.run(calls)[1])
+        return _error(references, subject.run(calls)[1], weights)
 
 
 class _Subject:
@@ -185,16 +200,18 @@ class _Subject:
         self._blocks = calibration_blocks(model, list(candidates), every=self._there != self._home)
 
     def run(self, calls: Sequence[Call], block: str | None = None) -> tuple[Outputs, Outputs]:
-        """What ``block`` and the model, as they are now, make of each call, in an order that is always the same."""
-        seen: Outputs = []
-        ends: Outputs = []
+        """What ``block`` and the model, as they are now, make of each call."""
+        seen: Outputs = {}
+        ends: Outputs = {}
         watched = [(self._model, ends)] + ([] if block is None else [(self._model.get_submodule(block), seen)])
-        handles = [
-            module.register_forward_hook(lambda _, args, output, kept=kept: kept.append(_tensors(output)))
-            for module, kept in watched
-        ]
+
+        def keep(kept: Outputs, module: nn.Module, args: Any, output: Any) -> None:
+            kept.setdefault(current_sample(), []).extend(_tensors(output))
+
+        handles = [module.register_forward_hook(functools.partial(keep, kept)) for module, kept in watched]
+        # At home there is nothing to stop at: the calls run through one after the other.
+        stops = [] if self._there == self._home else self._blocks
         try:
-            stops = self._blocks if self._there != self._home else []
             with memory_explained(self._there, len(calls)):
                 lockstep(self._model, stops, calls, lambda visit: None, device=self._there)
         finally:
@@ -208,7 +225,8 @@ class _Subject:
         By rounding to nearest: how an error goes on depends on where it is far more than on what made it.
         """
         steps = len(self._candidates) + len(self._blocks)
-        calls = [sample.call for sample in samples[: max(2, FACTOR_FORWARDS // max(1, steps))]]
+        samples = samples[: max(2, FACTOR_FORWARDS // max(1, steps))]
+        calls, weights = [sample.call for sample in samples], sample_weights(samples, self._model)
         found: dict[str, float] = {}
         for block in self._blocks:
             inside = [name for _, name in layers_of(block, self._candidates)]
@@ -218,7 +236,8 @@ class _Subject:
             errors = {}
             for done, name in enumerate(inside, start=len(found) + 1):
                 with self._in_place(name, self._rounded(name)):
-                    errors[name] = [_error(*pair) for pair in zip(exact, self.run(calls, block), strict=True)]
+                    pairs = zip(exact, self.run(calls, block), strict=True)
+                    errors[name] = [_error(*pair, weights) for pair in pairs]
                 advance(name, done, 2 * len(self._candidates))
             # A layer without an error of its own (no call reached it, all weights on the grid) is taken as the others.
             own, whole = (sum(values) for values in zip(*errors.values(), strict=True))
@@ -237,12 +256,12 @@ class _Subject:
             # Where all samples of one kind pass a block by (two experts, say) those of the other serve for both.
             to_judge = {i: call for i, call in reached.calls.items() if i < len(split.judge)} or reached.calls
             to_fit = {i: call for i, call in reached.calls.items() if i >= len(split.judge)} or reached.calls
-            exact = self._block_outputs(reached.name, to_judge) if inside else []
+            exact = self._block_outputs(reached.name, to_judge) if inside else {}
             for scheme in dict.fromkeys(scheme for name in inside for scheme in self._candidates[name]):
                 layers = {name: scheme for name in inside if scheme in self._candidates[name]}
                 for name, layer in self._quantized(reached, to_fit, layers, algorithm, weights).items():
                     with self._in_place(name, layer):
-                        error = _error(exact, self._block_outputs(reached.name, to_judge))
+                        error = _error(exact, self._block_outputs(reached.name, to_judge), weights)
                     found.setdefault(name, {})[scheme] = error
             advance(reached.name, len(self._candidates) + len(found), 2 * len(self._candidates))
 
@@ -257,7 +276,7 @@ class _Subject:
         calls: dict[int, Call],
         layers: Mapping[str, Scheme],
         algorithm: AlgorithmConfig,
-        weights: Sequence[float | torch.Tensor],
+        weights: Weights,
     ) -> dict[str, nn.Module]:
         """``layers`` of a block as ``algorithm`` makes them; the block is dense again."""
         made: dict[str, nn.Module] = {}
@@ -289,7 +308,7 @@ class _Subject:
     def _block_outputs(self, name: str, calls: Mapping[int, Call]) -> Outputs:
         # By its name: a block that is a layer itself is not the same module any more.
         block = self._model.get_submodule(name)
-        return [_tensors(call.copied(self._there).run(block)) for call in calls.values()]
+        return {index: _tensors(call.copied(self._there).run(block)) for index, call in calls.items()}
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
@@ -299,15 +318,24 @@ def _tensors(output: Any) -> list[torch.Tensor]:
     return [tensor for tensor in found if tensor.is_floating_point()]
 
 
-def _error(references: Outputs, outputs: Outputs) -> float:
-    """Squared relative error, averaged over calls and the tensors of each."""
-    errors = []
-    for reference, output in zip(references, outputs, strict=True):
-        for exact, value in zip(reference, output, strict=True):
-            norm = float(exact.float().square().sum(dtype=torch.float64))
-            difference = float((exact.float() - value.float()).square_().sum(dtype=torch.float64))
-            errors.append(difference / norm if norm else 0.0)
-    return sum(errors) / max(1, len(errors))
+def _error(references: Outputs, outputs: Outputs, weights: Weights) -> float:
+    """Squared relative error, averaged over calls, as they count, and the tensors of each."""
+    total = count = 0.0
+    for index, reference in references.items():
+        for exact, value in zip(reference, outputs[index], strict=True):
+            difference, norm = _squares(exact.float() - value.float(), weights[index]), _squares(exact, weights[index])
+            factor = mean_weight(weights[index])
+            total += factor * difference / norm if norm else 0.0
+            count += factor
+    return total / count if count else 0.0
+
+
+def _squares(x: torch.Tensor, weight: float | torch.Tensor) -> float:
+    """Sum of squares; in a tensor with a row for each weight, by these."""
+    squares, rows = x.float().square(), row_weights(weight, x)
+    if rows is not None:
+        squares = squares.flatten(0, -2) * rows.unsqueeze(1)
+    return float(squares.sum(dtype=torch.float64))
 
 
 @contextlib.contextmanager

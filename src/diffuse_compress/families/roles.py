@@ -9,7 +9,9 @@ what is not the language model plays a part of its own.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
@@ -57,6 +59,13 @@ _OUTPUT_LIST = re.compile(r"(?:^|\.)\w*final_layer\w*\.")
 # What transformers' configs call the token that stands for a picture. Contrastive models (CLIP) and detectors have a
 # text_config as well, but no such token: there both encoders are the model.
 _MEDIA_TOKEN = re.compile(r"(?:image|img|vision|video|audio|speech|media)\w*_token_(?:id|index)\Z")
+# Language models that take pictures otherwise (Idefics, GIT, Kosmos-2, Phi-4 multimodal) or make sounds (Moshi,
+# MusicGen): the configs that they have of their other parts, and the names of these.
+_MEDIA_CONFIG = re.compile(r"(?:vision|visual|image|video|audio|speech|codec|protein)\w*_config\Z|audio_encoder\Z")
+_MEDIA_PART = re.compile(
+    r"(?:\w+_)?(?:vision|visual|image|img|video|audio|speech|codec|protein|perceiver|multi_?modal|mm|token2wav|code2wav)"
+    r"(?:_\w+)?\Z"
+)
 
 
 def layer_roles(model: nn.Module) -> dict[str, LayerRole]:
@@ -66,7 +75,7 @@ def layer_roles(model: nn.Module) -> dict[str, LayerRole]:
     BLOCK, unless its name marks it as MODULATION. Outside, layers that run before the first list in registration
     order are EMBEDDER and those after it OUTPUT, unless their name says otherwise. A model without any list is all
     BLOCK except its first and last layer. In a vision-language or audio-language model all of this holds for the
-    language model; towers and projectors are OTHER_MODALITY.
+    language model; towers, projectors and codecs are OTHER_MODALITY.
     """
     layers = [name for name, module in model.named_modules() if has_matrix(module)]
     lists = block_lists(model)
@@ -81,8 +90,15 @@ def layer_roles(model: nn.Module) -> dict[str, LayerRole]:
             roles[name] = LayerRole.MODULATION if _MODULATION.search(name) else LayerRole.BLOCK
         roles[layers[0]], roles[layers[-1]] = LayerRole.EMBEDDER, LayerRole.OUTPUT
     language = _language_parts(model)
-    for name in layers if language else ():
-        if not name.startswith(language) and not _OUTPUT.search(name.rpartition(".")[2]):
+    by_name = not language and _has_media_parts(model)
+    for name in layers:
+        if language:
+            other = not name.startswith(language) and not _OUTPUT.search(name.rpartition(".")[2])
+        else:
+            # Not inside a block: what reads pictures there (Evolla's ``key_protein``) is the language model's.
+            outside = itertools.takewhile(lambda part: not part.isdigit(), name.split("."))
+            other = by_name and any(_MEDIA_PART.match(part) for part in outside)
+        if other:
             roles[name] = LayerRole.OTHER_MODALITY
     return roles
 
@@ -97,6 +113,28 @@ def _language_parts(model: nn.Module) -> tuple[str, ...]:
     if text is None or not any(_MEDIA_TOKEN.match(key) for key in vars(config)):
         return ()
     return tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "config", None) is text)
+
+
+def _has_media_parts(model: nn.Module) -> bool:
+    """Whether this is a language model with parts for pictures or sounds: it generates, or such a one is inside it.
+
+    What encodes pictures or sounds and does nothing else (a CLIP, a SAM, an encoder-decoder for speech) is not.
+    """
+    configs = list(_configs(getattr(model, "config", None)))
+    if not any(_MEDIA_CONFIG.match(key) for config in configs for key in vars(config)):
+        return False
+    # Adapters are seen past, so this may be a view of the model, whose first module is the model itself.
+    itself: Any = next(module for _, module in model.named_modules())
+    generates = hasattr(itself, "can_generate") and itself.can_generate()
+    return generates or any(_MEDIA_TOKEN.match(key) for config in configs for key in vars(config))
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A transformers config and those inside it."""
+    if hasattr(config, "model_type"):
+        yield config
+        for value in vars(config).values():
+            yield from _configs(value)
 
 
 def _role(name: str, *, inside: bool, after_blocks: bool) -> LayerRole:

@@ -61,6 +61,9 @@ from diffuse_compress.quantization.scheme import Scheme
 __all__ = ["QuantizedConv2d", "QuantizedLinear", "supports"]
 
 MAX_INTEGER_COLUMNS = 1 << 17
+# Subclasses whose forward is nn.Linear's in other words: a product and a bias, nothing else reads the weight. Any other
+# may do more, and torch's NonDynamicallyQuantizableLinear, which adds nothing, is read by its attention without a call.
+_PLAIN_LINEARS = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
 
 
 def supports(module: nn.Module, scheme: Scheme) -> str | None:
@@ -72,7 +75,7 @@ def supports(module: nn.Module, scheme: Scheme) -> str | None:
         return f"already {module.scheme.name}"
     if not isinstance(module, nn.Linear | nn.Conv2d):
         return f"no quantized layer for {type(module).__name__}"
-    if type(module) not in (nn.Linear, nn.Conv2d):
+    if type(module) not in (nn.Linear, nn.Conv2d) and _class_path(module) not in _PLAIN_LINEARS:
         return f"{type(module).__name__} is a subclass whose forward is its own"
     if "parametrizations" in module._modules or "weight" not in module._parameters:
         return "its weight is parametrized"
@@ -86,6 +89,10 @@ def supports(module: nn.Module, scheme: Scheme) -> str | None:
     if scheme.has_integer_path and weight.flatten(1).shape[1] > MAX_INTEGER_COLUMNS:
         return f"in_features over {MAX_INTEGER_COLUMNS} could overflow int32 sums"
     return _unfit_rotation(module, scheme.input_rotation)
+
+
+def _class_path(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _unfit_rotation(module: nn.Linear | nn.Conv2d, size: int | None) -> str | None:

@@ -35,9 +35,11 @@ __all__ = [
     "PairCollector",
     "as_rows",
     "as_the_layer_sees_it",
+    "mean_weight",
     "observed_qparams",
     "per_channel",
     "prepared",
+    "row_weights",
     "unchanged_twin",
 ]
 
@@ -355,10 +357,7 @@ class BlockWork:
 
     def weight(self, index: int) -> float:
         """How much a call counts, the mean of its rows that do."""
-        weight = 1.0 if self.weights is None else self.weights[index]
-        if not isinstance(weight, torch.Tensor):
-            return weight
-        return float(weight.sum() / (weight > 0).sum().clamp(min=1))
+        return 1.0 if self.weights is None else mean_weight(self.weights[index])
 
     def counted(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """Rows [M, K] of a tensor [..., K] of a call without those of weight 0; ``x`` if it has other rows."""
@@ -366,11 +365,7 @@ class BlockWork:
         return x if weight is None or bool((weight > 0).all()) else x.flatten(0, -2)[weight > 0]
 
     def _row_weights(self, x: torch.Tensor, index: int) -> torch.Tensor | None:
-        """fp32 [M], on the device of a tensor [..., K] with M rows; None where rows have no weights of their own."""
-        weight = None if self.weights is None else self.weights[index]
-        if not isinstance(weight, torch.Tensor) or weight.numel() != x.shape[:-1].numel():
-            return None
-        return weight.to(x.device, torch.float32).reshape(-1)
+        return None if self.weights is None else row_weights(self.weights[index], x)
 
     def _weighted(self, rows: torch.Tensor, index: int) -> torch.Tensor:
         """``rows`` times the square root of their weights; rows of another number than the weights count alike."""
@@ -459,6 +454,20 @@ def _why_not_finite(dtype: torch.dtype) -> str:
 
 class _Enough(BaseException):
     """Ends a forward of which nothing more is needed. No Exception: a model may catch those."""
+
+
+def mean_weight(weight: float | torch.Tensor) -> float:
+    """How much a call counts: its weight, or the mean of those of its rows that do."""
+    if not isinstance(weight, torch.Tensor):
+        return weight
+    return float(weight.sum() / (weight > 0).sum().clamp(min=1))
+
+
+def row_weights(weight: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    """fp32 [M], on the device of a tensor [..., K] with M rows; None where rows have no weights of their own."""
+    if not isinstance(weight, torch.Tensor) or weight.numel() != x.shape[:-1].numel():
+        return None
+    return weight.to(x.device, torch.float32).reshape(-1)
 
 
 def as_rows(layer: Dense, x: torch.Tensor) -> torch.Tensor:
