@@ -15,7 +15,6 @@ import torch
 
 from diffuse_compress.apply import apply_plan, needs_calibration, require_consumer
 from diffuse_compress.caching.config import CacheConfig
-from diffuse_compress.caching.runtime import caches_off
 from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.components import GROUPS, is_pipeline, model_components, resolve_names
 from diffuse_compress.errors import ConfigError
@@ -80,8 +79,8 @@ def compression_plan(
         A plan: print it, edit it with ``plan.set(pattern, scheme)`` and ``plan.keep(pattern)``, pass it to compress.
 
     Raises:
-        ConfigError: unknown preset, component or pattern, a target that cannot be met (the message says what can), or
-            nothing given (the message lists presets with their bytes for this model).
+        ConfigError: unknown names, a target that cannot be met (the message says what can), or nothing given (the
+            message lists presets with their bytes for this model).
         CompressionConflictError: a component already carries another configuration of the same kind.
         IncompatibleShapeError: a layer cannot take the scheme asked for it.
     """
@@ -91,7 +90,7 @@ def compression_plan(
     if not methods and not searches:
         raise ConfigError(_choices(target))
     methods = methods or (DEFAULT_FAMILY,)
-    plans = [method for method in methods if isinstance(method, CompressionPlan)]
+    plans = [m for m in methods if isinstance(m, CompressionPlan)]
     calibration = _for_target(target, plans[0].calibration if calibration is None and plans else calibration)
     # A plan is looked at again: the model may have changed since, or it was made on a meta-device twin.
     methods = tuple(m.request(found=not searches) if isinstance(m, CompressionPlan) else m for m in methods)
@@ -109,8 +108,7 @@ def compression_plan(
         plan.follow(given)
     if searches and plan.components:
         measurements = Measurements(target, plan, device, callback)
-        with caches_off(model_components(target).values()):
-            meet_target(plan, target, measurements, sensitivity, size=target_size, bits=target_bits)
+        meet_target(plan, target, measurements, sensitivity, size=target_size, bits=target_bits)
         # A calibration that only the search has looked at is done with.
         plan.calibration = plan.calibration if needs_calibration(plan) else None
     return plan
@@ -223,8 +221,7 @@ def sensitivity(
     formats = None if isinstance(listed, str) else [cast(Scheme, resolve_scheme(scheme)) for scheme in listed]
     candidates = candidate_schemes(plan, target, formats)
     plan.calibration = require_consumer(plan, calibration, searches=True)
-    with caches_off(model_components(target).values()):
-        return Measurements(target, plan, device, callback).sensitivity(candidates)
+    return Measurements(target, plan, device, callback).sensitivity(candidates)
 
 
 def _seed_of(seed: int | None, generator: torch.Generator | None) -> int | None:

@@ -134,19 +134,13 @@ def apply_plan(
         calibration, finished = _prepared(target, models, plan, device, work_dir, callback)
         probe = PipelineProbe(target, plan, preview=preview, enabled=measure, callback=callback)
         probe.record_dense()
-        started, layers = {}, {}
+        layers: dict[str, dict[str, LayerMeasurement]] = {}
+        seconds: dict[str, float] = {}
         for name, part in plan.components.items():
-            started[name] = time.perf_counter()
-            if part.residual is not None:
-                _rotate(target, models[name], part, spill, callback)
-            if part.needs_calibration:
-                assert calibration is not None
-                layers[name] = _calibrate(
-                    target, models[name], part, spill, probe, device, calibration, finished.get(name), callback
-                )
-            else:
-                layers[name] = _convert(target, models[name], part, spill, probe, device, callback)
-            started[name] = time.perf_counter() - started[name]
+            began = time.perf_counter()
+            blocks = finished.get(name)
+            layers[name] = _quantize(target, models[name], part, spill, probe, device, calibration, blocks, callback)
+            seconds[name] = time.perf_counter() - began
         for name, part in plan.components.items():
             given = calibration if part.needs_calibration else None
             _mark(models[name], part, given, spill)
@@ -157,10 +151,29 @@ def apply_plan(
             state = get_state(models[name])
             assert state is not None  # marked above
             state.report = component_report(
-                models[name], part, layers[name], probe, seconds=started[name], search=plan.outcome
+                models[name], part, layers[name], probe, seconds=seconds[name], search=plan.outcome
             )
-            _logger.info("%s: %d layers converted in %.1f s", name or part.class_name, len(layers[name]), started[name])
+            _logger.info("%s: %d layers converted in %.1f s", name or part.class_name, len(layers[name]), seconds[name])
         probe.keep_preview(target)
+
+
+def _quantize(
+    target: Any,
+    model: nn.Module,
+    part: ComponentPlan,
+    spill: Transaction,
+    probe: PipelineProbe,
+    device: torch.device | str | None,
+    calibration: Calibration | None,
+    finished: FinishedBlocks | None,
+    callback: Callback | None,
+) -> dict[str, LayerMeasurement]:
+    if part.residual is not None:
+        _rotate(target, model, part, spill, callback)
+    if not part.needs_calibration:
+        return _convert(target, model, part, spill, probe, device, callback)
+    assert calibration is not None
+    return _calibrate(target, model, part, spill, probe, device, calibration, finished, callback)
 
 
 def _rotate(target: Any, model: nn.Module, part: ComponentPlan, spill: Transaction, callback: Callback | None) -> None:

@@ -30,7 +30,7 @@ from diffuse_compress.progress import Callback
 from diffuse_compress.quantization.spec import QuantizationSpec
 from diffuse_compress.temporal.config import TFMQConfig, WeightPlace
 from diffuse_compress.temporal.persist import load_table_state, table_state
-from diffuse_compress.temporal.prepare import prepare_schedules
+from diffuse_compress.temporal.prepare import LoopCalls, calls_of_schedule, prepare_schedule
 from diffuse_compress.temporal.table import attach_table, detach_table, table_of
 from diffuse_compress.transaction import Transaction
 
@@ -46,28 +46,37 @@ def tables_of_dense_weights(
 ) -> dict[str, _TableState]:
     """{component: rows of the schedules that are to be stored}; the models stay as they are."""
     configs = {plan.component: plan.config for plan in plans if isinstance(plan.config, TFMQConfig)}
-    tables = {}
-    try:
-        for name, config in configs.items():
-            # Where weights are to be rounded or moved is no matter yet.
-            tables[name] = attach_table(models[name], replace(config.table, weights=WeightPlace.DEVICE))
-        arguments = _call_of(target, calibration) if tables else None
-        if arguments is not None:
-            numbers = {
-                name: config.num_inference_steps or ((None,) if config.num_inference_steps is None else ())
-                for name, config in configs.items()
-            }
-            for steps in dict.fromkeys(itertools.chain(*numbers.values())):
-                prepare_schedules(
-                    target,
-                    {name: table for name, table in tables.items() if steps in numbers[name]},
-                    [steps],
-                    arguments,
-                )
-        return {name: table_state(table) for name, table in tables.items()}
-    finally:
-        for name in tables:
+    calls = _calls_of_schedules(target, models, configs, calibration)
+    states = {}
+    for name, config in configs.items():
+        # Where weights are to be rounded or moved is no matter yet.
+        table = attach_table(models[name], replace(config.table, weights=WeightPlace.DEVICE))
+        try:
+            for found in calls[name]:
+                prepare_schedule(table, found, type(target.scheduler).__name__)
+            states[name] = table_state(table)
+        finally:
             detach_table(models[name])
+    return states
+
+
+def _calls_of_schedules(
+    target: Any, models: Mapping[str, nn.Module], configs: Mapping[str, TFMQConfig], calibration: Any
+) -> dict[str, list[LoopCalls]]:
+    """How the components are called in the loops of the schedules that are asked for."""
+    numbers = {name: (None,) if c.num_inference_steps is None else c.num_inference_steps for name, c in configs.items()}
+    wanted: dict[int | None, list[str]] = {}
+    for name, steps in numbers.items():
+        for number in steps:
+            wanted.setdefault(number, []).append(name)
+    arguments = _call_of(target, calibration) if wanted else None
+    found: dict[str, list[LoopCalls]] = {name: [] for name in configs}
+    if arguments is None:
+        return found
+    for number, names in wanted.items():
+        for name, own in calls_of_schedule(target, {n: models[n] for n in names}, number, arguments).items():
+            found[name].append(own)
+    return found
 
 
 def take_tables_off(models: Mapping[str, nn.Module], spill: Transaction) -> dict[str, tuple[TFMQConfig, _TableState]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from diffuse_compress.caching.runtime import caches_off
 from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.calibration.samples import Sample
 from diffuse_compress.calibration.sensitivity import layer_sensitivities, output_error, split_samples
@@ -26,6 +28,8 @@ from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.quantization.scheme import Scheme
 
 __all__ = ["LayerSensitivity", "Measurements", "SensitivityReport", "own_calibration"]
+
+_Result = TypeVar("_Result")
 
 OWN_SAMPLES = 8
 OWN_STEPS = 8
@@ -106,6 +110,15 @@ class SensitivityReport:
     __repr__ = __str__
 
 
+def _without_caches(method: Callable[..., _Result]) -> Callable[..., _Result]:
+    @functools.wraps(method)
+    def measured(self: Measurements, *args: Any) -> _Result:
+        with caches_off(model_components(self._target).values()):
+            return method(self, *args)
+
+    return measured
+
+
 class Measurements:
     """What a search looks at: a plan's model on its calibration, run as often as it takes.
 
@@ -131,6 +144,7 @@ class Measurements:
         self._models = model_components(target)
         self._own: Calibration | None = None
 
+    @_without_caches
     def sensitivity(self, candidates: Mapping[str, Mapping[str, Sequence[Scheme]]]) -> SensitivityReport:
         """Of the layers in ``candidates`` {component: {layer: formats}}, all of them planned.
 
@@ -164,6 +178,7 @@ class Measurements:
             found += [LayerSensitivity(name, layer, shapes[layer], errors[layer]) for layer in wanted]
         return SensitivityReport(self._plan.target_class, found, "; ".join(described))
 
+    @_without_caches
     def output_errors(self, schemes: Mapping[str, Mapping[str, Scheme | None]], label: str) -> dict[str, float]:
         """{component: squared relative error of its output with these formats}, of those that there are samples of.
 

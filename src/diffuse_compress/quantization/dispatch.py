@@ -235,6 +235,15 @@ def _suits_w8a16(scheme: Scheme, dtype: torch.dtype) -> bool:
 # --- linear -----------------------------------------------------------------------------------------------------
 
 
+def _require_same_device(x: torch.Tensor, weight: QuantizedWeight) -> None:
+    """Kernels would take the address for one of their own memory."""
+    if x.device != weight.qweight.device:
+        raise RuntimeError(
+            f"a quantized layer needs inputs on the device of its weights, {weight.qweight.device}, got {x.device}. "
+            "Move one of them."
+        )
+
+
 def linear(
     x: torch.Tensor,
     weight: QuantizedWeight,
@@ -252,6 +261,7 @@ def linear(
         inputs: static qparams and smoothing scale, if the layer has them.
     """
     inputs = inputs or InputQuantization()
+    _require_same_device(x, weight)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     path = _kind_of_path(scheme, x.device, "linear", dtype=x.dtype)
     if path == "int8":
@@ -422,6 +432,7 @@ def conv2d(
         inputs: static qparams and smoothing scale [C], if the layer has them.
     """
     inputs = inputs or InputQuantization()
+    _require_same_device(x, weight)
     path = _kind_of_path(scheme, x.device, "conv2d", geometry.groups)
     if path == "int8":
         qmin, qmax = _code_range(scheme.activation)

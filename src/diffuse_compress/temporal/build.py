@@ -17,13 +17,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.families.base import Dependence
+from diffuse_compress.families.base import TIMESTEP_NAMES, Dependence
 from diffuse_compress.families.embedding import Entry, Reader
 from diffuse_compress.temporal.layout import Layout
 from diffuse_compress.temporal.lookup import LayerLookup, Mode
 from diffuse_compress.temporal.request import copied
 
-__all__ = ["Call", "Rows", "build"]
+__all__ = ["Call", "Rows", "arguments_of", "bring_weights", "build"]
+
+
+def arguments_of(model: nn.Module) -> tuple[list[str], str]:
+    """Names of the forward's arguments, and which of them is the timestep."""
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    return names, next((name for name in TIMESTEP_NAMES if name in names), "")
+
+
+def bring_weights(model: nn.Module, device: torch.device) -> None:
+    """Let the hook of ``enable_model_cpu_offload`` do now what it does right before the forward, for parts that run
+    sooner."""
+    hook = getattr(model, "_hf_hook", None)
+    there = next((parameter.device for parameter in model.parameters()), device)
+    if hook is not None and there.type not in (device.type, "meta"):
+        hook.pre_forward(model)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ pipeline may scale and cast them before the call.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,10 @@ from torch import nn
 from diffuse_compress.errors import ModelStateError
 from diffuse_compress.logging import get_logger
 from diffuse_compress.pipeline_call import from_noise, untouched
-from diffuse_compress.temporal.table import TemporalTable, arguments_of
+from diffuse_compress.temporal.build import arguments_of
+from diffuse_compress.temporal.table import TemporalTable
 
-__all__ = ["LoopCalls", "loop_calls", "prepare_schedules"]
+__all__ = ["LoopCalls", "calls_of_schedule", "loop_calls", "prepare_schedule"]
 
 _LOGGER = get_logger(__name__)
 
@@ -42,7 +43,7 @@ def loop_calls(pipe: Any, models: Mapping[str, nn.Module], arguments: Mapping[st
 
     Args:
         pipe: a diffusers pipeline; not changed.
-        models: its denoisers, by name.
+        models: its denoisers, by name, of which nothing follows the steps (they would miss them).
         arguments: of ``pipe(...)``.
     """
     found = {name: LoopCalls() for name in models}
@@ -54,43 +55,35 @@ def loop_calls(pipe: Any, models: Mapping[str, nn.Module], arguments: Mapping[st
     return found
 
 
-def prepare_schedules(
-    pipe: Any,
-    tables: Mapping[str, TemporalTable],
-    steps: Iterable[int | None],
-    arguments: Mapping[str, Any],
-) -> None:
-    """Build the rows of the timestep alone for these numbers of steps; what cannot be built is left to the first run.
-
-    Args:
-        pipe: the tables' pipeline.
-        tables: by component name.
-        steps: of the schedules; None for the pipeline's own number.
-        arguments: of ``pipe(...)`` otherwise.
-    """
-    models = {name: table.model for name, table in tables.items()}
-    for number in steps:
-        given = {**arguments, **({} if number is None else {"num_inference_steps": number})}
-        try:
-            calls = loop_calls(pipe, models, given)
-            for name, table in tables.items():
-                _prepare(table, calls[name], type(pipe.scheduler).__name__)
-        except Exception as error:  # whatever a pipeline refuses: the same rows are made when it runs
-            what = "its own number of" if number is None else str(number)
-            _LOGGER.warning(
-                "%s: temporal tables for %s steps are made in the first run: %s", type(pipe).__name__, what, error
-            )
+def calls_of_schedule(
+    pipe: Any, models: Mapping[str, nn.Module], steps: int | None, arguments: Mapping[str, Any]
+) -> dict[str, LoopCalls]:
+    """:func:`loop_calls` for a number of steps, None for the pipeline's own; {} if the pipeline refuses."""
+    try:
+        return loop_calls(pipe, models, {**arguments, **({} if steps is None else {"num_inference_steps": steps})})
+    except Exception as error:  # whatever it refuses: the same rows are made when it runs
+        what = "its own number of" if steps is None else str(steps)
+        _left_to_the_first_run(f"{type(pipe).__name__}, {what} steps", error)
+        return {}
 
 
-def _prepare(table: TemporalTable, calls: LoopCalls, scheduler: str) -> None:
+def prepare_schedule(table: TemporalTable, calls: LoopCalls, scheduler: str) -> None:
+    """Build the rows of the timestep alone for these calls; what cannot be built is left to the first run."""
     known = [value for value in calls.timesteps if value is not None]
+    name = type(table.model).__name__
     if not known or len(known) != len(calls.timesteps):
-        raise ModelStateError(
-            f"{type(table.model).__name__}: {len(known)} of its {len(calls.timesteps)} calls have one timestep for all."
+        return _left_to_the_first_run(
+            name, f"{len(known)} of its {len(calls.timesteps)} calls have one timestep for all"
         )
-    # The pipeline may have run inside inference mode's like; rows are plain tensors.
-    with torch.no_grad():
+    try:
         table.prepare(calls.inputs, torch.tensor(known, dtype=torch.float64), scheduler)
+    except ModelStateError as error:
+        _left_to_the_first_run(name, error)
+    return None
+
+
+def _left_to_the_first_run(what: str, why: Any) -> None:
+    _LOGGER.warning("%s: temporal tables are made in the first run: %s", what, why)
 
 
 @contextlib.contextmanager

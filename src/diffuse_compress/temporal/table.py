@@ -7,7 +7,6 @@ known or has changed (``_Refused`` tells what) leaves the layers alone, and is c
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -18,12 +17,12 @@ from torch import nn
 
 from diffuse_compress.components import unwrap
 from diffuse_compress.errors import ModelStateError
-from diffuse_compress.families.base import TIMESTEP_NAMES, Dependence, Family
+from diffuse_compress.families.base import Dependence, Family
 from diffuse_compress.logging import get_logger
 from diffuse_compress.runtime import steps
 from diffuse_compress.runtime.run import Run
 from diffuse_compress.runtime.stats import Reason
-from diffuse_compress.temporal.build import Call, Rows, build
+from diffuse_compress.temporal.build import Call, Rows, arguments_of, bring_weights, build
 from diffuse_compress.temporal.config import TableConfig, WeightPlace
 from diffuse_compress.temporal.index import Index
 from diffuse_compress.temporal.layout import layout_of
@@ -49,7 +48,7 @@ from diffuse_compress.temporal.state import Pass, Request, Schedule
 from diffuse_compress.temporal.storage import store
 from diffuse_compress.temporal.watch import Watch
 
-__all__ = ["TemporalTable", "arguments_of", "attach_table", "detach_table", "table_of"]
+__all__ = ["TemporalTable", "attach_table", "detach_table", "table_of"]
 
 _LOGGER = get_logger(__name__)
 
@@ -225,6 +224,7 @@ class TemporalTable:
     ) -> tuple[int, Counter[Reason]]:
         """Set every layer's mode for this call; returns how many look up, and why others do not."""
         call = self._call(args, kwargs)
+        bring_weights(self.model, call.device)
         given = call.arguments.get(self._timestep)
         self._check(context, given)
         blocked = self._blocked()
@@ -485,12 +485,6 @@ def detach_table(model: nn.Module) -> None:
 def table_of(model: nn.Module) -> TemporalTable | None:
     """The table whose hooks a model carries, or None."""
     return steps.hook_owner(model, TemporalTable)
-
-
-def arguments_of(model: nn.Module) -> tuple[list[str], str]:
-    """Names of the forward's arguments, and which of them is the timestep."""
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    return names, next((name for name in TIMESTEP_NAMES if name in names), "")
 
 
 def _form(given: Any) -> Any:
