@@ -22,7 +22,16 @@ from diffuse_compress.pipeline_call import from_noise, outputs_of, untouched
 from diffuse_compress.progress import Callback
 from diffuse_compress.progress import track as progress
 
-__all__ = ["MAX_TRAJECTORIES", "MIN_STEPS", "Rehearsal", "arguments_of_items", "loop_speedup", "require_speedup"]
+__all__ = [
+    "MAX_TRAJECTORIES",
+    "MIN_STEPS",
+    "Rehearsal",
+    "arguments_of_items",
+    "distance",
+    "loop_speedup",
+    "require_speedup",
+    "values_of",
+]
 
 MAX_TRAJECTORIES = 8
 """That are recorded."""
@@ -97,7 +106,7 @@ class Rehearsal:
 
     def run(self, arguments: Mapping[str, Any], index: int) -> torch.Tensor:
         """Output for an item, latents where the pipeline gives them, as float64 on the CPU."""
-        return _values(outputs_of(self.pipe(**from_noise(self.pipe, arguments, self.seed + index))))
+        return values_of(outputs_of(self.pipe(**from_noise(self.pipe, arguments, self.seed + index))))
 
     def record(self, given: list[dict[str, Any]], callback: Callback | None) -> None:
         """Run all items under recorders; raises ConfigError after the first if its loop is too short."""
@@ -161,8 +170,7 @@ class Rehearsal:
             for model in self.models.values():
                 remove_cache(model)
         self.forwards += clock.calls
-        reference = self.references[0]
-        return float((output - reference).norm() / reference.norm().clamp_min(1e-12)), seconds
+        return distance(output, self.references[0]), seconds
 
     def loop_ms(self, schedules: Mapping[str, Schedule]) -> tuple[float, float]:
         """(time of the denoisers' part of a loop with all computed, time of what the schedules reuse)."""
@@ -179,16 +187,22 @@ def loop_speedup(full_ms: float, saved_ms: float) -> float:
     return full_ms / max(full_ms - saved_ms, 1e-9)
 
 
+def distance(output: torch.Tensor, reference: torch.Tensor) -> float:
+    """RMS of the difference over the RMS of the reference."""
+    return float((output - reference).norm() / reference.norm().clamp_min(1e-12))
+
+
 def _device_name(model: nn.Module) -> str:
     device = next(model.parameters()).device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _values(outputs: Any) -> torch.Tensor:
+def values_of(outputs: Any) -> torch.Tensor:
+    """A pipeline's outputs, in whatever form they are, as float64 on the CPU."""
     if isinstance(outputs, torch.Tensor):
         return outputs.detach().double().cpu()
     import numpy as np
 
     if isinstance(outputs, list | tuple):
-        return torch.stack([_values(item) for item in outputs])
+        return torch.stack([values_of(item) for item in outputs])
     return torch.from_numpy(np.asarray(outputs).copy()).double()
