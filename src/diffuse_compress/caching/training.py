@@ -141,9 +141,10 @@ def train_cache(
     processes = _Processes(state)
     folder = None
     if work_dir is not None:
-        folder = WorkFolder(work_dir).claim(
-            "router", _fingerprint(rehearsal, given, config, processes.count), holds="files"
-        )
+        work, fingerprint = WorkFolder(work_dir), _fingerprint(rehearsal, given, config, processes.count)
+        folder = work.require_same("router", fingerprint, holds="files")  # raises in every process alike
+        if processes.index == 0:
+            work.claim("router", fingerprint, holds="files")
     rehearsal.record(given[:MAX_TRAJECTORIES], callback)
     training = _Training(rehearsal, batches, config, processes, folder)
     with training.running():
