@@ -1,7 +1,7 @@
 """Pictures with a feature cache beside those of fewer steps; the commands of docs/caching.md.
 
     python eval/feature_cache.py --model examples/reference_models/emoji_pixart --prompts 32 --steps 20
-    python eval/feature_cache.py --model examples/reference_models/emoji_pixart --prompts 32 --steps 20 --speedups 1.33 2
+    python eval/feature_cache.py --model examples/reference_models/emoji_pixart --prompts 32 --speedups 1.33 2
 
 Every arm draws the same prompts from the same starting noise, in float32, and is compared with the pictures of all
 steps without a cache by its mean PSNR.

@@ -239,7 +239,7 @@ def test_weights_are_what_a_naive_reference_gives():
     assert len(drawn) == len(rows) + 1
     found = cumulative(generate, rows)
     chain = [frozenset(), frozenset({1}), frozenset({1, 2}), frozenset({1, 2, 4})]
-    pairs = zip(chain, chain[1:], strict=False)
+    pairs = itertools.pairwise(chain)
     assert found == pytest.approx(
         {r: norm(pictures[a], pictures[b]) / 24 for r, (a, b) in zip(rows, pairs, strict=True)}
     )
@@ -553,7 +553,7 @@ def test_what_cannot_be_trained_is_refused():
         train_cache(pipe, PROMPTS, config, **call)
     with pytest.raises(ConfigError, match=r"generator\. Leave it out"):
         train_cache(pipe, PROMPTS, config, force=True, generator=torch.Generator(), **call)
-    with pytest.raises(ConfigError, match="batch_size=2 puts prompts .* together, and cannot do that with dict"):
+    with pytest.raises(ConfigError, match=r"batch_size=2 puts prompts .* together, and cannot do that with dict"):
         train_cache(pipe, [{"prompt": "a"}], config_of(batch_size=2), force=True, **call)
     with pytest.raises(ConfigError, match=r"cannot save another .* Lower target_speedup"):
         train_cache(pipe, PROMPTS, config_of(target_speedup=50.0), force=True, **call)

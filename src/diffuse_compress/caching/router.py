@@ -1,8 +1,8 @@
 """A router: how much of each unit is computed in each step, as numbers that gradients can move.
 
 A table of logits z [T, K] gives scores r = sigmoid(z). While it is trained a unit adds ``r * fresh + (1 - r) * kept``
-to the streams, where ``kept`` is what is kept of it from earlier steps. Where r is above the threshold, what is added is
-kept in its turn. The schedule that comes of it computes above the threshold, and reuses below.
+to the streams, where ``kept`` is what is kept of it from earlier steps. Where r is above the threshold, what is added
+is kept in its turn. The schedule that comes of it computes above the threshold, and reuses below.
 
 Source: HarmoniCa (Huang et al. 2024, arXiv 2410.01723). Differs: ``kept`` may be a forecast from the last two, and
 scores are computed on the CPU, where thresholds can be told without waiting for a device.
