@@ -60,7 +60,7 @@ def config_of(**kwargs: Any) -> RouterTrainingConfig:
 def prepared(pipe: Any, config: RouterTrainingConfig, **kwargs: Any) -> Any:
     """A training that is about to begin."""
     given = rehearsal.arguments_of_items(pipe, PROMPTS, call_of(pipe, **kwargs))
-    recorded = rehearsal.Rehearsal(pipe, config.granularity, config.seed, force=True)
+    recorded = rehearsal.Rehearsal(pipe, config.granularity, config.seed, cache_point=config.cache_point, force=True)
     recorded.record(given[:1], None)
     return training._Training(recorded, given, config, training._Processes(None), None)
 
@@ -70,7 +70,7 @@ def _profile(monkeypatch) -> None:
     """Times as they could be measured, other ones each time, whatever else the machine is doing."""
     calls = itertools.count(1)
 
-    def profile_units(model, units, call):
+    def profile_units(model, units, call, before_gates):
         cost = torch.linspace(1, 2, len(units)) * (1 + 0.1 / next(calls)) * (1 + int(os.environ.get("RANK", 0)))
         return Profile(cost, 0.5, torch.ones(len(units), dtype=torch.float64))
 
@@ -367,6 +367,26 @@ def test_every_scheduler_goes_on_from_the_student(cls, rows, lessons, monkeypatc
     assert type(pipe.scheduler) is cls
 
 
+@pytest.mark.parametrize(("cache_point", "granularity"), [("post_gate", "block"), ("pre_gate", "branch")])
+def test_with_decisions_for_scores_the_student_is_the_cache_of_the_schedule(cache_point, granularity):
+    pipe = tiny.build_pipeline("pixart")
+    trained = prepared(pipe, config_of(cache_point=cache_point, granularity=granularity, history=1))
+    table, arguments = trained.tables["transformer"], trained._batches[0]
+    generator = torch.Generator().manual_seed(1)
+    table.logits[1:] = torch.where(torch.rand(table.logits[1:].shape, generator=generator) > 0.5, 40.0, -800.0)
+    with trained.running():
+        soft = trained.draw(arguments, 5, trained.rows, learning=False)
+        uncached = trained.draw(arguments, 5, [], learning=False)
+    schedule = trained.schedules()["transformer"]
+    assert schedule.cache_point.value == cache_point
+    assert 0 < schedule.reused < 0.7
+    apply_cache(pipe.transformer, schedule)
+    hard = pipe(**arguments, generator=torch.Generator().manual_seed(5), output_type="latent").images.double()
+    remove_cache(pipe.transformer)
+    torch.testing.assert_close(soft, hard, rtol=1e-4, atol=1e-5)
+    assert float((soft - uncached).abs().max()) > 1e-2
+
+
 # --- whole trainings ----------------------------------------------------------------------------------------------
 
 
@@ -566,6 +586,7 @@ def test_what_cannot_be_trained_is_refused():
         ({"target_speedup": 1.0, "beta": None}, "target_speedup must be above 1"),
         ({"estimator": "first"}, "estimator must be 'leave_one_out', 'cumulative', 'none', got 'first'"),
         ({"threshold": 1.0}, "threshold must be between 0 and 1"),
+        ({"cache_point": "pre_gate"}, 'needs granularity="branch"'),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ]
     for fields, message in wrong:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.caching.observing import observed
+from diffuse_compress.caching.observing import Observer, observed
 from diffuse_compress.caching.recording import LoopClock, Recorder, profile_units
 from diffuse_compress.caching.runtime import apply_cache, cache_of, remove_cache
-from diffuse_compress.caching.schedule import Schedule
+from diffuse_compress.caching.schedule import CachePoint, Schedule
 from diffuse_compress.caching.units import Granularity, Unit, units_of
 from diffuse_compress.calibration.items import pipeline_arguments
 from diffuse_compress.components import is_pipeline, model_components, resolve_names
@@ -73,6 +73,7 @@ class Rehearsal:
         pipe: a diffusers pipeline.
         granularity: of the units.
         seed: of the noise; run i has ``seed + i``.
+        cache_point: what the schedules keep of a unit.
         force: loops of fewer than ``MIN_STEPS`` steps, too.
 
     Attributes:
@@ -84,7 +85,15 @@ class Rehearsal:
         ConfigError: a model has a cache already.
     """
 
-    def __init__(self, pipe: Any, granularity: Granularity | str, seed: int, *, force: bool = False) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        granularity: Granularity | str,
+        seed: int,
+        *,
+        cache_point: CachePoint = CachePoint.POST_GATE,
+        force: bool = False,
+    ) -> None:
         names = resolve_names(["denoisers"], pipe)["denoisers"]
         self.pipe = pipe
         self.models: dict[str, nn.Module] = {name: model_components(pipe)[name] for name in names}
@@ -92,8 +101,7 @@ class Rehearsal:
         if cached:
             raise ConfigError(f"cache calibration: {', '.join(cached)} has a cache; remove_cache(model) first.")
         self.units: dict[str, tuple[Unit, ...]] = {n: units_of(model, granularity) for n, model in self.models.items()}
-        self.seed = seed
-        self.force = force
+        self.seed, self.cache_point, self.force = seed, cache_point, force
         self.recorders: dict[str, Recorder] = {}
         self.references: list[torch.Tensor] = []
         self.forwards = 0
@@ -114,7 +122,7 @@ class Rehearsal:
         with contextlib.ExitStack() as stack:
             stack.enter_context(untouched(self.pipe))
             for name, model in self.models.items():
-                stack.enter_context(observed(model, self.units[name], self.recorders[name]))
+                stack.enter_context(self.observed(name, self.recorders[name]))
                 handle = model.register_forward_pre_hook(self.recorders[name].watch, with_kwargs=True)
                 stack.callback(handle.remove)
             items = list(enumerate(given))
@@ -126,11 +134,17 @@ class Rehearsal:
                 if steps < MIN_STEPS and not self.force:
                     raise _too_few(steps)
 
+    def observed(self, name: str, observer: Observer) -> contextlib.AbstractContextManager[Any]:
+        """Inside, the observer sees what a cache would keep of the units of a model."""
+        before_gates = self.cache_point is CachePoint.PRE_GATE
+        return observed(self.models[name], self.units[name], observer, before_gates=before_gates)
+
     def full_schedule(self, name: str) -> Schedule:
         """Everything of a model computed, with its profile and what else the recorded runs told."""
         model, units, recorder = self.models[name], self.units[name], self.recorders[name]
         assert recorder.call is not None
-        profile = profile_units(model, units, recorder.call)
+        before_gates = self.cache_point is CachePoint.PRE_GATE
+        profile = profile_units(model, units, recorder.call, before_gates=before_gates)
         return Schedule.full(
             units,
             len(recorder.timesteps),
@@ -139,6 +153,7 @@ class Rehearsal:
             levels=recorder.levels,
             scheduler=recorder.scheduler,
             guidance=recorder.guidance,
+            cache_point=self.cache_point,
             cost_ms=profile.cost_ms,
             other_ms=profile.other_ms,
             flops=profile.flops,

@@ -16,6 +16,7 @@ from enum import Enum
 
 import torch
 
+from diffuse_compress.caching.schedule import CachePoint
 from diffuse_compress.caching.store import signature
 from diffuse_compress.caching.units import Granularity
 from diffuse_compress.errors import ConfigError, ModelStateError
@@ -70,6 +71,7 @@ class RouterTrainingConfig:
         estimator: of lambda.
         refresh_every: denoising steps between two estimates of lambda and of forecasts.
         granularity: "block" or "branch".
+        cache_point: "pre_gate" keeps branches before their gates, as the paper does.
         history: past changes that a forecast is made of; 1 copies the last one, as the paper does.
         seed: of the initial scores, the choice of items and the noise.
     """
@@ -83,6 +85,7 @@ class RouterTrainingConfig:
     estimator: LambdaEstimator = LambdaEstimator.LEAVE_ONE_OUT
     refresh_every: int = 500
     granularity: Granularity = Granularity.BLOCK
+    cache_point: CachePoint = CachePoint.POST_GATE
     history: int = 2
     seed: int = 0
 
@@ -92,12 +95,19 @@ class RouterTrainingConfig:
                 f"router training: either beta or target_speedup is needed, got beta={self.beta} and "
                 f"target_speedup={self.target_speedup}."
             )
-        for name, kind in (("estimator", LambdaEstimator), ("granularity", Granularity)):
+        kinds: dict[str, type[Enum]] = {
+            "estimator": LambdaEstimator,
+            "granularity": Granularity,
+            "cache_point": CachePoint,
+        }
+        for name, kind in kinds.items():
             try:
                 object.__setattr__(self, name, kind(getattr(self, name)))
             except ValueError:
                 known = ", ".join(repr(member.value) for member in kind)
                 raise ConfigError(f"router training: {name} must be {known}, got {getattr(self, name)!r}.") from None
+        if self.cache_point is CachePoint.PRE_GATE and self.granularity is not Granularity.BRANCH:
+            raise ConfigError('router training: cache_point="pre_gate" is about branches: needs granularity="branch".')
         limits = {
             "beta": self.beta is None or self.beta > 0,
             "target_speedup": self.target_speedup is None or self.target_speedup > 1,

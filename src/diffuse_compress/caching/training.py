@@ -29,7 +29,6 @@ from torch import nn
 
 from diffuse_compress.caching.encoding import encoded_once
 from diffuse_compress.caching.forecast import with_forecast
-from diffuse_compress.caching.observing import observed
 from diffuse_compress.caching.pairs import Pair, paired, pairs_in, students_of
 from diffuse_compress.caching.rehearsal import (
     MAX_TRAJECTORIES,
@@ -136,7 +135,7 @@ def train_cache(
     if any("generator" in arguments for arguments in given):
         raise ConfigError("router training: noise is drawn from config.seed, got a generator. Leave it out.")
     batches = _batches(pipe, items, call_arguments, config.batch_size)
-    rehearsal = Rehearsal(pipe, config.granularity, config.seed, force=force)
+    rehearsal = Rehearsal(pipe, config.granularity, config.seed, cache_point=config.cache_point, force=force)
     rehearsal.require_steps(call_arguments)
     processes = _Processes(state)
     folder = None
@@ -281,7 +280,7 @@ class _Training:
             self._originals = {name: copy.deepcopy(part) for name, part in _schedulers(self.pipe).items()}
             stack.enter_context(encoded_once(self.pipe, models, self._batches))
             for name, model in models.items():
-                stack.enter_context(observed(model, self.rehearsal.units[name], self.caches[name]))
+                stack.enter_context(self.rehearsal.observed(name, self.caches[name]))
                 hook = functools.partial(self._predict_again, name)
                 # Before the hook that ends what is known of the place in the loop.
                 handle = model.register_forward_hook(hook, with_kwargs=True, prepend=True)
