@@ -10,6 +10,7 @@ scores are computed on the CPU, where thresholds can be told without waiting for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -133,6 +134,7 @@ class RouterTable:
         cost_ms: [K], of the units.
         config: of the training.
         generator: of the initial logits, normally distributed.
+        initial: uint8 [T, K] of a schedule to begin with, or None.
 
     Attributes:
         logits, first, second: [T, K], and Adam's moments.
@@ -142,10 +144,19 @@ class RouterTable:
     """
 
     def __init__(
-        self, seen: torch.Tensor, cost_ms: torch.Tensor, config: RouterTrainingConfig, generator: torch.Generator
+        self,
+        seen: torch.Tensor,
+        cost_ms: torch.Tensor,
+        config: RouterTrainingConfig,
+        generator: torch.Generator,
+        initial: torch.Tensor | None = None,
     ) -> None:
         shape = (len(seen), len(cost_ms))
         self.logits = torch.randn(shape, generator=generator, dtype=torch.float64).clamp_(-_CLAMP, _CLAMP)
+        if initial is not None:
+            # So near to the threshold that a few trajectories can change a decision.
+            threshold = math.log(config.threshold / (1 - config.threshold))
+            self.logits = threshold + (2.0 * initial.double() - 1.0)
         self.trained = seen.clone()
         self.trained[int(seen.nonzero()[0])] = False
         self.logits[~self.trained] = _CLAMP

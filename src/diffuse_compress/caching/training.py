@@ -103,6 +103,7 @@ def train_cache(
     items: Iterable[Any],
     config: RouterTrainingConfig,
     *,
+    initial: Mapping[str, Schedule] | None = None,
     work_dir: str | Path | None = None,
     state: Any = None,
     force: bool = False,
@@ -115,6 +116,7 @@ def train_cache(
         pipe: a diffusers pipeline, compressed or not, on the device and in the dtype it will run in.
         items: prompts, class labels or dicts of arguments of ``pipe(...)``; all are used, in random order.
         config: of the training.
+        initial: schedules by component to begin with (``calibrate_cache(...).schedules``); scores are random without.
         work_dir: folder for the state after each trajectory; the same call goes on from it, to the same bits.
         state: accelerate's ``PartialState`` of a run on several processes, each of which calls this with its own
             ``pipe``: they draw trajectories of their own, and learn from the mean of their gradients.
@@ -138,14 +140,15 @@ def train_cache(
     rehearsal = Rehearsal(pipe, config.granularity, config.seed, cache_point=config.cache_point, force=force)
     rehearsal.require_steps(call_arguments)
     processes = _Processes(state)
+    initial = _checked(rehearsal, initial or {})
     folder = None
     if work_dir is not None:
-        work, fingerprint = WorkFolder(work_dir), _fingerprint(rehearsal, given, config, processes.count)
+        work, fingerprint = WorkFolder(work_dir), _fingerprint(rehearsal, given, config, initial, processes.count)
         folder = work.require_same("router", fingerprint, holds="files")  # raises in every process alike
         if processes.index == 0:
             work.claim("router", fingerprint, holds="files")
     rehearsal.record(given[:MAX_TRAJECTORIES], callback)
-    training = _Training(rehearsal, batches, config, processes, folder)
+    training = _Training(rehearsal, batches, config, processes, folder, initial)
     with training.running():
         training.train(callback)
         soft = training.draw(given[0], config.seed, training.rows, learning=False)
@@ -179,8 +182,22 @@ def _batches(pipe: Any, items: Any, call_arguments: Mapping[str, Any], size: int
     return arguments_of_items(pipe, [padded[start : start + size] for start in starts], call_arguments)
 
 
+def _checked(rehearsal: Rehearsal, initial: Mapping[str, Schedule]) -> dict[str, torch.Tensor]:
+    """Masks of the schedules to begin with; ConfigError if they are of other models or units."""
+    for name, schedule in initial.items():
+        if name not in rehearsal.models:
+            known = ", ".join(rehearsal.models)
+            raise ConfigError(f"router training: initial holds a schedule for {name!r}, and there are {known}.")
+        schedule.check(type(rehearsal.models[name]).__name__, rehearsal.units[name])
+    return {name: schedule.mask for name, schedule in initial.items()}
+
+
 def _fingerprint(
-    rehearsal: Rehearsal, given: list[dict[str, Any]], config: RouterTrainingConfig, processes: int
+    rehearsal: Rehearsal,
+    given: list[dict[str, Any]],
+    config: RouterTrainingConfig,
+    initial: Mapping[str, torch.Tensor],
+    processes: int,
 ) -> dict[str, Any]:
     schedulers = {
         name: f"{type(part).__name__} {sorted(dict(part.config).items(), key=str)}"
@@ -190,6 +207,7 @@ def _fingerprint(
         "weights": {name: digest_of_weights(model) for name, model in rehearsal.models.items()},
         "training": {**asdict(config), "processes": processes},
         "items": digest_of_items(given),
+        "initial": digest_of_items([dict(initial)]),
         "schedulers": schedulers,
         "versions": installed_versions(),
     }
@@ -239,6 +257,7 @@ class _Training:
         config: RouterTrainingConfig,
         processes: _Processes,
         folder: Path | None,
+        initial: Mapping[str, torch.Tensor],
     ) -> None:
         self.rehearsal, self.pipe, self.config = rehearsal, rehearsal.pipe, config
         self._batches, self._processes, self._folder = batches, processes, folder
@@ -248,7 +267,13 @@ class _Training:
         for name, schedule in self.full.items():
             assert schedule.cost_ms is not None
             seen = rehearsal.recorders[name].seen
-            self.tables[name] = RouterTable(seen, schedule.cost_ms, config, generator)
+            given = initial.get(name)
+            if given is not None and given.shape != schedule.mask.shape:
+                steps = schedule.num_steps
+                raise ConfigError(
+                    f"router training: initial schedule of {name} must have {steps} steps, got {len(given)}."
+                )
+            self.tables[name] = RouterTable(seen, schedule.cost_ms, config, generator, given)
         self.caches = {name: SoftCache(table, config.history) for name, table in self.tables.items()}
         trained = torch.stack([table.trained for table in self.tables.values()]).any(dim=0)
         self.rows: list[int] = trained.nonzero().flatten().tolist()
@@ -347,7 +372,10 @@ class _Training:
 
     def _stepping(self, scheduler: Any) -> Any:
         """The scheduler with a class whose steps begin with a lesson: a copy of it, too, steps itself."""
-        scheduler.__class__ = self._lessons.setdefault(type(scheduler), self._with_lessons(type(scheduler)))
+        stock = type(scheduler)
+        if stock not in self._lessons:
+            self._lessons[stock] = self._with_lessons(stock)
+        scheduler.__class__ = self._lessons[stock]
         return scheduler
 
     def _with_lessons(self, stock: type) -> type:
