@@ -252,7 +252,7 @@ def test_weights_come_from_finished_pictures(estimator):
     trained = prepared(pipe, config_of(estimator=estimator))
     arguments, seed = trained._item(0)
     with trained.running():
-        trained._refresh(0)
+        trained._set_weights(0)
         weights = trained.weights.clone()
         # What a run leaves behind is not in the next.
         again = [trained.draw(arguments, seed, trained.rows, learning=False) for _ in range(2)]

@@ -70,7 +70,7 @@ class RouterTrainingConfig:
         learning_rate: of Adam.
         threshold: scores above it compute.
         estimator: of lambda.
-        refresh_every: denoising steps between two estimates of lambda and of forecasts.
+        refresh_every: denoising steps between two estimates of lambda.
         granularity: "block" or "branch".
         cache_point: "pre_gate" keeps branches before their gates, as the paper does.
         history: past changes that a forecast is made of; 1 copies the last one, as the paper does.

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from diffuse_compress.caching.encoding import encoded_once
-from diffuse_compress.caching.forecast import with_forecast
+from diffuse_compress.caching.forecast import unit_forecast, with_forecast
 from diffuse_compress.caching.pairs import Pair, paired, pairs_in, students_of
 from diffuse_compress.caching.rehearsal import (
     MAX_TRAJECTORIES,
@@ -151,6 +151,7 @@ def train_cache(
     training = _Training(rehearsal, batches, config, processes, folder, initial)
     with training.running():
         training.train(callback)
+        training.set_forecasts()
         soft = training.draw(given[0], config.seed, training.rows, learning=False)
     schedules = training.schedules()
     with rehearsal.timed() as clock:
@@ -291,6 +292,7 @@ class _Training:
         self._errors: list[float] = []
         self._originals: dict[str, Any] = {}
         self._lessons: dict[type, type] = {}
+        self._columns: dict[tuple[str, int], tuple[tuple[bool, ...], torch.Tensor]] = {}
         self._restore()
 
     # --- the loop -------------------------------------------------------------------------------------------------
@@ -318,7 +320,8 @@ class _Training:
         with bar(_STAGE, total, self.pipe, callback) as advance:
             for number in range(len(self.trace), total):
                 if self._is_due(number):
-                    self._refresh(number)
+                    self._set_weights(number)
+                self.set_forecasts()
                 self._errors = []
                 self.draw(*self._item(number), self.rows, learning=True)
                 error = sum(self._errors) / max(1, len(self._errors))
@@ -431,10 +434,23 @@ class _Training:
             or (number * steps) // self.config.refresh_every != ((number - 1) * steps) // self.config.refresh_every
         )
 
-    def _refresh(self, number: int) -> None:
-        if self.config.history > 1:
-            for name, cache in self.caches.items():
-                cache.coefficients = self._forecast(name, self.tables[name].mask).coefficients
+    def set_forecasts(self) -> None:
+        """What is kept of a unit is forecast from the steps that compute it now, also where it is computed: what that
+        is worth depends on what it would be replaced by."""
+        if self.config.history < 2:
+            return
+        for name, cache in self.caches.items():
+            columns = [tuple(column) for column in self.tables[name].mask.T.bool().tolist()]
+            for unit, column in enumerate(columns):
+                if self._columns.get((name, unit), ((), None))[0] != column:
+                    trajectories = self.rehearsal.recorders[name].trajectories
+                    fitted = unit_forecast(trajectories, unit, column, self.config.history)
+                    self._columns[name, unit] = column, fitted
+            cache.coefficients = torch.stack([self._columns[name, unit][1] for unit in range(len(columns))], dim=1)
+
+    def _set_weights(self, number: int) -> None:
+        """Lambda, estimated from the latents that the next trajectory begins with."""
+        self.set_forecasts()
         estimate: dict[LambdaEstimator, Callable[..., dict[int, float]]] = {
             LambdaEstimator.LEAVE_ONE_OUT: leave_one_out,
             LambdaEstimator.CUMULATIVE: cumulative,
@@ -526,9 +542,6 @@ class _Training:
         from safetensors.torch import save_file
 
         tensors = {f"{name}.{key}": v for name, table in self.tables.items() for key, v in table.state().items()}
-        for name, cache in self.caches.items():
-            if cache.coefficients is not None:
-                tensors[f"{name}.coefficients"] = cache.coefficients
         tensors |= {"weights": self.weights, "price": torch.tensor([self.price], dtype=torch.float64)}
         tensors["trace"] = torch.tensor(self.trace, dtype=torch.float64)
         write_whole(self._folder / _STATE, lambda path: save_file(tensors, path))
@@ -548,7 +561,6 @@ class _Training:
             tensors = load_file(path)
             for name, table in self.tables.items():
                 table.restore({key: tensors[f"{name}.{key}"] for key in table.state()})
-                self.caches[name].coefficients = tensors.get(f"{name}.coefficients")
             self.weights.copy_(tensors["weights"])
             self.price = float(tensors["price"])
             self.trace = tensors["trace"].tolist()
