@@ -12,8 +12,8 @@ copy the last change or forecast from the last two. Every unit counts as one uni
 on the machine.
 
 With ``--speedups`` arms take an equal time as predicted from a profile of this machine: "calibrated" is the result of
-`calibrate_cache`, "trained" that of `train_cache` (HarmoniCa's router), on prompts that are not compared; fewer steps
-are rounded up, in their favour.
+`calibrate_cache`, "trained" that of `train_cache` (HarmoniCa's router), from random scores or from the calibrated
+schedule, on prompts that are not compared; fewer steps are rounded up, in their favour.
 """
 
 from __future__ import annotations
@@ -112,29 +112,29 @@ def compare_speedups(pipe: Any, model: torch.nn.Module, arguments: argparse.Name
         value = psnr(reference, drawn(fewer)).mean()
         print(f"| {arguments.steps / fewer:.2f} | {fewer} steps | {value:.2f} |", flush=True)
         for granularity in arguments.granularity:
-            for history, how in ((1, "copied"), (2, "forecast")):
-                options = {"target_speedup": speedup, "granularity": granularity, "history": history}
-                training = RouterTrainingConfig(
-                    trajectories=arguments.trajectories,
-                    learning_rate=arguments.learning_rate,
-                    estimator=arguments.estimator,
-                    seed=arguments.seed + 20_000,
-                    **options,
-                )
-                made = {
-                    "calibrated": lambda o=options: calibrate_cache(
-                        pipe, others, seed=arguments.seed + 10_000, **o, **call
-                    ),
-                    "trained": lambda c=training: train_cache(pipe, others, c, **call),
-                }
-                for name, make in made.items():
-                    found = make()
-                    (schedule,) = found.schedules.values()
-                    apply_cache(model, schedule)
-                    value = psnr(reference, drawn(arguments.steps)).mean()
-                    remove_cache(model)
-                    arm = f"{name} by {granularity}, {how}"
-                    print(f"| {found.predicted_speedup:.2f} | {arm} | {value:.2f} |", flush=True)
+            options = {"target_speedup": speedup, "granularity": granularity, "history": arguments.history}
+            calibrated = calibrate_cache(pipe, others, seed=arguments.seed + 10_000, **options, **call)
+            config = RouterTrainingConfig(
+                trajectories=arguments.trajectories,
+                learning_rate=arguments.learning_rate,
+                estimator=arguments.estimator,
+                seed=arguments.seed + 20_000,
+                **options,
+            )
+            arms = {
+                "calibrated": lambda found=calibrated: found,
+                "trained": lambda config=config: train_cache(pipe, others, config, **call),
+                "calibrated, then trained": lambda config=config, found=calibrated: train_cache(
+                    pipe, others, config, initial=found.schedules, **call
+                ),
+            }
+            for name, make in arms.items():
+                found = make()
+                (schedule,) = found.schedules.values()
+                apply_cache(model, schedule)
+                value = psnr(reference, drawn(arguments.steps)).mean()
+                remove_cache(model)
+                print(f"| {found.predicted_speedup:.2f} | {name}, by {granularity} | {value:.2f} |", flush=True)
 
 
 def items_of(arguments: argparse.Namespace) -> list[Any]:
@@ -153,8 +153,9 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--granularity", nargs="+", default=["block", "branch"])
     parser.add_argument("--speedups", type=float, nargs="+", default=[])
-    parser.add_argument("--trajectories", type=int, default=150, help="of a router's training")
-    parser.add_argument("--learning-rate", type=float, default=0.05, help="of a router's training")
+    parser.add_argument("--history", type=int, default=2, help="with --speedups: of the forecast; 1 copies")
+    parser.add_argument("--trajectories", type=int, default=60, help="of a router's training")
+    parser.add_argument("--learning-rate", type=float, default=0.1, help="of a router's training")
     parser.add_argument("--estimator", default="leave_one_out", help="of lambda in a router's training")
     arguments = parser.parse_args()
     pipe = DiffusionPipeline.from_pretrained(arguments.model)
