@@ -25,7 +25,7 @@ from diffusers import (
 
 import diffuse_compress  # noqa: F401  attaches compress
 import tiny
-from diffuse_compress.caching import rehearsal, training
+from diffuse_compress.caching import encoding, rehearsal, training
 from diffuse_compress.caching.pairs import Pair, paired
 from diffuse_compress.caching.recording import Profile
 from diffuse_compress.caching.router import (
@@ -624,6 +624,54 @@ def test_predictions_that_leave_torch_are_refused(monkeypatch):
     monkeypatch.setattr(training, "paired", lambda student, teacher: teacher)
     with pytest.raises(ModelStateError, match="no gradient can be told"):
         trained_on(pipe, config_of())
+
+
+def test_a_loop_without_a_scheduler_of_the_pipeline_is_refused(monkeypatch):
+    monkeypatch.setattr(training, "_schedulers", lambda pipe: {})
+    with pytest.raises(ModelStateError, match="none has stepped with what the denoiser predicts"):
+        trained_on(tiny.build_pipeline("pixart"), config_of(estimator="none"))
+
+
+def test_encoders_wait_on_the_cpu_and_come_back_for_new_questions():
+    moves: list[str] = []
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1, device="meta"))
+            self.asked = 0
+
+        def to(self, device):
+            moves.append(str(device))
+
+        def forward(self, ids, mask=None):
+            self.asked += 1
+            return (ids * 2,)
+
+    encoder = Encoder()
+    stand_in = encoding._StandIn(encoder, movable=True)
+    stand_in(torch.tensor([1, 2]))
+    stand_in.put_away()
+    assert stand_in(torch.tensor([1, 2]))[0].device.type == "meta"
+    assert (moves, encoder.asked) == (["cpu"], 1)
+    stand_in(torch.tensor([1, 2]), mask=torch.tensor([1, 0]))
+    assert (moves, encoder.asked) == (["cpu", "meta", "cpu"], 2)
+    stand_in.bring_back()
+    assert moves[3:] == ["meta"]
+    assert stand_in.asked == 2
+
+
+def test_in_half_precision_gradients_are_much_the_same(lessons):
+    slopes = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        lessons.clear()
+        trained = prepared(tiny.build_pipeline("pixart", dtype=dtype), config_of(granularity="block"))
+        with trained.running():
+            trained.draw(trained._batches[0], 0, trained.rows, learning=True)
+        slopes.append(torch.cat([lesson[2] for lesson in lessons if isinstance(lesson, tuple)]))
+    for other in slopes[1:]:
+        assert float(torch.nn.functional.cosine_similarity(slopes[0], other, dim=0)) > 0.95
+        assert float(other.abs().min()) > 0
 
 
 def test_files_that_are_damaged_are_named(tmp_path):

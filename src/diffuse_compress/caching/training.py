@@ -324,7 +324,13 @@ class _Training:
                 self.set_forecasts()
                 self._errors = []
                 self.draw(*self._item(number), self.rows, learning=True)
-                error = sum(self._errors) / max(1, len(self._errors))
+                if not self._errors:
+                    raise ModelStateError(
+                        f"router training: a scheduler that {type(self.pipe).__name__} has as a component and steps is "
+                        "needed, and none has stepped with what the denoiser predicts. Modular pipelines keep theirs "
+                        "elsewhere: train with the pipeline class of the model."
+                    )
+                error = sum(self._errors) / len(self._errors)
                 self._set_price()
                 reused = 1 - float(torch.cat([m.flatten() for m in self._masks().values()]).double().mean())
                 self.trace.append([error, reused, self.price])
