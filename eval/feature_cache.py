@@ -44,6 +44,7 @@ from diffuse_compress.pipeline_call import seeded
 
 _CALL = {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 24}
 _TRAJECTORIES = 8
+_TRAINED = 64
 
 
 def pictures(pipe: Any, items: list[Any], steps: int, guidance: float, seed: int) -> torch.Tensor:
@@ -163,7 +164,7 @@ def main() -> None:
     model = next(part for name, part in model_components(pipe).items() if GROUPS["denoisers"].match(name))
     items = items_of(arguments)
     if arguments.speedups:
-        compare_speedups(pipe, model, arguments, items[arguments.prompts :])
+        compare_speedups(pipe, model, arguments, items[-_TRAINED:])
         return
     compared, others = items[: arguments.prompts], items[-_TRAJECTORIES:]
 

@@ -25,13 +25,14 @@ from diffusers import (
 
 import diffuse_compress  # noqa: F401  attaches compress
 import tiny
-from diffuse_compress.caching import encoding, rehearsal, training
+from diffuse_compress.caching import encoding, rehearsal, router, training
 from diffuse_compress.caching.pairs import Pair, paired
 from diffuse_compress.caching.recording import Profile
 from diffuse_compress.caching.router import (
     LambdaEstimator,
     RouterTable,
     RouterTrainingConfig,
+    SoftCache,
     cumulative,
     leave_one_out,
     reused_within,
@@ -215,6 +216,37 @@ def test_adam_moves_one_row_and_stays_within_its_limits():
     for _ in range(1000):
         table.learn(2, torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64), gradient)
     assert table.logits[2][:2].tolist() == [-5.0, 5.0]
+
+
+@pytest.mark.parametrize("history", [1, 2])
+def test_what_is_kept_is_what_was_added_where_scores_are_above_the_threshold(history, monkeypatch):
+    steps, generator = 6, torch.Generator().manual_seed(0)
+    table = RouterTable(torch.ones(steps, dtype=torch.bool), torch.ones(2), config_of(), generator)
+    table.logits[1:] = torch.tensor([[1.0, -3.0], [-3.0, 1.0], [0.5, -5.0], [-5.0, 0.0], [2.0, -2.0]])
+    cache = SoftCache(table, history)
+    if history == 2:
+        cache.coefficients = torch.randn(steps, 2, 2, generator=generator)
+    place = SimpleNamespace(row=0, key="cond", problem=None)
+    monkeypatch.setattr(router, "current", lambda: place)
+    for cached in ([1, 2, 3, 4, 5], [1, 3, 5]):
+        cache.begin(cached)
+        kept: dict[Any, list[torch.Tensor]] = {}
+        for row, key, unit in itertools.product(range(steps), ("cond", "uncond"), (0, 1)):
+            fresh = torch.randn(3, dtype=torch.float64, generator=generator)
+            place.row, place.key = row, key
+            added = cache.unit(unit, {}, lambda fresh=fresh: {"hidden_states": fresh})["hidden_states"]
+            past, expected = kept.setdefault((key, unit), []), fresh
+            score = float(table.logits[row, unit].sigmoid())
+            if row in cached:
+                old = past[0]
+                if history == 2 and len(past) > 1:
+                    weights = cache.coefficients[row, unit].tolist()
+                    old = weights[0] * past[0] + weights[1] * past[1]
+                expected = score * fresh + (1 - score) * old
+            if row not in cached or score > 0.1:
+                kept[key, unit] = [expected, *past][:2]
+            torch.testing.assert_close(added, expected)
+            assert set(cache.leaves) <= set(cached)
 
 
 # --- weights of steps ---------------------------------------------------------------------------------------------

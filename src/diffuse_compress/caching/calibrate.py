@@ -22,7 +22,6 @@ from diffuse_compress.caching.rehearsal import (
     Rehearsal,
     arguments_of_items,
     loop_speedup,
-    require_speedup,
 )
 from diffuse_compress.caching.schedule import Schedule
 from diffuse_compress.caching.search import cheapest_within, reuse_errors
@@ -123,11 +122,7 @@ def calibrate_cache(
         ConfigError: no prompts, fewer than 10 steps, a speed-up that these units cannot give, or a model that has a
             cache already.
     """
-    require_speedup(target_speedup)
-    if not 1 <= num_trajectories <= MAX_TRAJECTORIES:
-        raise ConfigError(
-            f"cache calibration: num_trajectories must be 1 to {MAX_TRAJECTORIES}, got {num_trajectories}."
-        )
+    _check(target_speedup, num_trajectories)
     given = arguments_of_items(pipe, prompts, call_arguments, num_trajectories)
     rehearsal = Rehearsal(pipe, granularity, seed, force=force)
     rehearsal.require_steps(call_arguments)
@@ -152,6 +147,15 @@ def calibrate_cache(
         tuple(checked),
         rehearsal.forwards,
     )
+
+
+def _check(target_speedup: float, num_trajectories: int) -> None:
+    if not target_speedup > 1.0:
+        raise ConfigError(f"cache calibration: target_speedup must be above 1, got {target_speedup}.")
+    if not 1 <= num_trajectories <= MAX_TRAJECTORIES:
+        raise ConfigError(
+            f"cache calibration: num_trajectories must be 1 to {MAX_TRAJECTORIES}, got {num_trajectories}."
+        )
 
 
 def _candidates(

@@ -29,19 +29,12 @@ __all__ = [
     "arguments_of_items",
     "distance",
     "loop_speedup",
-    "require_speedup",
     "values_of",
 ]
 
 MAX_TRAJECTORIES = 8
 """That are recorded."""
 MIN_STEPS = 10
-
-
-def require_speedup(target: float) -> None:
-    """Raise ConfigError for a speed-up that is none."""
-    if not target > 1.0:
-        raise ConfigError(f"cache calibration: target_speedup must be above 1, got {target}.")
 
 
 def arguments_of_items(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -74,8 +75,8 @@ class RouterTraining:
         error: relative RMS distance of the first item's output from that without a cache.
         soft_error: the same of the router while it still mixes; the two differ by what the threshold does.
         weights: float64 [T], lambda of each step at the end; 0 of steps that are not trained.
-        trace: float64 [trajectories, 3]: mean relative squared error of a step, share of units reused if training ended
-            here, and the price of a unit.
+        trace: float64 [trajectories, 3]: mean relative squared error of a step, share of scores below the threshold, and
+            the price of a unit.
     """
 
     schedules: Mapping[str, Schedule]
@@ -130,25 +131,15 @@ def train_cache(
         ModelStateError: the place in the loop is not known, or what the scheduler is given cannot be traced to the
             denoiser.
     """
-    if torch.is_inference_mode_enabled():
-        raise ModelStateError("router training: needs gradients, and torch.inference_mode() is on. Call it outside.")
-    items = items if isinstance(items, str | Mapping) else list(items)
-    given = arguments_of_items(pipe, items, call_arguments)
-    if any("generator" in arguments for arguments in given):
-        raise ConfigError("router training: noise is drawn from config.seed, got a generator. Leave it out.")
-    batches = _batches(pipe, items, call_arguments, config.batch_size)
+    given, batches = _asked(pipe, items, config, call_arguments)
     rehearsal = Rehearsal(pipe, config.granularity, config.seed, cache_point=config.cache_point, force=force)
     rehearsal.require_steps(call_arguments)
-    processes = _Processes(state)
-    initial = _checked(rehearsal, initial or {})
+    processes, masks = _Processes(state), _masks(rehearsal, initial or {})
     folder = None
     if work_dir is not None:
-        work, fingerprint = WorkFolder(work_dir), _fingerprint(rehearsal, given, config, initial, processes.count)
-        folder = work.require_same("router", fingerprint, holds="files")  # raises in every process alike
-        if processes.index == 0:
-            work.claim("router", fingerprint, holds="files")
+        folder = _claimed(WorkFolder(work_dir), _fingerprint(rehearsal, given, config, masks), processes)
     rehearsal.record(given[:MAX_TRAJECTORIES], callback)
-    training = _Training(rehearsal, batches, config, processes, folder, initial)
+    training = _Training(rehearsal, batches, config, processes, folder, masks)
     with training.running():
         training.train(callback)
         training.set_forecasts()
@@ -169,6 +160,19 @@ def train_cache(
     )
 
 
+def _asked(
+    pipe: Any, items: Iterable[Any], config: RouterTrainingConfig, call_arguments: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Arguments of a call for each item, and for each batch of them."""
+    if torch.is_inference_mode_enabled():
+        raise ModelStateError("router training: needs gradients, and torch.inference_mode() is on. Call it outside.")
+    items = items if isinstance(items, str | Mapping) else list(items)
+    given = arguments_of_items(pipe, items, call_arguments)
+    if any("generator" in arguments for arguments in given):
+        raise ConfigError("router training: noise is drawn from config.seed, got a generator. Leave it out.")
+    return given, _batches(pipe, items, call_arguments, config.batch_size)
+
+
 def _batches(pipe: Any, items: Any, call_arguments: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
     """Arguments of a call for each ``size`` items; the last batch is filled up with the first items."""
     if size == 1:
@@ -183,7 +187,7 @@ def _batches(pipe: Any, items: Any, call_arguments: Mapping[str, Any], size: int
     return arguments_of_items(pipe, [padded[start : start + size] for start in starts], call_arguments)
 
 
-def _checked(rehearsal: Rehearsal, initial: Mapping[str, Schedule]) -> dict[str, torch.Tensor]:
+def _masks(rehearsal: Rehearsal, initial: Mapping[str, Schedule]) -> dict[str, torch.Tensor]:
     """Masks of the schedules to begin with; ConfigError if they are of other models or units."""
     for name, schedule in initial.items():
         if name not in rehearsal.models:
@@ -198,7 +202,6 @@ def _fingerprint(
     given: list[dict[str, Any]],
     config: RouterTrainingConfig,
     initial: Mapping[str, torch.Tensor],
-    processes: int,
 ) -> dict[str, Any]:
     schedulers = {
         name: f"{type(part).__name__} {sorted(dict(part.config).items(), key=str)}"
@@ -206,12 +209,19 @@ def _fingerprint(
     }
     return {
         "weights": {name: digest_of_weights(model) for name, model in rehearsal.models.items()},
-        "training": {**asdict(config), "processes": processes},
+        "training": asdict(config),
         "items": digest_of_items(given),
         "initial": digest_of_items([dict(initial)]),
         "schedulers": schedulers,
         "versions": installed_versions(),
     }
+
+
+def _claimed(work: WorkFolder, fingerprint: dict[str, Any], processes: _Processes) -> Path:
+    """The folder of this training, which the first process writes to."""
+    fingerprint = {**fingerprint, "processes": processes.count}
+    folder = work.require_same("router", fingerprint, holds="files")  # raises in every process alike
+    return work.claim("router", fingerprint, holds="files") if processes.index == 0 else folder
 
 
 def _schedulers(pipe: Any) -> dict[str, Any]:
@@ -332,7 +342,8 @@ class _Training:
                     )
                 error = sum(self._errors) / len(self._errors)
                 self._set_price()
-                reused = 1 - float(torch.cat([m.flatten() for m in self._masks().values()]).double().mean())
+                decided = torch.cat([table.mask.flatten() for table in self.tables.values()])
+                reused = 1 - float(decided.double().mean())
                 self.trace.append([error, reused, self.price])
                 self._save()
                 advance(number + 1, {"error": error, "reused": reused, "price": self.price})
@@ -490,10 +501,10 @@ class _Training:
         if self.price == 0.0:
             self.price = self._first_price()
             return
-        saved = sum(float(((1 - table.scores[table.trained]) @ table.cost_ms).sum()) for table in self.tables.values())
-        full = self.rehearsal.loop_ms(self.full)[0]
-        violation = torch.tensor((self._saved_ms - saved) / full, dtype=torch.float64)
-        self.price *= float(torch.exp(_PRICE_RATE * self.config.learning_rate * violation))
+        # The time of decisions, not of scores: the latter may be short with every unit computed by half.
+        decided = {name: self.full[name].with_mask(table.mask) for name, table in self.tables.items()}
+        full, saved = self.rehearsal.loop_ms(decided)
+        self.price *= math.exp(_PRICE_RATE * self.config.learning_rate * (self._saved_ms - saved) / full)
 
     def _first_price(self) -> float:
         """What the units that may be reused are worth at most, for their time, after one trajectory."""
