@@ -25,7 +25,7 @@ from diffusers import (
 
 import diffuse_compress  # noqa: F401  attaches compress
 import tiny
-from diffuse_compress.caching import encoding, rehearsal, router, training
+from diffuse_compress.caching import encoding, rehearsal, router, trainer
 from diffuse_compress.caching.pairs import Pair, paired
 from diffuse_compress.caching.recording import Profile
 from diffuse_compress.caching.router import (
@@ -64,7 +64,7 @@ def prepared(pipe: Any, config: RouterTrainingConfig, **kwargs: Any) -> Any:
     given = rehearsal.arguments_of_items(pipe, PROMPTS, call_of(pipe, **kwargs))
     recorded = rehearsal.Rehearsal(pipe, config.granularity, config.seed, cache_point=config.cache_point, force=True)
     recorded.record(given[:1], None)
-    return training._Training(recorded, given, config, training._Processes(None), None, {})
+    return trainer.RouterTrainer(recorded, given, config, trainer.Processes(None), None, {})
 
 
 @pytest.fixture(autouse=True)
@@ -96,13 +96,13 @@ def spy(monkeypatch: Any, cls: Any) -> list[torch.Tensor]:
 def lessons(monkeypatch) -> list[tuple[int, torch.Tensor, torch.Tensor, Pair]]:
     """(row, gradient, worth) of what tables would have learned, with the predictions; they do not change."""
     seen: list[Any] = []
-    original = training._Training._learn
+    original = trainer.RouterTrainer._learn
 
     def learn(self, pair):
         seen.append(pair)
         original(self, pair)
 
-    monkeypatch.setattr(training._Training, "_learn", learn)
+    monkeypatch.setattr(trainer.RouterTrainer, "_learn", learn)
     monkeypatch.setattr(RouterTable, "learn", lambda self, *lesson: seen.append(lesson))
     return seen
 
@@ -312,7 +312,7 @@ def test_noise_and_items_are_others_for_every_trajectory_of_every_process():
     trained = prepared(pipe, config_of())
     drawn = []
     for index in (0, 1):
-        trained._processes = training._Processes(SimpleNamespace(num_processes=2, process_index=index))
+        trained._processes = trainer.Processes(SimpleNamespace(num_processes=2, process_index=index))
         drawn.extend(trained._item(number) for number in range(6))
     assert len({seed for _, seed in drawn}) == 12
     prompts = [arguments["prompt"] for arguments, _ in drawn]
@@ -327,13 +327,13 @@ def _one_of_two(index: int, folder: Path, port: int) -> None:
     from accelerate import PartialState
 
     state, means = PartialState(cpu=True, backend="gloo"), []
-    original = training._Processes.mean
+    original = trainer.Processes.mean
 
     def mean(self, values):
         means.append((values.clone(), original(self, values)))
         return means[-1][1]
 
-    training._Processes.mean = mean
+    trainer.Processes.mean = mean
     found = trained_on(
         tiny.build_pipeline("pixart"), config_of(target_speedup=1.3), state=state, work_dir=folder / "work"
     )
@@ -496,12 +496,14 @@ def test_the_price_rises_while_the_loop_takes_too_long():
     trained = prepared(tiny.build_pipeline("pixart"), config_of(target_speedup=1.3))
     table = trained.tables["transformer"]
     trained.price, prices = 1.0, []
-    for logit in (5.0, -5.0):
+    # Computing everything by half saves nothing.
+    for logit in (5.0, -1.0, -5.0):
         table.logits[table.trained] = logit
         trained._set_price()
         prices.append(trained.price)
     assert prices[0] > 1.0
-    assert prices[1] < prices[0]
+    assert prices[1] / prices[0] == pytest.approx(prices[0])
+    assert prices[2] < prices[1]
     dear = trained._prices("transformer") / table.cost_ms
     torch.testing.assert_close(dear, dear[:1].expand_as(dear))
 
@@ -653,13 +655,13 @@ def test_what_cannot_be_trained_is_refused():
 
 def test_predictions_that_leave_torch_are_refused(monkeypatch):
     pipe = tiny.build_pipeline("pixart")
-    monkeypatch.setattr(training, "paired", lambda student, teacher: teacher)
+    monkeypatch.setattr(trainer, "paired", lambda student, teacher: teacher)
     with pytest.raises(ModelStateError, match="no gradient can be told"):
         trained_on(pipe, config_of())
 
 
 def test_a_loop_without_a_scheduler_of_the_pipeline_is_refused(monkeypatch):
-    monkeypatch.setattr(training, "_schedulers", lambda pipe: {})
+    monkeypatch.setattr(trainer, "schedulers_of", lambda pipe: {})
     with pytest.raises(ModelStateError, match="none has stepped with what the denoiser predicts"):
         trained_on(tiny.build_pipeline("pixart"), config_of(estimator="none"))
 
