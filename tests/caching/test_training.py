@@ -34,6 +34,7 @@ from diffuse_compress.caching.router import (
     RouterTrainingConfig,
     SoftCache,
     cumulative,
+    gains,
     leave_one_out,
     reused_within,
 )
@@ -278,6 +279,22 @@ def test_weights_are_what_a_naive_reference_gives():
     )
 
 
+def test_a_gain_is_the_change_of_the_picture_for_that_of_the_prediction():
+    generator = torch.Generator().manual_seed(0)
+    pictures = {row: torch.randn(2, 3, generator=generator) for row in (None, 1, 2)}
+    predicted = {row: {t: torch.randn(4, generator=generator) for t in (1, 2)} for row in (None, 1, 2)}
+
+    def generate(reused):
+        (row,) = reused or [None]
+        return pictures[row], predicted[row]
+
+    found = gains(generate, [1, 2])
+    for row in (1, 2):
+        change = (pictures[row] - pictures[None]).square().sum() / 6
+        error = (predicted[row][row] - predicted[None][row]).square().sum() / predicted[None][row].square().sum()
+        assert found[row] == pytest.approx(float(change / error))
+
+
 @pytest.mark.parametrize("estimator", list(LambdaEstimator))
 def test_weights_come_from_finished_pictures(estimator):
     pipe = tiny.build_pipeline("pixart")
@@ -301,6 +318,19 @@ def test_weights_come_from_finished_pictures(estimator):
     if estimator is LambdaEstimator.NONE:
         assert weights[1:].tolist() == [1.0] * (STEPS - 1)
         return
+    if estimator is LambdaEstimator.GAIN:
+        # Not of the scores.
+        trained.tables["transformer"].logits.fill_(-1.0)
+        with trained.running():
+            trained._set_weights(0)
+            trained.draw(arguments, seed, [2], learning=False, whole=True)
+        assert torch.equal(trained.weights, weights)
+        assert list(trained._given) == list(range(STEPS))
+        table = trained.tables["transformer"].logits
+        table[2] = -800.0
+        with trained.running():
+            alone = trained.draw(arguments, seed, [2], learning=False)
+            assert torch.equal(alone, trained.draw(arguments, seed, [2], learning=False, whole=True))
     torch.testing.assert_close(weights[1:].mean(), torch.tensor(1.0, dtype=torch.float64))
     if estimator is LambdaEstimator.LEAVE_ONE_OUT:
         raw = torch.stack([(without[row] - again[0]).square().mean() for row in trained.rows])
@@ -642,7 +672,7 @@ def test_what_cannot_be_trained_is_refused():
         ({"beta": None}, "either beta or target_speedup is needed, got beta=None"),
         ({"beta": -1.0}, "beta must be above 0, got -1.0"),
         ({"target_speedup": 1.0, "beta": None}, "target_speedup must be above 1"),
-        ({"estimator": "first"}, "estimator must be 'leave_one_out', 'cumulative', 'none', got 'first'"),
+        ({"estimator": "first"}, "estimator must be 'leave_one_out', 'cumulative', 'gain', 'none', got 'first'"),
         ({"threshold": 1.0}, "threshold must be between 0 and 1"),
         ({"cache_point": "pre_gate"}, 'needs granularity="branch"'),
         ({"batch_size": 0}, "batch_size must be at least 1"),

@@ -11,7 +11,7 @@ scores are computed on the CPU, where thresholds can be told without waiting for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -30,6 +30,7 @@ __all__ = [
     "RouterTrainingConfig",
     "SoftCache",
     "cumulative",
+    "gains",
     "leave_one_out",
     "reused_within",
 ]
@@ -45,11 +46,14 @@ class LambdaEstimator(str, Enum):
     """How much the error of a step counts: by how much the picture changes.
 
     LEAVE_ONE_OUT, the paper's: if this step alone is computed. CUMULATIVE, its released code's: if this step is cached,
-    too, after those before it. NONE: all steps count alike (the loss of Learning-to-Cache).
+    too, after those before it. GAIN, ours: if this step alone reuses everything, divided by the error that it makes
+    then, so that the error of a step is turned into that of the picture, and how much is cached already does not matter.
+    NONE: all steps count alike (the loss of Learning-to-Cache).
     """
 
     LEAVE_ONE_OUT = "leave_one_out"
     CUMULATIVE = "cumulative"
+    GAIN = "gain"
     NONE = "none"
 
 
@@ -252,6 +256,24 @@ def cumulative(generate: Callable[[Collection[int]], torch.Tensor], rows: Sequen
     return found
 
 
+def gains(
+    generate: Callable[[Collection[int]], tuple[torch.Tensor, Mapping[int, torch.Tensor]]], rows: Sequence[int]
+) -> dict[int, float]:
+    """Mean square change of the picture for each relative squared error of the prediction in a step, for each of
+    ``rows``.
+
+    ``generate(reused)`` draws the same picture with everything reused in the steps ``reused`` and computed in the
+    others, and returns it with what was predicted in each step.
+    """
+    picture, predicted = generate([])
+    found = {}
+    for row in rows:
+        changed, other = generate([row])
+        error = _distance(other[row], predicted[row]) / max(float(predicted[row].double().square().mean()), 1e-12)
+        found[row] = _distance(changed, picture) / max(error, 1e-12)
+    return found
+
+
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).double().square().mean())
 
@@ -268,6 +290,7 @@ class SoftCache:
         history: changes that are kept.
         coefficients: [T, K, history] of a forecast, or None to copy the last change.
         passive: units compute and nothing is kept, but in the first step.
+        whole: what is mixed holds nothing of what was computed.
         cached: steps in which units are mixed; in others they are computed, and kept.
         leaves: {row: scores of the row on the model's device}, of which gradients are wanted; made as rows are met.
         last_row: step of the latest unit.
@@ -277,6 +300,7 @@ class SoftCache:
     history: int
     coefficients: torch.Tensor | None = None
     passive: bool = False
+    whole: bool = False
     cached: frozenset[int] = frozenset()
     leaves: dict[int, torch.Tensor] = field(default_factory=dict)
     last_row: int | None = None
@@ -340,7 +364,7 @@ class SoftCache:
         """Scores of a row, one by one."""
         if row not in self._single:
             value = next(iter(fresh.values()))
-            scores = self.table.scores[row]
+            scores = self.table.scores[row] * (not self.whole)
             precise = value.dtype == torch.float64
             leaf = scores.to(value.device, torch.float64 if precise else torch.float32)
             self.leaves[row] = leaf.requires_grad_(torch.is_grad_enabled())

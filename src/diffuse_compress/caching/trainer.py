@@ -29,6 +29,7 @@ from diffuse_compress.caching.router import (
     RouterTrainingConfig,
     SoftCache,
     cumulative,
+    gains,
     leave_one_out,
     reused_within,
 )
@@ -126,6 +127,8 @@ class RouterTrainer:
         self._errors: list[float] = []
         self._originals: dict[str, Any] = {}
         self._lessons: dict[type, type] = {}
+        self._row: int | None = None
+        self._given: dict[int, torch.Tensor] = {}
         self._columns: dict[tuple[str, int], tuple[tuple[bool, ...], torch.Tensor]] = {}
         self._restore()
 
@@ -172,14 +175,23 @@ class RouterTrainer:
                 self._save()
                 advance(number + 1, {"error": error, "reused": reused, "price": self.price})
 
-    def draw(self, arguments: Mapping[str, Any], seed: int, cached: Collection[int], *, learning: bool) -> torch.Tensor:
-        """Output of one trajectory, with steps cached under the router and, if wanted, the router learning."""
+    def draw(
+        self,
+        arguments: Mapping[str, Any],
+        seed: int,
+        cached: Collection[int],
+        *,
+        learning: bool,
+        whole: bool = False,
+    ) -> torch.Tensor:
+        """Output of one trajectory, with steps cached under the router (or as a ``whole``) and, if wanted, the router
+        learning."""
         for name, scheduler in self._originals.items():
             vars(self.pipe)[name] = self._stepping(copy.deepcopy(scheduler))
         for cache in self.caches.values():
             cache.begin(cached)
-            cache.passive = learning
-        self._learning, self._predicted = learning, {}
+            cache.passive, cache.whole = learning, whole
+        self._learning, self._predicted, self._given = learning, {}, {}
         devices = {p.device for model in self.rehearsal.models.values() for p in model.parameters()}
         # Schedulers may draw noise without the generator of the call.
         with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
@@ -199,11 +211,9 @@ class RouterTrainer:
 
     def _predict_again(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: what the model has predicted is the teacher's, and the student predicts now."""
-        if not self._learning:
-            return None
         cache = self.caches[name]
-        row = cache.last_row
-        if row is None or not bool(cache.table.trained[row]):
+        row = self._row = cache.last_row
+        if not self._learning or row is None or not bool(cache.table.trained[row]):
             return None
         cache.passive = False
         try:
@@ -236,6 +246,9 @@ class RouterTrainer:
                     )
                 self._learn(pairs[0])
                 args, kwargs = students_of(args), students_of(kwargs)
+            elif self._row is not None:
+                given = kwargs["model_output"] if "model_output" in kwargs else args[0]
+                self._given[self._row] = given.detach().clone()
             return original(scheduler, *args, **kwargs)
 
         return type(stock.__name__, (stock,), {"step": step, "__module__": stock.__module__})
@@ -292,16 +305,22 @@ class RouterTrainer:
     def _set_weights(self, number: int) -> None:
         """Lambda, estimated from the latents that the next trajectory begins with."""
         self.set_forecasts()
-        estimate: dict[LambdaEstimator, Callable[..., dict[int, float]]] = {
-            LambdaEstimator.LEAVE_ONE_OUT: leave_one_out,
-            LambdaEstimator.CUMULATIVE: cumulative,
+        item = self._item(number)
+
+        def drawn(cached: Collection[int]) -> torch.Tensor:
+            return self.draw(*item, cached, learning=False)
+
+        def predicted(reused: Collection[int]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+            return self.draw(*item, reused, learning=False, whole=True), self._given
+
+        estimate: dict[LambdaEstimator, Callable[[], dict[int, float]]] = {
+            LambdaEstimator.LEAVE_ONE_OUT: lambda: leave_one_out(drawn, self.rows),
+            LambdaEstimator.CUMULATIVE: lambda: cumulative(drawn, self.rows),
+            LambdaEstimator.GAIN: lambda: gains(predicted, self.rows),
         }
         if self.config.estimator in estimate:
-            arguments, seed = self._item(number)
-            drawn = estimate[self.config.estimator](
-                lambda cached: self.draw(arguments, seed, cached, learning=False), self.rows
-            )
-            weights = self._processes.mean(torch.tensor([drawn[row] for row in self.rows], dtype=torch.float64))
+            found = estimate[self.config.estimator]()
+            weights = self._processes.mean(torch.tensor([found[row] for row in self.rows], dtype=torch.float64))
             mean = float(weights.mean())
             self.weights[self.rows] = weights / mean if mean > 0 else torch.ones_like(weights)
 
