@@ -508,9 +508,11 @@ def test_a_training_begins_with_a_schedule():
     config = config_of(trajectories=1, learning_rate=1e-3, estimator="none")
     found = trained_on(pipe, config, initial={"transformer": schedule})
     assert torch.equal(found.schedules["transformer"].mask, mask)
-    # Two steps of 0.6 take every score, of which the farthest is 1 above the threshold, below it.
+    # Steps of 1.2 take every score, of which the farthest is 4.2 above the threshold, below it.
     found = trained_on(
-        pipe, config_of(beta=1.0, learning_rate=0.6, estimator="none"), initial={"transformer": schedule}
+        pipe,
+        config_of(beta=1.0, trajectories=4, learning_rate=1.2, estimator="none"),
+        initial={"transformer": schedule},
     )
     assert not bool(found.schedules["transformer"].mask[1:].any())
     with pytest.raises(ConfigError, match="initial holds a schedule for 'unet', and there are transformer"):

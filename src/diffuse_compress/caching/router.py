@@ -40,6 +40,8 @@ _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8
 # Of the running mean of what a unit's computation is worth.
 _MEMORY = 0.9
+# Initial logits of a schedule: of what it computes, and of what it reuses how far below the threshold.
+_COMPUTED, _BELOW = 2.0, 0.5
 
 
 class LambdaEstimator(str, Enum):
@@ -47,8 +49,8 @@ class LambdaEstimator(str, Enum):
 
     LEAVE_ONE_OUT, the paper's: if this step alone is computed. CUMULATIVE, its released code's: if this step is cached,
     too, after those before it. GAIN, ours: if this step alone reuses everything, divided by the error that it makes
-    then, so that the error of a step is turned into that of the picture, and how much is cached already does not matter.
-    NONE: all steps count alike (the loss of Learning-to-Cache).
+    then, so that the error of a step is turned into that of the picture, and how much is cached already does not
+    matter. NONE: all steps count alike (the loss of Learning-to-Cache).
     """
 
     LEAVE_ONE_OUT = "leave_one_out"
@@ -158,9 +160,9 @@ class RouterTable:
         shape = (len(seen), len(cost_ms))
         self.logits = torch.randn(shape, generator=generator, dtype=torch.float64).clamp_(-_CLAMP, _CLAMP)
         if initial is not None:
-            # So near to the threshold that a few trajectories can change a decision.
-            threshold = math.log(config.threshold / (1 - config.threshold))
-            self.logits = threshold + (2.0 * initial.double() - 1.0)
+            # Nearly what the schedule does: right above the threshold a unit would be mostly reused.
+            reused = math.log(config.threshold / (1 - config.threshold)) - _BELOW
+            self.logits = torch.where(initial.bool(), max(_COMPUTED, reused + 2 * _BELOW), reused).double()
         self.trained = seen.clone()
         self.trained[int(seen.nonzero()[0])] = False
         self.logits[~self.trained] = _CLAMP
