@@ -1,17 +1,25 @@
-"""Pictures with a feature cache beside those of fewer steps; the command of docs/caching.md.
+"""Pictures with a feature cache beside those of fewer steps; the commands of docs/caching.md.
 
     python eval/feature_cache.py --model examples/reference_models/emoji_pixart --prompts 32 --steps 20
+    python eval/feature_cache.py --model examples/reference_models/emoji_pixart --prompts 32 --speedups 1.33 2
 
 Every arm draws the same prompts from the same starting noise, in float32, and is compared with the pictures of all
-steps without a cache by its mean PSNR. Arms have an equal share of reused work: N of T steps leave out 1 - N/T. "whole
-steps" reuses all blocks at even distances (FORA), "searched" is the first schedule that `calibrate_cache` tries, with
-that share; both copy the last change or forecast from the last two. Every unit counts as one unit of time, so that
-results do not hang on the machine.
+steps without a cache by its mean PSNR.
+
+With ``--shares`` arms have an equal share of reused work: N of T steps leave out 1 - N/T. "whole steps" reuses all
+blocks at even distances (FORA), "searched" is the first schedule that `calibrate_cache` tries, with that share; both
+copy the last change or forecast from the last two. Every unit counts as one unit of time, so that results do not hang
+on the machine.
+
+With ``--speedups`` arms take an equal time as predicted from a profile of this machine: "calibrated" is the result of
+`calibrate_cache`, "trained" that of `train_cache` (HarmoniCa's router), from random scores or from the calibrated
+schedule, on prompts that are not compared; fewer steps are rounded up, in their favour.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +27,15 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from diffuse_compress.caching.calibrate import calibrate_cache
+from diffuse_compress.caching.config import HarmoniCaConfig
 from diffuse_compress.caching.forecast import with_forecast
 from diffuse_compress.caching.observing import observed
 from diffuse_compress.caching.recording import Recorder
 from diffuse_compress.caching.runtime import apply_cache, remove_cache
 from diffuse_compress.caching.schedule import Schedule
 from diffuse_compress.caching.search import cheapest_within, reuse_errors
+from diffuse_compress.caching.training import train_cache
 from diffuse_compress.caching.units import sites_of, units_of
 from diffuse_compress.components import GROUPS, model_components
 from diffuse_compress.evaluation.images import accepted_options
@@ -33,6 +44,7 @@ from diffuse_compress.pipeline_call import seeded
 
 _CALL = {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 24}
 _TRAJECTORIES = 8
+_TRAINED = 64
 
 
 def pictures(pipe: Any, items: list[Any], steps: int, guidance: float, seed: int) -> torch.Tensor:
@@ -85,6 +97,53 @@ def schedules(recorder: Recorder, model: torch.nn.Module, units: Any, share: flo
     return arms
 
 
+def compare_speedups(pipe: Any, model: torch.nn.Module, arguments: argparse.Namespace, others: list[Any]) -> None:
+    """Rows of arms that take an equal time."""
+    call = accepted_options(pipe, _CALL)
+    call |= {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance}
+    compared = items_of(arguments)[: arguments.prompts]
+
+    def drawn(steps: int) -> torch.Tensor:
+        return pictures(pipe, compared, steps, arguments.guidance, arguments.seed)
+
+    reference = drawn(arguments.steps)
+    print("| speed-up, predicted | arm | PSNR, dB |\n|---|---|---|", flush=True)
+    for speedup in arguments.speedups:
+        fewer = math.ceil(arguments.steps / speedup)
+        value = psnr(reference, drawn(fewer)).mean()
+        print(f"| {arguments.steps / fewer:.2f} | {fewer} steps | {value:.2f} |", flush=True)
+        for granularity in arguments.granularity:
+            options = {"target_speedup": speedup, "granularity": granularity, "history": arguments.history}
+            calibrated = calibrate_cache(pipe, others, seed=arguments.seed + 10_000, **options, **call)
+            config = HarmoniCaConfig(
+                trajectories=arguments.trajectories,
+                learning_rate=arguments.learning_rate,
+                estimator=arguments.estimator,
+                seed=arguments.seed + 20_000,
+                **options,
+            )
+            arms = {
+                "calibrated": lambda found=calibrated: found,
+                "trained": lambda config=config: train_cache(pipe, others, config, **call),
+                "calibrated, then trained": lambda config=config, found=calibrated: train_cache(
+                    pipe, others, config, initial=found.schedules, **call
+                ),
+            }
+            for name, make in arms.items():
+                found = make()
+                (schedule,) = found.schedules.values()
+                apply_cache(model, schedule)
+                value = psnr(reference, drawn(arguments.steps)).mean()
+                remove_cache(model)
+                print(f"| {found.predicted_speedup:.2f} | {name}, by {granularity} | {value:.2f} |", flush=True)
+
+
+def items_of(arguments: argparse.Namespace) -> list[Any]:
+    """Prompts or class labels of the model."""
+    listed = arguments.model / "eval_prompts.txt"
+    return listed.read_text().splitlines() if listed.exists() else list(range(1000))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -94,12 +153,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--granularity", nargs="+", default=["block", "branch"])
+    parser.add_argument("--speedups", type=float, nargs="+", default=[])
+    parser.add_argument("--history", type=int, default=2, help="with --speedups: of the forecast; 1 copies")
+    parser.add_argument("--trajectories", type=int, default=60, help="of a router's training")
+    parser.add_argument("--learning-rate", type=float, default=0.1, help="of a router's training")
+    parser.add_argument("--estimator", default="leave_one_out", help="of lambda in a router's training")
     arguments = parser.parse_args()
     pipe = DiffusionPipeline.from_pretrained(arguments.model)
     pipe.set_progress_bar_config(disable=True)
     model = next(part for name, part in model_components(pipe).items() if GROUPS["denoisers"].match(name))
-    listed = arguments.model / "eval_prompts.txt"
-    items: list[Any] = listed.read_text().splitlines() if listed.exists() else list(range(1000))
+    items = items_of(arguments)
+    if arguments.speedups:
+        compare_speedups(pipe, model, arguments, items[-_TRAINED:])
+        return
     compared, others = items[: arguments.prompts], items[-_TRAJECTORIES:]
 
     def drawn(steps: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from diffuse_compress.api import (
     decompress,
     sensitivity,
 )
-from diffuse_compress.caching.config import CacheConfig, FeatureCacheConfig
+from diffuse_compress.caching.config import CacheConfig, FeatureCacheConfig, HarmoniCaConfig
 from diffuse_compress.caching.schedule import Schedule as CacheSchedule
 from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.card_results import attach_results
@@ -106,6 +106,7 @@ __all__ = [
     "FeatureCacheConfig",
     "GPTQConfig",
     "HQQConfig",
+    "HarmoniCaConfig",
     "IncompatibleShapeError",
     "MissingDependencyError",
     "ModelStateError",

@@ -20,7 +20,7 @@ from diffuse_compress.apply_methods import (
     tables_of_dense_weights,
     take_tables_off,
 )
-from diffuse_compress.caching.config import FeatureCacheConfig
+from diffuse_compress.caching.config import LoopCacheConfig
 from diffuse_compress.caching.runtime import caches_off
 from diffuse_compress.calibration.engine import calibrate_layers
 from diffuse_compress.calibration.recording import Calibration
@@ -79,7 +79,7 @@ def require_consumer(plan: CompressionPlan, calibration: Any, *, searches: bool 
             "prompts (of texts, of forward arguments for a model without pipeline) or a Calibration; or "
             f"{instead}."
         )
-    caches = any(isinstance(method.config, FeatureCacheConfig) for method in plan.methods)
+    caches = any(isinstance(method.config, LoopCacheConfig) for method in plan.methods)
     if caches and not isinstance(calibration, Calibration | Sequence | None):
         calibration = list(calibration)  # both a cache and an algorithm may read it
     consumed = needing or searches or (caches and not isinstance(calibration, Calibration))
@@ -146,7 +146,7 @@ def apply_plan(
             _mark(models[name], part, given, spill)
         put_tables_back(models, kept)
         probe.record_compressed()
-        apply_methods(target, models, plan.methods, tables, plan.calibration, spill, callback)
+        apply_methods(target, models, plan.methods, tables, plan.calibration, spill, work_dir, callback)
         for name, part in plan.components.items():
             state = get_state(models[name])
             assert state is not None  # marked above

@@ -6,14 +6,16 @@ import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from diffuse_compress.caching.calibrate import CacheCalibration, calibrate_cache
-from diffuse_compress.caching.config import FeatureCacheConfig
+from diffuse_compress.caching.config import FeatureCacheConfig, HarmoniCaConfig, LoopCacheConfig
 from diffuse_compress.caching.runtime import apply_cache, remove_cache
+from diffuse_compress.caching.training import RouterTraining, train_cache
 from diffuse_compress.calibration.items import pipeline_arguments
 from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.components import compute_dtype_of, is_pipeline
@@ -38,6 +40,7 @@ __all__ = ["apply_methods", "put_tables_back", "rounded_bytes", "tables_of_dense
 
 _LOGGER = get_logger(__name__)
 _ROUNDED = (WeightPlace.INT8, WeightPlace.INT4)
+_BUNDLED = 64
 _TableState = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
@@ -125,26 +128,21 @@ def apply_methods(
     states: Mapping[str, _TableState],
     calibration: Any,
     spill: Transaction,
+    work_dir: str | Path | None,
     callback: Callback | None,
-) -> dict[str, CacheCalibration]:
-    """Put the methods on the models, in the order of the plans; ``spill`` takes them off if anything fails.
-
-    Returns:
-        What the calibration of a cache found, by component.
-    """
+) -> None:
+    """Put the methods on the models, in the order of the plans; ``spill`` takes them off if anything fails."""
     for plan in plans:
         if isinstance(plan.config, TFMQConfig):
             _attach(models[plan.component], plan.config, states[plan.component], spill)
-    found: dict[str, CacheCalibration] = {}
-    caches: dict[FeatureCacheConfig, list[str]] = {}
+    caches: dict[LoopCacheConfig, list[str]] = {}
     for plan in plans:
-        if isinstance(plan.config, FeatureCacheConfig):
+        if isinstance(plan.config, LoopCacheConfig):
             caches.setdefault(plan.config, []).append(plan.component)
     for config, names in caches.items():
-        result = _calibrated_cache(target, config, names, calibration, callback)
+        result = _found_cache(target, config, names, calibration, work_dir, callback)
         _LOGGER.info("%s", result)
         for name in names:
-            found[name] = result
             measured = {"measured_speedup": result.measured_speedup, "error": result.error}
             schedule = result.schedules[name]
             schedule = replace(schedule, details={**schedule.details, **measured})
@@ -152,7 +150,6 @@ def apply_methods(
             apply_cache(models[name], schedule, config)
     for name in dict.fromkeys(plan.component for plan in plans):
         _mark_dense(models[name], spill)
-    return found
 
 
 def _attach(model: nn.Module, config: TFMQConfig, state: _TableState, spill: Transaction) -> None:
@@ -166,10 +163,20 @@ def _attach(model: nn.Module, config: TFMQConfig, state: _TableState, spill: Tra
     _restore_table(model, config, state)
 
 
-def _calibrated_cache(
-    pipe: Any, config: FeatureCacheConfig, names: Sequence[str], calibration: Any, callback: Callback | None
-) -> CacheCalibration:
-    given = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
+def _found_cache(
+    pipe: Any,
+    config: LoopCacheConfig,
+    names: Sequence[str],
+    calibration: Any,
+    work_dir: str | Path | None,
+    callback: Callback | None,
+) -> CacheCalibration | RouterTraining:
+    if isinstance(config, HarmoniCaConfig):
+        items = _items(pipe, calibration, None)
+        # Gradients of the table only; compress is called without any.
+        with torch.enable_grad():
+            return train_cache(pipe, items, config, work_dir=work_dir, components=names, callback=callback)
+    assert isinstance(config, FeatureCacheConfig)
     return calibrate_cache(
         pipe,
         _items(pipe, calibration, config.num_trajectories),
@@ -182,16 +189,16 @@ def _calibrated_cache(
         force=config.force,
         components=names,
         callback=callback,
-        **{name: value for name, value in given.items() if value is not None},
+        **config.call_arguments,
     )
 
 
-def _items(pipe: Any, calibration: Any, count: int) -> list[Any]:
-    """What the pipeline is asked for: the first items that were given, else some of this package's."""
+def _items(pipe: Any, calibration: Any, count: int | None) -> list[Any]:
+    """What the pipeline is asked for: the first items that were given, else some of this package's; None for all."""
     if calibration is not None and not isinstance(calibration, Calibration):
         return list(itertools.islice(calibration, count))
     try:
-        return bundled_items(pipe, count)
+        return bundled_items(pipe, count or _BUNDLED)
     except CannotCallError as error:
         raise ConfigError(
             f"feature cache: needs things to ask the pipeline for: {error}. Pass calibration=, a list of dicts of its "

@@ -18,7 +18,7 @@ from torch import nn
 from diffuse_compress.api import compress
 from diffuse_compress.caching.artefact import FILE_NAME, load_schedules, save_schedules, schedules_of
 from diffuse_compress.caching.calibrate import CacheCalibration
-from diffuse_compress.caching.config import CACHE_PRESETS, CacheConfig, FeatureCacheConfig
+from diffuse_compress.caching.config import CACHE_PRESETS, CacheConfig, LoopCacheConfig
 from diffuse_compress.caching.runtime import FeatureCache, apply_cache, cache_of, caches_off, remove_cache
 from diffuse_compress.caching.schedule import Schedule
 from diffuse_compress.components import GROUPS, SELF, is_pipeline, model_components
@@ -48,8 +48,8 @@ def enable_cache(target: Any, cache: Any = None, **placement: Any) -> None:
     Args:
         target: a diffusers pipeline, or a denoiser.
         cache: None for the one that is there (after ``disable_cache``); a Schedule, ``{component: Schedule}`` or what
-            ``calibrate_cache`` returned; a preset's name ("cache") or a FeatureCacheConfig, which are calibrated on the
-            pipeline now; or a cache configuration of diffusers.
+            ``calibrate_cache`` returned; a preset's name ("cache"), a FeatureCacheConfig or a HarmoniCaConfig, which
+            are made on the pipeline now; or a cache configuration of diffusers.
         placement: arguments of CacheConfig (``cache_dtype``, ``cache_device``, ``memory_budget``, ``strict``) for a
             schedule.
 
@@ -62,7 +62,7 @@ def enable_cache(target: Any, cache: Any = None, **placement: Any) -> None:
         return
     if isinstance(cache, str) and cache not in CACHE_PRESETS:
         raise ConfigError(f"enable_cache: {nearest(cache, list(CACHE_PRESETS))}, got {cache!r}. {_OFFER}.")
-    if isinstance(cache, str | FeatureCacheConfig):
+    if isinstance(cache, str | LoopCacheConfig):
         denoisers = _denoisers(target)
         _require_no_stock_cache(denoisers)
         for model in denoisers.values():

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from diffuse_compress.caching.config import CACHE_KIND, CacheConfig, FeatureCacheConfig
+from diffuse_compress.caching.config import CACHE_KIND, CacheConfig, LoopCacheConfig
 from diffuse_compress.caching.units import units_of
 from diffuse_compress.components import is_pipeline
 from diffuse_compress.errors import CompressionConflictError, ConfigError
@@ -104,7 +104,7 @@ def _extent(where: str, target: Any, model: nn.Module, config: TFMQConfig | Cach
         layout = layout_of(model, config.table)
         left = f", {len(layout.left)} run live" if layout.left else ""
         return f"{len(layout.layers)} layers{left}"
-    if not isinstance(config, FeatureCacheConfig):
+    if not isinstance(config, LoopCacheConfig):
         raise ConfigError(
             f"{where}: a {title} needs a schedule: FeatureCacheConfig(target_speedup=...), or load_cache()."
         )

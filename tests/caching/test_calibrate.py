@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 
 import tiny
 from diffuse_compress.caching.calibrate import calibrate_cache
-from diffuse_compress.caching.forecast import fit_forecast, with_forecast
+from diffuse_compress.caching.forecast import fit_forecast, unit_forecast, with_forecast
 from diffuse_compress.caching.recording import Trajectory
 from diffuse_compress.caching.runtime import apply_cache, cache_of, remove_cache
 from diffuse_compress.caching.schedule import Guidance, Schedule
@@ -117,6 +117,10 @@ def test_a_forecast_of_a_line_is_exact():
         atol=1e-2,
         rtol=0,
     )
+    # Each unit by itself has weights for steps that compute it, too.
+    alone = unit_forecast(recorded, 1, mask[:, 1].bool().tolist(), 2)
+    expected = torch.tensor([[1.0, 0.0], [1.0, 0.0], [2.0, -1.0], [3.0, -2.0], [1.5, -0.5], [2.0, -1.0]])
+    torch.testing.assert_close(alone, expected, atol=2e-2, rtol=0)
     with pytest.raises(ConfigError, match="at least 2"):
         with_forecast(schedule, sites, recorded, history=1)
     with pytest.raises(ConfigError, match="the trajectories 5"):

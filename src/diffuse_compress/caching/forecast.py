@@ -18,7 +18,7 @@ from diffuse_compress.caching.schedule import Schedule
 from diffuse_compress.caching.units import Site
 from diffuse_compress.errors import ConfigError
 
-__all__ = ["fit_forecast", "with_forecast"]
+__all__ = ["fit_forecast", "unit_forecast", "with_forecast"]
 
 # Pulls weights towards copying where trajectories do not tell them apart: relative to the power of the last change.
 _RIDGE = 1e-4
@@ -51,6 +51,24 @@ def with_forecast(
                 fitted = fit_forecast(trajectories, members, list(alike), step)
                 coefficients[step, members] = torch.nn.functional.pad(fitted, (0, history - len(alike)))
     return schedule.with_mask(schedule.mask, coefficients)
+
+
+def unit_forecast(trajectories: Sequence[Trajectory], unit: int, column: Sequence[bool], history: int) -> torch.Tensor:
+    """Weights [T, history] float32 of one unit by itself, for every step as if that one reused it.
+
+    Args:
+        trajectories: recorded.
+        unit: index of it.
+        column: of T steps those that compute it, the first among them.
+        history: computations before the step that are summed up.
+    """
+    weights = torch.zeros(len(column), history)
+    weights[:, 0] = 1.0
+    for step in range(1, len(column)):
+        origins = [then for then in range(step - 1, -1, -1) if column[then]][:history]
+        if len(origins) == history:
+            weights[step] = fit_forecast(trajectories, [unit], origins, step)
+    return weights
 
 
 def fit_forecast(

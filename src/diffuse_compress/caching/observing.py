@@ -36,8 +36,11 @@ class UnitOption(BlockOption):
 
     name, rank = _NAME, 10
 
-    def __init__(self, observer: Observer, site: Site, units: Sequence[Unit], boundary: Boundary) -> None:
+    def __init__(
+        self, observer: Observer, site: Site, units: Sequence[Unit], boundary: Boundary, before_gates: bool
+    ) -> None:
         self.observer = observer
+        self._before_gates = before_gates
         self.composes = not site.whole
         self.wraps = site.whole
         self._first = site.first
@@ -70,21 +73,29 @@ class UnitOption(BlockOption):
         compute: Callable[[], Streams],
     ) -> Streams:
         """A branch as a unit."""
-        return self.observer.unit(self._index[branch.name], streams, compute)
+        index = self._index[branch.name]
+        if not self._before_gates:
+            return self.observer.unit(index, streams, compute)
+        outputs = self.observer.unit(index, streams, lambda: branch.output(block, streams, conditioning))
+        return branch.gated(block, outputs, conditioning)
 
 
 @contextmanager
 def observed(
-    model: nn.Module, units: Sequence[Unit], observer: Observer, *, in_a_loop: bool = True
+    model: nn.Module, units: Sequence[Unit], observer: Observer, *, in_a_loop: bool = True, before_gates: bool = False
 ) -> Iterator[tuple[Site, ...]]:
-    """Inside, ``observer`` sees the units of ``model``, whose steps are followed if it is called in a loop."""
+    """Inside, ``observer`` sees the units of ``model``, whose steps are followed if it is called in a loop.
+
+    ``before_gates`` shows it what the layers of branches make, which their gates turn into what is added.
+    """
     sites = sites_of(model, units)
     owned: list[nn.Module] = []
     try:
         for site in sites:
             module = model.get_submodule(site.block)
             members = units[site.first : site.first + site.count]
-            own(module, UnitOption(observer, site, members, Boundary(module, known_kind(module))))
+            option = UnitOption(observer, site, members, Boundary(module, known_kind(module)), before_gates)
+            own(module, option)
             owned.append(module)
         if in_a_loop:
             track(model, Consumer(_NAME))

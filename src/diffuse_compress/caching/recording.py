@@ -254,7 +254,9 @@ class _Counter:
 
 @torch.no_grad()
 @outside_loops()
-def profile_units(model: nn.Module, units: Sequence[Unit], call: Call, *, repeats: int = _REPEATS) -> Profile:
+def profile_units(
+    model: nn.Module, units: Sequence[Unit], call: Call, *, repeats: int = _REPEATS, before_gates: bool = False
+) -> Profile:
     """Time and count every unit of ``model``: its median share of a call, of the time of the fastest call.
 
     Args:
@@ -262,12 +264,13 @@ def profile_units(model: nn.Module, units: Sequence[Unit], call: Call, *, repeat
         units: of it.
         call: arguments of a typical forward.
         repeats: timed calls.
+        before_gates: gates of branches are no part of their units.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     call.run(model)
     total = min(_between(*pair) for pair in [_timed(model, call, device) for _ in range(repeats)])
     timer, shares = _Timer(len(units), device), []
-    with observed(model, units, timer, in_a_loop=False):
+    with observed(model, units, timer, in_a_loop=False, before_gates=before_gates):
         for _ in range(repeats):
             timer.clear()
             whole = _between(*_timed(model, call, device))
@@ -275,7 +278,10 @@ def profile_units(model: nn.Module, units: Sequence[Unit], call: Call, *, repeat
     # Shares of one call are alike however busy the machine was in it.
     cost = total * torch.tensor(shares).median(dim=0).values
     counter = _Counter(len(units))
-    with observed(model, units, counter, in_a_loop=False), torch.compiler.set_stance("force_eager"):
+    with (
+        observed(model, units, counter, in_a_loop=False, before_gates=before_gates),
+        torch.compiler.set_stance("force_eager"),
+    ):
         call.run(model)
     return Profile(cost, max(0.0, total - float(cost.sum())), torch.tensor(counter.flops, dtype=torch.float64))
 

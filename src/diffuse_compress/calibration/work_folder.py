@@ -26,13 +26,22 @@ from diffuse_compress.calibration.trees import hash_tensor, hash_tree
 from diffuse_compress.errors import CheckpointError, ConfigError, ModelStateError
 from diffuse_compress.logging import get_logger
 
-__all__ = ["FinishedBlock", "FinishedBlocks", "FinishedLayer", "WorkFolder", "digest_of_items", "digest_of_weights"]
+__all__ = [
+    "FinishedBlock",
+    "FinishedBlocks",
+    "FinishedLayer",
+    "WorkFolder",
+    "digest_of_items",
+    "digest_of_weights",
+    "write_whole",
+]
 
 _logger = get_logger(__name__)
 _MANIFEST = "manifest.json"
 _SCHEMA_VERSION = 1
 _BLOCK_KEY = "diffuse_compress_block"
 _CHANGED = "changed"
+_BLOCKS = "finished blocks"
 Fingerprint = Mapping[str, Any]
 """JSON values by subject: "weights", "recipe", "calibration", "versions"; those of the last three may be dicts."""
 
@@ -79,7 +88,7 @@ class WorkFolder:
             _logger.info("Calibration samples of %s are used again", path)
             return Calibration.load(path)
         found = record()
-        _write(path, found.save)
+        write_whole(path, found.save)
         return found
 
     def blocks(self, component: str, fingerprint: Fingerprint) -> FinishedBlocks:
@@ -89,14 +98,18 @@ class WorkFolder:
             ConfigError: the folder holds blocks with another fingerprint; the message says what differs.
             CheckpointError: its manifest cannot be read.
         """
-        folder = self.require_same(component, fingerprint)
+        return FinishedBlocks(self.claim(component, fingerprint))
+
+    def claim(self, component: str, fingerprint: Fingerprint, *, holds: str = _BLOCKS) -> Path:
+        """Folder of a component for work with this fingerprint, which is written down; raises as :meth:`blocks`."""
+        folder = self.require_same(component, fingerprint, holds=holds)
         if not (folder / _MANIFEST).exists():
             content = {"schema_version": _SCHEMA_VERSION, "fingerprint": dict(fingerprint)}
-            _write(folder / _MANIFEST, lambda path: path.write_text(json.dumps(content, indent=1)))
-        return FinishedBlocks(folder)
+            write_whole(folder / _MANIFEST, lambda path: path.write_text(json.dumps(content, indent=1)))
+        return folder
 
-    def require_same(self, component: str, fingerprint: Fingerprint) -> Path:
-        """Folder of a component; ConfigError if it holds blocks that differ in a subject of ``fingerprint``."""
+    def require_same(self, component: str, fingerprint: Fingerprint, *, holds: str = _BLOCKS) -> Path:
+        """Folder of a component; ConfigError if it ``holds`` what differs in a subject of ``fingerprint``."""
         folder = self.path / (component or "model")
         path = folder / _MANIFEST
         if not path.exists():
@@ -115,7 +128,7 @@ class WorkFolder:
         if differing:
             done = len(list(folder.glob("*.safetensors")))
             raise ConfigError(
-                f"work_dir: {folder} holds {done} finished blocks of another calibration, from which this one differs "
+                f"work_dir: {folder} holds {done} {holds} of another calibration, from which this one differs "
                 f"in {'; '.join(differing)}. To go on with it, make these equal; else give another work_dir=, or "
                 "delete the folder."
             )
@@ -224,13 +237,13 @@ class FinishedBlocks:
         tensors = {key: parameter.detach().cpu().clone().contiguous() for key, parameter in parameters.items()}
         folded = [name for name, layer in layers.items() if getattr(layer, "folded", False)]
         described = {"block": block, "layers": list(layers), "folded": folded, "changed": list(changed)}
-        _write(self._path(block), lambda path: save_file(tensors, path, {_BLOCK_KEY: json.dumps(described)}))
+        write_whole(self._path(block), lambda path: save_file(tensors, path, {_BLOCK_KEY: json.dumps(described)}))
 
     def _path(self, block: str) -> Path:
         return self.folder / f"{block or 'model'}.safetensors"
 
 
-def _write(path: Path, save: Callable[[Path], Any]) -> None:
+def write_whole(path: Path, save: Callable[[Path], Any]) -> None:
     """``save`` to a file that appears under its name only when it is whole and on the disk."""
     from safetensors import SafetensorError
 
