@@ -109,8 +109,7 @@ def train_cache(
     """
     call_arguments = {**config.call_arguments, **call_arguments}
     given, batches = _asked(pipe, items, config, call_arguments)
-    options = {"cache_point": config.cache_point, "force": config.force, "components": components}
-    rehearsal = Rehearsal(pipe, config.granularity, config.seed, **options)
+    rehearsal = _rehearsal(pipe, config, components)
     rehearsal.require_steps(call_arguments)
     processes, masks = Processes(state), _masks(rehearsal, initial or {})
     folder = None
@@ -135,6 +134,12 @@ def train_cache(
         distance(soft, rehearsal.references[0]),
         training.weights.clone(),
         torch.tensor(training.trace, dtype=torch.float64).reshape(-1, 3),
+    )
+
+
+def _rehearsal(pipe: Any, config: HarmoniCaConfig, components: Sequence[str]) -> Rehearsal:
+    return Rehearsal(
+        pipe, config.granularity, config.seed, cache_point=config.cache_point, force=config.force, components=components
     )
 
 
