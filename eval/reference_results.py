@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from diffuse_compress.api import compress
-from diffuse_compress.arms import DENSE, load_pipeline, make_arm, make_arms
+from diffuse_compress.arms import DENSE, make_arm, make_arms
 from diffuse_compress.evaluation.conditions import Condition, class_conditions, read_prompts, unconditional
 from diffuse_compress.evaluation.environment import command_line
 from diffuse_compress.evaluation.features import ClassifierExtractor, load_classifier
@@ -124,14 +125,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def calibrated_arm(name: str, preset: str, items: int, device: str) -> Arm:
     """The pipeline with a preset's calibrated algorithm."""
-    folder, recipe = MODELS / name, as_recipe(preset, is_calibrated=lambda key: True)
-    arm = make_arm(f"{preset}-calibrated", str(folder), recipe, device=device)
-    return replace(arm, load=functools.partial(_calibrated, name, preset, items, device))
+    recipe = as_recipe(preset, is_calibrated=lambda key: True)
+    dense = make_arm(f"{preset}-calibrated", str(MODELS / name), None, device=device)
+    return replace(dense, recipe=recipe.to_dict(), load=functools.partial(_calibrated, dense.load, name, preset, items))
 
 
-def _calibrated(name: str, preset: str, items: int, device: str) -> Any:
-    pipe = load_pipeline(MODELS / name, None, None, device)
-    return compress(pipe, preset, calibration=REFERENCE_MODELS[name].calibration(items), measure=False)
+def _calibrated(load: Callable[[], Any], name: str, preset: str, items: int) -> Any:
+    return compress(load(), preset, calibration=REFERENCE_MODELS[name].calibration(items), measure=False)
 
 
 def run_model(name: str, options: argparse.Namespace, command: str) -> list[Record]:
