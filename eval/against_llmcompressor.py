@@ -7,8 +7,8 @@
 The model is python_llama in float32, the scheme symmetric int4 in groups of 128 with scales of amax / 7.5, for every
 linear of its layers. Calibration data are sequences of this Python's standard library, drawn anew for each seed,
 without files that are in the held-out text. Each library runs in a process and an environment of its own, and gives
-back the dense weights that it rounded to; this package's scorer judges both. Seconds are those of the calls that
-calibrate (``oneshot``; ``record`` and ``compress``), without imports, loading and saving.
+back the dense weights that it rounded to; this package's scorer judges both. Seconds are CPU time, of one
+thread, of the calls that calibrate (``oneshot``; ``record`` and ``compress``), without imports, loading and saving.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ def calibrate_here(model: Any, arm: str, tokens: torch.Tensor) -> tuple[dict[str
         "AWQ-default": dc.AWQConfig(),
     }[arm]
     config = dc.QuantizationConfig(dc.Scheme(weights), algorithm)
-    started = time.perf_counter()
+    started = time.process_time()
     given = {} if arm == "rounding" else {"calibration": dc.Calibration.record(model, [row[None] for row in tokens])}
     dc.compress(model, config, measure=False, **given)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     return dict(dc.decompress(model).state_dict()), seconds
 
 
@@ -114,7 +114,7 @@ def calibrate_peer(model: Any, arm: str, tokens: torch.Tensor) -> tuple[dict[str
     rows = {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
     given = {} if arm == "rounding" else {"dataset": Dataset.from_dict(rows), "shuffle_calibration_samples": False}
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    started = time.perf_counter()
+    started = time.process_time()
     oneshot(
         model=model,
         tokenizer=tokenizer,
@@ -123,7 +123,7 @@ def calibrate_peer(model: Any, arm: str, tokens: torch.Tensor) -> tuple[dict[str
         max_seq_length=LENGTH,
         **given,
     )
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     state = {key: value for key, value in model.state_dict().items() if not key.endswith(("_scale", "_zero_point"))}
     for name, layer in model.named_modules():
         if getattr(layer, "quantization_scheme", None) is not None:

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
 
 import diffuse_compress as dc
 import tiny
@@ -17,6 +19,7 @@ from diffuse_compress.calibration.work_folder import digest_of_weights
 from diffuse_compress.integrations.component import get_state, quantized_layers
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
 from diffuse_compress.quantization.algorithms.block import BlockWork
+from tolerance import relative_rms
 
 W4 = dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT4, dc.PerGroup(32), symmetric=False))
 SEQUENCE = [dc.SmoothQuantConfig(), dc.GPTQConfig()]
@@ -367,3 +370,43 @@ def test_errors_come_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(dc.ConfigError, match="weights quantized while they load see none"):
         type(pipe.transformer).from_pretrained(tmp_path / "transformer", quantization_config=gptq)
     assert not quantized_layers(pipe.transformer)
+
+
+class KeywordBlock(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(64)
+        self.up, self.down = torch.nn.Linear(64, 128), torch.nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(input=torch.nn.functional.gelu(self.up(input=self.norm(x))))
+
+
+class KeywordModel(ModelMixin, ConfigMixin):
+    """Gives its layers their input by its name."""
+
+    @register_to_config
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(KeywordBlock() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [dc.GPTQConfig(), [dc.AWQConfig(), dc.GPTQConfig()], dc.SmoothQuantConfig(), dc.BRECQConfig(iterations=2)],
+    ids=["gptq", "awq, gptq", "smoothquant", "brecq"],
+)
+def test_layers_that_get_their_input_by_name(algorithm: Any) -> None:
+    torch.manual_seed(0)
+    model = KeywordModel().eval()
+    data = [{"x": torch.randn(2, 5, 64)} for _ in range(3)]
+    with torch.no_grad():
+        dense = model(data[0]["x"])
+        model.compress("w8a8", algorithm=algorithm, calibration=data)
+        assert relative_rms(model(data[0]["x"]), dense) < 0.02
+    assert not any(module._forward_pre_hooks for module in model.modules())

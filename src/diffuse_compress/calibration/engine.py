@@ -35,8 +35,8 @@ __all__ = [
     "block_work",
     "calibrate_block",
     "calibrate_layers",
+    "calibrating",
     "calibration_blocks",
-    "evaluating",
     "layers_of",
     "memory_explained",
     "quantize_layers",
@@ -114,7 +114,7 @@ def calibrate_layers(
         run.visit(found)
         on_block(found.name, len(run.done), len(layers))
 
-    with evaluating(model), memory_explained(there, len(samples)):
+    with calibrating(model), memory_explained(there, len(samples)):
         calls = [sample.call for sample in samples]
         lockstep(model, blocks, calls, visit, references=algorithm.needs_reference, device=there)
     missed = {name: scheme for name, scheme in layers.items() if name not in run.done}
@@ -230,16 +230,28 @@ def calibrate_block(work: BlockWork, algorithm: AlgorithmConfig) -> None:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` is in eval mode. Afterwards every module is as before, and what has taken its place like it."""
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` is in eval mode, and layers get an input that is given by its name (``layer(input=x)``) by its
+    place, where hooks look for it. Afterwards every module is as before, and what has taken its place like it."""
     before = {name: (module, module.training) for name, module in model.named_modules(remove_duplicate=False)}
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    handles = [layer.register_forward_pre_hook(_by_place, with_kwargs=True) for layer in layers]
     try:
         model.eval()
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         now = dict(model.named_modules(remove_duplicate=False))
         for name, (module, training) in before.items():
             module.training = now.get(name, module).training = training
+
+
+def _by_place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args or "input" not in kwargs:
+        return None
+    rest = dict(kwargs)
+    return (rest.pop("input"),), rest
 
 
 def quantize_layers(

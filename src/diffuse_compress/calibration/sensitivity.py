@@ -28,8 +28,8 @@ from diffuse_compress.calibration.engine import (
     block_work,
     calibrate_block,
     calibrate_layers,
+    calibrating,
     calibration_blocks,
-    evaluating,
     layers_of,
     memory_explained,
     quantize_layers,
@@ -126,7 +126,7 @@ def layer_sensitivities(
         calibrating, and one block's layers in one format.
     """
     subject = _Subject(model, candidates, generator, device)
-    with evaluating(model), torch.no_grad():
+    with calibrating(model), torch.no_grad():
         factors = subject.factors(split.judge, advance)
         errors = subject.block_errors(algorithm.for_search(), split, advance)
     return {
@@ -162,7 +162,7 @@ def output_error(
         One calibration, two forwards for each sample to judge, and the memory of the packed layers beside the dense.
     """
     subject = _Subject(model, dict.fromkeys(layers, ()), generator, device)
-    with evaluating(model), torch.no_grad(), _restored(model) as replace:
+    with calibrating(model), torch.no_grad(), _restored(model) as replace:
         calls, weights = [sample.call for sample in split.judge], sample_weights(split.judge, model)
         _, references = subject.run(calls)
         if algorithm.needs_calibration or any(scheme.has_static_inputs for scheme in layers.values()):

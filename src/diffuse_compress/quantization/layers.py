@@ -297,9 +297,9 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         """
         return self._flat_weight()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """y [..., N] in the dtype of x, [..., K]; the equation is in the module docstring."""
-        x = cast_for_autocast(x)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """y [..., N] in the dtype of the input, [..., K]; the equation is in the module docstring."""
+        x = cast_for_autocast(input)
         rotated, pre_scale = self._rotated(x)
         if self._needs_grad(x):
             y = cast(
@@ -496,12 +496,12 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
         """Dense equivalent [N, C / groups, kh, kw] in the compute dtype, computed on every access."""
         return self._flat_weight().view(self.out_channels, -1, *self.kernel_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """y [B, N, Ho, Wo] (or unbatched) in the dtype of x."""
-        if x.dim() == 3:
-            y: torch.Tensor = self.forward(x.unsqueeze(0))
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """y [B, N, Ho, Wo] (or unbatched) in the dtype of the input."""
+        if input.dim() == 3:
+            y: torch.Tensor = self.forward(input.unsqueeze(0))
             return y.squeeze(0)
-        x = cast_for_autocast(x)
+        x = cast_for_autocast(input)
         geometry, padding = self._geometry_and_padding()
         if padding is not None:
             x = F.pad(x, padding, "constant" if self.padding_mode == "zeros" else self.padding_mode)
