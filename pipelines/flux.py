@@ -1,6 +1,5 @@
-"""Written by diffuse_compress. FluxPipeline with `CompressedPipelineMixin`, and no `import diffuse_compress` in your code:
-DiffusionPipeline.from_pretrained(PATH_OR_REPO, custom_pipeline=CUSTOM, trust_remote_code=True)
-where CUSTOM is "pipeline" if this file came with what is loaded, else the path of this file."""
+"""Written by diffuse_compress. No `import diffuse_compress` in your code; for other folders pass the path of this file:
+DiffusionPipeline.from_pretrained(PATH_OR_REPO, custom_pipeline="pipeline", trust_remote_code=True)"""
 
 import diffusers
 

@@ -1,9 +1,9 @@
-"""The file that diffusers loads a pipeline class of ours from: the ``pipeline.py`` of a saved pipeline, and those of the
-repository's ``pipelines/``.
+"""The file that diffusers loads a pipeline class of ours from: ``pipeline.py`` of a saved pipeline, and those of
+``pipelines/`` in the repository.
 
 ``DiffusionPipeline.from_pretrained(path, custom_pipeline="pipeline", trust_remote_code=True)`` runs the file, which
-imports this package, and takes the one pipeline class it defines: the stock class with ``CompressedPipelineMixin``, under
-the stock name, so that ``_class_name`` stays what it was and plain ``from_pretrained`` loads the same folder.
+imports this package, and takes the one pipeline class it defines: the stock class with ``CompressedPipelineMixin``,
+under the stock name, so that ``_class_name`` stays what it was and plain ``from_pretrained`` loads the same folder.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ __all__ = ["FILE_NAME", "is_shim", "shim_for", "shim_of_class", "stock_class_of"
 
 FILE_NAME = "pipeline.py"
 _MARK = "Written by diffuse_compress."
-_TEMPLATE = '''"""{mark} {name} with `CompressedPipelineMixin`, and no `import diffuse_compress` in your code:
-DiffusionPipeline.from_pretrained(PATH_OR_REPO, custom_pipeline=CUSTOM, trust_remote_code=True)
-where CUSTOM is "pipeline" if this file came with what is loaded, else the path of this file."""
+_TEMPLATE = '''"""{mark} No `import diffuse_compress` in your code; for other folders pass the path of this file:
+DiffusionPipeline.from_pretrained(PATH_OR_REPO, custom_pipeline="pipeline", trust_remote_code=True)"""
 
 import diffusers
 
 try:
     from diffuse_compress.pipelines import mixin
 except ImportError as error:
-    raise ImportError("this checkpoint needs diffuse_compress: {install}") from error
+    raise ImportError(
+        "this checkpoint needs diffuse_compress: {install}"
+    ) from error
 
 # diffusers runs every local pipeline.py in one module and wants exactly one pipeline class there.
 for key in [key for key, value in globals().items() if isinstance(value, type)]:

@@ -254,7 +254,7 @@ class TemporalTable:
     def _find(
         self, context: steps.StepContext, call: Call
     ) -> tuple[dict[str, Reason], int | torch.Tensor, Schedule, Request | None]:
-        """Layers that must run live, the place of a call's timestep, and the tables that it looks up, built if need be."""
+        """Layers that must run live, the place of a call's timestep, and its tables, built if need be."""
         bring_weights(self.model, call.device)
         given = call.arguments.get(self._timestep)
         self._check(context, given)
