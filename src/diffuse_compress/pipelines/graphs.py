@@ -435,7 +435,8 @@ def _fill(inputs: list[_Input], values: list[torch.Tensor]) -> None:
     for to, source in pairs:
         by_kind.setdefault((to.dtype, source.device), []).append((to, source))
     for alike in by_kind.values():
-        torch._foreach_copy_([to for to, _ in alike], [source for _, source in alike])
+        # From the host too, without waiting: a driver has read pageable memory when the call returns.
+        torch._foreach_copy_([to for to, _ in alike], [source for _, source in alike], non_blocking=True)
 
 
 def _counts() -> dict[str, MethodStats]:
