@@ -172,7 +172,7 @@ class GraphedCalls:
         self._seen: Counter[Any] = Counter()
         self._refused: dict[Any, Reason] = {}
         self._warned: set[Reason] = set()
-        self._weights: Any = None
+        self._made_for: Any = None
         self._problem: Reason | None = None
         self._local = threading.local()
         self._running = threading.Lock()
@@ -196,7 +196,7 @@ class GraphedCalls:
             self._users += 1
             if self._users == 1:
                 self._problem = _why_never(whole)
-                self._check_weights(model)
+                self._check(model)
                 steps.track(model, steps.Consumer(CONSUMER, saves=False))
                 # The last one: whatever other hooks do is done when it runs.
                 self._hook = model.register_forward_pre_hook(self._arm, with_kwargs=True)
@@ -212,16 +212,17 @@ class GraphedCalls:
                     if model.__dict__.get("forward") == self._forward:
                         del model.__dict__["forward"]
 
-    def _check_weights(self, model: nn.Module) -> None:
-        """Graphs read weights where they were."""
+    def _check(self, model: nn.Module) -> None:
+        """Graphs read weights where they were, and do what the modules' attributes said."""
         table = table_of(model)
         # Those go and come, and no graph computes with them.
         parked = [] if table is None else [look.layer for look in table.lookups.values() if look.parking is not None]
         away = {id(parameter) for layer in parked for parameter in layer.parameters(recurse=False)}
         tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in away]
         weights = [(tensor.data_ptr(), tensor.dtype) for tensor in tensors if not tensor.is_meta]
-        if weights != self._weights:
-            self._weights = weights
+        made_for = weights, [_settings(module) for module in model.modules() if module is not model]
+        if made_for != self._made_for:
+            self._made_for = made_for
             self._graphs.clear()
             self._seen.clear()
             self._refused.clear()
@@ -397,6 +398,14 @@ def _why_never(whole: Any) -> Reason | None:
     if any(_is_hooked(module, module is model) for module in model.modules()):
         return HOOKED
     return REPLACED if "forward" in model.__dict__ else None
+
+
+def _settings(module: nn.Module) -> Any:
+    """What a module is and was set to (FreeU, chunks, an attention's processor and backend), as a value."""
+    own = vars(module)
+    processor = own.get("processor")
+    plain = [(name, value) for name, value in own.items() if isinstance(value, bool | int | float | str)]
+    return id(module), id(own.get("forward")), id(processor), getattr(processor, "_attention_backend", None), plain
 
 
 def _is_hooked(module: nn.Module, root: bool) -> bool:
