@@ -67,10 +67,9 @@ def test_compressed_equals_stock_and_comes_back_as_stock(name: str, tmp_path: Pa
     pipe = stock(name).compress("w8a8", dc.TFMQConfig(num_inference_steps=STEPS), measure=False)
     expected = sample(pipe)
     pipe.save_pretrained(tmp_path / "saved")
-    # By the folder's own pipeline.py, and by the file of the repository.
-    by_folder = DiffusionPipeline.from_pretrained(
-        tmp_path / "saved", custom_pipeline="pipeline", trust_remote_code=True
-    )
+    # By the file of the repository, and by a folder with a pipeline.py.
+    saved = str(tmp_path / "saved")
+    by_folder = DiffusionPipeline.from_pretrained(saved, custom_pipeline=saved, trust_remote_code=True)
     by_folder.set_progress_bar_config(disable=True)
     for ours in (load(tmp_path / "saved", name), by_folder):
         assert isinstance(ours, CompressedPipelineMixin)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,7 +24,7 @@ ON = {"cuda_graph": True, "steps": STEPS}
 
 
 @pytest.fixture
-def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Rerun]]:
+def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Rerun]:
     made: list[Rerun] = []
 
     def make() -> Rerun:
@@ -34,7 +32,7 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Rerun]]:
         return made[-1]
 
     monkeypatch.setattr(graphs, "CudaRecorder", make)
-    yield made
+    return made
 
 
 def counted(pipe: Any, method: str = CONSUMER) -> tuple[int, dict[str, int]]:
@@ -200,6 +198,7 @@ def test_adapters_change(recorders: list[Rerun]) -> None:
         ours.unet.set_adapters("one", weights=scale)
         assert torch.equal(sample(ours, **ON), expected[scale])
     assert counted(ours) == (STEPS, {})
+    assert recorders[0].recorded == 2
 
 
 def test_settings_of_the_model_change(recorders: list[Rerun]) -> None:
@@ -209,8 +208,12 @@ def test_settings_of_the_model_change(recorders: list[Rerun]) -> None:
     changed = sample(ours, steps=STEPS)
     assert not torch.equal(changed, plain)
     assert torch.equal(sample(ours, **ON), changed)
+    assert counted(ours) == (STEPS - 3, {WARMING_UP.what: 3})
+    assert torch.equal(sample(ours, **ON), changed)
+    assert counted(ours) == (STEPS, {})
     ours.disable_freeu()
     assert torch.equal(sample(ours, **ON), plain)
+    assert counted(ours) == (STEPS - 3, {WARMING_UP.what: 3})
 
 
 def test_two_pipelines_share_graphs_and_threads_do_not_meet(pixart: Any, recorders: list[Rerun]) -> None:
@@ -221,12 +224,12 @@ def test_two_pipelines_share_graphs_and_threads_do_not_meet(pixart: Any, recorde
     assert torch.equal(sample(other, **ON, seed=1), expected[1])
     assert counted(other) == (STEPS, {})
     calls = graphed_calls_of(pixart.transformer)
-    found: dict[int, torch.Tensor] = {}
-    with calls._running, pytest.warns(dc.DiffuseCompressWarning, match="two threads"):  # as if another were in it
-        thread = threading.Thread(target=lambda: found.update({0: sample(pixart, **ON)}))
-        thread.start()
-        thread.join()
-    assert torch.equal(found[0], expected[0])
+    with calls._running:  # as if another thread were in it
+        with pytest.warns(dc.DiffuseCompressWarning, match="two threads"):
+            found = sample(pixart, **ON)
+        assert torch.equal(found, expected[0])
+    assert torch.equal(sample(pixart, **ON), expected[0])
+    assert counted(pixart) == (STEPS, {})
     assert len(recorders) == 1
 
 
