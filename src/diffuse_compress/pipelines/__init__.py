@@ -1,1 +1,2 @@
-"""What makes a compressed checkpoint load through ``custom_pipeline=``."""
+"""Pipeline classes of diffusers with what compressed models gain from them, and the files that load through
+``custom_pipeline=``."""

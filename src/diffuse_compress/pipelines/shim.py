@@ -1,8 +1,9 @@
-"""The ``pipeline.py`` of a saved pipeline: it loads with no import of ours in the user's code.
+"""The file that diffusers loads a pipeline class of ours from: ``pipeline.py`` of a saved pipeline, and those of
+``pipelines/`` in the repository.
 
 ``DiffusionPipeline.from_pretrained(path, custom_pipeline="pipeline", trust_remote_code=True)`` runs the file, which
-imports this package, and takes the one pipeline class it defines: a subclass of the stock class, under the stock name,
-so that ``_class_name`` stays what it was and plain ``from_pretrained`` loads the same folder.
+imports this package, and takes the one pipeline class it defines: the stock class with ``CompressedPipelineMixin``,
+under the stock name, so that ``_class_name`` stays what it was and plain ``from_pretrained`` loads the same folder.
 """
 
 from __future__ import annotations
@@ -13,26 +14,28 @@ from typing import Any
 
 from diffuse_compress.integrations.compat import INSTALL_COMMAND
 
-__all__ = ["FILE_NAME", "is_shim", "shim_for", "stock_class_of"]
+__all__ = ["FILE_NAME", "is_shim", "shim_for", "shim_of_class", "stock_class_of"]
 
 FILE_NAME = "pipeline.py"
 _MARK = "Written by diffuse_compress."
-_TEMPLATE = '''"""{mark} Loads this folder without `import diffuse_compress` in your code:
+_TEMPLATE = '''"""{mark} No `import diffuse_compress` in your code; for other folders pass the path of this file:
 DiffusionPipeline.from_pretrained(PATH_OR_REPO, custom_pipeline="pipeline", trust_remote_code=True)"""
 
 import diffusers
 
 try:
-    import diffuse_compress
+    from diffuse_compress.pipelines import mixin
 except ImportError as error:
-    raise ImportError("this checkpoint needs diffuse_compress: {install}") from error
+    raise ImportError(
+        "this checkpoint needs diffuse_compress: {install}"
+    ) from error
 
 # diffusers runs every local pipeline.py in one module and wants exactly one pipeline class there.
 for key in [key for key, value in globals().items() if isinstance(value, type)]:
     del globals()[key]
 
 
-class {name}(diffusers.{name}):
+class {name}(mixin.CompressedPipelineMixin, diffusers.{name}):
     __doc__ = diffusers.{name}.__doc__
 '''
 
@@ -67,4 +70,9 @@ def is_shim(text: str) -> bool:
 def shim_for(pipe: Any) -> str | None:
     """Text of the ``pipeline.py`` of ``pipe``; None for a bare model and for a class that diffusers does not have."""
     cls = stock_class_of(pipe)
-    return None if cls is None else _TEMPLATE.format(mark=_MARK, name=cls.__name__, install=INSTALL_COMMAND)
+    return None if cls is None else shim_of_class(cls.__name__)
+
+
+def shim_of_class(name: str) -> str:
+    """Text of the file for the stock pipeline class of this name."""
+    return _TEMPLATE.format(mark=_MARK, name=name, install=INSTALL_COMMAND)

@@ -8,7 +8,7 @@ How a call finds its place. Schedulers tell of ``set_timesteps`` and ``step`` (`
 pipeline call by pipeline call. A :class:`Run` (``run.py``) starts with ``set_timesteps``; its step advances at the
 first call of a tracked model after a ``step()``, so several schedulers stepped in one iteration, or a ``step`` that
 calls another, count once. Which row of the schedule that is, ``run.py`` finds out; nothing is read back from the
-device.
+device. A pipeline that knows its loop tells the row instead (:func:`follow`).
 
 Whenever the place is unknown the context has a ``problem``, and whoever reads it computes and counts the reason.
 """
@@ -51,7 +51,9 @@ __all__ = [
     "Consumer",
     "StepContext",
     "StepTracker",
+    "ahead",
     "current",
+    "follow",
     "hook_owner",
     "outside_loops",
     "remove_hooks",
@@ -122,6 +124,7 @@ class StepContext:
         index: ``row`` as an int64 scalar tensor on the device of the model's sample, or None.
         problem: why the row is unknown, or None. Run and step may be known all the same (a loop whose start nothing
             tells): what this call computes can be kept for the next steps then.
+        told: the loop itself told the row (:func:`follow`), and gives every sample the row's timestep.
     """
 
     tracker: StepTracker
@@ -134,6 +137,7 @@ class StepContext:
     index: torch.Tensor | None
     problem: Reason | None
     stats: CallStats
+    told: bool = False
 
     @property
     def key(self) -> str | int:
@@ -174,6 +178,8 @@ class _Scope:
         self.runs: list[Run] = []
         # A scheduler that got no schedule here has stepped: calls must prove whose they are.
         self.stranger = False
+        # The element of a schedule that the loop is at, if it tells.
+        self.element: Callable[[], Any] | None = None
         self.stats: weakref.WeakKeyDictionary[StepTracker, CallStats] = weakref.WeakKeyDictionary()
 
     def owned_by(self, obj: Any) -> bool:
@@ -192,6 +198,20 @@ class _Scope:
         if len(self.runs) > 1:
             for run in self.runs:
                 run.values  # noqa: B018  read here, outside of the loop: they may be on a device
+
+    def run_of(self, element: Any) -> tuple[Run, int] | None:
+        """The run whose schedule this is an element of, and its row."""
+        for run in self.runs:
+            run.refresh()
+            row = run.row_of(element)
+            if isinstance(row, int):
+                return run, row
+        return None
+
+    def told(self) -> torch.Tensor | None:
+        """The element of its schedule that the loop says it is at."""
+        element = None if self.element is None else self.element()
+        return None if self.run_of(element) is None else element
 
     def step(self, scheduler: Any, timestep: Any, sample: Any) -> None:
         run = next((run for run in self.runs if run.scheduler() is scheduler), None) or self._adopt(scheduler)
@@ -345,10 +365,12 @@ class StepTracker:
         timestep = self._timestep(module, args, kwargs)
         scope = _thread.scopes[-1]
         branch = _thread.branches.get(id(module))
-        run, problem = scope.locate(timestep)
+        told = scope.told()
+        telling = timestep if told is None else told
+        run, problem = scope.locate(telling)
         row, call = None, 0
         if run is not None:
-            row, call, problem = run.place(timestep, self, branch)
+            row, call, problem = run.place(telling, self, branch)
         known = run if problem is None or problem is START_UNKNOWN else None
         self.record(scope, scope.stats.get(self) or CallStats())
         self._count(scope, run, known, problem)
@@ -368,6 +390,7 @@ class StepTracker:
                 index=None if known is None else known.index(row, _device_of(timestep, args, kwargs)),
                 problem=problem,
                 stats=scope.stats[self],
+                told=told is not None,
             )
         )
 
@@ -503,6 +526,40 @@ def outside_loops() -> Iterator[None]:
         yield
     finally:
         _thread.outside = before
+
+
+def follow(pipeline: Any, element: Callable[[], Any]) -> None:
+    """In the call of ``pipeline`` that runs in this thread, its loop tells where it is; nothing is inferred then.
+
+    Args:
+        pipeline: whose call it is; where nothing is tracked, or the call is another's, nothing happens.
+        element: gives the element of ``scheduler.timesteps`` that the loop is at, the very view of the schedule. While
+            it gives anything else, places are found as they are without it.
+    """
+    scope = _thread.scopes[-1]
+    if scope.owned_by(pipeline):
+        scope.element = element
+
+
+def ahead(model: nn.Module, element: torch.Tensor, branch: str | None = None) -> StepContext | None:
+    """The context that a loop's first call of ``model`` will have, before the loop.
+
+    Nothing is counted, and no run has begun.
+
+    Args:
+        model: a denoiser of the pipeline that is being called in this thread.
+        element: of the schedule, at which the model will be called.
+        branch: name of the cache context in which it will be.
+
+    Returns:
+        None if the model is not tracked, or the schedule is not one of this pipeline's call.
+    """
+    tracker, scope = tracker_of(model), _thread.scopes[-1]
+    found = None if tracker is None or scope.owner is None else scope.run_of(element)
+    if found is None or tracker is None:
+        return None
+    run, row = found
+    return StepContext(tracker, run, 0, row, 0, branch, element, None, None, CallStats(), told=True)
 
 
 def current() -> StepContext | None:

@@ -33,8 +33,9 @@ class Index:
     def place(self, timesteps: Timesteps, context: steps.StepContext, given: Any) -> int | torch.Tensor | Reason:
         """Where a call's timestep stands in ``timesteps.values``: a number if the host can tell, else for each sample.
 
-        A timestep that the host cannot read is proven if it is an element of the schedule itself; any other is looked
-        for on the device, sample by sample, and :meth:`doubted` tells later if it was not there.
+        A timestep that the host cannot read is proven if it is an element of the schedule itself, or if the loop told
+        its row; any other is looked for on the device, sample by sample, and :meth:`doubted` tells later if it was not
+        there.
         """
         value = host_value(given)
         if isinstance(value, Reason):
@@ -45,7 +46,7 @@ class Index:
             except ValueError:
                 return UNKNOWN_FORM
         run, row = context.run, context.row
-        if run is not None and row is not None and isinstance(run.row_of(given), int):
+        if run is not None and row is not None and (context.told or isinstance(run.row_of(given), int)):
             return timesteps.rows[row]
         return self._search(timesteps, given)
 

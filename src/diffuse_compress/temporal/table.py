@@ -195,8 +195,7 @@ class TemporalTable:
         if torch.compiler.is_compiling():
             return
         self._all_live()
-        if self._busy == threading.get_ident():
-            self._busy, self._contended = None, False
+        self._leave_thread()
 
     def _all_live(self) -> None:
         for lookup in self.lookups.values():
@@ -212,6 +211,10 @@ class TemporalTable:
         if self._contended:
             raise _Refused(TWO_THREADS)
 
+    def _leave_thread(self) -> None:
+        if self._busy == threading.get_ident():
+            self._busy, self._contended = None, False
+
     def _refuse(self, context: steps.StepContext | None, reason: Reason) -> None:
         for lookup in self.lookups.values():
             if lookup.parking is not None:
@@ -219,11 +222,39 @@ class TemporalTable:
         if context is not None:
             context.miss(CONSUMER, reason, self.num_served)
 
+    def prepare_call(self, context: steps.StepContext, inputs: Mapping[str, Any]) -> bool:
+        """Build what a call will look up, before it comes.
+
+        Args:
+            context: of the call (``steps.ahead``).
+            inputs: its arguments by name: conditions are the very tensors that it will have, sample and timestep have
+                its shapes and dtypes.
+
+        Returns:
+            False if that call will be computed; it counts why.
+        """
+        try:
+            self._enter()
+            self._find(context, self._call((), dict(inputs)))
+        except _Refused:
+            return False
+        finally:
+            self._leave_thread()
+        return True
+
     def _serve(
         self, context: steps.StepContext, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[int, Counter[Reason]]:
         """Set every layer's mode for this call; returns how many look up, and why others do not."""
         call = self._call(args, kwargs)
+        blocked, place, schedule, request = self._find(context, call)
+        self._index.write(place, call.batch, 0 if request is None else request.first, call.device)
+        return self._turn_on(schedule, request, blocked)
+
+    def _find(
+        self, context: steps.StepContext, call: Call
+    ) -> tuple[dict[str, Reason], int | torch.Tensor, Schedule, Request | None]:
+        """Layers that must run live, the place of a call's timestep, and its tables, built if need be."""
         bring_weights(self.model, call.device)
         given = call.arguments.get(self._timestep)
         self._check(context, given)
@@ -233,9 +264,7 @@ class TemporalTable:
         if isinstance(place, Reason):
             raise _Refused(place)
         schedule = self._schedule(context, call, progress)
-        request = self._request(context, call, progress, place, schedule)
-        self._index.write(place, call.batch, 0 if request is None else request.first, call.device)
-        return self._turn_on(schedule, request, blocked)
+        return blocked, place, schedule, self._request(context, call, progress, place, schedule)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}

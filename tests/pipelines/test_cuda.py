@@ -1,0 +1,121 @@
+"""On a GPU: CUDA graphs of denoiser calls beside the calls themselves, and what a replayed step does not do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import diffuse_compress as dc
+from diffuse_compress.pipelines.graphs import CONSUMER, WARMING_UP, graphed_calls_of
+from diffuse_compress.temporal.lookup import CONSUMER as TABLE
+from pipelines.cases import FILES, denoiser, sample, stock, with_mixin
+from tolerance import KERNEL, assert_close
+
+pytestmark = pytest.mark.gpu
+
+STEPS = 6
+ON = {"cuda_graph": True, "steps": STEPS}
+NAMES = [name for name in FILES if not name.endswith("img2img")]
+
+
+def counted(pipe: Any, method: str = CONSUMER) -> tuple[int, dict[str, int]]:
+    """Calls that were replayed, and why others were not."""
+    found = next(iter(pipe.compression_stats().components.values())).method(method)
+    return found.hits, {reason.what: count for reason, count in found.misses.items()}
+
+
+def built(name: str, preset: str | None, dtype: torch.dtype = torch.bfloat16) -> Any:
+    pipe = stock(name, dtype=dtype).to("cuda")
+    if preset is not None:
+        pipe.compress(preset, dc.TFMQConfig(num_inference_steps=STEPS), measure=False)
+    return with_mixin(pipe)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Kernels are the same, on inputs of other addresses and on another stream."""
+    assert_close(found.float(), expected.float(), KERNEL[torch.bfloat16] * 10)
+
+
+@pytest.mark.parametrize("preset", [None, "w8a8", "w4a8", "w4a16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_replays_are_the_calls(name: str, preset: str | None) -> None:
+    ours = built(name, preset)
+    expected = [sample(ours, steps=STEPS, seed=seed) for seed in range(2)]
+    calls = STEPS * (2 if name in ("flux", "wan") else 1)
+    close(sample(ours, **ON), expected[0])
+    assert counted(ours) == (calls - 3, {WARMING_UP.what: 3})
+    for seed in (1, 0, 1):
+        close(sample(ours, **ON, seed=seed), expected[seed])
+        assert counted(ours) == (calls, {})
+        if preset is not None:
+            assert counted(ours, TABLE)[1] == {}
+    assert graphed_calls_of(denoiser(ours)).num_graphs == 1
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("name", ["flux", "wan", "pixart_alpha", "stable_diffusion_xl"])
+def test_a_replayed_call_does_not_wait_for_the_device(name: str) -> None:
+    ours = built(name, "w8a8")
+    sample(ours, **ON)
+    sample(ours, **ON)
+    model = denoiser(ours)
+    replayed = []
+
+    def strict(*_: Any) -> None:
+        replayed.append(1)
+        torch.cuda.set_sync_debug_mode("error")
+
+    def lax(*_: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    hooks = [model.register_forward_pre_hook(strict, prepend=True), model.register_forward_hook(lax, always_call=True)]
+    try:
+        sample(ours, **ON)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        for hook in hooks:
+            hook.remove()
+    assert counted(ours) == (len(replayed), {})
+
+
+def test_shapes_prompts_and_numbers_of_steps() -> None:
+    ours = built("pixart_alpha", "w8a8")
+    calls: list[dict[str, Any]] = [{}, {"side": 48}, {"prompt": "a blue dog"}, {"steps": 9}, {"side": 48, "seed": 2}]
+    expected = [sample(ours, **{"steps": STEPS, **call}) for call in calls]
+    for turn in range(2):
+        for call, reference in zip(calls, expected, strict=True):
+            close(sample(ours, **{**ON, **call}), reference)
+            assert turn == 0 or counted(ours)[1] == {}
+    assert graphed_calls_of(ours.transformer).num_graphs == 2
+
+
+def test_a_call_that_waits_for_the_device_cannot_be_recorded() -> None:
+    ours = built("pixart_alpha", None)
+    stock_forward = type(ours.transformer.proj_out).forward
+
+    def waiting(x: torch.Tensor) -> torch.Tensor:
+        assert bool((x == x).all())  # a sync
+        return stock_forward(ours.transformer.proj_out, x)
+
+    ours.transformer.proj_out.forward = waiting
+    expected = sample(ours, steps=STEPS)
+    with pytest.warns(dc.DiffuseCompressWarning, match="could not be recorded"):
+        close(sample(ours, **ON), expected)
+    # The device is none the worse for it, and another model's calls can be recorded.
+    other = built("flux", "w8a8")
+    sample(other, **ON)
+    assert counted(other)[0] == 2 * STEPS - 3
+
+
+@pytest.mark.parametrize("mode", ["model", "sequential", "group"])
+def test_offloaded_models_are_computed(mode: str) -> None:
+    ours = with_mixin(stock("pixart_alpha", dtype=torch.bfloat16))
+    if mode == "group":
+        ours.enable_group_offload(torch.device("cuda"), offload_type="leaf_level")
+    else:
+        getattr(ours, f"enable_{mode}_cpu_offload")()
+    expected = sample(ours, steps=STEPS)
+    with pytest.warns(dc.DiffuseCompressWarning, match="a hook must run inside"):
+        assert torch.equal(sample(ours, **ON), expected)
