@@ -59,7 +59,7 @@ def test_loads_and_equals_stock(name: str, tmp_path: Path, modules: None) -> Non
     ours = load(tmp_path, name)
     assert isinstance(ours, CompressedPipelineMixin)
     assert stock_class_of(ours) is type(plain)
-    assert torch.equal(sample(ours), sample(plain))
+    assert torch.equal(sample(ours, steps=2), sample(plain, steps=2))
 
 
 @pytest.mark.parametrize("name", ["pixart_alpha", "flux"])
@@ -112,24 +112,24 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "guided"),
-    [*((name, True) for name in FILES), *((name, False) for name in ("pixart_alpha", "flux", "dit"))],
+    [*((name, True) for name in FILES), ("flux", False)],
 )
 def test_tables_are_built_once_and_before_the_loop(name: str, guided: bool, log: list[str]) -> None:
     pipe = stock(name)
-    expected = sample(pipe, guided=guided)
+    expected = sample(pipe, guided=guided, steps=2)
     model = denoiser(pipe)
     model.register_forward_pre_hook(lambda *_: log.append("call"))
     ours = with_mixin(pipe)
     attach_table(model, EXACT)
-    assert torch.equal(sample(pipe, guided=guided), expected)
+    assert torch.equal(sample(pipe, guided=guided, steps=2), expected)
     builds, calls = log.count("build"), log.count("call")
     assert log.index("call") < log.index("build"), "stock: in the first step"
     table_of(model).clear()
     log.clear()
-    assert torch.equal(sample(ours, guided=guided), expected)
+    assert torch.equal(sample(ours, guided=guided, steps=2), expected)
     assert log == ["build"] * builds + ["call"] * calls
     log.clear()
-    assert torch.equal(sample(ours, guided=guided), expected)
+    assert torch.equal(sample(ours, guided=guided, steps=2), expected)
     # Rows of the timestep alone are there already, those of the request are its own.
     assert log == ["build"] * (builds - 1) + ["call"] * calls
     assert dc.compression_stats(ours, strict=True)
@@ -177,8 +177,9 @@ def test_the_loop_tells_what_nothing_else_does(places: list[tuple[int | None, An
     assert places == [(row, None) for row in range(STEPS) for _ in range(2)]
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion_img2img", "stable_diffusion_xl_img2img"])
-@pytest.mark.parametrize("order", [1, 2], ids=["ddim", "heun"])
+@pytest.mark.parametrize(
+    ("name", "order"), [("stable_diffusion_img2img", 1), ("stable_diffusion_xl_img2img", 2)], ids=["ddim", "heun"]
+)
 def test_places_in_img2img(name: str, order: int, places: list[tuple[int | None, Any]]) -> None:
     pipe = stock(name)
     if order == 2:

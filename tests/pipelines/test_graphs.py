@@ -19,7 +19,7 @@ from diffuse_compress.temporal.table import attach_table
 from pipelines.cases import denoiser, sample, stock, with_mixin
 from pipelines.rerun import Rerun
 
-STEPS = 5
+STEPS = 4
 ON = {"cuda_graph": True, "steps": STEPS}
 
 
@@ -41,7 +41,7 @@ def counted(pipe: Any, method: str = CONSUMER) -> tuple[int, dict[str, int]]:
     return found.hits, {reason.what: count for reason, count in found.misses.items()}
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion_xl", "pixart_alpha", "flux", "wan", "dit"])
+@pytest.mark.parametrize("name", ["stable_diffusion_xl", "flux", "dit"])
 def test_replays_have_the_bits_of_calls(name: str, recorders: list[Rerun]) -> None:
     ours = with_mixin(stock(name))
     model = denoiser(ours)
