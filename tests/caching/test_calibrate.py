@@ -13,12 +13,15 @@ from diffusers import DiffusionPipeline
 import tiny
 from diffuse_compress.caching.calibrate import calibrate_cache
 from diffuse_compress.caching.forecast import fit_forecast, unit_forecast, with_forecast
-from diffuse_compress.caching.recording import Trajectory
+from diffuse_compress.caching.recording import Trajectory, profile_units
 from diffuse_compress.caching.runtime import apply_cache, cache_of, remove_cache
 from diffuse_compress.caching.schedule import Guidance, Schedule
 from diffuse_compress.caching.search import cheapest_within, reuse_errors, schedule_error
 from diffuse_compress.caching.units import Site, Unit, units_of
+from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError
+from diffuse_compress.evaluation.macs import count_macs
+from diffuse_compress.quantization.layers import QuantizedLinear
 from diffuse_compress.runtime.steps import tracker_of
 
 EMOJI = Path(__file__).parents[2] / "examples" / "reference_models" / "emoji_pixart"
@@ -125,6 +128,22 @@ def test_a_forecast_of_a_line_is_exact():
         with_forecast(schedule, sites, recorded, history=1)
     with pytest.raises(ConfigError, match="the trajectories 5"):
         with_forecast(schedule, sites, trajectories(1, 5, 3))
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w4a8", "w8a16", "w4a16", "fp8"])
+@pytest.mark.parametrize(("name", "granularity"), [("pixart", "branch"), ("unet_sd1", "block")])
+def test_units_of_a_packed_model_count_the_flops_of_the_dense_one(name, granularity, preset):
+    model = tiny.build(name)
+    call, units = Call((), tiny.inputs_for(model)), units_of(model, granularity)
+    dense = profile_units(model, units, call, repeats=1).flops
+    macs = count_macs(model, lambda: call.run(model))
+    inside = sum(count for layer, count in macs.items() if any(layer.startswith(f"{u.block}.") for u in units))
+    model.compress(preset, measure=False)
+    assert any(isinstance(layer, QuantizedLinear) for layer in model.modules())
+    packed = profile_units(model, units, call, repeats=1).flops
+    assert packed.tolist() == dense.tolist()
+    # Attention products are counted on the CPU, too.
+    assert float(dense.sum()) > 2 * inside > 0
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from diffuse_compress.caching.observing import observed
 from diffuse_compress.caching.schedule import Guidance, noise_levels
@@ -29,6 +29,14 @@ __all__ = ["LoopClock", "Profile", "Recorder", "Trajectory", "profile_units"]
 
 DEFAULT_ELEMENTS = 1024
 _REPEATS = 5
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# torch counts attention on GPUs only.
+_ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 @dataclass(frozen=True)
@@ -239,14 +247,14 @@ class _Timer:
 
 
 class _Counter:
-    """An observer that counts floating point operations."""
+    """An observer that counts floating point operations, of packed layers those of the dense ones."""
 
     def __init__(self, count: int) -> None:
         self.flops = [0] * count
 
     def unit(self, index: int, streams: Streams, compute: Callable[[], Streams]) -> Streams:
         """Computes under a counter."""
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:
             deltas = compute()
         self.flops[index] += counter.get_total_flops()
         return deltas
