@@ -133,17 +133,7 @@ def calibrate_cache(
     recorders = rehearsal.recorders
     full = {name: rehearsal.full_schedule(name) for name in recorders}
     candidates = list(_candidates(full, recorders, rehearsal.models, target_speedup, history, longest_reuse))
-    runs = rehearsal.runs_to_check
-    candidates = candidates[: _num_checked(runs)]
-    checked = []
-    with rehearsal.timed() as clock:
-        for candidate in progress(candidates, "Checking schedules", pipe, callback, {}):
-            error, seconds = rehearsal.checked(candidate.schedules, given[0], clock)
-            checked.append(replace(candidate, error=error, seconds=seconds))
-        best = min(checked, key=lambda candidate: candidate.error or 0.0)
-        measured = rehearsal.measured_speedup(
-            best.schedules, given[0], clock, seconds=best.seconds, runs=runs - len(checked)
-        )
+    checked, best, measured = _checked(rehearsal, candidates, given[0], callback)
     return CacheCalibration(
         best.schedules,
         loop_speedup(*rehearsal.loop_ms(best.schedules)),
@@ -152,6 +142,23 @@ def calibrate_cache(
         tuple(checked),
         rehearsal.forwards,
     )
+
+
+def _checked(
+    rehearsal: Rehearsal, candidates: Sequence[Candidate], arguments: Mapping[str, Any], callback: Callback | None
+) -> tuple[list[Candidate], Candidate, float]:
+    """(candidates that there was time to run, the best of them, its speed-up as measured)."""
+    checked: list[Candidate] = []
+    candidates = candidates[: _num_checked(rehearsal.runs_to_check)]
+    with rehearsal.timed() as clock:
+        for candidate in progress(candidates, "Checking schedules", rehearsal.pipe, callback, {}):
+            error, seconds = rehearsal.checked(candidate.schedules, arguments, clock)
+            checked.append(replace(candidate, error=error, seconds=seconds))
+        best = min(checked, key=lambda candidate: candidate.error or 0.0)
+        measured = rehearsal.measured_speedup(
+            best.schedules, arguments, clock, seconds=best.seconds, spent=len(checked)
+        )
+    return checked, best, measured
 
 
 def _num_checked(runs: int) -> int:

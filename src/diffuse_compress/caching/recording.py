@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,6 +51,17 @@ class Trajectory:
 
     deltas: torch.Tensor
     power: torch.Tensor
+
+    @cached_property
+    def products(self) -> torch.Tensor:
+        """Float64 [T, T, K]: inner products of what a unit added in two steps; 0 with a step that was not seen."""
+        deltas = self.deltas.double().nan_to_num(0.0).transpose(0, 1)
+        return torch.bmm(deltas, deltas.mT).permute(1, 2, 0).contiguous()
+
+    @cached_property
+    def seen(self) -> torch.Tensor:
+        """Bool [T, K]: the unit was computed in that step."""
+        return ~self.power.isnan()
 
 
 class Recorder:
@@ -133,7 +145,7 @@ class Recorder:
     @property
     def seen(self) -> torch.Tensor:
         """Bool [T]: steps in which this model runs (of two experts, each in some)."""
-        return torch.stack([~t.power.isnan().all(dim=1) for t in self.trajectories]).any(dim=0)
+        return torch.stack([t.seen.any(dim=1) for t in self.trajectories]).any(dim=0)
 
     def _trajectory(self, key: Any) -> Trajectory:
         self._keys.add(key)

@@ -187,7 +187,7 @@ class Rehearsal:
         clock: LoopClock,
         *,
         seconds: float,
-        runs: int,
+        spent: int,
     ) -> float:
         """Median time of the denoisers' part of runs without a cache over that of runs with these schedules.
 
@@ -198,11 +198,11 @@ class Rehearsal:
             schedules: by component.
             arguments: of the first recorded item.
             clock: of :meth:`timed`.
-            seconds: of the latest run with these schedules; the only one if there is no second run.
-            runs: to time, beginning with one without a cache, which is run in any case.
+            seconds: of an earlier run with these schedules, the only one if no other fits into ``MAX_CHECKS``.
+            spent: runs so far. One without a cache, which comes first, is run in any case.
         """
         without, cached = [self._timed_run(arguments, clock)[1]], []
-        for number in range(1, min(runs, _MOST_TIMED)):
+        for number in range(1, min(self.runs_to_check - spent, _MOST_TIMED)):
             if number % 2:
                 cached.append(self.checked(schedules, arguments, clock)[1])
             else:
