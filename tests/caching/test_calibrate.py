@@ -82,10 +82,10 @@ def test_steps_that_were_not_seen_are_never_reused():
     assert bool(errors[0, 1].isfinite().all())
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_search_finds_what_trying_all_masks_finds(seed):
+@pytest.mark.parametrize("drawn", range(3))
+def test_the_search_finds_what_trying_all_masks_finds(drawn):
     steps, units = 5, 2
-    errors = reuse_errors(trajectories(2, steps, units, seed))
+    errors = reuse_errors(trajectories(2, steps, units, drawn))
     weights, cost = torch.rand(steps).double() + 0.1, torch.tensor([1.0, 3.0])
     masks = []
     for bits in itertools.product((0, 1), repeat=(steps - 1) * units):
