@@ -26,7 +26,7 @@ from diffuse_compress.families.base import Streams
 from diffuse_compress.runtime.run import Run
 from diffuse_compress.runtime.steps import StepContext, current, outside_loops
 
-__all__ = ["LoopClock", "Profile", "Recorder", "Trajectory", "profile_units"]
+__all__ = ["ATTENTION_ON_CPU", "LoopClock", "Profile", "Recorder", "Trajectory", "profile_units"]
 
 DEFAULT_ELEMENTS = 1024
 _REPEATS = 5
@@ -36,8 +36,8 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     return sdpa_flop_count(query, key, value)
 
 
-# torch counts attention on GPUs only.
-_ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+"""``custom_mapping`` of torch's ``FlopCounterMode``, which counts attention on GPUs only."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ class _Counter:
 
     def unit(self, index: int, streams: Streams, compute: Callable[[], Streams]) -> Streams:
         """Computes under a counter."""
-        with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
             deltas = compute()
         self.flops[index] += counter.get_total_flops()
         return deltas
