@@ -621,8 +621,8 @@ def test_the_pipeline_stays_as_it_is(fails):
             trained_on(pipe, config, callback=callback)
     else:
         trained_on(pipe, config, callback=callback)
-        # Prompt and negative prompt, where items were recorded and in two runs at the end; all once for training.
-        assert len(asked) == 2 * len(PROMPTS) + (len(PROMPTS) + 1) + 2 * 2
+        # Prompt and negative prompt, where items were recorded and in seven runs at the end; all once for training.
+        assert len(asked) == 2 * len(PROMPTS) + (len(PROMPTS) + 1) + 2 * 7
     handle.remove()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == flags

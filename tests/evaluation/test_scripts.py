@@ -179,6 +179,48 @@ def test_ecosystem_cost_rehearses_without_a_gpu(tmp_path: Path, capsys: pytest.C
     assert "bitsandbytes" in found["error"]
 
 
+def test_feature_cache_cost_rehearses_without_a_gpu(tmp_path: Path) -> None:
+    script, out = load_script("feature_cache_cost"), tmp_path / "bench" / "lines.jsonl"
+    options = ["--tiny", "--device", "cpu", "--steps", "5", "--repeats", "1", "--out", str(out)]
+    assert script.main([*options, "--parts", "flux", "pixart-w8a8", "--modes", "eager"]) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert not [line for line in lines if "error" in line]
+    for scheme in ("bf16", "w8a8"):
+        step, *loops = (line for line in lines if line["scheme"] == scheme)
+        assert step["what"] == "step"
+        assert 0 < step["reused_ms"] < step["full_ms"]
+        assert [line["schedule"] for line in loops] == ["whole steps", "middle blocks", "scattered"]
+        assert all(0.2 < line["reused_share"] <= 0.56 for line in loops)
+        assert all(line["real"] > 0 and line["kept_bytes"] > 0 for line in loops)
+    assert script.main([*options, "--minutes", "0"]) == 0
+    assert len(out.read_text().splitlines()) == len(lines)
+
+
+@pytest.mark.slow  # draws a model's pictures with every method
+def test_feature_cache_peers_leave_out_as_much_as_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    model = EVAL.parent / "examples" / "reference_models" / "emoji_dit"
+    options = ["--prompts", "3", "--seeds", "0", "--steps", "10", "--speedups", "1.4", "--methods", "ours", "diffusers"]
+    assert load_script("feature_cache_peers").main(["--model", str(model), *options]) == 0
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    left_out = {row[0].strip(): int(row[2].strip(" %")) for row in rows}
+    assert rows[0][3].strip() == "equal"
+    assert left_out["all 10 steps"] == 0
+    assert 29 <= left_out["calibrated, for 1.4x"] <= left_out["whole steps (FORA)"]
+    for name in ("First-block cache", "TaylorSeer", "MagCache", "PAB"):
+        assert any(arm.startswith(name) and share > 0 for arm, share in left_out.items()), name
+
+
+@pytest.mark.slow  # records, estimates lambda twice and trains, with and without the gradients of weights
+def test_feature_cache_cost_rehearses_calibration_and_training(tmp_path: Path) -> None:
+    script, out = load_script("feature_cache_cost"), tmp_path / "lines.jsonl"
+    options = ["--tiny", "--device", "cpu", "--parts", "calibrate", "training", "--dtypes", "float32"]
+    assert script.main([*options, "--out", str(out)]) == 0
+    calibrated, frozen, unfrozen = (json.loads(line) for line in out.read_text().splitlines())
+    assert calibrated["checking_forwards"] <= 100
+    assert [frozen["frozen"], unfrozen["frozen"]] == [True, False]
+    assert frozen["seconds_per_1000_steps"] > 0
+
+
 @pytest.mark.parametrize(("model", "sequence"), [("llama_8b", "awq,gptq"), ("flux1_dev", "quarot,smoothquant")])
 def test_calibration_cost_rehearses_without_a_gpu(
     model: str, sequence: str, capsys: pytest.CaptureFixture[str]

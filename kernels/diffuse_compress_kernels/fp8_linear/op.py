@@ -15,7 +15,7 @@ import torch
 
 from diffuse_compress_kernels import triton_kernels
 from diffuse_compress_kernels.int8_linear.op import is_plain, is_traced_for_cuda
-from diffuse_compress_kernels.registration import operator
+from diffuse_compress_kernels.registration import linear_flops, operator
 
 __all__ = ["fp8_linear", "fp8_linear_codes", "has_fp8_matmul", "quantize_rows_fp8"]
 
@@ -63,7 +63,7 @@ def _fp8_linear_fake(
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-_fp8_linear = operator("fp8_linear", _fp8_linear_now, _fp8_linear_fake)
+_fp8_linear = operator("fp8_linear", _fp8_linear_now, _fp8_linear_fake, flops=linear_flops)
 
 
 def fp8_linear(

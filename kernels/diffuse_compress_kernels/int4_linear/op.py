@@ -13,7 +13,7 @@ import torch
 from diffuse_compress_kernels import triton_kernels
 from diffuse_compress_kernels.int4_linear import fallback
 from diffuse_compress_kernels.int8_linear.op import contiguous_rows, is_plain, quantize_rows
-from diffuse_compress_kernels.registration import operator
+from diffuse_compress_kernels.registration import linear_flops, operator
 
 __all__ = ["has_fast_int4", "w4a8_linear", "w4a8_linear_codes", "w4a16_linear"]
 
@@ -79,7 +79,7 @@ def _w4a8_linear_codes_fake(
     return codes.new_empty((codes.shape[0], packed.shape[0]), dtype=dtype)
 
 
-_w4a8_linear_codes = operator("w4a8_linear_codes", _w4a8_linear_codes_now, _w4a8_linear_codes_fake)
+_w4a8_linear_codes = operator("w4a8_linear_codes", _w4a8_linear_codes_now, _w4a8_linear_codes_fake, flops=linear_flops)
 
 
 def w4a8_linear_codes(
@@ -191,7 +191,7 @@ def _w4a16_linear_fake(
     return x.new_empty(x.shape[0], packed.shape[0])
 
 
-_w4a16_linear = operator("w4a16_linear", _w4a16_linear_now, _w4a16_linear_fake)
+_w4a16_linear = operator("w4a16_linear", _w4a16_linear_now, _w4a16_linear_fake, flops=linear_flops)
 
 
 def w4a16_linear(

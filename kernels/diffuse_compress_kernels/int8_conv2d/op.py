@@ -13,7 +13,9 @@ NVIDIA GPUs with triton gather nothing: there ``cuda.py`` runs the same sums as 
 
 from __future__ import annotations
 
-from typing import cast
+import math
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 
@@ -75,7 +77,11 @@ def _int8_conv2d_fake(
     return y.contiguous(memory_format=_layout(x))
 
 
-_int8_conv2d = operator("int8_conv2d", _int8_conv2d_now, _int8_conv2d_fake)
+def _int8_conv2d_flops(_: Sequence[int], weight: Sequence[int], *__: Any, out_shape: Sequence[int], **___: Any) -> int:
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
+_int8_conv2d = operator("int8_conv2d", _int8_conv2d_now, _int8_conv2d_fake, flops=_int8_conv2d_flops)
 
 
 def _layout(x: torch.Tensor) -> torch.memory_format:

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 
 from diffuse_compress_kernels.int8_linear import cpu, cuda
-from diffuse_compress_kernels.registration import operator
+from diffuse_compress_kernels.registration import count_no_flops, linear_flops, operator
 
 __all__ = ["int8_linear", "int8_linear_codes", "int_matmul", "is_plain", "is_traced_for_cuda", "quantize_rows"]
 
@@ -58,7 +58,7 @@ def _int_matmul_fake(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.new_empty(a.shape[0], b.shape[0], dtype=torch.int32)
 
 
-_int_matmul = operator("int_matmul", _int_matmul_now, _int_matmul_fake)
+_int_matmul = operator("int_matmul", _int_matmul_now, _int_matmul_fake, flops=linear_flops)
 
 
 def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ def _quantize_rows_fake(
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((rows, 1), dtype=torch.float32)
 
 
-_quantize_rows = operator("quantize_rows", _quantize_rows_now, _quantize_rows_fake)
+_quantize_rows = operator("quantize_rows", _quantize_rows_now, _quantize_rows_fake, flops=count_no_flops)
 
 
 def quantize_rows(
@@ -168,7 +168,7 @@ def _int8_linear_fake(
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-_int8_linear = operator("int8_linear", _int8_linear_now, _int8_linear_fake)
+_int8_linear = operator("int8_linear", _int8_linear_now, _int8_linear_fake, flops=linear_flops)
 
 
 def int8_linear(
@@ -245,7 +245,7 @@ def _int8_linear_codes_fake(
     return codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype)
 
 
-_int8_linear_codes = operator("int8_linear_codes", _int8_linear_codes_now, _int8_linear_codes_fake)
+_int8_linear_codes = operator("int8_linear_codes", _int8_linear_codes_now, _int8_linear_codes_fake, flops=linear_flops)
 
 
 def int8_linear_codes(

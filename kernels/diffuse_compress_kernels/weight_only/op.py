@@ -14,7 +14,7 @@ import torch
 
 from diffuse_compress_kernels import triton_kernels
 from diffuse_compress_kernels.int8_linear.op import contiguous_rows, is_plain
-from diffuse_compress_kernels.registration import operator
+from diffuse_compress_kernels.registration import linear_flops, operator
 
 __all__ = ["can_expand", "expand_weight", "w8a16_linear"]
 
@@ -93,7 +93,7 @@ def _fake(
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-_w8a16_linear = operator("w8a16_linear", _run, _fake)
+_w8a16_linear = operator("w8a16_linear", _run, _fake, flops=linear_flops)
 
 
 def w8a16_linear(

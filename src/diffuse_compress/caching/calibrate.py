@@ -32,8 +32,6 @@ from diffuse_compress.progress import track as progress
 
 __all__ = ["CacheCalibration", "Candidate", "calibrate_cache"]
 
-MAX_CHECKS = 100
-"""Forwards spent on checking schedules."""
 # How much more an error in the first step counts than one in the last.
 _SLOPES = {"even": 0.0, "early steps count more": 1.5}
 _INTERVAL = "whole steps"
@@ -63,10 +61,13 @@ class CacheCalibration:
     Attributes:
         schedules: by component.
         predicted_speedup: of the denoisers' part of the loop, from the profile.
-        measured_speedup: of the same, from the two runs that were compared.
+        measured_speedup: of the same, wall time from the first call of a denoiser in the loop to the end of the loop:
+            runs without a cache over runs with the schedules taken, of the first prompt. They take turns on a warm
+            model, as many as fit into ``MAX_CHECKS`` forwards; one of each if no more do.
         error: relative RMS distance of the output from that without a cache.
         candidates: all that were run.
-        forwards: of the denoisers, spent on checking.
+        forwards: of the denoisers, spent on checking, runs without a cache included: at most ``MAX_CHECKS`` if two
+            runs have no more.
     """
 
     schedules: Mapping[str, Schedule]
@@ -132,23 +133,37 @@ def calibrate_cache(
     recorders = rehearsal.recorders
     full = {name: rehearsal.full_schedule(name) for name in recorders}
     candidates = list(_candidates(full, recorders, rehearsal.models, target_speedup, history, longest_reuse))
-    candidates = candidates[: max(1, MAX_CHECKS // max(1, sum(r.calls for r in recorders.values()) // len(given)))]
-    checked = []
-    with rehearsal.timed() as clock:
-        rehearsal.run(given[0], 0)
-        uncached = clock.stop()
-        for candidate in progress(candidates, "Checking schedules", pipe, callback, {}):
-            error, seconds = rehearsal.checked(candidate.schedules, given[0], clock)
-            checked.append(replace(candidate, error=error, seconds=seconds))
-    best = min(checked, key=lambda candidate: candidate.error or 0.0)
+    checked, best, measured = _checked(rehearsal, candidates, given[0], callback)
     return CacheCalibration(
         best.schedules,
         loop_speedup(*rehearsal.loop_ms(best.schedules)),
-        uncached / max(best.seconds, 1e-9),
+        measured,
         best.error or 0.0,
         tuple(checked),
         rehearsal.forwards,
     )
+
+
+def _checked(
+    rehearsal: Rehearsal, candidates: Sequence[Candidate], arguments: Mapping[str, Any], callback: Callback | None
+) -> tuple[list[Candidate], Candidate, float]:
+    """(candidates that there was time to run, the best of them, its speed-up as measured)."""
+    checked: list[Candidate] = []
+    candidates = candidates[: _num_checked(rehearsal.runs_to_check)]
+    with rehearsal.timed() as clock:
+        for candidate in progress(candidates, "Checking schedules", rehearsal.pipe, callback, {}):
+            error, seconds = rehearsal.checked(candidate.schedules, arguments, clock)
+            checked.append(replace(candidate, error=error, seconds=seconds))
+        best = min(checked, key=lambda candidate: candidate.error or 0.0)
+        measured = rehearsal.measured_speedup(
+            best.schedules, arguments, clock, seconds=best.seconds, spent=len(checked)
+        )
+    return checked, best, measured
+
+
+def _num_checked(runs: int) -> int:
+    """Candidates for which there is time: a run without a cache must fit in, and one more with the best if it may."""
+    return max(1, runs - 1 if runs <= 3 else runs - 2)
 
 
 def _check(target_speedup: float, num_trajectories: int) -> None:

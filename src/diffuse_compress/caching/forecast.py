@@ -9,6 +9,7 @@ whose sum is all that is kept of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -38,18 +39,20 @@ def with_forecast(
     if steps != schedule.num_steps:
         raise ConfigError(f"cache forecast: the schedule has {schedule.num_steps} steps, the trajectories {steps}.")
     program = compile_schedule(schedule.with_mask(schedule.mask), sites)
-    coefficients = torch.zeros(schedule.num_steps, len(schedule.units), history)
-    coefficients[:, :, 0] = 1.0
     mask = schedule.mask.bool()
+    fits: list[_Fit] = []
     for step, plan in enumerate(program.steps):
         for segment in plan.segments:
-            units = range(segment.first, segment.last + 1)
-            origins = {unit: mask[:step, unit].nonzero().flatten().flip(0)[:history].tolist() for unit in units}
+            alike: dict[tuple[int, ...], list[int]] = {}
+            for unit in range(segment.first, segment.last + 1):
+                origins = mask[:step, unit].nonzero().flatten().flip(0)[:history]
+                alike.setdefault(tuple(origins.tolist()), []).append(unit)
             # Units that were computed in different steps are forecast apart.
-            for alike in {tuple(found) for found in origins.values()}:
-                members = [unit for unit in units if tuple(origins[unit]) == alike]
-                fitted = fit_forecast(trajectories, members, list(alike), step)
-                coefficients[step, members] = torch.nn.functional.pad(fitted, (0, history - len(alike)))
+            fits += [_Fit(step, members, origins) for origins, members in alike.items()]
+    coefficients = torch.zeros(schedule.num_steps, len(schedule.units), history)
+    coefficients[:, :, 0] = 1.0
+    for fit, weights in zip(fits, _fitted(trajectories, fits, history), strict=True):
+        coefficients[fit.step, list(fit.units)] = weights
     return schedule.with_mask(schedule.mask, coefficients)
 
 
@@ -62,12 +65,12 @@ def unit_forecast(trajectories: Sequence[Trajectory], unit: int, column: Sequenc
         column: of T steps those that compute it, the first among them.
         history: computations before the step that are summed up.
     """
+    origins = [[then for then in range(step - 1, -1, -1) if column[then]][:history] for step in range(len(column))]
+    fits = [_Fit(step, [unit], found) for step, found in enumerate(origins) if len(found) == history]
     weights = torch.zeros(len(column), history)
     weights[:, 0] = 1.0
-    for step in range(1, len(column)):
-        origins = [then for then in range(step - 1, -1, -1) if column[then]][:history]
-        if len(origins) == history:
-            weights[step] = fit_forecast(trajectories, [unit], origins, step)
+    if fits:
+        weights[[fit.step for fit in fits]] = _fitted(trajectories, fits, history)
     return weights
 
 
@@ -75,23 +78,48 @@ def fit_forecast(
     trajectories: Sequence[Trajectory], units: Sequence[int], origins: Sequence[int], step: int
 ) -> torch.Tensor:
     """Weights [len(origins)] float32 of the changes in ``origins``, the latest first, that fit those in ``step``."""
-    gram = torch.zeros(len(origins), len(origins), dtype=torch.float64)
-    target = torch.zeros(len(origins), dtype=torch.float64)
+    return _fitted(trajectories, [_Fit(step, units, origins)], len(origins))[0]
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Units that ``step`` forecasts with the same weights, from what they added in ``origins``, the latest first."""
+
+    step: int
+    units: Sequence[int]
+    origins: Sequence[int]
+
+
+def _fitted(trajectories: Sequence[Trajectory], fits: Sequence[_Fit], history: int) -> torch.Tensor:
+    """Weights [len(fits), history] float32, all fits at once; 0 beyond the origins that a fit has."""
+    if not fits:
+        return torch.zeros(0, history)
+    # One row for each unit of each fit, summed up over the fit in the end.
+    group = torch.tensor([index for index, fit in enumerate(fits) for _ in fit.units])
+    unit = torch.tensor([unit for fit in fits for unit in fit.units])
+    step = torch.tensor([fit.step for fit in fits])[group]
+    padded = [[*fit.origins, *[0] * (history - len(fit.origins))] for fit in fits]
+    there = torch.tensor([[place < len(fit.origins) for place in range(history)] for fit in fits])
+    origins = torch.tensor(padded)[group]
+    gram = torch.zeros(len(fits), history, history, dtype=torch.float64)
+    target = torch.zeros(len(fits), history, dtype=torch.float64)
     for trajectory in trajectories:
-        past = trajectory.deltas[list(origins)][:, list(units)].double()
-        now = trajectory.deltas[step, list(units)].double()
-        if bool(past.isnan().any()) or bool(now.isnan().any()):
-            continue
         # Streams of unlike power count alike.
-        scale = trajectory.power[step, list(units)].double().clamp_min(1e-12).rsqrt()[:, None]
-        rows, aim = (past * scale).flatten(1), (now * scale).flatten()
-        gram += rows @ rows.T
-        target += rows @ aim
-    copying = torch.zeros(len(origins), dtype=torch.float64)
+        scale = trajectory.power.double().clamp_min(1e-12)[step, unit].reciprocal().nan_to_num(0.0)
+        seen = trajectory.seen[origins, unit[:, None]] | ~there[group]
+        scale = torch.where(seen.all(dim=1), scale, 0.0)
+        products = trajectory.products
+        past = products[origins[:, :, None], origins[:, None, :], unit[:, None, None]]
+        gram.index_add_(0, group, past * scale[:, None, None])
+        target.index_add_(0, group, products[origins, step[:, None], unit[:, None]] * scale[:, None])
+    gram *= there[:, :, None] & there[:, None, :]
+    target *= there
+    copying = torch.zeros(history, dtype=torch.float64)
     copying[0] = 1.0
-    ridge = _RIDGE * float(gram[0, 0])
-    if ridge == 0.0:
-        return copying.float()
+    ridge = _RIDGE * gram[:, 0, 0]
+    known = ridge > 0.0
+    ridge = torch.where(known, ridge, 1.0)
     # min |now - past c|^2 + ridge |c - copying|^2
-    system = gram + ridge * torch.eye(len(origins), dtype=torch.float64)
-    return torch.linalg.solve(system, target + ridge * copying).float()
+    system = gram + ridge[:, None, None] * torch.eye(history, dtype=torch.float64)
+    weights = torch.linalg.solve(system, target + ridge[:, None] * copying)
+    return torch.where(known[:, None], weights, copying).float()

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from diffuse_compress.caching.observing import observed
 from diffuse_compress.caching.schedule import Guidance, noise_levels
@@ -25,10 +26,18 @@ from diffuse_compress.families.base import Streams
 from diffuse_compress.runtime.run import Run
 from diffuse_compress.runtime.steps import StepContext, current, outside_loops
 
-__all__ = ["LoopClock", "Profile", "Recorder", "Trajectory", "profile_units"]
+__all__ = ["ATTENTION_ON_CPU", "LoopClock", "Profile", "Recorder", "Trajectory", "profile_units"]
 
 DEFAULT_ELEMENTS = 1024
 _REPEATS = 5
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+"""``custom_mapping`` of torch's ``FlopCounterMode``, which counts attention on GPUs only."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,17 @@ class Trajectory:
 
     deltas: torch.Tensor
     power: torch.Tensor
+
+    @cached_property
+    def products(self) -> torch.Tensor:
+        """Float64 [T, T, K]: inner products of what a unit added in two steps; 0 with a step that was not seen."""
+        deltas = self.deltas.double().nan_to_num(0.0).transpose(0, 1)
+        return torch.bmm(deltas, deltas.mT).permute(1, 2, 0).contiguous()
+
+    @cached_property
+    def seen(self) -> torch.Tensor:
+        """Bool [T, K]: the unit was computed in that step."""
+        return ~self.power.isnan()
 
 
 class Recorder:
@@ -125,7 +145,7 @@ class Recorder:
     @property
     def seen(self) -> torch.Tensor:
         """Bool [T]: steps in which this model runs (of two experts, each in some)."""
-        return torch.stack([~t.power.isnan().all(dim=1) for t in self.trajectories]).any(dim=0)
+        return torch.stack([t.seen.any(dim=1) for t in self.trajectories]).any(dim=0)
 
     def _trajectory(self, key: Any) -> Trajectory:
         self._keys.add(key)
@@ -239,14 +259,14 @@ class _Timer:
 
 
 class _Counter:
-    """An observer that counts floating point operations."""
+    """An observer that counts floating point operations, of packed layers those of the dense ones."""
 
     def __init__(self, count: int) -> None:
         self.flops = [0] * count
 
     def unit(self, index: int, streams: Streams, compute: Callable[[], Streams]) -> Streams:
         """Computes under a counter."""
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
             deltas = compute()
         self.flops[index] += counter.get_total_flops()
         return deltas

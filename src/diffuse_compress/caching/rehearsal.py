@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,12 +25,18 @@ from diffuse_compress.progress import Callback
 from diffuse_compress.progress import track as progress
 
 __all__ = [
+    "MAX_CHECKS",
     "Rehearsal",
     "arguments_of_items",
     "distance",
     "loop_speedup",
     "values_of",
 ]
+
+
+MAX_CHECKS = 100
+"""Forwards spent on checking schedules, as long as a run with and one without a cache fit in."""
+_MOST_TIMED = 6
 
 
 def arguments_of_items(
@@ -61,7 +68,7 @@ class Rehearsal:
     Attributes:
         models: the denoisers by component; ``units`` of each and, once :meth:`record` is done, ``recorders``.
         references: output of each recorded run.
-        forwards: of the denoisers, spent on checking.
+        forwards: of the denoisers, spent on checking, those without a cache included.
 
     Raises:
         ConfigError: a model has a cache already.
@@ -154,6 +161,12 @@ class Rehearsal:
                 stack.enter_context(clock.on(model))
             yield clock
 
+    @property
+    def runs_to_check(self) -> int:
+        """Whole runs in :data:`MAX_CHECKS` forwards; 0 if not even one is as short."""
+        forwards = sum(recorder.calls for recorder in self.recorders.values()) // max(1, len(self.references))
+        return MAX_CHECKS // max(1, forwards)
+
     def checked(
         self, schedules: Mapping[str, Schedule], arguments: Mapping[str, Any], clock: LoopClock
     ) -> tuple[float, float]:
@@ -161,14 +174,47 @@ class Rehearsal:
         try:
             for name, schedule in schedules.items():
                 apply_cache(self.models[name], schedule)
-            clock.reset()
-            output = self.run(arguments, 0)
-            seconds = clock.stop()
+            output, seconds = self._timed_run(arguments, clock)
         finally:
             for model in self.models.values():
                 remove_cache(model)
-        self.forwards += clock.calls
         return distance(output, self.references[0]), seconds
+
+    def measured_speedup(
+        self,
+        schedules: Mapping[str, Schedule],
+        arguments: Mapping[str, Any],
+        clock: LoopClock,
+        *,
+        seconds: float,
+        spent: int,
+    ) -> float:
+        """Median time of the denoisers' part of runs without a cache over that of runs with these schedules.
+
+        Runs without and with take turns, so that what else the machine does slows both alike. The models are warm:
+        they ran with and without a cache before.
+
+        Args:
+            schedules: by component.
+            arguments: of the first recorded item.
+            clock: of :meth:`timed`.
+            seconds: of an earlier run with these schedules, the only one if no other fits into ``MAX_CHECKS``.
+            spent: runs so far. One without a cache, which comes first, is run in any case.
+        """
+        without, cached = [self._timed_run(arguments, clock)[1]], []
+        for number in range(1, min(self.runs_to_check - spent, _MOST_TIMED)):
+            if number % 2:
+                cached.append(self.checked(schedules, arguments, clock)[1])
+            else:
+                without.append(self._timed_run(arguments, clock)[1])
+        return statistics.median(without) / max(statistics.median(cached or [seconds]), 1e-9)
+
+    def _timed_run(self, arguments: Mapping[str, Any], clock: LoopClock) -> tuple[torch.Tensor, float]:
+        clock.reset()
+        output = self.run(arguments, 0)
+        seconds = clock.stop()
+        self.forwards += clock.calls
+        return output, seconds
 
     def loop_ms(self, schedules: Mapping[str, Schedule]) -> tuple[float, float]:
         """(time of the denoisers' part of a loop with all computed, time of what the schedules reuse)."""

@@ -51,14 +51,10 @@ def reuse_errors(trajectories: Sequence[Trajectory], *, gap: int | None = None) 
 def _products(trajectories: Sequence[Trajectory]) -> tuple[torch.Tensor, torch.Tensor]:
     """([T, T, K] products of what a unit added in two steps, over the power of the streams; bool [T], steps seen)."""
     total = torch.zeros(())
-    seen = torch.ones(len(trajectories[0].power), dtype=torch.bool)
     for trajectory in trajectories:
-        here = ~trajectory.power.isnan().all(dim=1)
         scale = trajectory.power.double().nan_to_num(1.0).clamp_min(1e-12).rsqrt()
-        scaled = trajectory.deltas.double().nan_to_num(0.0) * scale[..., None]
-        total = total + torch.einsum("oke,tke->otk", scaled, scaled) / len(trajectories)
-        seen &= here
-    return total, seen
+        total = total + trajectory.products * scale[:, None] * scale[None] / len(trajectories)
+    return total, torch.stack([trajectory.seen.any(dim=1) for trajectory in trajectories]).all(dim=0)
 
 
 def schedule_error(errors: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> float:
@@ -120,7 +116,7 @@ def cheapest_within(
             best, high = mask, price
         else:
             low = price
-    return _repaired(best, errors, weights, cost, saved(best) - saved_ms)
+    return _repaired(best, segments, cost, saved(best) - saved_ms)
 
 
 def _segment_errors(errors: torch.Tensor, weights: torch.Tensor, forced: torch.Tensor, longest: int) -> torch.Tensor:
@@ -158,25 +154,27 @@ def _at_price(segments: torch.Tensor, cost: torch.Tensor, price: float) -> torch
         at = torch.where(at > 0, before[at, columns], at)
 
 
-def _repaired(
-    mask: torch.Tensor, errors: torch.Tensor, weights: torch.Tensor, cost: torch.Tensor, spare_ms: float
-) -> torch.Tensor:
+def _repaired(mask: torch.Tensor, segments: torch.Tensor, cost: torch.Tensor, spare_ms: float) -> torch.Tensor:
     """What the budget leaves over is spent on the reuses that do most damage for their time."""
     mask = mask.clone()
+    gains = _gains(mask, segments) / cost.clamp_min(1e-9)
     while True:
-        gains = []
-        for step, unit in (mask == 0).nonzero().tolist():
-            if cost[unit] > spare_ms:
-                continue
-            column = mask[:, unit].bool()
-            computed = column[: step + 1].nonzero().flatten()
-            origin = int(computed[-1])
-            until = next((s for s in range(step + 1, len(mask)) if column[s]), len(mask))
-            old = sum(float(weights[s] * errors[origin, s, unit]) for s in range(step, until))
-            new = sum(float(weights[s] * errors[step, s, unit]) for s in range(step + 1, until))
-            gains.append(((old - new) / max(float(cost[unit]), 1e-9), step, unit))
-        if not gains or max(gains)[0] <= 0:
+        allowed = gains.masked_fill(cost > spare_ms, 0.0)
+        at = int(allowed.argmax())
+        step, unit = divmod(at, mask.shape[1])
+        if not float(allowed[step, unit]) > 0.0:
             return mask
-        _, step, unit = max(gains)
         mask[step, unit] = 1
         spare_ms -= float(cost[unit])
+        gains[:, unit] = _gains(mask[:, unit, None], segments[:, :, unit, None])[:, 0] / max(float(cost[unit]), 1e-9)
+
+
+def _gains(mask: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+    """[T, K]: by how much less error there is if that unit is computed in that step, too; 0 where it is."""
+    count, units = mask.shape
+    steps, columns = torch.arange(count)[:, None].expand(count, units), torch.arange(units).expand(count, units)
+    computed = mask.bool()
+    origin = torch.where(computed, steps, -1).cummax(dim=0).values
+    until = torch.where(computed, steps, count).flip(0).cummin(dim=0).values.flip(0)
+    gains = segments[origin, until, columns] - segments[origin, steps, columns] - segments[steps, until, columns]
+    return torch.where(computed, 0.0, gains)
