@@ -195,6 +195,10 @@ def _candidates(
             }
         return Candidate(name, schedules)
 
+    # Whole steps come first: where there is time to check one candidate only, they were best on the reference models.
+    whole = {part: _interval(schedule, recorders[part].seen, target) for part, schedule in full.items()}
+    if all(mask is not None for mask in whole.values()):
+        yield finished(_INTERVAL, {part: mask for part, mask in whole.items() if mask is not None})
     for name, slope in _SLOPES.items():
         masks = {}
         for part, schedule in full.items():
@@ -211,9 +215,6 @@ def _candidates(
                 longest=longest,
             )
         yield finished(name, masks)
-    whole = {part: _interval(schedule, recorders[part].seen, target) for part, schedule in full.items()}
-    if all(mask is not None for mask in whole.values()):
-        yield finished(_INTERVAL, {part: mask for part, mask in whole.items() if mask is not None})
 
 
 def _gap(schedule: Schedule, target: float) -> int:
