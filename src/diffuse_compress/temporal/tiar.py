@@ -1,0 +1,242 @@
+"""Temporal information aware reconstruction (TIAR): codes of the timestep path learned on the timesteps.
+
+Source: Huang et al. 2023, arXiv 2311.16503: over the rounding of all layers of the temporal information block, head h
+and projections g_i,
+
+    minimise    sum_i sum_t | g_i(h(t)) - ghat_i(hhat(t)) |^2    and the regulariser that decides the rounding.
+
+This is the reconstruction of a block (``quantization/algorithms/brecq.py``) whose block is h and all g_i, and whose
+calls are timesteps: nothing that depends on a sample is looked at, so that nothing of it can be overfitted.
+
+Deviations: the timesteps are a dense grid of all that the model was trained with, not those of one schedule, since with
+fewer of them than a layer has inputs codes can be right there and wrong in between; each layer's own error is added to
+the block's, as BRECQ does here; where the head stays dense the sum falls apart into its layers, and each is learned by
+itself. Layers that read a condition too are learned on a few conditions, each at its share of the timesteps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.calibration.engine import Quantized, calibrate_block, quantized_layer
+from diffuse_compress.calls import Call as Arguments
+from diffuse_compress.errors import ModelStateError
+from diffuse_compress.families.base import Dependence
+from diffuse_compress.quantization.algorithms.adaround import AdaRoundConfig, LearnedRoundingConfig
+from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
+from diffuse_compress.quantization.algorithms.brecq import BRECQConfig
+from diffuse_compress.quantization.scheme import Scheme
+from diffuse_compress.temporal.block import TemporalBlock, edges_of, given_of
+from diffuse_compress.temporal.build import Call, arguments_of
+from diffuse_compress.temporal.features import Features, observe
+from diffuse_compress.temporal.layout import Layout
+from diffuse_compress.temporal.prepare import LoopCalls
+from diffuse_compress.temporal.schedule import Timesteps
+
+__all__ = ["Path", "grid_of", "path_of", "reconstruct"]
+
+GRID = 1000
+"""Timesteps that codes are learned on, at most."""
+_ROWS = 256  # of a call; a step of Adam looks at four calls
+_EDGE_TIMESTEPS = 8
+
+Given = dict[str, torch.Tensor]
+
+
+@dataclass
+class Path:
+    """The timestep path of a model, taken out of it before anything is quantized.
+
+    Attributes:
+        block: its layers; the model's own until they are replaced.
+        kinds: what each layer depends on.
+        grid: what the block is given, a part of the timesteps each.
+        given: the same for ``timesteps`` of a schedule, one sample after the other within each.
+        timesteps: as the model is given them.
+        dense: [timesteps * samples, out] of every layer, at these.
+    """
+
+    block: TemporalBlock
+    kinds: dict[str, Dependence]
+    grid: list[Given]
+    given: Given
+    timesteps: tuple[float, ...]
+    dense: dict[str, torch.Tensor]
+
+    @property
+    def features(self) -> list[str]:
+        """Layers whose outputs are temporal features: no layer of the path reads them but to add a condition."""
+        timestep = Dependence.TIMESTEP
+        inner = {
+            edge.source
+            for name, edge in self.block.edges.items()
+            if self.kinds[name] is timestep or self.kinds[edge.source] is not timestep
+        }
+        return [name for name in self.block.names if name not in inner]
+
+
+def grid_of(calls: LoopCalls, timestep: Any, num_train_timesteps: int) -> list[float]:
+    """Timesteps of all noise levels, in the form in which a model is given them.
+
+    Args:
+        calls: of a loop; their timesteps tell the form: whole numbers up to ``num_train_timesteps``, fractions of it, or,
+            outside of these, a scale of its own, of which the range that was seen is taken.
+        timestep: as one call was given it.
+        num_train_timesteps: of the scheduler.
+    """
+    seen = [value for value in calls.timesteps if value is not None]
+    whole = not timestep.is_floating_point() if isinstance(timestep, torch.Tensor) else isinstance(timestep, int)
+    low, high = min(seen), max(seen)
+    if not whole and 0 <= low and high <= 1:
+        low, high = 0.0, 1.0
+    elif 0 <= low and high <= num_train_timesteps:
+        low, high = 0.0, float(num_train_timesteps - whole)
+    values = torch.linspace(low, high, GRID, dtype=torch.float64)
+    return list(dict.fromkeys((values.round() if whole else values).tolist()))
+
+
+def path_of(layout: Layout, model: nn.Module, calls: Sequence[LoopCalls], num_train_timesteps: int) -> Path:
+    """What the layers of the timestep path are given, at all timesteps and at those of the calls' schedule.
+
+    Args:
+        layout: of ``model``, which is dense.
+        model: a denoiser.
+        calls: of loops of one schedule, one for each condition that is to be looked at.
+        num_train_timesteps: of the scheduler.
+
+    Raises:
+        ModelStateError: no layer of the path can be run by itself.
+    """
+    found = [_call_of(model, call) for call in calls]
+    first, timesteps = calls[0], tuple(dict.fromkeys(value for value in calls[0].timesteps if value is not None))
+    grid = grid_of(first, first.inputs[found[0].timestep], num_train_timesteps)
+    parts = [grid[number :: len(found)] for number in range(len(found))]
+    seen = [_observe(layout, call, part) for call, part in zip(found, parts, strict=True)]
+    schedule = _observe(layout, found[0], timesteps)
+    names = [name for name in schedule.inputs if all(name in features.inputs for features in seen)]
+    if not names:
+        raise ModelStateError(
+            f"{type(model).__name__}: no layer of the timestep path was seen to run once for each timestep, so that "
+            'none can be learned by itself. Leave maintenance= out: TFMQConfig() keeps tables of them.'
+        )
+    kinds = {name: layout.layers[name] for name in names}
+    if all(kind is Dependence.TIMESTEP for kind in kinds.values()):
+        # Every sample has the same.
+        seen, schedule = [_first_sample(features) for features in seen], _first_sample(schedule)
+    some = [_head(features, _EDGE_TIMESTEPS) for features in seen]
+    block = TemporalBlock({name: model.get_submodule(name) for name in names}, edges_of(some))
+    given = [part for features in seen for part in _parts(given_of(block, features))]
+    dense = {name: schedule.outputs[name] for name in names}
+    return Path(block, kinds, given, given_of(block, schedule), timesteps, dense)
+
+
+def _call_of(model: nn.Module, calls: LoopCalls) -> Call:
+    names, timestep = arguments_of(model)
+    sample = next(calls.inputs[name] for name in names if name in calls.inputs)
+    return Call(model, calls.inputs, timestep, sample.shape[0], sample.device)
+
+
+def _observe(layout: Layout, call: Call, values: Sequence[float]) -> Features:
+    form = Timesteps(tuple(values), (), call.arguments[call.timestep])
+    return observe(layout, call, [form.at(place, call.batch) for place in range(len(values))])
+
+
+def _first_sample(features: Features) -> Features:
+    return _rows(features, slice(None, None, features.batch), 1)
+
+
+def _head(features: Features, timesteps: int) -> Features:
+    """At some timesteps from all over the schedule."""
+    rows = torch.arange(next(iter(features.inputs.values())).shape[0]).view(-1, features.batch)
+    return _rows(features, rows[:: max(1, len(rows) // timesteps)].flatten(), features.batch)
+
+
+def _rows(features: Features, rows: slice | torch.Tensor, batch: int) -> Features:
+    kept = ({name: x[rows] for name, x in found.items()} for found in (features.inputs, features.outputs))
+    return Features(batch, *kept, {name: x[rows] for name, x in features.activations.items()})
+
+
+def _parts(given: Given) -> list[Given]:
+    """Calls of no more than ``_ROWS`` rows, each from all over; a tensor that is there twice stays one."""
+    rows = next(iter(given.values())).shape[0]
+    number = -(-rows // _ROWS)
+    parts: list[Given] = []
+    for start in range(number):
+        made: dict[int, torch.Tensor] = {}
+        parts.append({k: made.setdefault(id(x), x[start::number].contiguous()) for k, x in given.items()})
+    return parts
+
+
+def reconstruct(
+    path: Path,
+    schemes: Mapping[str, Scheme],
+    iterations: int,
+    replace: Callable[[str, Callable[[nn.Module], nn.Module]], nn.Module],
+    *,
+    generator: Callable[[str], torch.Generator],
+    device: torch.device | str | None = None,
+) -> None:
+    """Learn the codes of these layers of the path, and put the quantized layers in the place of the dense ones.
+
+    Args:
+        path: whose block is then of quantized layers, too.
+        schemes: {qualified name: integer format}; the other layers of the path stay.
+        iterations: steps of Adam, for each layer and then for all together.
+        replace: ``replace(name, convert)`` puts ``convert(dense)`` in a layer's place in the model.
+        generator: source of random numbers of a layer.
+        device: where to compute; the layers go back to where they were.
+
+    Raises:
+        ModelStateError: weights or inputs are not finite.
+    """
+    block = path.block
+    qualified = {block.relative(name): name for name in block.names if name in schemes}
+    homes = {name: next(layer.parameters()).device for name, layer in zip(block.names, block.layers, strict=True)}
+    there = torch.device(device) if device is not None else next(iter(homes.values()))
+    learned: dict[str, Quantized] = {}
+
+    def install(layer: LayerWork) -> nn.Module:
+        name = qualified[layer.name]
+        layer.dense.to(homes[name])
+        learned[name] = replace(name, lambda dense: quantized_layer(layer).to(homes[name]))  # type: ignore[assignment]
+        block.put(name, learned[name].to(there))
+        return learned[name]
+
+    block.to(there)
+    try:
+        work = BlockWork(
+            name="timestep path",
+            block=block,
+            calls=[Arguments((given,)) for given in path.grid],
+            layers={
+                short: LayerWork(short, block.get_submodule(short), schemes[name])  # type: ignore[arg-type]
+                for short, name in qualified.items()
+            },
+            generators=lambda short: generator(qualified[short]),
+            install=install,
+            device=there,
+        )
+        calibrate_block(work, _algorithm(block, schemes, iterations))
+    finally:
+        for name, layer in zip(block.names, block.layers, strict=True):
+            layer.to(homes[name])
+
+
+def _algorithm(block: TemporalBlock, schemes: Mapping[str, Scheme], iterations: int) -> LearnedRoundingConfig:
+    """All together where one layer that is learned feeds another, else each by itself.
+
+    The grid is all that the layers will ever see, so that second moments need no ridge for what was not seen.
+    """
+
+    def fed(name: str) -> bool:
+        edge = block.edges.get(name)
+        return edge is not None and (edge.source in schemes or fed(edge.source))
+
+    if any(fed(name) for name in schemes):
+        return BRECQConfig(iterations=iterations, ridge=0.0)
+    return AdaRoundConfig(iterations=iterations, ridge=0.0)
