@@ -74,12 +74,17 @@ class TemporalBlock(nn.Module):
         """Let another module stand for a layer."""
         self.layers[self.names.index(name)] = layer
 
-    def outputs(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Outputs [rows, out] of all layers, by name."""
+    def outputs(
+        self, given: Mapping[str, torch.Tensor], known: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Outputs [rows, out] of all layers, by name; ``known`` ones are not computed."""
         found: dict[str, torch.Tensor] = {}
         read: dict[Edge, torch.Tensor] = {}  # one tensor for all that read the same
         for name, layer in zip(self.names, self.layers, strict=True):
             edge = self.edges.get(name)
+            if known is not None and name in known:
+                found[name] = known[name]
+                continue
             if edge is None:
                 found[name] = layer(given[name])
                 continue

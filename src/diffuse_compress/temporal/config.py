@@ -54,8 +54,8 @@ class WeightPlace(str, Enum):
 class Maintenance(str, Enum):
     """How the features that follow from the timestep are kept where weights are quantized.
 
-    CACHE looks them up. TIB computes them with codes that were learned on the timesteps alone. AUTO takes for each layer
-    the one with the smaller error, as far as a budget allows.
+    CACHE looks them up. TIB computes them with codes that were learned on the timesteps alone. AUTO takes for each
+    layer the one with the smaller error, as far as a budget allows.
     """
 
     CACHE = "cache"
@@ -117,7 +117,7 @@ class TFMQConfig:
     Source: Huang et al. 2024, arXiv 2407.19547, which extends TFMQ-DM (arXiv 2311.16503). Tables are made of the dense
     weights, so that quantizing these layers costs nothing in accuracy while a table serves them. What a table does not
     serve is quantized by itself ("tib"), in the formats that the weights' configuration gives these layers: their codes
-    are learned together on a dense grid of timesteps, and no sample, text or picture is looked at.
+    are learned on a dense grid of timesteps, and no sample, text or picture is looked at.
 
     Args:
         table: how tables are kept, a TableConfig or a dict of its arguments.
@@ -126,7 +126,8 @@ class TFMQConfig:
             schedule are made in its first run.
         maintenance: "cache", "tib" or "auto", see :class:`Maintenance`.
         table_budget: bytes that the stored rows may take in all, for "auto"; None for no limit.
-        iterations: steps of Adam in which the codes are learned, for "tib" and "auto"; the authors take 20000.
+        iterations: steps of Adam in which the codes of a layer are learned, for "tib" and "auto"; the authors take
+            20000 for all layers at once.
 
     Raises:
         ConfigError: a value that is none of these.

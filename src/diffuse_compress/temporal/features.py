@@ -65,7 +65,11 @@ def observe(layout: Layout, call: Call, timesteps: Sequence[Any]) -> Features:
         before = {name for name in names if seen[name]}
         for name in names:
             reader = temporal.reader_of(name)
-            if name not in before and reader is not None and all(source in joined.arguments for source in reader.sources):
+            if (
+                name not in before
+                and reader is not None
+                and all(source in joined.arguments for source in reader.sources)
+            ):
                 model.get_submodule(name)(reader.input(joined, name))
     rows = len(timesteps) * call.batch
     found = {name: _rows(pairs, rows, call.batch) for name, pairs in seen.items()}
@@ -79,9 +83,7 @@ def observe(layout: Layout, call: Call, timesteps: Sequence[Any]) -> Features:
 
 
 @contextmanager
-def _watched(
-    model: nn.Module, names: Sequence[str]
-) -> Iterator[Mapping[str, list[tuple[torch.Tensor, torch.Tensor]]]]:
+def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[Mapping[str, list[tuple[torch.Tensor, torch.Tensor]]]]:
     """Inputs and outputs of these modules, by name, in the order of their calls."""
     seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in names}
 
