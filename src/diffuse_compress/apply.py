@@ -124,15 +124,7 @@ def apply_plan(
         caches_off(models.values()),
         Transaction(spilled, work_dir) as spill,
     ):
-        temporal = temporal_work(
-            target,
-            models,
-            plan.methods,
-            {name: part.learned for name, part in plan.components.items()},
-            {name: part.spec.generator for name, part in plan.components.items()},
-            plan.calibration,
-            device,
-        )
+        temporal = temporal_work(target, models, plan, device)
         kept = take_tables_off({name: models[name] for name in plan.components}, spill)
         calibration, finished = _prepared(target, models, plan, device, work_dir, callback)
         probe = PipelineProbe(target, plan, preview=preview, enabled=measure, callback=callback)
@@ -141,11 +133,10 @@ def apply_plan(
         seconds: dict[str, float] = {}
         for name, part in plan.components.items():
             began = time.perf_counter()
-            blocks = finished.get(name)
-            learned = temporal[name].learned if name in temporal else {}
-            layers[name] = _install(models[name], part, learned, spill, probe)
-            layers[name] |= _quantize(target, models[name], part, spill, probe, device, calibration, blocks, callback)
-            layers[name] = {layer: layers[name][layer] for layer in part.layers}
+            blocks, learned = finished.get(name), temporal[name].learned if name in temporal else {}
+            measured = _install(models[name], part, learned, spill, probe)
+            measured |= _quantize(target, models[name], part, spill, probe, device, calibration, blocks, callback)
+            layers[name] = {layer: measured[layer] for layer in part.layers}
             seconds[name] = time.perf_counter() - began
         for name, part in plan.components.items():
             given = calibration if part.needs_calibration else None

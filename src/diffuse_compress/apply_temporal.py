@@ -20,6 +20,7 @@ from diffuse_compress.families.base import Dependence
 from diffuse_compress.logging import get_logger
 from diffuse_compress.method_plan import MethodPlan
 from diffuse_compress.pipeline_call import CannotCallError, bundled_items, small_output
+from diffuse_compress.plan import CompressionPlan
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.quantization.scheme import Scheme
@@ -76,10 +77,7 @@ class TemporalWork:
 def temporal_work(
     target: Any,
     models: Mapping[str, nn.Module],
-    plans: Iterable[MethodPlan],
-    schemes: Mapping[str, Mapping[str, Scheme]],
-    generators: Mapping[str, Callable[[str], torch.Generator]],
-    calibration: Any,
+    plan: CompressionPlan,
     device: torch.device | str | None,
 ) -> dict[str, TemporalWork]:
     """By component, made of the dense weights; the models stay as they are.
@@ -87,19 +85,18 @@ def temporal_work(
     Args:
         target: the pipeline or model.
         models: its models, by component name.
-        plans: of all methods.
-        schemes: formats of the layers of the timestep path that are to be learned, by component.
-        generators: sources of random numbers of a layer, by component.
-        calibration: as ``compress`` was given it: what the pipeline is asked for.
+        plan: whose calibration, or this package's own items, the pipeline is asked for.
         device: where to compute.
     """
-    configs = {plan.component: plan.config for plan in plans if isinstance(plan.config, TFMQConfig)}
+    calibration = plan.calibration
+    configs = {method.component: method.config for method in plan.methods if isinstance(method.config, TFMQConfig)}
     work = {}
     for name, config in configs.items():
         work[name] = TemporalWork(None)
         if config.learns:
             path = _path(target, name, models[name], config, calibration)
-            work[name] = _learn(models[name], path, config, schemes[name], generators[name], device)
+            part = plan.components[name]
+            work[name] = _learn(models[name], path, config, part.learned, part.spec.generator, device)
     found = {name: table_config(models[name], config, work[name].maintained) for name, config in configs.items()}
     tabled = {name: own for name, own in found.items() if own is not None}
     calls = _calls_of_schedules(target, models, {name: configs[name] for name in tabled}, calibration)

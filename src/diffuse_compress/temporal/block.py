@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from diffuse_compress.families.base import Dependence
 from diffuse_compress.temporal.features import Features, relative_error
 
-__all__ = ["Edge", "TemporalBlock", "edges_of", "given_of"]
+__all__ = ["Edge", "TemporalBlock", "edges_of", "feature_layers", "given_of"]
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "": lambda x: x,
@@ -191,6 +192,17 @@ def _reaches(edges: Mapping[str, Edge], name: str, target: str) -> bool:
         if name == target:
             return True
     return False
+
+
+def feature_layers(block: TemporalBlock, kinds: Mapping[str, Dependence]) -> list[str]:
+    """Layers whose outputs are temporal features: nothing of the path reads them but to add a condition."""
+    timestep = Dependence.TIMESTEP
+    inner = {
+        edge.source
+        for name, edge in block.edges.items()
+        if kinds[name] is timestep or kinds[edge.source] is not timestep
+    }
+    return [name for name in block.names if name not in inner]
 
 
 def given_of(block: TemporalBlock, features: Features) -> dict[str, torch.Tensor]:

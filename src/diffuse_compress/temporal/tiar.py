@@ -33,14 +33,14 @@ from diffuse_compress.families.base import Dependence
 from diffuse_compress.quantization.algorithms.adaround import AdaRoundConfig
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
 from diffuse_compress.quantization.scheme import Scheme
-from diffuse_compress.temporal.block import TemporalBlock, edges_of, given_of
+from diffuse_compress.temporal.block import TemporalBlock, edges_of, feature_layers, given_of
 from diffuse_compress.temporal.build import Call, arguments_of
 from diffuse_compress.temporal.features import Features, observe
 from diffuse_compress.temporal.layout import Layout
 from diffuse_compress.temporal.prepare import LoopCalls
 from diffuse_compress.temporal.schedule import Timesteps
 
-__all__ = ["Path", "grid_of", "path_of", "reconstruct"]
+__all__ = ["Path", "grid_of", "observe_loop", "path_of", "reconstruct"]
 
 GRID = 1000
 """Timesteps that codes are learned on, at most."""
@@ -71,14 +71,8 @@ class Path:
 
     @property
     def features(self) -> list[str]:
-        """Layers whose outputs are temporal features: no layer of the path reads them but to add a condition."""
-        timestep = Dependence.TIMESTEP
-        inner = {
-            edge.source
-            for name, edge in self.block.edges.items()
-            if self.kinds[name] is timestep or self.kinds[edge.source] is not timestep
-        }
-        return [name for name in self.block.names if name not in inner]
+        """Layers whose outputs are temporal features."""
+        return feature_layers(self.block, self.kinds)
 
 
 def grid_of(calls: LoopCalls, timestep: Any, num_train_timesteps: int) -> list[float]:
@@ -114,7 +108,7 @@ def path_of(layout: Layout, model: nn.Module, calls: Sequence[LoopCalls], num_tr
         ModelStateError: no layer of the path can be run by itself.
     """
     found = [_call_of(model, call) for call in calls]
-    first, timesteps = calls[0], tuple(dict.fromkeys(value for value in calls[0].timesteps if value is not None))
+    first, timesteps = calls[0], _distinct(calls[0])
     grid = grid_of(first, first.inputs[found[0].timestep], num_train_timesteps)
     parts = [grid[number :: len(found)] for number in range(len(found))]
     seen = [_observe(layout, call, part) for call, part in zip(found, parts, strict=True)]
@@ -140,6 +134,15 @@ def _call_of(model: nn.Module, calls: LoopCalls) -> Call:
     names, timestep = arguments_of(model)
     sample = next(calls.inputs[name] for name in names if name in calls.inputs)
     return Call(model, calls.inputs, timestep, sample.shape[0], sample.device)
+
+
+def _distinct(calls: LoopCalls) -> tuple[float, ...]:
+    return tuple(dict.fromkeys(value for value in calls.timesteps if value is not None))
+
+
+def observe_loop(layout: Layout, model: nn.Module, calls: LoopCalls) -> Features:
+    """What the layers of the path are given and give at the timesteps of a loop, each once."""
+    return _observe(layout, _call_of(model, calls), _distinct(calls))
 
 
 def _observe(layout: Layout, call: Call, values: Sequence[float]) -> Features:
