@@ -118,7 +118,7 @@ def _path(target: Any, name: str, model: nn.Module, config: TFMQConfig, calibrat
     steps = next(iter(config.num_inference_steps or (None,)))
     conditional = Dependence.TIMESTEP_AND_CONDITION in layout.layers.values()
     calls = []
-    for item in items_of(target, calibration, _CONDITIONS if conditional else 1):
+    for item in items_of(target, calibration, _CONDITIONS + 1 if conditional else 1):
         found = calls_of_schedule(target, {name: model}, steps, _arguments(target, item)).get(name)
         if found is None or not found.timesteps or None in found.timesteps:
             raise ConfigError(

@@ -45,6 +45,10 @@ __all__ = ["Path", "grid_of", "observe_loop", "path_of", "reconstruct"]
 GRID = 1000
 """Timesteps that codes are learned on, at most."""
 _EDGE_TIMESTEPS = 8
+# The grid is all that layers of the timestep alone will ever see, and needs no ridge for inputs that were not seen. Of
+# conditions few are. Measured on labels that emoji_dit was not learned on, shares of 0.01, 0.03, 0.1, 0.3 and 1 of the
+# median: errors of 0.0112, 0.0103, 0.0100, 0.0102 and 0.0115; this is 0.1 there.
+_RIDGE_OF_CONDITIONS = 1.6
 
 Given = dict[str, torch.Tensor]
 
@@ -101,18 +105,18 @@ def path_of(layout: Layout, model: nn.Module, calls: Sequence[LoopCalls], num_tr
     Args:
         layout: of ``model``, which is dense.
         model: a denoiser.
-        calls: of loops of one schedule, one for each condition that is to be looked at.
+        calls: of loops of one schedule, one for each condition; of several, the last is kept to be measured on.
         num_train_timesteps: of the scheduler.
 
     Raises:
         ModelStateError: no layer of the path can be run by itself.
     """
-    found = [_call_of(model, call) for call in calls]
+    found = [_call_of(model, call) for call in calls[: max(1, len(calls) - 1)]]
     first, timesteps = calls[0], _distinct(calls[0])
     grid = grid_of(first, first.inputs[found[0].timestep], num_train_timesteps)
     parts = [grid[number :: len(found)] for number in range(len(found))]
     seen = [_observe(layout, call, part) for call, part in zip(found, parts, strict=True)]
-    schedule = _observe(layout, found[0], timesteps)
+    schedule = _observe(layout, _call_of(model, calls[-1]), timesteps)
     names = [name for name in schedule.inputs if all(name in features.inputs for features in seen)]
     if not names:
         raise ModelStateError(
@@ -217,8 +221,9 @@ def reconstruct(
             install=install,
             device=there,
         )
-        # The grid is all that the layers will ever see: no ridge for inputs that were not seen.
-        calibrate_block(work, AdaRoundConfig(iterations=iterations, ridge=0.0))
+        conditional = any(path.kinds[name] is Dependence.TIMESTEP_AND_CONDITION for name in schemes)
+        ridge = _RIDGE_OF_CONDITIONS if conditional else 0.0
+        calibrate_block(work, AdaRoundConfig(iterations=iterations, ridge=ridge))
     finally:
         for name, layer in zip(block.names, block.layers, strict=True):
             layer.to(homes[name])
