@@ -8,26 +8,18 @@ over the timesteps (a label, the pooled text), and is taken as it was seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from diffuse_compress.families.base import Dependence
+from diffuse_compress.families.embedding import ACTIVATIONS
 from diffuse_compress.temporal.features import Features, relative_error
 
 __all__ = ["Edge", "TemporalBlock", "edges_of", "feature_layers", "given_of"]
 
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "": lambda x: x,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
 # RMS of the difference over RMS. Batches of other sizes sum in another order; half precision rounds in between.
 _EQUAL = {torch.float32: 1e-4, torch.float64: 1e-6}
 _NEARLY_EQUAL = 1e-2
@@ -91,7 +83,7 @@ class TemporalBlock(nn.Module):
                 continue
             if edge not in read:
                 x = found[edge.source]
-                read[edge] = _ACTIVATIONS[edge.activation](x + given[name] if edge.beside else x)
+                read[edge] = ACTIVATIONS[edge.activation](x + given[name] if edge.beside else x)
             found[name] = layer(read[edge])
         return found
 
@@ -135,7 +127,7 @@ def edges_of(features: Sequence[Features]) -> dict[str, Edge]:
 
 
 def _edge(features: Sequence[Features], name: str, sources: Sequence[str]) -> Edge | None:
-    plain = [Edge(source, activation) for source in sources for activation in _ACTIVATIONS]
+    plain = [Edge(source, activation) for source in sources for activation in ACTIVATIONS]
     shape = features[0].inputs[name].shape
     modules = [module for module, z in features[0].activations.items() if z.shape == shape]
     modules.sort(key=lambda module: -_common(name, module))
@@ -143,7 +135,7 @@ def _edge(features: Sequence[Features], name: str, sources: Sequence[str]) -> Ed
         Edge(source, activation, module)
         for source in sources
         for module in modules
-        for activation in _ACTIVATIONS
+        for activation in ACTIVATIONS
         if activation
     ]
     return next((edge for edge in (*plain, *added) if all(_explains(f, name, edge) for f in features)), None)
@@ -160,7 +152,7 @@ def _explains(features: Features, name: str, edge: Edge) -> bool:
             if _far(z, before + added, limit):
                 return False
             before = before + added
-        if _far(x[rows], _ACTIVATIONS[edge.activation](before), limit):
+        if _far(x[rows], ACTIVATIONS[edge.activation](before), limit):
             return False
     return True
 
