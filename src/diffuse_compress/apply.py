@@ -13,16 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.apply_methods import (
-    apply_methods,
-    put_tables_back,
-    rounded_bytes,
-    tables_of_dense_weights,
-    take_tables_off,
-)
+from diffuse_compress.apply_methods import apply_methods
+from diffuse_compress.apply_temporal import put_tables_back, rounded_bytes, take_tables_off, temporal_work
 from diffuse_compress.caching.config import LoopCacheConfig
 from diffuse_compress.caching.runtime import caches_off
-from diffuse_compress.calibration.engine import calibrate_layers
+from diffuse_compress.calibration.engine import Quantized, calibrate_layers
 from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.calibration.samples import Samples
 from diffuse_compress.calibration.work_folder import (
@@ -129,7 +124,7 @@ def apply_plan(
         caches_off(models.values()),
         Transaction(spilled, work_dir) as spill,
     ):
-        tables = tables_of_dense_weights(target, models, plan.methods, plan.calibration)
+        temporal = temporal_work(target, models, plan, device)
         kept = take_tables_off({name: models[name] for name in plan.components}, spill)
         calibration, finished = _prepared(target, models, plan, device, work_dir, callback)
         probe = PipelineProbe(target, plan, preview=preview, enabled=measure, callback=callback)
@@ -138,15 +133,17 @@ def apply_plan(
         seconds: dict[str, float] = {}
         for name, part in plan.components.items():
             began = time.perf_counter()
-            blocks = finished.get(name)
-            layers[name] = _quantize(target, models[name], part, spill, probe, device, calibration, blocks, callback)
+            blocks, learned = finished.get(name), temporal[name].learned if name in temporal else {}
+            measured = _install(models[name], part, learned, spill, probe)
+            measured |= _quantize(target, models[name], part, spill, probe, device, calibration, blocks, callback)
+            layers[name] = {layer: measured[layer] for layer in part.layers}
             seconds[name] = time.perf_counter() - began
         for name, part in plan.components.items():
             given = calibration if part.needs_calibration else None
             _mark(models[name], part, given, spill)
         put_tables_back(models, kept)
         probe.record_compressed()
-        apply_methods(target, models, plan.methods, tables, plan.calibration, spill, work_dir, callback)
+        apply_methods(target, models, plan.methods, temporal, plan.calibration, spill, work_dir, callback)
         for name, part in plan.components.items():
             state = get_state(models[name])
             assert state is not None  # marked above
@@ -155,6 +152,21 @@ def apply_plan(
             )
             _logger.info("%s: %d layers converted in %.1f s", name or part.class_name, len(layers[name]), seconds[name])
         probe.keep_preview(target)
+
+
+def _install(
+    model: nn.Module, part: ComponentPlan, learned: Mapping[str, Quantized], spill: Transaction, probe: PipelineProbe
+) -> dict[str, LayerMeasurement]:
+    """Put these layers, quantized already, in their places."""
+    aliases, measured = module_aliases(model), {}
+    for name, layer in learned.items():
+
+        def convert(dense: nn.Module, name: str = name, layer: Quantized = layer) -> nn.Module:
+            measured[name] = measure_layer(dense, layer, probe.layer_inputs(part.name, name))  # type: ignore[arg-type]
+            return layer
+
+        spill.replace(model, aliases[id(model.get_submodule(name))], convert)
+    return measured
 
 
 def _quantize(
@@ -204,7 +216,7 @@ def _convert(
 ) -> dict[str, LayerMeasurement]:
     aliases, measured = module_aliases(model), {}
     metrics: dict[str, Any] = {"component": part.name}
-    todo = list(part.layers.items())
+    todo = list(part.own_layers.items())
     stage = f"Compressing {part.name or part.class_name}"
     for name, scheme in track(todo, stage, target, callback, metrics):
 
@@ -264,6 +276,7 @@ def _fingerprint(model: nn.Module, part: ComponentPlan, device: torch.device | s
             "seed": part.spec.seed,
             **({"observer": part.spec.observer.to_dict()} if part.spec.has_static_inputs else {}),
             **{name: scheme.to_dict() for name, scheme in part.layers.items()},
+            **({"learned on timesteps": [*part.learned, part.path_iterations]} if part.learned else {}),
         },
         "versions": {
             **{name: versions.get(name) for name in ("diffuse-compress", "torch")},
@@ -322,14 +335,14 @@ def _calibrate(
         return spill.replace(model, aliases[id(model.get_submodule(name))], converted)
 
     stage = f"Calibrating {part.name or part.class_name}"
-    with bar(stage, len(part.layers), target, callback) as advance:
+    with bar(stage, len(part.own_layers), target, callback) as advance:
 
         def on_block(block: str, done: int, total: int) -> None:
             advance(done, {"component": part.name, "block": block})
 
         missed = calibrate_layers(
             model,
-            part.layers,
+            part.own_layers,
             part.spec.algorithm,
             calibration.of(part.name, part.compute_dtype),
             replace,
@@ -346,7 +359,7 @@ def _calibrate(
         _logger.info("%s: no sample reached %d layers, e.g. %s; rounded to nearest", stage, len(missed), missed[0])
     layers = quantized_layers(model)
     part.make_dynamic([name for name, scheme in part.layers.items() if layers[name].scheme != scheme])
-    return {name: measured[name] for name in part.layers}
+    return measured
 
 
 def _mark(model: nn.Module, part: ComponentPlan, calibration: Calibration | None, spill: Transaction) -> None:

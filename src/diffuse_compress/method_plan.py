@@ -14,7 +14,11 @@ from diffuse_compress.components import is_pipeline
 from diffuse_compress.errors import CompressionConflictError, ConfigError
 from diffuse_compress.integrations.doors import library_of
 from diffuse_compress.integrations.methods import KINDS
+from diffuse_compress.quantization.algorithms.adaround import AdaRoundConfig
+from diffuse_compress.quantization.layers import QuantizedLinear
+from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.temporal.config import TFMQConfig
+from diffuse_compress.temporal.features import PATH_KINDS
 from diffuse_compress.temporal.layout import layout_of
 
 __all__ = ["MethodPlan", "plan_methods"]
@@ -28,11 +32,13 @@ class MethodPlan:
         component: its name, "" for a bare model.
         config: of the method.
         extent: what of the component it is about, in words.
+        layers: of the timestep path, for methods that learn its codes.
     """
 
     component: str
     config: TFMQConfig | CacheConfig
     extent: str
+    layers: frozenset[str] = frozenset()
 
     @property
     def kind(self) -> str:
@@ -53,7 +59,10 @@ class MethodPlan:
 
 
 def plan_methods(
-    target: Any, models: Mapping[str, nn.Module], wanted: Mapping[str, Iterable[TFMQConfig | CacheConfig]]
+    target: Any,
+    models: Mapping[str, nn.Module],
+    wanted: Mapping[str, Iterable[TFMQConfig | CacheConfig]],
+    formats: Mapping[str, Mapping[str, Scheme]],
 ) -> tuple[list[MethodPlan], list[str]]:
     """(plans in the order in which they are carried out, what is there already, in words).
 
@@ -61,6 +70,7 @@ def plan_methods(
         target: the pipeline or model.
         models: its models, by component name.
         wanted: configurations by component name.
+        formats: {layer: format} that this call gives to the weights, by component name.
 
     Raises:
         ConfigError: a method that the model or target does not allow, or two of one kind.
@@ -77,7 +87,7 @@ def plan_methods(
             if _is_present(where, models[name], config):
                 present.append(f"{where}: {KINDS[config.kind].title}")
             else:
-                plans.append(MethodPlan(name, config, _extent(where, target, models[name], config)))
+                plans.append(_planned(where, name, target, models[name], config, formats.get(name, {})))
     order = list(KINDS)
     return sorted(plans, key=lambda plan: order.index(plan.kind)), present
 
@@ -96,14 +106,63 @@ def _is_present(where: str, model: nn.Module, config: TFMQConfig | CacheConfig) 
     )
 
 
-def _extent(where: str, target: Any, model: nn.Module, config: TFMQConfig | CacheConfig) -> str:
+def _planned(
+    where: str,
+    name: str,
+    target: Any,
+    model: nn.Module,
+    config: TFMQConfig | CacheConfig,
+    formats: Mapping[str, Scheme],
+) -> MethodPlan:
     title = KINDS[config.kind].title
     if library_of(model) != "diffusers":
         raise ConfigError(f"{where}: {title} are for denoisers of diffusers, got a {type(model).__name__}.")
-    if isinstance(config, TFMQConfig):
-        layout = layout_of(model, config.table)
+    if not isinstance(config, TFMQConfig):
+        return MethodPlan(name, config, _units(where, title, target, model, config))
+    layout = layout_of(model, config.table)
+    if not config.learns:
         left = f", {len(layout.left)} run live" if layout.left else ""
-        return f"{len(layout.layers)} layers{left}"
+        return MethodPlan(name, config, f"{len(layout.layers)} layers{left}")
+    path = frozenset(layer for layer, kind in layout.layers.items() if kind in PATH_KINDS)
+    learned = [layer for layer in formats if layer in path]
+    _require_learnable(where, target, model, config, {layer: formats[layer] for layer in learned}, bool(formats))
+    return MethodPlan(name, config, f"{len(learned)} of {len(path)} layers learned", path)
+
+
+def _require_learnable(
+    where: str, target: Any, model: nn.Module, config: TFMQConfig, learned: Mapping[str, Scheme], planned: bool
+) -> None:
+    """Raise ConfigError unless this call gives integer formats to layers of the timestep path."""
+    asked = f'TFMQConfig(maintenance="{config.maintenance.value}")'
+    if not is_pipeline(target):
+        raise ConfigError(
+            f"{where}: {asked} learns codes at the timesteps of a pipeline's loop, got a bare model. Compress the "
+            "pipeline."
+        )
+    if not planned:
+        compressed = any(isinstance(module, QuantizedLinear) for module in model.modules())
+        found, remedy = (
+            ("they have codes already", "Load the dense checkpoint, and pass both in one call")
+            if compressed
+            else ("this call quantizes none", "Pass both in one call")
+        )
+        raise ConfigError(
+            f"{where}: {asked} learns the codes of layers that a preset quantizes, from their dense weights; {found}. "
+            f'{remedy}: compress("w4a8", {asked}).'
+        )
+    if not learned:
+        raise ConfigError(
+            f"{where}: {asked} learns the codes of layers of the timestep path, and this call keeps all of them dense. "
+            "Name some with overrides=, or leave maintenance= out."
+        )
+    for layer, scheme in learned.items():
+        try:
+            AdaRoundConfig().check(scheme.weight)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {asked}: {layer}: {error}") from error
+
+
+def _units(where: str, title: str, target: Any, model: nn.Module, config: CacheConfig) -> str:
     if not isinstance(config, LoopCacheConfig):
         raise ConfigError(
             f"{where}: a {title} needs a schedule: FeatureCacheConfig(target_speedup=...), or load_cache()."

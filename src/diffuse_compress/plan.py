@@ -35,6 +35,7 @@ from diffuse_compress.quantization.residual import ResidualStream
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import QuantizationSpec, resolve_scheme
 from diffuse_compress.recipe import MethodConfig, Recipe, weights_among
+from diffuse_compress.temporal.config import TFMQConfig
 
 __all__ = ["ComponentPlan", "CompressionPlan", "PlanRow", "make_plan", "stored_bytes", "tensor_rows"]
 
@@ -67,13 +68,17 @@ class PlanRow:
 class ComponentPlan:
     """Plan of one component. ``assigned`` holds the decisions, ``rows`` what they mean for every tensor.
 
-    Once it was carried out, ``made_dynamic`` names layers that could not get the static input scale planned for them.
+    Where a method learns the codes of the timestep path, ``path`` holds its layers: those that are to be converted are
+    ``learned``, in ``path_iterations`` steps, and the component's algorithm has the others, ``own_layers``. Once the
+    plan was carried out, ``made_dynamic`` names layers that could not get the static input scale planned for them.
     """
 
     def __init__(self, name: str, model: nn.Module, config: QuantizationConfig) -> None:
         self.name, self.class_name = name, type(model).__name__
         self._model, self.request = model, config
         self.made_dynamic: list[str] = []
+        self.path: frozenset[str] = frozenset()
+        self.path_iterations = 0
         self._found = slice(0, 0)  # of the overrides, those that `assign` added
         self.spec: QuantizationSpec = config.spec
         self._refresh()
@@ -182,8 +187,9 @@ class ComponentPlan:
     @property
     def needs_calibration(self) -> bool:
         """The algorithm, or a static input scale of some layer, follows from inputs."""
-        static = any(scheme.has_static_inputs for scheme in self.layers.values())
-        return static or self.spec.algorithm.needs_calibration
+        own = self.own_layers
+        static = any(scheme.has_static_inputs for scheme in own.values())
+        return static or (self.spec.algorithm.needs_calibration and bool(own))
 
     def make_dynamic(self, layers: Iterable[str]) -> None:
         """No sample reached these layers, which were to have static inputs."""
@@ -197,6 +203,16 @@ class ComponentPlan:
     def layers(self) -> dict[str, Scheme]:
         """Layers to convert, in order."""
         return {name: item.scheme for name, item in self.assigned.items() if item.scheme is not None}
+
+    @property
+    def learned(self) -> dict[str, Scheme]:
+        """Those of them whose codes are learned on the timesteps."""
+        return {name: scheme for name, scheme in self.layers.items() if name in self.path}
+
+    @property
+    def own_layers(self) -> dict[str, Scheme]:
+        """Those of them that the component's algorithm quantizes."""
+        return {name: scheme for name, scheme in self.layers.items() if name not in self.path}
 
 
 class CompressionPlan:
@@ -387,7 +403,11 @@ def make_plan(target: Any, recipe: Recipe, device: torch.device | None = None) -
     for part in parts.values():
         for scheme in set(part.layers.values()):
             require_device(scheme, device)
-    methods, present = plan_methods(target, models, others)
+    methods, present = plan_methods(target, models, others, {name: part.layers for name, part in parts.items()})
+    for method in methods:
+        if isinstance(method.config, TFMQConfig) and method.config.learns:
+            parts[method.component].path = method.layers
+            parts[method.component].path_iterations = method.config.iterations
     rest = {name: stored_bytes(model) for name, model in models.items() if name not in parts and name not in unchanged}
     return CompressionPlan(target, parts, [*unchanged, *present], rest, device, methods)
 

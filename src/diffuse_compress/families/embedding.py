@@ -14,9 +14,20 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Entry", "Reader", "activated", "attended", "modulations"]
+__all__ = ["ACTIVATIONS", "Entry", "Reader", "activated", "attended", "modulations"]
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "": lambda x: x,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+"""What may stand between an embedding and what reads it, by name; "" is nothing."""
 
 
 class Entry:

@@ -15,12 +15,11 @@ from inspect import signature
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.families.base import SAMPLE_NAMES, TIMESTEP_NAMES, Dependence, Family, TemporalMap
-from diffuse_compress.families.embedding import Entry, Reader
+from diffuse_compress.families.embedding import ACTIVATIONS, Entry, Reader
 from diffuse_compress.families.roles import block_elements, has_matrix
 from diffuse_compress.patterns import generalize
 
@@ -156,17 +155,8 @@ def generic_family(model: nn.Module, found: Probe) -> Family:
     )
 
 
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "": lambda x: x,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
-
-
 def _as_found(entry: Entry, layer: str, source: str, activation: str) -> torch.Tensor:
-    return _ACTIVATIONS[activation](entry[source])
+    return ACTIVATIONS[activation](entry[source])
 
 
 def _reads(
@@ -198,7 +188,7 @@ def _reads(
         ((source, activation), function(value))
         for source, value in arguments.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point()
-        for activation, function in _ACTIVATIONS.items()
+        for activation, function in ACTIVATIONS.items()
     ]
     found = {}
     for name, given in called.items():

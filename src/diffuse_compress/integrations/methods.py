@@ -28,6 +28,7 @@ from diffuse_compress.errors import (
 from diffuse_compress.integrations.compat import may_patch
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
 from diffuse_compress.temporal.config import TEMPORAL_KIND, TFMQConfig
+from diffuse_compress.temporal.maintenance import Maintained, maintained_of, set_maintained, table_config
 from diffuse_compress.temporal.persist import load_table_state, table_state
 from diffuse_compress.temporal.table import attach_table, detach_table, table_of
 
@@ -104,26 +105,36 @@ class Method(ABC):
 
 
 class TemporalMethod(Method):
-    """Temporal tables (``temporal/``)."""
+    """The timestep path: tables, and layers whose codes were learned on the timesteps (``temporal/``)."""
 
     kind, title = TEMPORAL_KIND, "temporal tables"
 
     def config_of(self, model: nn.Module) -> TFMQConfig | None:
-        table = table_of(model)
+        maintained, table = maintained_of(model), table_of(model)
+        if maintained is not None:
+            return maintained.config
         return None if table is None else TFMQConfig(table.config, table.prepared)
 
     def is_embedded(self, model: nn.Module) -> bool:
         return True
 
     def store(self, model: nn.Module) -> Stored:
-        table = table_of(model)
-        assert table is not None
-        tensors, meta = table_state(table)
-        return Stored(TFMQConfig(table.config, table.prepared).to_dict(), meta, tensors)
+        config, maintained, table = self.config_of(model), maintained_of(model), table_of(model)
+        assert config is not None
+        tensors, meta = ({}, dict[str, Any]()) if table is None else table_state(table)
+        if maintained is not None:
+            found, meta["maintained"] = maintained.to_tensors()
+            tensors |= {f"{_MAINTAINED}{name}": tensor for name, tensor in found.items()}
+        return Stored(config.to_dict(), meta, tensors)
 
     def restore(self, model: nn.Module, stored: Stored) -> None:
         config = TFMQConfig.from_dict(stored.config)
-        table = attach_table(model, config.table)
+        maintained = _maintained(config, stored)
+        set_maintained(model, maintained)
+        own = table_config(model, config, maintained)
+        if own is None:
+            return
+        table = attach_table(model, own)
         table.prepared = config.num_inference_steps
         weights = stored.tensors.get("weights")
         if weights is not None and not torch.equal(weights.cpu(), table.weights_signature()):
@@ -138,33 +149,51 @@ class TemporalMethod(Method):
 
     def remove(self, model: nn.Module) -> None:
         detach_table(model)
+        set_maintained(model, None)
 
     def facts(self, model: nn.Module) -> dict[str, Any]:
-        table = table_of(model)
-        assert table is not None
-        schedules = [
-            {"scheduler": known.scheduler, "rows": len(known.values), "bytes": known.nbytes}
-            for known in table.schedules
-        ]
-        summary = f"{table.num_served} layers looked up, {self._described(model)}"
-        if not schedules:
-            summary += "; rows are made in the first run"
-        return {
-            "summary": summary,
-            "layers": table.num_served,
-            "live": dict(table.left),
-            "schedules": schedules,
-            "bytes": table.nbytes(),
-        }
+        table, maintained = table_of(model), maintained_of(model)
+        summary, facts = self._described(model), dict[str, Any]()
+        if table is not None:
+            schedules = [
+                {"scheduler": known.scheduler, "rows": len(known.values), "bytes": known.nbytes}
+                for known in table.schedules
+            ]
+            summary = f"{table.num_served} layers looked up, {summary}"
+            if not schedules:
+                summary += "; rows are made in the first run"
+            live = dict(table.left) if maintained is None else table.left | maintained.live
+            facts |= {
+                "layers": table.num_served,
+                "live": live,
+                "schedules": schedules,
+                "bytes": table.nbytes(),
+            }
+        if maintained is not None:
+            facts["path"] = maintained.facts()
+        return {"summary": summary, **facts}
 
     def describe(self, config: Mapping[str, Any], stored: Stored | None) -> str:
-        schedules = [] if stored is None else stored.meta["schedules"]
+        asked = TFMQConfig.from_dict(config)
+        if stored is None:
+            return asked.summary
         rows = [
             f"{len(stored.tensors[f'{number}.timesteps'])} timesteps of {known['scheduler'] or 'a schedule'}"
-            for number, known in enumerate(schedules)
-            if stored is not None
+            for number, known in enumerate(stored.meta.get("schedules", ()))
         ]
-        return "; ".join([TFMQConfig.from_dict(config).summary, *([", ".join(rows)] if rows else [])])
+        maintained = _maintained(asked, stored)
+        learned = [] if maintained is None else [maintained.describe()]
+        return "; ".join([asked.summary, *learned, *([", ".join(rows)] if rows else [])])
+
+
+_MAINTAINED = "path."
+
+
+def _maintained(config: TFMQConfig, stored: Stored) -> Maintained | None:
+    if "maintained" not in stored.meta:
+        return None
+    own = {key.removeprefix(_MAINTAINED): t for key, t in stored.tensors.items() if key.startswith(_MAINTAINED)}
+    return Maintained.from_tensors(config, own, stored.meta["maintained"])
 
 
 class CacheMethod(Method):

@@ -23,7 +23,7 @@ from diffuse_compress.temporal.layout import Layout
 from diffuse_compress.temporal.lookup import LayerLookup, Mode
 from diffuse_compress.temporal.request import copied
 
-__all__ = ["Call", "Rows", "arguments_of", "bring_weights", "build"]
+__all__ = ["Call", "Rows", "arguments_of", "bring_weights", "build", "run_to_block"]
 
 
 def arguments_of(model: nn.Module) -> tuple[list[str], str]:
@@ -110,7 +110,7 @@ def build(
         entries = []
         for number, timestep in enumerate(rows):
             _give(known, lookups, call.batch, number)
-            entries.append(_run_to_block(call, layout.entry, timestep, sources))
+            entries.append(run_to_block(call, layout.entry, timestep, sources))
             if len(entries) == 1:
                 _serve_conditions(chosen)
         embeddings = _Embeddings(entries, call.batch, exact, lambda number: _give(known, lookups, call.batch, number))
@@ -262,8 +262,8 @@ class _Stop(nn.Module):
         raise _Reached(named, hidden.dtype)
 
 
-def _run_to_block(call: Call, block: str, timestep: Any, sources: set[str]) -> Entry:
-    """What the model gives its block ``block``, and was given itself, of these arguments."""
+def run_to_block(call: Call, block: str, timestep: Any, sources: set[str]) -> Entry:
+    """What the model gives its block ``block``, and was given itself, of these arguments; the block does not run."""
     parent_name, _, leaf = block.rpartition(".")
     parent = call.model.get_submodule(parent_name)
     stock = parent._modules[leaf]

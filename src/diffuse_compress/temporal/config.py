@@ -1,4 +1,4 @@
-"""How the tables of temporal features are kept."""
+"""How the timestep path is kept: tables of its features, or codes learned on the timesteps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from diffuse_compress.errors import ConfigError, nearest
 
-__all__ = ["TEMPORAL_KIND", "TFMQConfig", "TableConfig", "TableFormat", "WeightPlace"]
+__all__ = ["TEMPORAL_KIND", "Maintenance", "TFMQConfig", "TableConfig", "TableFormat", "WeightPlace"]
 
 TEMPORAL_KIND = "temporal"
 
@@ -49,6 +49,18 @@ class WeightPlace(str, Enum):
     DISK = "disk"
     INT8 = "int8"
     INT4 = "int4"
+
+
+class Maintenance(str, Enum):
+    """How the features that follow from the timestep are kept where weights are quantized.
+
+    CACHE looks them up. TIB computes them with codes that were learned on the timesteps alone. AUTO takes for each
+    layer the one with the smaller error, as far as a budget allows.
+    """
+
+    CACHE = "cache"
+    TIB = "tib"
+    AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -100,16 +112,22 @@ class TableConfig:
 
 @dataclass(frozen=True)
 class TFMQConfig:
-    """The timestep path of a denoiser: tables in place of what it computes from the timestep and conditions alone.
+    """The timestep path of a denoiser: what it computes from the timestep and conditions alone.
 
     Source: Huang et al. 2024, arXiv 2407.19547, which extends TFMQ-DM (arXiv 2311.16503). Tables are made of the dense
-    weights, so that quantizing these layers costs nothing in accuracy while a table serves them.
+    weights, so that quantizing these layers costs nothing in accuracy while a table serves them. What a table does not
+    serve is quantized by itself ("tib"), in the formats that the weights' configuration gives these layers: their codes
+    are learned on a dense grid of timesteps, and no sample, text or picture is looked at.
 
     Args:
         table: how tables are kept, a TableConfig or a dict of its arguments.
         num_inference_steps: schedules whose rows of the timestep alone are made by ``compress`` and stored with the
             model, by their numbers of steps; the pipeline's own number by default, () for none. Rows of any other
             schedule are made in its first run.
+        maintenance: "cache", "tib" or "auto", see :class:`Maintenance`.
+        table_budget: bytes that the stored rows may take in all, for "auto"; None for no limit.
+        iterations: steps of Adam in which the codes of a layer are learned, for "tib" and "auto"; the authors take
+            20000 for all layers at once.
 
     Raises:
         ConfigError: a value that is none of these.
@@ -117,6 +135,9 @@ class TFMQConfig:
 
     table: TableConfig = field(default_factory=TableConfig)
     num_inference_steps: tuple[int, ...] | None = None
+    maintenance: Maintenance = Maintenance.CACHE
+    table_budget: int | None = None
+    iterations: int = 300
 
     kind: ClassVar[str] = TEMPORAL_KIND
 
@@ -135,18 +156,54 @@ class TFMQConfig:
                 f"{self.table.max_schedules}: pass table=TableConfig(max_schedules={len(steps)})."
             )
         object.__setattr__(self, "num_inference_steps", steps)
+        object.__setattr__(self, "maintenance", _member("maintenance", Maintenance, self.maintenance, "TFMQConfig"))
+        self._check_maintenance()
+
+    def _check_maintenance(self) -> None:
+        budget, own = self.table_budget, self.maintenance.value
+        if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 0):
+            raise ConfigError(f"TFMQConfig: table_budget is a number of bytes or None, got {budget!r}.")
+        if budget is not None and self.maintenance is not Maintenance.AUTO:
+            raise ConfigError(
+                f'TFMQConfig: table_budget= is for maintenance="auto", which chooses the layers that get tables; got '
+                f'maintenance="{own}". Leave it out, or ask for "auto".'
+            )
+        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
+            raise ConfigError(f"TFMQConfig: iterations is a positive integer, got {self.iterations!r}.")
+        if self.learns and self.table.weights is not WeightPlace.DEVICE:
+            raise ConfigError(
+                f'TFMQConfig: maintenance="{own}" computes layers with their quantized weights, which stay on the '
+                f'device; got TableConfig(weights="{self.table.weights.value}"). Leave weights= out.'
+            )
+
+    @property
+    def learns(self) -> bool:
+        """Codes of layers are learned."""
+        return self.maintenance is not Maintenance.CACHE
 
     @property
     def summary(self) -> str:
         """In a few words, for plans."""
+        if self.maintenance is Maintenance.TIB:
+            return f"timestep path (TIAR, {self.iterations} steps)"
         where = self.table.weights
         kept = "" if where is WeightPlace.DEVICE else f", weights {where.value}"
-        return f"temporal tables ({self.table.table.value}{kept})"
+        tables = f"temporal tables ({self.table.table.value}{kept})"
+        if self.maintenance is Maintenance.CACHE:
+            return tables
+        budget = "" if self.table_budget is None else f" within {self.table_budget} bytes"
+        return f"{tables}{budget} or timestep path (TIAR, {self.iterations} steps)"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, a dict of the arguments."""
         steps = self.num_inference_steps
-        return {"table": self.table.to_dict(), "num_inference_steps": None if steps is None else list(steps)}
+        return {
+            "table": self.table.to_dict(),
+            "num_inference_steps": None if steps is None else list(steps),
+            "maintenance": self.maintenance.value,
+            "table_budget": self.table_budget,
+            "iterations": self.iterations,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TFMQConfig:
@@ -162,9 +219,9 @@ def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values)
 
 
-def _member(name: str, kind: type[Enum], value: object) -> Enum:
+def _member(name: str, kind: type[Enum], value: object, where: str = "TableConfig") -> Enum:
     try:
         return kind(value)
     except ValueError:
         known = [str(member.value) for member in kind]
-        raise ConfigError(f"TableConfig: {name}={value!r} is unknown; {nearest(str(value), known)}.") from None
+        raise ConfigError(f"{where}: {name}={value!r} is unknown; {nearest(str(value), known)}.") from None

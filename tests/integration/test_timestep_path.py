@@ -1,0 +1,174 @@
+"""The timestep path learned on timesteps, through compress, save_pretrained and from_pretrained."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import diffuse_compress as dc
+import tiny
+from diffuse_compress.cli import main
+from diffuse_compress.errors import CompressionConflictError, ConfigError
+from diffuse_compress.families.base import Dependence
+from diffuse_compress.integrations.component import quantized_layers
+from diffuse_compress.temporal.config import TableConfig
+from diffuse_compress.temporal.layout import layout_of
+from diffuse_compress.temporal.maintenance import maintained_of
+from diffuse_compress.temporal.table import table_of
+
+STEPS, ITERATIONS = 4, 20
+GIVEN = {"measure": False, "algorithm": dc.RTNConfig()}
+
+
+def config(way: str, **given: Any) -> dc.TFMQConfig:
+    return dc.TFMQConfig(maintenance=way, num_inference_steps=STEPS, iterations=ITERATIONS, **given)
+
+
+def denoiser(pipe: Any) -> Any:
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+def picture(pipe: Any) -> torch.Tensor:
+    return tiny.sample(pipe, num_inference_steps=STEPS)
+
+
+def reloaded(pipe: Any, folder: Any) -> Any:
+    pipe.save_pretrained(folder)
+    again = DiffusionPipeline.from_pretrained(folder)
+    again.set_progress_bar_config(disable=True)
+    return again
+
+
+def path_of(model: Any) -> set[str]:
+    layers = layout_of(model, TableConfig()).layers
+    return {name for name, kind in layers.items() if kind is not Dependence.CONDITION}
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "flux"])
+def test_codes_of_the_path_are_learned_and_all_else_is_as_without(name, tmp_path):
+    """The formats are the preset's, the other layers are the algorithm's, and the checkpoint needs nothing of ours."""
+    pipe, plain = tiny.build_pipeline(name), tiny.build_pipeline(name)
+    path = path_of(denoiser(pipe))
+    plain.compress("w4a8", **GIVEN)
+    plan = pipe.compression_plan("w4a8", config("tib"), algorithm=dc.RTNConfig())
+    assert f"{len(path & denoiser_layers(plain))} of {len(path)} layers learned" in str(plan)
+    pipe.compress(plan, measure=False)
+    mine, theirs = quantized_layers(denoiser(pipe)), quantized_layers(denoiser(plain))
+    assert {n: layer.scheme for n, layer in mine.items()} == {n: layer.scheme for n, layer in theirs.items()}
+    changed = {n for n in mine if not torch.equal(mine[n].qweight, theirs[n].qweight)}
+    assert changed == path & set(mine)
+    expected, found = picture(pipe), maintained_of(denoiser(pipe))
+    assert table_of(denoiser(pipe)) is None
+    assert set(found.learned) == changed
+    assert found.errors.error["tib"].shape == (len(found.errors.layers), STEPS)
+    assert float(found.errors.error["tib"].mean()) < float(found.errors.error["rtn"].mean())
+    again = reloaded(pipe, tmp_path / "one")
+    assert torch.equal(picture(again), expected)
+    kept = maintained_of(denoiser(again))
+    assert (kept.config, kept.learned, kept.ways) == (found.config, found.learned, found.ways)
+    assert all(torch.equal(kept.errors.error[way], error) for way, error in found.errors.error.items())
+    assert all(torch.equal(kept.errors.mismatch[way], share) for way, share in found.errors.mismatch.items())
+    assert again.compression_plan("w4a8", config("tib"), algorithm=dc.RTNConfig()).methods == []
+    again.decompress()
+    assert maintained_of(denoiser(again)) is None
+
+
+def denoiser_layers(pipe: Any) -> set[str]:
+    return set(quantized_layers(denoiser(pipe)))
+
+
+def test_a_budget_decides_which_layers_get_tables(tmp_path, capsys):
+    pipe = tiny.build_pipeline("stable_diffusion")
+    pipe.compress("w4a8", config("auto"), **GIVEN)
+    everything = table_of(pipe.unet).nbytes()["schedules"]
+    pipe = tiny.build_pipeline("stable_diffusion")
+    pipe.compress("w4a8", config("auto", table_budget=everything // 2), **GIVEN)
+    found, table = maintained_of(pipe.unet), table_of(pipe.unet)
+    assert 0 < table.nbytes()["schedules"] <= everything // 2
+    assert 0 < len(found.cached) < len(found.ways)
+    alone = {n for n, lookup in table.lookups.items() if lookup.dependence is Dependence.TIMESTEP}
+    assert alone == set(found.cached)
+    assert table.schedules[0].rows[0].columns.keys() == alone
+    means = {way: float(error.mean()) for way, error in found.errors.error.items()}
+    assert means["cache"] < means["auto"] < means["tib"] < means["rtn"]
+    expected = picture(pipe)
+    dc.compression_stats(pipe, strict=True)
+    again = reloaded(pipe, tmp_path)
+    assert torch.equal(picture(again), expected)
+    dc.compression_stats(again, strict=True)
+    facts = dc.compression_report(again).components["unet"]["methods"]["temporal"]
+    assert facts["path"]["ways"] == {n: {"way": way, "why": why} for n, (way, why) in found.ways.items()}
+    assert len(facts["path"]["error"]["tib"]) == len(facts["path"]["mismatch"]["auto"]) == STEPS
+    main(["info", str(tmp_path)])
+    assert f"{len(found.cached)} of {len(found.ways)} features from tables" in capsys.readouterr().out
+    assert dc.compression_recipe(again).components["unet"][1] == config("auto", table_budget=everything // 2)
+
+
+def test_without_a_budget_to_speak_of_nothing_is_looked_up(tmp_path):
+    pipe = tiny.build_pipeline("stable_diffusion")
+    pipe.compress("w4a8", config("auto", table=TableConfig(conditions=False), table_budget=0), **GIVEN)
+    assert maintained_of(pipe.unet).cached == []
+    expected = picture(pipe)
+    assert torch.equal(picture(reloaded(pipe, tmp_path)), expected)
+
+
+def test_the_embedder_is_learned_where_it_is_quantized():
+    pipe = tiny.build_pipeline("stable_diffusion")
+    everything = dc.QuantizationConfig("w4a8", dc.RTNConfig(), overrides={"time_embedding.*": "w4a16"})
+    pipe.compress(everything, config("tib"), measure=False)
+    found = maintained_of(pipe.unet)
+    assert set(found.learned) == path_of(pipe.unet)
+    assert {n for n in found.learned if n.startswith("time_embedding")}.isdisjoint(found.errors.layers)
+
+
+def test_the_same_call_gives_the_same_codes_beside_calibrated_layers():
+    pipes = [tiny.build_pipeline("stable_diffusion") for _ in range(2)]
+    for pipe in pipes:
+        calibration = dc.Calibration.record(pipe, ["a red cat"], num_samples=1, num_inference_steps=1)
+        some = dc.QuantizationConfig("w4a8", dc.GPTQConfig(), modules_to_not_convert=["down_blocks", "up_blocks"])
+        pipe.compress(some, config("tib"), calibration=calibration, measure=False)
+    one, two = (quantized_layers(pipe.unet) for pipe in pipes)
+    assert all(torch.equal(one[name].qweight, two[name].qweight) for name in one)
+    learned = set(maintained_of(pipes[0].unet).learned)
+    assert learned == path_of(pipes[0].unet) & set(one)
+    assert learned < set(one)
+
+
+def test_what_cannot_be_learned_is_refused_before_anything_is_touched():
+    pipe = tiny.build_pipeline("stable_diffusion")
+    before = {key: tensor.clone() for key, tensor in pipe.unet.state_dict().items()}
+    with pytest.raises(ConfigError, match="this call quantizes none"):
+        pipe.compress(config("tib"))
+    with pytest.raises(ConfigError, match=r"time_emb_proj: .*rounds up or down to integer codes"):
+        pipe.compress("fp8", config("tib"))
+    with pytest.raises(ConfigError, match="keeps all of them dense"):
+        pipe.compress("w4a8", config("tib"), modules_to_not_convert=["*.time_emb_proj"])
+    with pytest.raises(ConfigError, match="got a bare model"):
+        copy.deepcopy(pipe.unet).compress("w4a8", config("tib"))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in pipe.unet.state_dict().items())
+    pipe.compress("w4a8", **GIVEN)
+    with pytest.raises(ConfigError, match="codes already"):
+        pipe.compress(config("tib"))
+    other = tiny.build_pipeline("stable_diffusion")
+    other.compress("w4a8", config("tib"), **GIVEN)
+    with pytest.raises(CompressionConflictError, match="temporal"):
+        other.compress(config("auto"))
+
+
+def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
+    pipe = tiny.build_pipeline("stable_diffusion")
+    expected = picture(pipe)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("late")
+
+    monkeypatch.setattr("diffuse_compress.apply.component_report", fail)
+    with pytest.raises(RuntimeError, match="late"):
+        pipe.compress("w4a8", config("auto"), **GIVEN)
+    assert maintained_of(pipe.unet) is None
+    assert table_of(pipe.unet) is None
+    assert torch.equal(picture(pipe), expected)
