@@ -15,6 +15,7 @@ import diffuse_compress as dc
 import tiny
 from diffuse_compress.api import METHODS
 from diffuse_compress.companions import complete_save, complete_upload
+from diffuse_compress.feature_cache import CACHE_METHODS
 from diffuse_compress.integrations.attach import attach, register_quantizers
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +48,7 @@ def test_attach_every_verb(cls: type) -> None:
 
 def test_attach_twice_changes_nothing() -> None:
     before = [(cls.save_pretrained, cls.__dict__.get("dtype"), cls.compress) for cls in CLASSES]
-    attach(METHODS, complete_save, complete_upload)
+    attach(METHODS, CACHE_METHODS, complete_save, complete_upload)
     register_quantizers()
     assert [(cls.save_pretrained, cls.__dict__.get("dtype"), cls.compress) for cls in CLASSES] == before
 
