@@ -57,7 +57,7 @@ def enable_cache(target: Any, cache: Any = None, **placement: Any) -> None:
         ConfigError: there is no cache; the schedule is not of this model; or a cache of diffusers is on.
     """
     if cache is None:
-        for model, found in _caches(target).items():
+        for model, found in _caches(target).values():
             found.enable(model, True)
         return
     if isinstance(cache, str) and cache not in CACHE_PRESETS:
@@ -196,13 +196,11 @@ def cache_summary(target: Any) -> str:
     Raises:
         ConfigError: there is no cache.
     """
-    caches = _caches(target)
-    names = {model: name for name, model in _denoisers(target).items()}
     parts = []
-    for model, found in caches.items():
+    for name, (_, found) in _caches(target).items():
         state = "" if found.enabled else " (off)"
         kept = f"\nkept between calls: at most {format_bytes(found.peak_bytes)} so far" if found.peak_bytes else ""
-        title = f"{names[model]}{state}\n" if names[model] else ""
+        title = f"{name}{state}\n" if name else ""
         parts.append(f"{title}{found.schedule.summary()}{kept}")
     return "\n\n".join(parts)
 
@@ -232,8 +230,10 @@ def _denoisers(target: Any) -> dict[str, nn.Module]:
     return found
 
 
-def _caches(target: Any) -> dict[nn.Module, FeatureCache]:
-    found = {model: cache for model in _denoisers(target).values() if (cache := cache_of(model)) is not None}
+def _caches(target: Any) -> dict[str, tuple[nn.Module, FeatureCache]]:
+    """Denoisers with their caches, by component name; ConfigError without any."""
+    denoisers = _denoisers(target)
+    found = {name: (model, cache) for name, model in denoisers.items() if (cache := cache_of(model)) is not None}
     if not found:
         raise ConfigError(f"{type(target).__name__} has no feature cache; {_OFFER}.")
     return found

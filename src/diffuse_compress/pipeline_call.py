@@ -61,10 +61,7 @@ def bundled_items(pipe: Any, count: int) -> list[Any]:
         prompts = bundled_prompts("motion" if "num_frames" in known else "general")
         return [prompts[number * len(prompts) // count] for number in range(min(count, len(prompts)))]
     if "class_labels" in known:
-        denoiser = next(
-            (part for name, part in model_components(pipe).items() if GROUPS["denoisers"].match(name)), None
-        )
-        classes = getattr(getattr(denoiser, "config", None), "num_embeds_ada_norm", None) or 1000
+        classes = getattr(_denoiser_config(pipe), "num_embeds_ada_norm", None) or 1000
         return [number * classes // count for number in range(count)]
     return [{"batch_size": 1} if "batch_size" in known else {} for _ in range(count)]
 
@@ -254,11 +251,16 @@ def _reduced_size(pipe: Any, known: dict[str, Any]) -> dict[str, int]:
     return {"height": height, "width": width}
 
 
+def _denoiser_config(pipe: Any) -> Any:
+    """Of the first denoiser; None without one."""
+    denoiser = next((part for name, part in model_components(pipe).items() if GROUPS["denoisers"].match(name)), None)
+    return getattr(denoiser, "config", None)
+
+
 def _default_size(pipe: Any, known: dict[str, Any]) -> tuple[int, int] | None:
     if isinstance(known["height"], int) and isinstance(known["width"], int):
         return known["height"], known["width"]
-    denoiser = next((part for name, part in model_components(pipe).items() if GROUPS["denoisers"].match(name)), None)
-    config = getattr(denoiser, "config", None)
+    config = _denoiser_config(pipe)
     square = getattr(pipe, "default_sample_size", None) or getattr(config, "sample_size", None)
     latent = (getattr(config, "sample_height", None), getattr(config, "sample_width", None))
     if None in latent:

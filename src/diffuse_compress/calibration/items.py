@@ -321,13 +321,6 @@ def _as_tensor(value: Any) -> torch.Tensor | None:
         return None
 
 
-def _holds_tuple(value: Any) -> bool:
-    """A tuple, or a list in which one comes first."""
-    while isinstance(value, list) and value:
-        value = value[0]
-    return isinstance(value, tuple)
-
-
 def is_integer(value: Any) -> bool:
     """A whole number of Python or numpy."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
