@@ -21,10 +21,11 @@ from diffuse_compress.caching.compiler import Program, compile_schedule, within_
 from diffuse_compress.caching.config import CacheConfig
 from diffuse_compress.caching.patterns import Op, Variants, run_pattern
 from diffuse_compress.caching.schedule import CachePoint, Schedule, noise_levels
+from diffuse_compress.caching.store import Signature
 from diffuse_compress.caching.units import BLOCK_KIND, Granularity, sites_of, units_of
 from diffuse_compress.components import unwrap
 from diffuse_compress.errors import CompressionConflictError, ConfigError, DiffuseCompressWarning, ModelStateError
-from diffuse_compress.families.base import BlockKind, Streams
+from diffuse_compress.families.base import BlockKind
 from diffuse_compress.families.boundary import Boundary
 from diffuse_compress.runtime.blocks import BlockOption, disown, keep_outermost, known_kind, own
 from diffuse_compress.runtime.run import Run
@@ -136,11 +137,11 @@ class FeatureCache:
             self.last_bytes = call.end(failed=output is None)
             self.peak_bytes = max(self.peak_bytes, self.last_bytes)
 
-    def program(self, run: Run, streams: Streams) -> Program:
+    def program(self, run: Run, streams: Signature) -> Program:
         """The schedule compiled for a run, and for streams of this size if there is a budget."""
         size = 0
         if self.memory_budget is not None and len({site.chain for site in self.sites}) == 1:
-            size = sum(value.numel() * (self.placement.dtype or value.dtype).itemsize for value in streams.values())
+            size = sum(shape.numel() * (self.placement.dtype or dtype).itemsize for shape, dtype, _ in streams.values())
         schedule = self.schedule
         same = run.num_rows == schedule.num_steps
         key = (None if same else tuple(run.values), size)
