@@ -47,10 +47,13 @@ class Trajectory:
     Attributes:
         deltas: float32 [T, K, elements] on the CPU, samples of what each unit added; NaN in steps that were not seen.
         power: float32 [T, K], mean square of the streams that each unit was given.
+        noise: float32 [T, K, elements], what rounded activations are to blame for in the same samples (``noise.py``),
+            or None.
     """
 
     deltas: torch.Tensor
     power: torch.Tensor
+    noise: torch.Tensor | None = None
 
     @cached_property
     def products(self) -> torch.Tensor:
@@ -62,6 +65,10 @@ class Trajectory:
     def seen(self) -> torch.Tensor:
         """Bool [T, K]: the unit was computed in that step."""
         return ~self.power.isnan()
+
+
+_Rows = dict[tuple[Any, int], dict[int, tuple[torch.Tensor, torch.Tensor]]]
+"""{(call of a step, step): {unit: (samples of what it adds, mean square of the streams)}}."""
 
 
 class Recorder:
@@ -84,7 +91,9 @@ class Recorder:
         self.batch = 0
         self._units, self._elements = len(units), elements
         self._indices: dict[tuple[int, torch.device], torch.Tensor] = {}
-        self._rows: dict[tuple[Any, int], dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._rows: _Rows = {}
+        self._exact: _Rows = {}
+        self._is_exact = False
         self._keys: set[Any] = set()
         self._run: Run | None = None
 
@@ -96,7 +105,8 @@ class Recorder:
             self._run = context.run
             taken = [self._sampled(delta) for _, delta in sorted(deltas.items())]
             given = [self._sampled(streams[name]) for name in sorted(deltas) if name in streams]
-            row = self._rows.setdefault((context.key, context.row), {})
+            rows = self._exact if self._is_exact else self._rows
+            row = rows.setdefault((context.key, context.row), {})
             row[index] = torch.cat(taken), torch.cat(given).square().mean()
         return deltas
 
@@ -109,6 +119,17 @@ class Recorder:
             self.call = Call(args, kwargs)
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim]
             self.batch = tensors[0].shape[0] if tensors else 0
+
+    def compare(self, exact: Callable[[], Any]) -> None:
+        """Of the first run: a step is over, and ``exact`` runs it once more without any noise."""
+        context = current()
+        if self._is_exact or self.trajectories or context is None or context.run is None or context.row is None:
+            return
+        self._is_exact = True
+        try:
+            exact()
+        finally:
+            self._is_exact = False
 
     def end_run(self) -> None:
         """A trajectory is over: its samples go to the CPU.
@@ -133,6 +154,7 @@ class Recorder:
         for key in dict.fromkeys(key for key, _ in self._rows):
             self.trajectories.append(self._trajectory(key))
         self._rows.clear()
+        self._exact.clear()
         self._run = None
 
     @property
@@ -149,17 +171,22 @@ class Recorder:
 
     def _trajectory(self, key: Any) -> Trajectory:
         self._keys.add(key)
-        rows = {row: found for (other, row), found in self._rows.items() if other == key}
-        width = max((len(taken) for found in rows.values() for taken, _ in found.values()), default=0)
+        deltas, power = self._table(self._rows, key)
+        noise = deltas - self._table(self._exact, key)[0] if self._exact else None
+        return Trajectory(deltas, power, noise)
+
+    def _table(self, rows: _Rows, key: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        found_rows = {row: found for (other, row), found in rows.items() if other == key}
+        width = max((len(taken) for found in found_rows.values() for taken, _ in found.values()), default=0)
         deltas = torch.full((len(self.timesteps), self._units, width), float("nan"))
         power = torch.full((len(self.timesteps), self._units), float("nan"))
-        for row, found in rows.items():
+        for row, found in found_rows.items():
             for index, (taken, given) in found.items():
                 # Units of fewer streams fill up with zeros, which change no norm's ratio to itself.
                 deltas[row, index] = 0.0
                 deltas[row, index, : len(taken)] = taken.cpu()
                 power[row, index] = given.cpu() * len(taken)
-        return Trajectory(deltas, power)
+        return deltas, power
 
     def _sampled(self, value: torch.Tensor) -> torch.Tensor:
         place = value.numel(), value.device
