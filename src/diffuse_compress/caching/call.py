@@ -24,7 +24,7 @@ from diffuse_compress.caching.patterns import Op, Pattern
 from diffuse_compress.caching.store import Kept, Placement, Signature, Sum, plus, signature
 from diffuse_compress.caching.units import Site
 from diffuse_compress.errors import ModelStateError
-from diffuse_compress.families.base import Streams
+from diffuse_compress.families.base import Below, Streams
 from diffuse_compress.families.boundary import Boundary
 from diffuse_compress.runtime.blocks import why_not_composed
 from diffuse_compress.runtime.run import Run
@@ -34,6 +34,7 @@ from diffuse_compress.runtime.steps import StepContext
 __all__ = [
     "ADAPTERS",
     "CHANGED",
+    "INJECTED",
     "MISSING",
     "NAME",
     "NOT_COMPOSED",
@@ -65,6 +66,10 @@ NOT_RETURNED = Reason(
     "a block does not return the streams that it is given, or something else beside them",
     "leave that block out of the schedule",
 )
+INJECTED = Reason(
+    "a ControlNet or an adapter adds to what is inside of the unit",
+    'use a schedule of blocks (granularity="block")',
+)
 OVER_BUDGET = Reason("the memory budget did not allow to keep it", "raise memory_budget, or keep it on the CPU")
 
 
@@ -74,6 +79,7 @@ class Plan(Protocol):
     Attributes:
         sites: the blocks, in order.
         boundaries: of each of them.
+        below: what is run for one value, if a site is that.
         merge: neighbouring units are one; False before the gates, where each is added by its own.
         placement: how atoms are kept.
         memory_budget: bytes that may be kept, or None.
@@ -81,6 +87,7 @@ class Plan(Protocol):
 
     sites: tuple[Site, ...]
     boundaries: list[Boundary]
+    below: Below | None
     merge: bool
     placement: Placement
     memory_budget: int | None
@@ -117,6 +124,7 @@ class Call:
 
     Attributes:
         given: once it is foreseen, what each segment adds, by its index.
+        injected: something is added to what is inside of a unit.
         noted: where it writes down the streams of each site it reaches, if that is wanted.
     """
 
@@ -134,8 +142,10 @@ class Call:
         self._open: Sum | None = None
         self._saved = 0
         self.given: Mapping[int, Streams] = {}
+        self.injected = False
         self.noted: dict[int, Signature] | None = None
         self._made: dict[Place, Streams | None] | None = None
+        self._entered: dict[int, Signature] = {}
         self._places: Mapping[Place, int] = {}
         state: State = context.storage.setdefault((NAME, context.key), State())
         adapters = adapters_of(module)
@@ -163,6 +173,37 @@ class Call:
         if not any(reused) and len(set(keep)) == 1 and site.residual and self.cache.merge:
             return self._whole(index, streams, keep[0], args, kwargs, run)
         return self._in_part(index, plan, streams, reused, keep, args, kwargs, run)
+
+    def below(
+        self,
+        index: int,
+        number: int,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        run: Callable[..., Any],
+    ) -> Any:
+        """A module is reached that is run for one value, which the last of them returns."""
+        assert self.cache.below is not None
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        if number == 0:
+            now = self._entered[index] = signature({"hidden_states": hidden_states})
+            if self.noted is not None:
+                self.noted[index] = now
+        plan = self._planned(self._entered[index]).steps[self.row].sites[index]
+        segment = plan.segments[0]
+        reused = segment is not None and self._decide(segment, self._entered[index])
+        last = number == len(self.cache.sites[index].modules) - 1
+        if not reused:
+            output = run(*args, **kwargs)
+            atom = self._keep(plan, 0, False)
+            if last and atom is not None:
+                # What follows may write to it (FreeU).
+                self._hand(atom, {"hidden_states": output.clone()}, self._entered[index])
+            return output
+        if not last:
+            return self.cache.below.idle(module, hidden_states)
+        return _weighted(self._terms(self._segment(segment)))["hidden_states"].clone()
 
     def end(self, failed: bool) -> int:
         """The call is over; bytes that are kept of it."""
@@ -222,9 +263,11 @@ class Call:
         site = self.cache.sites[index]
         if not all(name in streams for name in self.cache.boundaries[index].layout or () if name):
             return NOT_RETURNED
+        if site.modules and self.injected:
+            return INJECTED
         inside = self.cache.merge and site.residual and segment.first == site.first
         whole = inside and segment.last >= site.first + site.count - 1
-        if not whole and why_not_composed(self.module.get_submodule(site.block)) is not None:
+        if not whole and not site.modules and why_not_composed(self.module.get_submodule(site.block)) is not None:
             return NOT_COMPOSED
         for atom, _ in segment.terms[: segment.latest]:
             kept = self._kept.get(atom)
@@ -365,10 +408,13 @@ class Call:
 
     def _store(self, total: Sum) -> None:
         self._open = None
+        self._hand(total.atom, total.result(), total.taken)
+
+    def _hand(self, atom: int, deltas: Streams | None, taken: Signature) -> None:
         if self._made is not None:
-            self._made[_place(self._atom(total.atom))] = total.result()
+            self._made[_place(self._atom(atom))] = deltas
         else:
-            self._put(total.atom, total.result(), total.taken)
+            self._put(atom, deltas, taken)
 
     def _put(self, atom: int, deltas: Streams | None, taken: Signature) -> None:
         """Keep an atom, if it may be kept."""

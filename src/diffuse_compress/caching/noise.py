@@ -1,9 +1,9 @@
 """Noise of quantized activations, which a cache must neither mistake for change nor amplify.
 
-Rounding the inputs of layers adds noise to what every unit makes, another in every step. Two steps then differ by it even
-where nothing changes, so that reuse looks worse than it is; and a forecast adds up the noise of several steps, each times
-its weight: extrapolated straight ahead (weights 2 and -1) it has five times the power, which shows as flicker. Rounded
-weights are the same in every step, and add none.
+Rounding the inputs of layers adds noise to what every unit makes, another in every step. Two steps then differ by it
+even where nothing changes, so that reuse looks worse than it is; and a forecast adds up the noise of several steps,
+each times its weight: extrapolated straight ahead (weights 2 and -1) it has five times the power, which shows as
+flicker. Rounded weights are the same in every step, and add none.
 
 The noise is told from one more forward of each step on the same arguments, with inputs as they are.
 """

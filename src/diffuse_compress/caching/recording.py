@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from diffuse_compress.caching.observing import observed
+from diffuse_compress.caching.observing import Observer, observed
 from diffuse_compress.caching.schedule import Guidance, noise_levels
 from diffuse_compress.caching.units import Unit
 from diffuse_compress.calls import Call
@@ -71,7 +71,7 @@ _Rows = dict[tuple[Any, int], dict[int, tuple[torch.Tensor, torch.Tensor]]]
 """{(call of a step, step): {unit: (samples of what it adds, mean square of the streams)}}."""
 
 
-class Recorder:
+class Recorder(Observer):
     """An observer that keeps samples; ``end_run`` after each trajectory.
 
     Attributes:
@@ -107,7 +107,8 @@ class Recorder:
             given = [self._sampled(streams[name]) for name in sorted(deltas) if name in streams]
             rows = self._exact if self._is_exact else self._rows
             row = rows.setdefault((context.key, context.row), {})
-            row[index] = torch.cat(taken), torch.cat(given).square().mean()
+            # A value is not added to streams: it counts by its own size.
+            row[index] = torch.cat(taken), torch.cat(given or taken).square().mean()
         return deltas
 
     def watch(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -265,7 +266,7 @@ class Profile:
     flops: torch.Tensor
 
 
-class _Timer:
+class _Timer(Observer):
     """An observer that times units; on a GPU by its own clock, read at the end."""
 
     def __init__(self, count: int, device: torch.device) -> None:
@@ -279,13 +280,18 @@ class _Timer:
 
     def unit(self, index: int, streams: Streams, compute: Callable[[], Streams]) -> Streams:
         """Computes between two marks."""
-        before = _mark(self._device)
-        deltas = compute()
-        self.events[index].append((before, _mark(self._device)))
+        deltas: Streams = self.part(index, compute)
         return deltas
 
+    def part(self, index: int, compute: Callable[[], Any]) -> Any:
+        """Likewise."""
+        before = _mark(self._device)
+        output = compute()
+        self.events[index].append((before, _mark(self._device)))
+        return output
 
-class _Counter:
+
+class _Counter(Observer):
     """An observer that counts floating point operations, of packed layers those of the dense ones."""
 
     def __init__(self, count: int) -> None:
@@ -293,10 +299,15 @@ class _Counter:
 
     def unit(self, index: int, streams: Streams, compute: Callable[[], Streams]) -> Streams:
         """Computes under a counter."""
-        with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
-            deltas = compute()
-        self.flops[index] += counter.get_total_flops()
+        deltas: Streams = self.part(index, compute)
         return deltas
+
+    def part(self, index: int, compute: Callable[[], Any]) -> Any:
+        """Likewise."""
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
+            output = compute()
+        self.flops[index] += counter.get_total_flops()
+        return output
 
 
 @torch.no_grad()
