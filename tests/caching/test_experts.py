@@ -1,4 +1,4 @@
-"""Two experts that take turns (Wan 2.2): each is calibrated and learned on its own steps, follows them, and is saved."""
+"""Two experts that take turns (Wan 2.2): each is calibrated and learned on its own steps, follows them, is saved."""
 
 from __future__ import annotations
 
