@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionImg2ImgPipeline
@@ -13,7 +14,7 @@ from torch._dynamo.utils import counters
 
 import diffuse_compress as dc
 import tiny
-from caching.loops import naive_cache, random_mask, schedule_for
+from caching.loops import inputs_of, loop, naive_cache, random_mask, schedule_for
 from diffuse_compress.caching.call import ADAPTERS, NAME
 from diffuse_compress.caching.runtime import cache_of
 from diffuse_compress.caching.units import units_of
@@ -314,12 +315,37 @@ def test_offloading_before_and_after(name, granularity, mode):
             assert_followed(pipe)
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+@pytest.mark.parametrize("cache_first", [True, False])
+@pytest.mark.parametrize(("name", "granularity"), [("flux", "branch"), ("unet_sd1", "level")])
+def test_sequential_offloading_brings_no_weights_of_what_is_left_out(name, granularity, cache_first):
+    model = tiny.build(name)
+    inputs = inputs_of(model, batch=1)
+    mask = torch.ones(STEPS, len(units_of(model, granularity)), dtype=torch.uint8)
+    mask[1:3] = 0
+    schedule = schedule_for(model, mask, granularity)
+    model.enable_cache(schedule)
+    expected = loop(model, inputs, STEPS)
+    if not cache_first:
+        model.disable_cache(remove=True)
+    accelerate.cpu_offload(model, CPU)
+    if not cache_first:
+        model.enable_cache(schedule)
+    assert {tensor.device.type for tensor in model.parameters()} == {"meta"}
+    last = next(unit.block for unit in reversed(schedule.units))
+    layer = next(m for m in model.get_submodule(last).modules() if isinstance(m, torch.nn.Linear))
+    brought: list[int] = []
+    hook = layer._hf_hook
+    stock = hook.pre_forward
+    hook.pre_forward = lambda module, *args, **kwargs: brought.append(at[0]) or stock(module, *args, **kwargs)
+    at = [0]
+
+    def note(step: int, given: dict[str, Any]) -> dict[str, Any]:
+        at[0] = step
+        return given
+
+    found = loop(model, inputs, STEPS, before=note)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert set(brought) == {0, 3, 4, 5}
 
 
 def test_regional_compilation_has_one_graph_and_no_break_and_compiles_once(fresh_compiler):
