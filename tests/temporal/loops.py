@@ -34,7 +34,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwenimage", {}),
 ]
 IDS = [f"{name}-{index}" for index, (name, _) in enumerate(CASES)]
-_FLOW = ("sd3", "sd35", "flux", "qwenimage", "hunyuan_video", "wan")
+FLOW = ("sd3", "sd35", "flux", "qwenimage", "hunyuan_video", "wan")
 _FRACTIONS = ("flux", "qwenimage")
 
 inputs_for = tiny.inputs_for
@@ -43,7 +43,7 @@ inputs_for = tiny.inputs_for
 
 def scheduler_for(name: str, count: int = 3) -> Any:
     """A scheduler of the kind that the class is sampled with, set to ``count`` steps."""
-    scheduler = FlowMatchEulerDiscreteScheduler() if name in _FLOW else DDIMScheduler()
+    scheduler = FlowMatchEulerDiscreteScheduler() if name in FLOW else DDIMScheduler()
     scheduler.set_timesteps(count)
     if name in _FRACTIONS:
         scheduler.set_begin_index(0)  # as their pipelines do: 1.0 may be the first t / 1000 and the last t
