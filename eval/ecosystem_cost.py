@@ -25,14 +25,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
-import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,26 +38,18 @@ import torch
 from torch import nn
 
 import diffuse_compress  # noqa: F401  (attaches compress)
-from diffuse_compress.families.published import published_config
+from diffuse_compress.evaluation.cost_lines import CostLines
+from diffuse_compress.evaluation.denoiser_inputs import denoiser_inputs
+from diffuse_compress.evaluation.true_shapes import random_denoiser
 
 PROVIDERS = ("dense", "w8a8", "fp8", "w8a16", "w4a16", "w4a8", "nf4")
-TINY: dict[str, dict[str, Any]] = {
-    "sdxl_base": dict(
-        block_out_channels=(32, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=(2, 4),
-        transformer_layers_per_block=1,
-    ),
-    "flux1_dev": dict(num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=128),
-}
+SHAPES = ("sdxl_base", "flux1_dev")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", "--shapes", dest="shapes", nargs="+", default=list(TINY), choices=list(TINY))
+    parser.add_argument("--models", "--shapes", dest="shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--device", default="cuda")
@@ -76,17 +65,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def build(shape: str, provider: str, device: torch.device, tiny: bool) -> nn.Module:
     """The denoiser of a published pipeline with random weights, made and compressed on ``device``."""
-    pipeline = published_config(shape)
-    part = pipeline.components[pipeline.denoisers[0]]
-    cls: Any = part.model_class()
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model: Any = cls.from_config({**part.config, **(TINY[shape] if tiny else {})}).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(default)
+    model = random_denoiser(shape, device, torch.bfloat16, tiny=tiny)
     if provider == "nf4":
         _to_nf4(model, device)
     elif provider != "dense":
@@ -114,33 +93,11 @@ def _to_nf4(model: nn.Module, device: torch.device) -> None:
             setattr(model.get_submodule(parent), leaf, layer.to(device))  # which quantizes it
 
 
-def inputs_for(shape: str, model: Any, device: torch.device, tiny: bool) -> dict[str, Any]:
+def inputs_for(shape: str, model: Any, tiny: bool) -> dict[str, Any]:
     """What a 1024x1024 picture gives the denoiser: SDXL with guidance in one batch of two, Flux with its own."""
-    config, generator = model.config, torch.Generator().manual_seed(0)
-
-    def randn(*sizes: int) -> torch.Tensor:
-        return torch.randn(*sizes, generator=generator).to(device, torch.bfloat16)
-
-    side, tokens = (8, 16) if tiny else (128, 512)
-    if shape == "sdxl_base":
-        sizes = torch.tensor([1024.0, 1024, 0, 0, 1024, 1024], device=device, dtype=torch.bfloat16)
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        return dict(
-            sample=randn(2, config.in_channels, side, side),
-            timestep=torch.tensor(500, device=device),
-            encoder_hidden_states=randn(2, 77, config.cross_attention_dim),
-            added_cond_kwargs={"text_embeds": randn(2, pooled), "time_ids": sizes.repeat(2, 1)},
-        )
-    rows = (side // 2) ** 2
-    return dict(
-        hidden_states=randn(1, rows, config.in_channels),
-        encoder_hidden_states=randn(1, tokens, config.joint_attention_dim),
-        pooled_projections=randn(1, config.pooled_projection_dim),
-        timestep=torch.full((1,), 0.5, device=device, dtype=torch.bfloat16),
-        guidance=torch.full((1,), 3.5, device=device, dtype=torch.bfloat16),
-        img_ids=torch.zeros(rows, 3, device=device, dtype=torch.bfloat16),
-        txt_ids=torch.zeros(tokens, 3, device=device, dtype=torch.bfloat16),
-    )
+    batch, tokens = (2, 77) if shape == "sdxl_base" else (1, 512)
+    inputs = denoiser_inputs(model, batch, side=8 if tiny else 128, tokens=16 if tiny else tokens)
+    return {**inputs, "timestep": inputs["timestep"][0]} if shape == "sdxl_base" else inputs
 
 
 # --- modes: each puts a model in place, and may return what to do after a call ----------------------------------
@@ -248,76 +205,47 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, torch.device(options.device)
-        self.until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
-        self.facts = {
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
-            "torch": torch.__version__,
-            "date": date.today().isoformat(),
-            "tiny": options.tiny,
-        }
-        self.done = {self._key(line) for line in self._lines() if "seconds" in line}
-
-    def _lines(self) -> list[dict[str, Any]]:
-        out = self.options.out
-        return [json.loads(text) for text in out.read_text().splitlines()] if out is not None and out.exists() else []
+        self.lines = CostLines(partial(print, flush=True), self.device, options.out, options.minutes, tiny=options.tiny)
+        self.done = {self._key(line) for line in self.lines.written() if "seconds" in line}
 
     def _key(self, line: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(line.get(name) for name in ("shape", "provider", "mode", "device", "torch", "tiny"))
 
-    @property
-    def over(self) -> bool:
-        """No time is left."""
-        return self.until is not None and time.monotonic() >= self.until
-
     def missing(self, shape: str, provider: str) -> list[str]:
         """Modes that are still to be measured, in the order of ``MODES``."""
-        line = {"shape": shape, "provider": provider, **self.facts}
+        line = {"shape": shape, "provider": provider, **self.lines.facts}
         return [
             mode for mode in MODES if mode in self.options.modes and self._key({**line, "mode": mode}) not in self.done
         ]
 
-    def write(self, **line: Any) -> None:
-        """Print a line and append it to the file, there and then."""
-        text, out = json.dumps({**line, **self.facts}), self.options.out
-        print(text, flush=True)
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with out.open("a") as file:
-                file.write(text + "\n")
-
     def run(self, shape: str, provider: str) -> None:
         """Every mode of one model; whatever fails is a line with its error."""
         modes = self.missing(shape, provider)
-        if not modes or self.over:
+        if not modes or self.lines.over:
             return
         try:
             master = build(shape, provider, self.device, self.options.tiny)
-            inputs = inputs_for(shape, master, self.device, self.options.tiny)
+            inputs = inputs_for(shape, master, self.options.tiny)
         except Exception as error:
-            self.write(shape=shape, provider=provider, error=_text(error))
+            self.lines.write(shape=shape, provider=provider, error=_text(error))
             return
         for mode in modes:
-            if self.over:
+            if self.lines.over:
                 break
             try:
                 if mode not in ON_DEVICE:
                     master.to("cpu")
-                    self._free()
+                    self.lines.free()
                 # The last one needs no copy, which of FLUX.1 takes as long as some of the measurements.
                 model = master if mode == modes[-1] else copy.deepcopy(master)
                 other = _bytes_on(master, self.device) if model is not master else 0
                 found = measure(model, mode, inputs, self.device, self.options.calls, other)
             except Exception as error:  # one mode must not cost the others
                 found = {"error": _text(error)}
-            self.write(shape=shape, provider=provider, mode=mode, **found)
+            self.lines.write(shape=shape, provider=provider, mode=mode, **found)
             model = None
             torch._dynamo.reset()
-            self._free()
-
-    def _free(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            self.lines.free()
 
 
 def _text(error: Exception) -> str:
@@ -338,11 +266,11 @@ def main(arguments: list[str] | None = None) -> int:
     for shape in options.shapes:
         for provider in others:
             bench.run(shape, provider)
-            bench._free()
+            bench.lines.free()
     if "nf4" in options.providers and not others:
         for shape in options.shapes:
             bench.run(shape, "nf4")
-    elif "nf4" in options.providers and not bench.over:
+    elif "nf4" in options.providers and not bench.lines.over:
         # A foreign CUDA library: what it does to its process must not be done to this one.
         command = [sys.executable, __file__, *arguments, "--providers", "nf4"]
         left = None if bench.until is None else bench.until - time.monotonic()

@@ -26,20 +26,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import itertools
-import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import diffusers
 import torch
 from torch import nn
 
@@ -52,15 +49,10 @@ from diffuse_compress.caching.runtime import apply_cache, cache_of, compile_vari
 from diffuse_compress.caching.schedule import Schedule
 from diffuse_compress.caching.training import train_cache
 from diffuse_compress.caching.units import units_of
-from diffuse_compress.calls import Call
-from diffuse_compress.families.published import published_config
+from diffuse_compress.evaluation.cost_lines import CostLines
+from diffuse_compress.evaluation.true_shapes import ShapePipeline, StepTimes
 
 REUSED_SHARE = 0.55
-TINY: dict[str, dict[str, Any]] = {
-    "flux1_dev": dict(num_layers=2, num_single_layers=2, num_attention_heads=2),
-    "pixart_xl_2_1024": dict(num_layers=3, num_attention_heads=2, cross_attention_dim=144),
-    "dit_xl_2_256": dict(num_layers=2, num_attention_heads=2),
-}
 MODES = {
     "eager": ("all", "whole steps", "middle blocks", "scattered"),
     "blocks": ("all", "whole steps", "middle blocks"),
@@ -83,136 +75,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="small models and inputs, to see that everything runs")
     parser.add_argument("--out", type=Path, help="append JSON lines here as well")
     return parser.parse_args(arguments)
-
-
-# --- models -----------------------------------------------------------------------------------------------------
-
-
-def build_model(shape: str, device: torch.device, tiny: bool, dtype: torch.dtype) -> nn.Module:
-    """The denoiser of a published pipeline with random weights."""
-    part = published_config(shape).components["transformer"]
-    cls: Any = part.model_class()
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return cls.from_config({**part.config, **(TINY[shape] if tiny else {})}).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(default)
-
-
-class Subject:
-    """A stock pipeline around a denoiser, and arguments of its calls.
-
-    Attributes:
-        pipe: without text encoders or codec.
-        model: the denoiser.
-        items: what is asked for.
-        call: arguments of every call.
-    """
-
-    def __init__(self, shape: str, device: torch.device, tiny: bool, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.shape, self.device, self.dtype, self.tiny = shape, device, dtype, tiny
-        self.model: Any = build_model(shape, device, tiny, dtype)
-        make = {"flux1_dev": self._flux, "pixart_xl_2_1024": self._pixart, "dit_xl_2_256": self._dit}[shape]
-        self.pipe, self.items, self.call = make()
-        self.pipe.set_progress_bar_config(disable=True)
-
-    def _randn(self, *sizes: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(len(sizes))
-        return torch.randn(*sizes, generator=generator).to(self.device, self.dtype)
-
-    def _flux(self) -> tuple[Any, list[Any], dict[str, Any]]:
-        absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-        pipe = diffusers.FluxPipeline(scheduler=scheduler, transformer=self.model, **absent)
-        side, tokens, config = 64 if self.tiny else 1024, 16 if self.tiny else 512, self.model.config
-        text = self._randn(1, tokens, config.joint_attention_dim)
-        item = {"prompt_embeds": text, "pooled_prompt_embeds": self._randn(1, config.pooled_projection_dim)}
-        return pipe, [item] * 8, {"height": side, "width": side, "guidance_scale": 3.5}
-
-    def _pixart(self) -> tuple[Any, list[Any], dict[str, Any]]:
-        absent = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-        scheduler = diffusers.DPMSolverMultistepScheduler()
-        pipe = diffusers.PixArtAlphaPipeline(scheduler=scheduler, transformer=self.model, **absent)
-        side, tokens = 128 if self.tiny else 1024, 120
-        text = self._randn(1, tokens, self.model.config.caption_channels)
-        mask = torch.ones(1, tokens, device=self.device)
-        item = {"prompt_embeds": text, "prompt_attention_mask": mask, "negative_prompt": None}
-        item |= {"negative_prompt_embeds": -text, "negative_prompt_attention_mask": mask}
-        call = {"height": side, "width": side, "guidance_scale": 4.5, "use_resolution_binning": False}
-        return pipe, [item] * 8, call
-
-    def _dit(self) -> tuple[Any, list[Any], dict[str, Any]]:
-        codec = diffusers.AutoencoderKL(latent_channels=4, block_out_channels=(32,), sample_size=32)
-        scheduler = diffusers.DDIMScheduler()
-        pipe = diffusers.DiTPipeline(self.model, codec.to(self.device, self.dtype).eval(), scheduler)
-        return pipe, list(range(0, 1000, 31)), {"guidance_scale": 1.5}
-
-    def run(self, steps: int) -> None:
-        """One loop, from the same noise."""
-        generator = torch.Generator("cpu").manual_seed(0)
-        with torch.no_grad():
-            self.pipe(
-                **self.items[0], **self.call, num_inference_steps=steps, generator=generator, output_type="latent"
-            )
-
-    def seconds(self, steps: int) -> float:
-        """Of the denoiser's part of a loop."""
-        clock = LoopClock()
-        with clock.on(self.model):
-            self.run(steps)
-            return clock.stop()
-
-    def captured(self) -> Call:
-        """Arguments of a forward."""
-        seen: list[Call] = []
-
-        def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
-            seen.append(Call(args, kwargs))
-
-        handle = self.model.register_forward_pre_hook(keep, with_kwargs=True)
-        self.run(2)
-        handle.remove()
-        return seen[-1]
-
-    def compile_blocks(self) -> None:
-        """Each block by itself."""
-        for unit in units_of(self.model):
-            self.model.get_submodule(unit.block).compile(fullgraph=True)
-
-
-class StepTimes:
-    """Milliseconds of the denoiser in each step of a loop; on a GPU by its own clock."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._model, self._device, self._marks = model, device, []
-
-    @contextlib.contextmanager
-    def on(self) -> Iterator[None]:
-        """Inside, calls are timed."""
-        enter = self._model.register_forward_pre_hook(lambda *_: self._marks.append([self._mark()]), prepend=True)
-        leave = self._model.register_forward_hook(lambda *_: self._marks[-1].append(self._mark()))
-        try:
-            yield
-        finally:
-            enter.remove()
-            leave.remove()
-
-    def _mark(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def milliseconds(self) -> list[float]:
-        """Of all calls."""
-        if self._device.type != "cuda":
-            return [1000 * (after - before) for before, after in self._marks]
-        torch.cuda.synchronize()
-        return [before.elapsed_time(after) for before, after in self._marks]
 
 
 # --- schedules --------------------------------------------------------------------------------------------------
@@ -254,39 +116,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, torch.device(options.device)
-        self.until = time.monotonic() + 60 * options.minutes
-        self.facts = {
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
-            "torch": torch.__version__,
-            "date": date.today().isoformat(),
-            "tiny": options.tiny,
-        }
-
-    @property
-    def over(self) -> bool:
-        """No time is left."""
-        return time.monotonic() >= self.until
-
-    def write(self, **line: Any) -> None:
-        """Print a line and append it to the file, there and then."""
-        text, out = json.dumps({**line, **self.facts}), self.options.out
-        print(text, flush=True)
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with out.open("a") as file:
-                file.write(text + "\n")
-
-    @contextlib.contextmanager
-    def reported(self, **line: Any) -> Iterator[None]:
-        """Whatever fails inside is a line with its error, and costs nothing else."""
-        try:
-            yield
-        except Exception as error:
-            self.write(**line, error=f"{type(error).__name__}: {str(error)[:300]}")
-        finally:
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+        self.lines = CostLines(partial(print, flush=True), self.device, options.out, options.minutes, tiny=options.tiny)
 
     def run(self, part: str) -> None:
         """One of ``PARTS``."""
@@ -294,24 +124,24 @@ class Bench:
             self.training()
             return
         kind, _, scheme = part.partition("-")
-        subject = Subject(SHAPES[kind], self.device, self.options.tiny)
+        subject = ShapePipeline(SHAPES[kind], self.device, tiny=self.options.tiny)
         if scheme:
             subject.model.compress(scheme, measure=False)
         (self.calibration if kind == "calibrate" else self.loops)(subject, scheme or "bf16")
 
-    def loops(self, subject: Subject, scheme: str) -> None:
+    def loops(self, subject: ShapePipeline, scheme: str) -> None:
         """Steps and loops in all modes; compiled ones come last, since blocks stay compiled."""
         for mode in MODES:
-            if mode not in self.options.modes or self.over:
+            if mode not in self.options.modes or self.lines.over:
                 continue
             named = {"shape": subject.shape, "scheme": scheme, "mode": mode}
-            with self.reported(what="loop", **named):
+            with self.lines.reported(what="loop", **named):
                 if mode == "blocks":
                     subject.compile_blocks()
                 self._mode(subject, mode, named)
         torch._dynamo.reset()
 
-    def _mode(self, subject: Subject, mode: str, named: Mapping[str, str]) -> None:
+    def _mode(self, subject: ShapePipeline, mode: str, named: Mapping[str, str]) -> None:
         steps, model = self.options.steps, subject.model
         subject.run(2)  # compiles, and warms up
         units = units_of(model)
@@ -321,7 +151,7 @@ class Bench:
         reused[0] = 1
         chosen = {"all": reused, **masks(steps, profile.cost_ms, profile.other_ms)}
         for name in MODES[mode]:
-            if self.over:
+            if self.lines.over:
                 return
             apply_cache(model, full.with_mask(chosen[name]))
             try:
@@ -332,7 +162,7 @@ class Bench:
             finally:
                 remove_cache(model)
 
-    def _step(self, subject: Subject, name: str, named: Mapping[str, str]) -> None:
+    def _step(self, subject: ShapePipeline, name: str, named: Mapping[str, str]) -> None:
         cache = cache_of(subject.model)
         times: dict[bool, list[float]] = {}
         for enabled in (True, False):
@@ -346,21 +176,22 @@ class Bench:
                 found += clock.milliseconds()[1:]
             times[enabled] = found
         full, reused = statistics.median(times[False]), statistics.median(times[True])
-        self.write(what="step", **named, full_ms=full, reused_ms=reused, ratio=reused / full, goal="ratio <= 0.03")
+        ratio = reused / full
+        self.lines.write(what="step", **named, full_ms=full, reused_ms=reused, ratio=ratio, goal="ratio <= 0.03")
 
-    def _loop(self, subject: Subject, name: str, named: Mapping[str, str]) -> None:
+    def _loop(self, subject: ShapePipeline, name: str, named: Mapping[str, str]) -> None:
         steps, cache = self.options.steps, cache_of(subject.model)
         seconds: dict[bool, list[float]] = {True: [], False: []}
         subject.run(steps)
         for _ in range(self.options.repeats):
             for enabled in (False, True):
                 cache.enable(subject.model, enabled)
-                seconds[enabled].append(subject.seconds(steps))
+                seconds[enabled].append(_seconds(subject, steps))
         schedule = cache.schedule
         real = statistics.median(seconds[False]) / statistics.median(seconds[True])
         predicted = schedule.predicted_speedup
         size = sum(value.numel() * value.element_size() for value in subject.model.state_dict().values())
-        self.write(
+        self.lines.write(
             what="loop",
             **named,
             schedule=name,
@@ -376,14 +207,14 @@ class Bench:
             goal="real >= 1.9 at a share of 0.55, real_over_predicted >= 0.93, kept_over_model < 0.06",
         )
 
-    def calibration(self, subject: Subject, scheme: str) -> None:
+    def calibration(self, subject: ShapePipeline, scheme: str) -> None:
         """Eight trajectories of 28 steps, of the dense model's own loop."""
         started = time.perf_counter()
         steps = 10 if self.options.tiny else 28
         found = calibrate_cache(
             subject.pipe, subject.items, target_speedup=1.6, num_inference_steps=steps, **subject.call
         )
-        self.write(
+        self.lines.write(
             what="calibrate",
             shape=subject.shape,
             scheme=scheme,
@@ -403,16 +234,16 @@ class Bench:
         try:
             for dtype in (getattr(torch, name) for name in self.options.dtypes):
                 for frozen in (True, False):
-                    if self.over:
+                    if self.lines.over:
                         return
                     named = {"shape": "dit_xl_2_256", "dtype": str(dtype).removeprefix("torch."), "frozen": frozen}
-                    with self.reported(what="training", **named):
+                    with self.lines.reported(what="training", **named):
                         self._train(dtype, frozen, named)
         finally:
             torch.set_float32_matmul_precision(before)
 
     def _train(self, dtype: torch.dtype, frozen: bool, named: Mapping[str, Any]) -> None:
-        subject = Subject("dit_xl_2_256", self.device, self.options.tiny, dtype)
+        subject = ShapePipeline("dit_xl_2_256", self.device, tiny=self.options.tiny, dtype=dtype)
         steps, batch = 10, 2 if self.options.tiny else 8
         marks: list[float] = []
 
@@ -438,7 +269,7 @@ class Bench:
         # Trajectories 2 and 4 are plain, 3 begins with an estimate.
         taken = [after - before for before, after in itertools.pairwise(marks)]
         plain, estimate = min(taken), max(0.0, max(taken) - min(taken))
-        self.write(
+        self.lines.write(
             what="training",
             **named,
             batch=batch,
@@ -448,6 +279,14 @@ class Bench:
             seconds_per_1000_steps=1000 * plain / steps + 2 * estimate,
             peak_bytes=peak,
         )
+
+
+def _seconds(subject: ShapePipeline, steps: int) -> float:
+    """Of the denoiser's part of a loop."""
+    clock = LoopClock()
+    with clock.on(subject.model):
+        subject.run(steps)
+        return clock.stop()
 
 
 @contextlib.contextmanager
@@ -476,8 +315,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     bench = Bench(options)
     for part in PARTS:
-        if part in options.parts and not bench.over:
-            with bench.reported(what=part):
+        if part in options.parts and not bench.lines.over:
+            with bench.lines.reported(what=part):
                 bench.run(part)
     return 0
 

@@ -17,7 +17,7 @@ from families import unknown_classes
 
 
 def test_a_models_blocks_branches_and_shares():
-    model = tiny.build("flux")
+    model = tiny.build("flux", num_single_layers=2)
     facts = model_anatomy(model)
     assert facts["family"] == "flux"
     assert facts["blocks"]["FluxTransformerBlock"] == {
@@ -26,6 +26,13 @@ def test_a_models_blocks_branches_and_shares():
         "unfused": None,
     }
     assert facts["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert facts["temporal_map"]["timestep"] == {
+        "time_text_embed.timestep_embedder.linear_1": 1,
+        "time_text_embed.timestep_embedder.linear_2": 1,
+    }
+    assert facts["temporal_map"]["timestep and condition"]["single_transformer_blocks.*.norm.linear"] == 2
+    assert facts["temporal_map"]["timestep and condition"]["transformer_blocks.0.norm1.linear"] == 1
+    assert facts["temporal_map"]["condition"]["context_embedder"] == 1
     counted = sum(facts["dependence"].values())
     assert facts["dependence"]["timestep"] > 0
     assert counted < facts["parameters"]

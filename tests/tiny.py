@@ -65,6 +65,8 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from diffuse_compress.evaluation.denoiser_inputs import denoiser_inputs
+
 TEXT_LENGTH = 16
 VOCABULARY = 128
 WORDS = "a the red blue green yellow cat dog house tree sun moon face with of and on in small large".split()
@@ -381,174 +383,16 @@ def _cast(model: Any, dtype: torch.dtype) -> Any:
 
 
 def inputs_for(model: nn.Module, batch: int = 2, seed: int = 0, side: int | None = None) -> dict[str, Any]:
-    """Keyword arguments for `model.forward`, in the model's dtype and on its device; latents have `side` rows.
-
-    Every sample of the batch differs, in its timestep too; the last text tokens of the second half of the batch are
-    masked where the model takes a mask.
-    """
-    make = _Inputs(model, batch, seed, side)
-    return _INPUTS[type(model).__name__](make)
-
-
-class _Inputs:
-    """Seeded tensors in the dtype and on the device of `model`."""
-
-    def __init__(self, model: Any, batch: int, seed: int, side: int | None = None) -> None:
-        self.config, self.batch = model.config, batch
-        self.side: int = side or getattr(model.config, "sample_size", None) or 8
-        self.dtype, self.device = model.dtype, model.device
-        self.generator = torch.Generator("cpu").manual_seed(seed)
-
-    def randn(self, *shape: int) -> torch.Tensor:
-        return torch.randn(self.batch, *shape, generator=self.generator).to(self.device, self.dtype)
-
-    def randint(self, high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(0, high, (self.batch, *shape), generator=self.generator).to(self.device)
-
-    def timestep(self) -> torch.Tensor:
-        return torch.linspace(900, 100, self.batch).round().long().to(self.device)
-
-    def mask(self) -> torch.Tensor:
-        mask = torch.ones(self.batch, TEXT_LENGTH, dtype=torch.long, device=self.device)
-        mask[self.batch // 2 :, -TEXT_LENGTH // 2 :] = 0
-        return mask
-
-    def latents(self) -> torch.Tensor:
-        return self.randn(self.config.in_channels, self.side, self.side)
-
-
-def _pixart_inputs(make: _Inputs) -> dict[str, Any]:
-    return dict(
-        hidden_states=make.latents(),
-        encoder_hidden_states=make.randn(TEXT_LENGTH, make.config.caption_channels),
-        timestep=make.timestep(),
-        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-        encoder_attention_mask=make.mask(),
-    )
-
-
-def _dit_inputs(make: _Inputs) -> dict[str, Any]:
-    labels = make.randint(make.config.num_embeds_ada_norm)
-    return dict(hidden_states=make.latents(), timestep=make.timestep(), class_labels=labels)
-
-
-def _unet_inputs(make: _Inputs) -> dict[str, Any]:
-    inputs = dict(
-        sample=make.latents(),
-        timestep=make.timestep(),
-        encoder_hidden_states=make.randn(TEXT_LENGTH, make.config.cross_attention_dim),
-    )
-    if make.config.addition_embed_type == "text_time":
-        pooled = make.config.projection_class_embeddings_input_dim - 6 * make.config.addition_time_embed_dim
-        sizes = torch.tensor([32.0, 32.0, 0.0, 0.0, 32.0, 32.0], device=make.device, dtype=make.dtype)
-        inputs["added_cond_kwargs"] = {"text_embeds": make.randn(pooled), "time_ids": sizes.repeat(make.batch, 1)}
-    return inputs
-
-
-def _flux_inputs(make: _Inputs) -> dict[str, Any]:
-    side = make.side // 2
-    image_ids = torch.zeros(side, side, 3, device=make.device, dtype=make.dtype)
-    image_ids[..., 1] += torch.arange(side, device=make.device)[:, None]
-    image_ids[..., 2] += torch.arange(side, device=make.device)[None, :]
-    guidance = torch.full((make.batch,), 3.5, device=make.device, dtype=make.dtype)
-    return dict(
-        hidden_states=make.randn(side * side, make.config.in_channels),
-        encoder_hidden_states=make.randn(TEXT_LENGTH, make.config.joint_attention_dim),
-        pooled_projections=make.randn(make.config.pooled_projection_dim),
-        timestep=(make.timestep() / 1000).to(make.dtype),
-        img_ids=image_ids.reshape(-1, 3),
-        txt_ids=torch.zeros(TEXT_LENGTH, 3, device=make.device, dtype=make.dtype),
-        guidance=guidance if make.config.guidance_embeds else None,
-    )
-
-
-def _sd3_inputs(make: _Inputs) -> dict[str, Any]:
-    return dict(
-        hidden_states=make.latents(),
-        encoder_hidden_states=make.randn(TEXT_LENGTH, make.config.joint_attention_dim),
-        pooled_projections=make.randn(make.config.pooled_projection_dim),
-        timestep=make.timestep(),
-    )
-
-
-def _wan_inputs(make: _Inputs) -> dict[str, Any]:
-    return dict(
-        hidden_states=make.randn(make.config.in_channels, 2, make.side, make.side),
-        timestep=make.timestep(),
-        encoder_hidden_states=make.randn(TEXT_LENGTH, make.config.text_dim),
-    )
-
-
-def _text_inputs(make: _Inputs) -> dict[str, Any]:
-    input_ids = make.randint(VOCABULARY - 2, TEXT_LENGTH) + 2
-    input_ids[:, -1] = make.config.eos_token_id
-    return dict(input_ids=input_ids, attention_mask=make.mask())
-
-
-def _unconditional_inputs(make: _Inputs) -> dict[str, Any]:
-    inputs = dict(sample=make.latents(), timestep=make.timestep())
-    if make.config.num_class_embeds:
-        inputs["class_labels"] = make.randint(make.config.num_class_embeds)
-    return inputs
-
-
-def _cogvideox_inputs(make: _Inputs) -> dict[str, Any]:
-    config = make.config
-    return dict(
-        hidden_states=make.randn(2, config.in_channels, make.side, make.side),
-        encoder_hidden_states=make.randn(TEXT_LENGTH, config.text_embed_dim),
-        timestep=make.timestep(),
-    )
-
-
-def _hunyuan_video_inputs(make: _Inputs) -> dict[str, Any]:
-    config = make.config
-    return dict(
-        hidden_states=make.randn(config.in_channels, 2, make.side, make.side),
-        timestep=make.timestep(),
-        encoder_hidden_states=make.randn(TEXT_LENGTH, config.text_embed_dim),
-        encoder_attention_mask=make.mask(),
-        pooled_projections=make.randn(config.pooled_projection_dim),
-        guidance=torch.full((make.batch,), 6000.0, device=make.device, dtype=make.dtype)
-        if config.guidance_embeds
-        else None,
-    )
-
-
-def _qwenimage_inputs(make: _Inputs) -> dict[str, Any]:
-    half = make.side // 2
-    return dict(
-        hidden_states=make.randn(half * half, make.config.in_channels),
-        encoder_hidden_states=make.randn(TEXT_LENGTH, make.config.joint_attention_dim),
-        encoder_hidden_states_mask=make.mask(),
-        timestep=(make.timestep() / 1000).to(make.dtype),
-        img_shapes=[[(1, half, half)]] * make.batch,
-    )
-
-
-_INPUTS: dict[str, Callable[[_Inputs], dict[str, Any]]] = {
-    "UNet2DModel": _unconditional_inputs,
-    "CogVideoXTransformer3DModel": _cogvideox_inputs,
-    "HunyuanVideoTransformer3DModel": _hunyuan_video_inputs,
-    "QwenImageTransformer2DModel": _qwenimage_inputs,
-    "Qwen2ForCausalLM": _text_inputs,
-    "Qwen3ForCausalLM": _text_inputs,
-    "MistralForCausalLM": _text_inputs,
-    "GemmaForCausalLM": _text_inputs,
-    "Gemma2ForCausalLM": _text_inputs,
-    "Gemma3ForCausalLM": _text_inputs,
-    "PixArtTransformer2DModel": _pixart_inputs,
-    "DiTTransformer2DModel": _dit_inputs,
-    "UNet2DConditionModel": _unet_inputs,
-    "FluxTransformer2DModel": _flux_inputs,
-    "SD3Transformer2DModel": _sd3_inputs,
-    "WanTransformer3DModel": _wan_inputs,
-    "T5EncoderModel": _text_inputs,
-    "UMT5EncoderModel": _text_inputs,
-    "CLIPTextModel": _text_inputs,
-    "CLIPTextModelWithProjection": _text_inputs,
-    "LlamaForCausalLM": _text_inputs,
-}
+    """Keyword arguments for `model.forward`: of a denoiser `denoiser_inputs`, else tokens and a mask."""
+    if isinstance(model, ModelMixin):
+        return denoiser_inputs(model, batch, seed, side, TEXT_LENGTH)
+    config: Any = model.config
+    generator = torch.Generator("cpu").manual_seed(seed)
+    input_ids = torch.randint(0, VOCABULARY - 2, (batch, TEXT_LENGTH), generator=generator) + 2
+    input_ids[:, -1] = config.eos_token_id
+    mask = torch.ones(batch, TEXT_LENGTH, dtype=torch.long)
+    mask[batch // 2 :, -TEXT_LENGTH // 2 :] = 0
+    return dict(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device))
 
 
 def vae(*, seed: int = 0, latent_channels: int = 4, **config: Any) -> AutoencoderKL:

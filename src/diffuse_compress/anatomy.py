@@ -17,10 +17,12 @@ from diffuse_compress.families.base import Dependence, Family
 from diffuse_compress.families.registry import family_of
 from diffuse_compress.families.roles import LayerRole, block_elements, has_matrix, layer_roles
 from diffuse_compress.integrations.component import weight_elements
+from diffuse_compress.patterns import without_indices
 from diffuse_compress.runtime.blocks import why_not_composed
 
 __all__ = ["GENERIC", "model_anatomy", "step_behaviour"]
 
+_MAPPED = (Dependence.TIMESTEP, Dependence.TIMESTEP_AND_CONDITION, Dependence.CONDITION)
 GENERIC = "generic"
 """Family of a class that no family file describes."""
 
@@ -33,7 +35,8 @@ def model_anatomy(model: nn.Module) -> dict[str, Any]:
         blocks: for each class of block its count, its branches in order, and why it is not composed (None if it is).
         roles: {part that layers play: their count and parameters}. parameters: of the whole model, tied ones once.
         modulation_share: of all parameters, those that see one row per sample. dependence: {what a layer depends on:
-        parameters}, None without a family. sensitive: patterns.
+        parameters}, None without a family. temporal_map: {timestep, condition, or both: layers that depend on it alone,
+        {name, with * for indices where several have it: count}}, None without a family. sensitive: patterns.
     """
     family = family_of(model)
     counts, total = _parameter_counts(model)
@@ -44,10 +47,14 @@ def model_anatomy(model: nn.Module) -> dict[str, Any]:
         entry["parameters"] += counts[name]
     modulation = roles.get(LayerRole.MODULATION.value, {"parameters": 0})["parameters"]
     dependence: Counter[str] = Counter()
+    kinds: dict[str, list[str]] = {kind.value: [] for kind in _MAPPED}
     if family is not None:
         temporal = family.temporal(model)
         for name, count in counts.items():
-            dependence[temporal.of(name).value] += count
+            kind = temporal.of(name)
+            dependence[kind.value] += count
+            if kind in _MAPPED:
+                kinds[kind.value].append(name)
     return {
         "family": GENERIC if family is None else family.name,
         "blocks": _block_facts(model, family),
@@ -55,7 +62,15 @@ def model_anatomy(model: nn.Module) -> dict[str, Any]:
         "parameters": total,
         "modulation_share": modulation / total if total else 0.0,
         "dependence": None if family is None else {d.value: dependence[d.value] for d in Dependence},
+        "temporal_map": None if family is None else {kind: _shapes(found) for kind, found in kinds.items()},
         "sensitive": [] if family is None else list(family.sensitive),
+    }
+
+
+def _shapes(names: list[str]) -> dict[str, int]:
+    counts = Counter(map(without_indices, names))
+    return {
+        (name if counts[shape] == 1 else shape): counts[shape] for name in names if (shape := without_indices(name))
     }
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.apply_temporal import TemporalWork, attach_temporal, items_of
+from diffuse_compress.apply_temporal import TemporalWork, attach_temporal
 from diffuse_compress.caching.calibrate import CacheCalibration, calibrate_cache
 from diffuse_compress.caching.config import FeatureCacheConfig, HarmoniCaConfig, LoopCacheConfig
 from diffuse_compress.caching.runtime import apply_cache, remove_cache
 from diffuse_compress.caching.training import RouterTraining, train_cache
+from diffuse_compress.calibration.recording import items_of
 from diffuse_compress.components import compute_dtype_of
 from diffuse_compress.integrations.component import ComponentState, get_state
 from diffuse_compress.integrations.doors import marks_of

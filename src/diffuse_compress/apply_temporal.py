@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,13 +12,13 @@ from torch import nn
 
 from diffuse_compress.calibration.engine import Quantized
 from diffuse_compress.calibration.items import pipeline_arguments
-from diffuse_compress.calibration.recording import Calibration
+from diffuse_compress.calibration.recording import items_of
 from diffuse_compress.components import is_pipeline
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.families.base import Dependence
 from diffuse_compress.logging import get_logger
 from diffuse_compress.method_plan import MethodPlan
-from diffuse_compress.pipeline_call import CannotCallError, bundled_items, small_output
+from diffuse_compress.pipeline_call import small_output
 from diffuse_compress.plan import CompressionPlan
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.convert import quantize_module
@@ -44,7 +43,6 @@ from diffuse_compress.transaction import Transaction
 __all__ = [
     "TemporalWork",
     "attach_temporal",
-    "items_of",
     "put_tables_back",
     "rounded_bytes",
     "take_tables_off",
@@ -53,7 +51,6 @@ __all__ = [
 
 _LOGGER = get_logger(__name__)
 _ROUNDED = (WeightPlace.INT8, WeightPlace.INT4)
-_BUNDLED = 64
 # Conditions that layers which read one are learned on, and what a scheduler that does not say it was trained with.
 _CONDITIONS, _TRAINED = 8, 1000
 _TableState = tuple[dict[str, torch.Tensor], dict[str, Any]]
@@ -240,19 +237,6 @@ def attach_temporal(model: nn.Module, config: TFMQConfig, work: TemporalWork, sp
             if type(lookup.layer) is nn.Linear:
                 spill.keep(lookup.layer.weight)  # type: ignore[arg-type]
     _restore_table(model, config, work.tables, table_config(model, config, work.maintained))
-
-
-def items_of(pipe: Any, calibration: Any, count: int | None) -> list[Any]:
-    """What the pipeline is asked for: the first items that were given, else some of this package's; None for all."""
-    if calibration is not None and not isinstance(calibration, Calibration):
-        return list(itertools.islice(calibration, count))
-    try:
-        return bundled_items(pipe, count or _BUNDLED)
-    except CannotCallError as error:
-        raise ConfigError(
-            f"feature cache: needs things to ask the pipeline for: {error}. Pass calibration=, a list of dicts of its "
-            "arguments."
-        ) from error
 
 
 def _call_of(target: Any, calibration: Any) -> dict[str, Any] | None:

@@ -506,6 +506,9 @@ def _anatomy_lines(anatomy: dict[str, Any]) -> list[str]:
     if anatomy["dependence"] is not None and anatomy["dependence"]["timestep"]:
         parts = [f"{format_count(n)} on {what}" for what, n in anatomy["dependence"].items() if n and what != "sample"]
         lines.append(f"  parameters that do not see the sample: {', '.join(parts)}")
+        for kind, found in anatomy["temporal_map"].items():
+            names = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in found.items())
+            lines += [f"  depend on {kind} alone: {names}"] if found else []
     return lines
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from diffuse_compress.errors import ConfigError, nearest
 
-__all__ = ["first_match", "generalize", "matches", "require_match"]
+__all__ = ["first_match", "generalize", "matches", "require_match", "without_indices"]
 
 _Value = TypeVar("_Value", bound=Hashable)
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
@@ -38,6 +38,11 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         body = fnmatch.translate(pattern).removesuffix(r"\Z").removesuffix(r"\z")
         return re.compile(rf"\A{body}(?:\..*)?\Z", re.DOTALL)
     return re.compile(rf"(?:\A|\.){re.escape(pattern)}(?:\.|\Z)")
+
+
+def without_indices(name: str) -> str:
+    """``blocks.*.attn.to_q`` of ``blocks.3.attn.to_q``."""
+    return _INDEX.sub("*", name)
 
 
 def first_match(patterns: Iterable[tuple[str, _Value]], name: str) -> _Value | None:
@@ -69,7 +74,7 @@ def generalize(assigned: Mapping[str, _Value]) -> list[tuple[str, _Value]]:
     """
     shapes: dict[str, dict[str, _Value]] = defaultdict(dict)
     for name, value in assigned.items():
-        shapes[_INDEX.sub("*", name)][name] = value
+        shapes[without_indices(name)][name] = value
     rules: list[tuple[str, _Value]] = []
     for shape, members in shapes.items():
         values = set(members.values())

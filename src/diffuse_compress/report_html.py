@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffuse_compress.plan_text import format_bytes
@@ -19,17 +19,21 @@ from diffuse_compress.report_text import (
     format_error,
     format_share,
     headline,
+    path_errors,
+    path_ways,
     timestep_errors,
     worst_preview,
 )
 
-__all__ = ["data_uri", "error_plot", "render_fragment", "render_page", "render_template"]
+__all__ = ["data_uri", "error_plot", "path_plots", "render_fragment", "render_page", "render_template"]
 
 _PNG_UP_TO = 512
 _JPEG_QUALITY = 92
 # Plot geometry, in the units of its viewBox.
 _WIDTH, _HEIGHT = 960.0, 300.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 12.0, 14.0, 46.0
+# Room of a label under the axis.
+_LABEL = 70.0
 
 
 def render_page(report: dict[str, Any], preview: Sequence[Any] = ()) -> str:
@@ -76,18 +80,84 @@ def error_plot(layers: Sequence[Sequence[Any]]) -> dict[str, Any] | None:
         if value
     ]
     return {
-        "width": _WIDTH,
-        "height": _HEIGHT,
-        "left": _LEFT,
-        "right": _WIDTH - _RIGHT,
-        "top": _TOP,
-        "bottom": _HEIGHT - _BOTTOM,
+        **_frame(),
         "radius": max(1.6, min(4.0, step * 0.4)),
         "points": points,
         "has_output": any(point["kind"] == "output" for point in points),
         "y_ticks": [{"y": y(value), "label": format_error(value)} for value in _ticks(low, high)],
         "x_ticks": _block_ticks([name for name, *_ in layers], step),
     }
+
+
+def path_plots(path: dict[str, Any]) -> list[dict[str, Any]]:
+    """Geometry of two plots over the timesteps of a loop: error of temporal features, and share that is mismatched.
+
+    Args:
+        path: ``PathErrors.facts()``: values [timesteps] by way, means over the features.
+
+    Returns:
+        For each plot its "title", ticks, sizes and "lines", one for each way: "number" of its colour, "points", "path".
+    """
+    timesteps, inner = path["timesteps"], _HEIGHT - _TOP - _BOTTOM
+    step = (_WIDTH - _LEFT - _RIGHT) / len(timesteps)
+    across = [round(_LEFT + step * (index + 0.5), 1) for index in range(len(timesteps))]
+    plots = []
+    for measure, title in (("error", "relative error, log scale"), ("mismatch", "mismatched with another timestep")):
+        values = [value for way in path[measure].values() for value in way]
+        height, ticks = _scale(values) if measure == "error" else _shares(values)
+        lines = []
+        for number, (way, label) in enumerate(path_ways(path).items()):
+            points = [
+                {
+                    "x": x,
+                    "y": round(_HEIGHT - _BOTTOM - inner * height(value), 1),
+                    "title": f"{label}, t={t:g}: {format_error(value)}",
+                }
+                for x, t, value in zip(across, timesteps, path[measure][way], strict=True)
+            ]
+            drawn = " ".join(f"{point['x']},{point['y']}" for point in points)
+            mean = format_error(sum(path[measure][way]) / len(timesteps))
+            lines.append({"number": number % 4, "label": f"{label}, mean {mean}", "points": points, "path": drawn})
+        every = max(1, math.ceil(_LABEL / step))
+        plots.append(
+            {
+                **_frame(),
+                "title": title,
+                "lines": lines,
+                "radius": max(1.6, min(3.5, step * 0.3)),
+                "y_ticks": [
+                    {"y": round(_HEIGHT - _BOTTOM - inner * height(v), 1), "label": format_error(v)} for v in ticks
+                ],
+                "x_ticks": [
+                    {"x": x, "label": f"t={t:g}"} for x, t in list(zip(across, timesteps, strict=True))[::every]
+                ],
+            }
+        )
+    return plots
+
+
+def _frame() -> dict[str, float]:
+    return {
+        "width": _WIDTH,
+        "height": _HEIGHT,
+        "left": _LEFT,
+        "right": _WIDTH - _RIGHT,
+        "top": _TOP,
+        "bottom": _HEIGHT - _BOTTOM,
+    }
+
+
+def _scale(values: list[float]) -> tuple[Callable[[float], float], list[float]]:
+    """(value to height in [0, 1], ticks) on a log scale; what is exact is at the bottom."""
+    positive = [value for value in values if value > 0] or [1.0]
+    low, high = _decades(min(positive), max(positive))
+    return lambda value: (math.log10(value) - low) / (high - low) if value > 0 else 0.0, _ticks(low, high)
+
+
+def _shares(values: list[float]) -> tuple[Callable[[float], float], list[float]]:
+    """The same, linear from nothing to a little over the largest, at least a hundredth."""
+    top = 1.05 * max(0.01, *values)
+    return lambda value: value / top, [top / 1.05 * part for part in (0.0, 0.5, 1.0)]
 
 
 def _decades(low: float, high: float) -> tuple[float, float]:
@@ -187,7 +257,23 @@ def _component(name: str, part: dict[str, Any]) -> dict[str, Any]:
             for label, error in errors
         ],
         "plot": error_plot(part["layers"]),
+        "features": _features(part),
     }
+
+
+def _features(part: dict[str, Any]) -> dict[str, Any] | None:
+    """Plots of the temporal features and what became of each; None where none was learned."""
+    path = path_errors(part)
+    if path is None:
+        return None
+    rows = [
+        {"name": name, "errors": list(errors.values()), **path["ways"].get(name, {"way": "", "why": ""})}
+        for name, errors in path["layers"].items()
+    ]
+    ways = path_ways(path)
+    for row in rows:
+        row["way"] = ways.get(row["way"], row["way"])
+    return {"plots": path_plots(path), "ways": list(ways.values()), "rows": rows}
 
 
 def _pictures(report: dict[str, Any], preview: Sequence[Any]) -> list[dict[str, Any]]:

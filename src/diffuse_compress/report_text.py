@@ -18,11 +18,17 @@ __all__ = [
     "format_error",
     "format_share",
     "headline",
+    "path_errors",
+    "path_ways",
     "render_markdown",
     "render_text",
     "schedule_picture",
     "timestep_errors",
 ]
+
+# Columns of timesteps on a terminal; the page has them all.
+_FEW_TIMESTEPS = 6
+_WAYS = {"rtn": "rounded to nearest", "tib": "learned codes", "cache": "tables", "auto": "as chosen"}
 
 SPEED = {None: "speed unmeasured here", True: "faster than dense", False: "slower than dense"}
 
@@ -151,6 +157,30 @@ def timestep_errors(part: dict[str, Any]) -> list[tuple[str, float | None]]:
     return list(zip(labels, found["relative_error"], strict=True))
 
 
+def path_errors(part: dict[str, Any]) -> dict[str, Any] | None:
+    """Facts of the temporal features of a component whose timestep path was learned (``PathErrors.facts``), or None."""
+    path: dict[str, Any] | None = part.get("methods", {}).get("temporal", {}).get("path")
+    return path
+
+
+def path_ways(path: dict[str, Any]) -> dict[str, str]:
+    """{way of keeping temporal features: what it is called}, in the order in which they were measured."""
+    return {way: _WAYS.get(way, way) for way in path["error"]}
+
+
+def _path_table(path: dict[str, Any]) -> list[Sequence[str]]:
+    """Error and mismatch rate by way, at a few timesteps from the first to the last, and their means."""
+    count = len(path["timesteps"])
+    shown = sorted({round(i * (count - 1) / (_FEW_TIMESTEPS - 1)) for i in range(_FEW_TIMESTEPS)})
+    rows: list[Sequence[str]] = [("kept by", "", "mean", *(f"t={path['timesteps'][i]:g}" for i in shown))]
+    for way, title in path_ways(path).items():
+        for measure, label in (("error", "error"), ("mismatch", "mismatched")):
+            values = path[measure][way]
+            cells = [format_error(sum(values) / count), *(format_error(values[i]) for i in shown)]
+            rows.append((title, label, *cells))
+    return rows
+
+
 def worst_preview(preview: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The pair with the lowest PSNR; None if there is none or all are equal (their PSNR is null)."""
     return min(
@@ -188,6 +218,10 @@ def _tables(part: dict[str, Any]) -> list[tuple[str, list[Sequence[str]]]]:
         setting = part["output_error"]["setting"]
         rows = [[label for label, _ in errors], [format_error(error) for _, error in errors]]
         tables.append((f"relative output error, {setting}" if setting else "relative output error", rows))
+    path = path_errors(part)
+    if path is not None:
+        heading = f"temporal features against dense, mean of {len(path['layers'])}, {len(path['timesteps'])} timesteps"
+        tables.append((heading, _path_table(path)))
     if part["sensitive_layers"]:
         rows = [("layer", "weight error", "output error")]
         rows += [

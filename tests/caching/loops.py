@@ -12,18 +12,12 @@ from diffusers import DDIMScheduler
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tiny
 from diffuse_compress.caching.schedule import Schedule
 from diffuse_compress.caching.units import Unit, units_of
 from diffuse_compress.runtime import steps
 from diffuse_compress.runtime.blocks import BlockOption, disown, known_kind, own
-from families.composition import extra_inputs
 
 SAMPLES = ("hidden_states", "sample")
-
-
-def inputs_of(model: nn.Module, **kwargs: Any) -> dict[str, Any]:
-    return extra_inputs(model, tiny.inputs_for(model, **kwargs))
 
 
 def loop(

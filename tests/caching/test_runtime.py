@@ -13,7 +13,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch._dynamo.utils import counters
 
 import tiny
-from caching.loops import Operations, inputs_of, loop, naive_cache, random_mask, schedule_for
+from caching.loops import Operations, loop, naive_cache, random_mask, schedule_for
 from diffuse_compress.caching.call import ADAPTERS, CHANGED, MISSING, NAME, NOT_COMPOSED, NOT_RETURNED, OVER_BUDGET
 from diffuse_compress.caching.config import CacheConfig
 from diffuse_compress.caching.runtime import (
@@ -70,7 +70,7 @@ def test_every_family_reuses_as_a_naive_cache_does(name, config):
     # Wan adds its residuals in float32 whatever the dtype.
     model = tiny.build(name, dtype=torch.float32 if name == "wan" else torch.float64, **config)
     dtype = model.dtype
-    inputs = inputs_of(model, batch=1)
+    inputs = tiny.inputs_for(model, batch=1)
     stock = loop(model, inputs, STEPS)
     for granularity in ("block", "branch"):
         count = len(units_of(model, granularity))
@@ -96,7 +96,7 @@ def test_every_family_reuses_as_a_naive_cache_does(name, config):
 def test_before_the_gates_the_gates_are_those_of_the_step(name):
     dtype = torch.float32 if name == "wan" else torch.float64
     model = tiny.build(name, dtype=dtype)
-    inputs = inputs_of(model, batch=1)
+    inputs = tiny.inputs_for(model, batch=1)
     count = len(units_of(model, "branch"))
     schedule = schedule_for(model, random_mask(4, count, seed=1), "branch", cache_point="pre_gate")
     with naive_cache(model, schedule, raw=True):
@@ -110,7 +110,7 @@ def test_before_the_gates_the_gates_are_those_of_the_step(name):
 
 def test_a_forecast_adds_past_changes_by_their_weights():
     model = tiny.build("pixart", dtype=torch.float64, num_layers=3)
-    inputs = inputs_of(model, batch=1)
+    inputs = tiny.inputs_for(model, batch=1)
     for granularity in ("block", "branch"):
         count = len(units_of(model, granularity))
         mask = random_mask(7, count, seed=2)
@@ -153,7 +153,7 @@ def operations_of(model: torch.nn.Module, mask: torch.Tensor) -> list[list[str]]
             seen.append(operations.names)
             return given
 
-        loop(model, inputs_of(model, batch=1), len(mask), before=before)
+        loop(model, tiny.inputs_for(model, batch=1), len(mask), before=before)
     return seen
 
 
@@ -176,7 +176,7 @@ def test_what_is_skipped_runs_no_operation(name, streams):
             hidden_states if name != "flux" else (encoder_hidden_states, hidden_states)
         )
     with Operations() as operations:
-        loop(idle, inputs_of(idle, batch=1), 1)
+        loop(idle, tiny.inputs_for(idle, batch=1), 1)
     for work in ("addmm", "native_layer_norm", "_scaled_dot_product", "convolution", "gelu", "silu"):
         assert sum(work in op for op in deep[1]) == sum(work in op for op in operations.names), work
     assert streams == sum(op == "aten.add.Tensor" for op in deep[1]) - sum(
@@ -186,7 +186,7 @@ def test_what_is_skipped_runs_no_operation(name, streams):
 
 def test_only_what_is_reused_is_kept_and_no_longer_than_that():
     model = tiny.build("pixart", num_layers=4)
-    inputs = inputs_of(model, batch=1)
+    inputs = tiny.inputs_for(model, batch=1)
     mask = torch.tensor(
         [[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 0], [1, 1, 1, 1]], dtype=torch.uint8
     )
@@ -203,7 +203,7 @@ def test_only_what_is_reused_is_kept_and_no_longer_than_that():
 
 def test_two_calls_in_a_step_have_caches_of_their_own():
     model = tiny.build("dit", dtype=torch.float64)
-    both = inputs_of(model, batch=2)
+    both = tiny.inputs_for(model, batch=2)
     count = len(units_of(model))
     schedule = schedule_for(model, random_mask(STEPS, count))
     apply_cache(model, schedule)
@@ -233,7 +233,7 @@ def residuals(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 def test_residuals_of_a_controlnet_are_added_afresh_in_every_step():
     model = tiny.build("flux", dtype=torch.float64, num_layers=2, num_single_layers=3)
-    inputs = inputs_of(model, batch=1)
+    inputs = tiny.inputs_for(model, batch=1)
     inputs |= residuals(model, inputs)
 
     def fading(step: int, given: dict[str, Any]) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def test_residuals_of_a_controlnet_are_added_afresh_in_every_step():
 def dit():
     model = tiny.build("dit", num_layers=3)
     mask = torch.tensor([[1, 1, 1], [0, 0, 0], [1, 0, 1], [0, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=torch.uint8)
-    return model, inputs_of(model), schedule_for(model, mask)
+    return model, tiny.inputs_for(model), schedule_for(model, mask)
 
 
 def test_a_batch_that_shrinks_computes_and_goes_on(dit):
@@ -345,7 +345,7 @@ def test_adapters_that_change_empty_the_cache():
     peft = pytest.importorskip("peft")
     model = tiny.build("flux")
     model.add_adapter(peft.LoraConfig(target_modules=["to_q"], init_lora_weights=False), "a")
-    inputs = inputs_of(model, batch=1)
+    inputs = tiny.inputs_for(model, batch=1)
     mask = torch.tensor([[1, 1], [0, 0], [0, 0], [0, 0]], dtype=torch.uint8)
     apply_cache(model, schedule_for(model, mask))
 
@@ -363,7 +363,7 @@ def test_adapters_that_change_empty_the_cache():
 
 def test_a_foreign_attention_processor_computes_what_was_to_run_in_part():
     model = tiny.build("flux")
-    inputs = inputs_of(model, batch=1)
+    inputs = tiny.inputs_for(model, batch=1)
     mask = torch.ones(3, len(units_of(model, "branch")), dtype=torch.uint8)
     mask[1, 1] = 0  # the feed-forward of the first block
     apply_cache(model, schedule_for(model, mask, "branch"))
@@ -557,7 +557,7 @@ def test_interrupted_and_shared_pipelines():
 )
 def test_variants_compile_once_for_all_blocks(name, config, granularity, fresh_compiler):
     model = tiny.build(name, **config)
-    inputs = inputs_of(model, batch=1)
+    inputs = tiny.inputs_for(model, batch=1)
     mask = torch.ones(3, len(units_of(model, granularity)), dtype=torch.uint8)
     mask[1, ::3], mask[2, -2:] = 0, 0
     apply_cache(model, schedule_for(model, mask, granularity))
@@ -574,7 +574,7 @@ def test_variants_compile_once_for_all_blocks(name, config, granularity, fresh_c
 @pytest.mark.parametrize("later", [False, True], ids=["compiled first", "cache first"])
 def test_blocks_that_a_user_compiles_stay_compiled(later, fresh_compiler):
     model = tiny.build("dit", num_layers=2)
-    inputs = inputs_of(model, batch=1)
+    inputs = tiny.inputs_for(model, batch=1)
     mask = torch.tensor([[1, 1], [0, 1], [0, 0], [1, 1]], dtype=torch.uint8)
     schedule = schedule_for(model, mask)
     apply_cache(model, schedule)

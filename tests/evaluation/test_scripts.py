@@ -163,7 +163,7 @@ def test_ecosystem_cost_rehearses_without_a_gpu(tmp_path: Path, capsys: pytest.C
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line.get("error") for line in lines] == [None] * len(lines)
     assert {(line["shape"], line["provider"], line["mode"]) for line in lines} == {
-        (shape, provider, mode) for shape in script.TINY for provider in ("dense", "w4a8") for mode in modes
+        (shape, provider, mode) for shape in script.SHAPES for provider in ("dense", "w4a8") for mode in modes
     }
     assert all(line["seconds"] > 0 for line in lines)
     assert [line["provider"] for line in lines[: len(modes)]] == ["dense"] * len(modes), "the baseline comes first"
@@ -192,6 +192,34 @@ def test_feature_cache_cost_rehearses_without_a_gpu(tmp_path: Path) -> None:
         assert [line["schedule"] for line in loops] == ["whole steps", "middle blocks", "scattered"]
         assert all(0.2 < line["reused_share"] <= 0.56 for line in loops)
         assert all(line["real"] > 0 and line["kept_bytes"] > 0 for line in loops)
+    assert script.main([*options, "--minutes", "0"]) == 0
+    assert len(out.read_text().splitlines()) == len(lines)
+
+
+def test_temporal_cost_rehearses_without_a_gpu(tmp_path: Path) -> None:
+    script, out = load_script("temporal_cost"), tmp_path / "bench" / "lines.jsonl"
+    options = ["--tiny", "--device", "cpu", "--steps", "3", "--rows", "4", "--calls", "2", "--out", str(out)]
+    shapes = ["dit_xl_2_256", "wan21_t2v_14b", "wan22_t2v_a14b"]
+    measured = ["--parts", "flux", "sdxl", "tables", "--schemes", "w8a8", "float32", "--shapes", *shapes]
+    assert script.main([*options, *measured, "--modes", "eager"]) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert not [line for line in lines if "error" in line]
+    steps = [line for line in lines if line["what"] == "step"]
+    assert [line["table"] for line in steps] == ["none", "device", "cpu"] * 3
+    assert [line["scheme"] for line in steps[::3]] == ["bfloat16", "w8a8", "float32"]
+    for none, device, cpu in zip(steps[::3], steps[1::3], steps[2::3], strict=True):
+        assert all(line["step_ms"] > 0 for line in (none, device, cpu))
+        assert cpu["resident_bytes"] < none["resident_bytes"] < device["resident_bytes"]
+        assert device["table_bytes"]["weights"] - cpu["table_bytes"]["weights"] == cpu["table_bytes"]["parked"] > 0
+        for line in (device, cpu):
+            assert line["served"]["temporal table"]["hits"] > 0 == len(line["served"]["temporal table"]["misses"])
+    tables = [line for line in lines if line["what"] == "table"]
+    assert [line["shape"] for line in tables] == shapes[:2], "one configuration is measured once"
+    assert all(line["schedule_bytes"] > 0 < line["request_bytes"] for line in tables)
+    errors = [line for line in lines if line["what"] == "error"]
+    assert [line["exact"] for line in errors] == [None, True, False] * 2
+    assert all(line["rms"] <= 4e-3 and line["maximum"] <= 2e-2 and line["layers"] > 5 for line in errors)
+    assert [line["other_bits"] for line in errors[1::3]] == [0, 0]
     assert script.main([*options, "--minutes", "0"]) == 0
     assert len(out.read_text().splitlines()) == len(lines)
 

@@ -65,11 +65,3 @@ def output_of(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
     with torch.no_grad():
         output = model(**inputs)
     return output.logits if hasattr(output, "logits") else output[0]
-
-
-def extra_inputs(model: torch.nn.Module, inputs: dict) -> dict:
-    if getattr(model, "use_additional_conditions", False):
-        count, dtype = len(inputs["timestep"]), inputs["hidden_states"].dtype
-        sizes = {"resolution": torch.full((count, 2), 32.0), "aspect_ratio": torch.full((count, 1), 1.0)}
-        inputs["added_cond_kwargs"] = {name: value.to(dtype) for name, value in sizes.items()}
-    return inputs

@@ -15,7 +15,7 @@ from diffuse_compress.errors import DiffuseCompressWarning, ModelStateError
 from diffuse_compress.families.registry import FAMILIES, family_of
 from diffuse_compress.runtime import blocks
 from diffuse_compress.runtime.blocks import BlockOption, disown, own, owned_options, why_not_composed
-from families.composition import CASES, IDS, Watch, extra_inputs, output_of
+from families.composition import CASES, IDS, Watch, output_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -23,7 +23,7 @@ from families.composition import CASES, IDS, Watch, extra_inputs, output_of
 @pytest.mark.parametrize(("name", "config"), CASES, ids=IDS)
 def test_composed_equals_stock(name, config, batch, side, dtype):
     model = tiny.build(name, dtype=dtype, **config)
-    inputs = extra_inputs(model, tiny.inputs_for(model, batch=batch, side=side))
+    inputs = tiny.inputs_for(model, batch=batch, side=side)
     expected = output_of(model, inputs)
     family = family_of(model)
     names = family.blocks(model)
@@ -55,7 +55,7 @@ def test_blocks_are_listed_in_the_order_they_run_in(name, config):
         for block, module in model.named_modules()
         if type(module) in classes
     ]
-    output_of(model, extra_inputs(model, tiny.inputs_for(model)))
+    output_of(model, tiny.inputs_for(model))
     for handle in handles:
         handle.remove()
     # Attention inside of a listed block is its own.
@@ -69,7 +69,7 @@ def test_branches_hold_the_modules_they_name(name, config):
     """A branch that is skipped must skip the layers it says it owns, and no layer may belong to two branches."""
     model = tiny.build(name, **config)
     family = family_of(model)
-    inputs = extra_inputs(model, tiny.inputs_for(model))
+    inputs = tiny.inputs_for(model)
     for block_name in family.blocks(model):
         block = model.get_submodule(block_name)
         branches = family.kind_of(block).branches(block)
@@ -124,7 +124,7 @@ def test_smoothing_names_layers_that_share_an_input(name, config):
                         lambda _, args, full=full: seen.__setitem__(full, args[0].clone())
                     )
                 )
-    output_of(model, extra_inputs(model, tiny.inputs_for(model)))
+    output_of(model, tiny.inputs_for(model))
     for handle in handles:
         handle.remove()
     for block_name in family.blocks(model):
@@ -375,7 +375,7 @@ def test_a_hook_on_a_layer_switches_a_fused_option_off():
 def test_composed_equals_stock_with_adapters_in_inference_mode_and_under_autocast(name, config):
     peft = pytest.importorskip("peft")
     model = tiny.build(name, **config)
-    inputs = extra_inputs(model, tiny.inputs_for(model))
+    inputs = tiny.inputs_for(model)
     queries = [layer for layer, _ in model.named_modules() if layer.endswith((".to_q", ".q_proj", ".to_out.0"))]
     if queries:
         peft.inject_adapter_in_model(peft.LoraConfig(target_modules=queries, init_lora_weights=False), model)

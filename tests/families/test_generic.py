@@ -12,26 +12,10 @@ from diffuse_compress.families.base import Dependence
 from diffuse_compress.families.generic import generic_family, probe
 from diffuse_compress.families.registry import family_of
 from families import unknown_classes
-
-DENOISERS: list[tuple[str, dict]] = [
-    ("unet", {}),
-    ("unet", {"num_class_embeds": 5}),
-    ("unet_sd1", {}),
-    ("unet_sdxl", {}),
-    ("dit", {}),
-    ("pixart", {}),
-    ("sd3", {}),
-    ("sd35", {}),
-    ("flux", {}),
-    ("wan", {}),
-    ("cogvideox", {}),
-    ("hunyuan_video", {}),
-    ("hunyuan_video", {"image_condition_type": "token_replace"}),
-    ("qwenimage", {}),
-]
+from temporal.loops import CASES, IDS
 
 
-@pytest.mark.parametrize(("name", "config"), DENOISERS, ids=[f"{n}-{i}" for i, (n, _) in enumerate(DENOISERS)])
+@pytest.mark.parametrize(("name", "config"), CASES, ids=IDS)
 def test_the_written_maps_are_what_probing_finds(name, config):
     model = tiny.build(name, **config)
     found = probe(model, tiny.inputs_for(model))
@@ -44,7 +28,7 @@ def test_the_written_maps_are_what_probing_finds(name, config):
         if dependence != written[layer]
     }
     assert wrong == {}
-    assert Dependence.TIMESTEP in found.dependence.values()
+    assert {Dependence.TIMESTEP, Dependence.TIMESTEP_AND_CONDITION} & set(found.dependence.values())
     # Blocks may be finer than the elements of the model's lists, but come in their order.
     blocks = family.blocks(model)
     coarse = [next(block for block in found.blocks if f"{name}.".startswith(f"{block}.")) for name in blocks]

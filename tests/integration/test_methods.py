@@ -110,7 +110,7 @@ def test_kinds_are_added_by_later_calls(pixart, tmp_path):
     with loaded.cache_disabled():
         assert torch.equal(picture(loaded), quantized)
     loaded.compress("w8a8", TABLES, **PLAIN)  # what is there already
-    assert loaded.compression_plan("w8a8", TABLES).unchanged == ["transformer", "transformer: temporal tables"]
+    assert loaded.compression_plan("w8a8", TABLES).unchanged == ["transformer", "transformer: timestep path"]
 
 
 def test_tables_are_those_of_the_dense_weights(pixart):

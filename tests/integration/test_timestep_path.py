@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -104,8 +105,45 @@ def test_a_budget_decides_which_layers_get_tables(tmp_path, capsys):
     assert facts["path"]["ways"] == {n: {"way": way, "why": why} for n, (way, why) in found.ways.items()}
     assert len(facts["path"]["error"]["tib"]) == len(facts["path"]["mismatch"]["auto"]) == STEPS
     main(["info", str(tmp_path)])
-    assert f"{len(found.cached)} of {len(found.ways)} features from tables" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{len(found.cached)} of {len(found.ways)} features from tables" in out
+    size = table.nbytes()["schedules"] / 1024
+    assert f"rows of {len(alone)} layers for {STEPS} timesteps of DDIMScheduler, {size:.1f} KiB" in out
+    assert "depend on timestep alone: time_embedding.linear_1, time_embedding.linear_2, 2 x down_blocks.*" in out
     assert dc.compression_recipe(again).components["unet"][1] == config("auto", table_budget=everything // 2)
+
+
+def test_the_report_draws_errors_and_mismatches_by_timestep(tmp_path):
+    pipe = tiny.build_pipeline("stable_diffusion")
+    pipe.compress("w4a8", config("auto"), **GIVEN)
+    errors = maintained_of(pipe.unet).errors
+    # One that is wrong at one timestep, and rows that are not exact at all: a line must show where.
+    errors.mismatch["rtn"][:, 1] = 1.0
+    errors.error["cache"][:, 0] = 0.5
+    report = dc.compression_report(pipe)
+    (row,) = re.findall(r"rounded to nearest  +mismatched  +(.*)", str(report))
+    assert re.split("  +", row) == ["25 %", "0 %", "100 %", "0 %", "0 %"]
+    report.save(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    drawn = [
+        [tuple(map(float, point.split(","))) for point in line.split()]
+        for line in re.findall(r'<polyline class="trend c\d" points="([^"]*)"/>', page)
+    ]
+    ways, (left, right) = list(errors.error), (62, 948)
+    assert [len(line) for line in drawn] == [STEPS] * 2 * len(ways)
+    assert all(left < x < right and 14 <= y <= 254 for line in drawn for x, y in line)
+    for plot, values in ((drawn[: len(ways)], errors.error), (drawn[len(ways) :], errors.mismatch)):
+        for step in range(STEPS):
+            heights = [line[step][1] for line in plot]
+            means = [float(values[way].mean(dim=0)[step]) for way in ways]
+            assert sorted(heights, reverse=True) == [
+                heights[i] for i in sorted(range(len(ways)), key=means.__getitem__)
+            ]
+    assert {y for _, y in drawn[-len(ways) :][1]} == {254.0}, "nothing is mismatched"
+    assert "<title>rounded to nearest, t=" in page
+    for name, (_, why) in maintained_of(pipe.unet).ways.items():
+        assert f"<code>{name}</code>" in page
+        assert why.replace("<", "&lt;") in page
 
 
 def test_without_a_budget_to_speak_of_nothing_is_looked_up(tmp_path):

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import tiny
+from diffuse_compress.evaluation.denoiser_inputs import timestep_as_given
 from diffuse_compress.temporal.config import TableConfig
 from diffuse_compress.temporal.table import attach_table
-from temporal.loops import as_given, inputs_for, loop, reasons, scheduler_for, stats
+from temporal.loops import inputs_for, loop, reasons, scheduler_for, stats
 from tolerance import KERNEL, assert_close
 
 pytestmark = pytest.mark.gpu
@@ -24,7 +25,7 @@ def test_no_step_waits_for_the_device(name, form):
     scheduler = scheduler_for(name, 4)
     scheduler.timesteps = scheduler.timesteps.cuda()
     for number, t in enumerate(scheduler.timesteps):
-        given = as_given(name, t, 2)
+        given = timestep_as_given(model, t, 2)
         torch.cuda.set_sync_debug_mode("error" if number else "default")
         try:
             output = model(**{**inputs, "timestep": given, "return_dict": False})[0]

@@ -7,19 +7,28 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+)
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
 
 import tiny
+from diffuse_compress.evaluation.denoiser_inputs import timestep_as_given
 from diffuse_compress.families.base import Dependence
 from diffuse_compress.families.generic import generic_family, probe
 from diffuse_compress.quantization.numerics import qparams_from_range
 from diffuse_compress.quantization.scheme import NumberFormat, WeightScheme
+from diffuse_compress.runtime.run import SEVERAL_ROWS
 from diffuse_compress.temporal.config import TableConfig, TableFormat
 from diffuse_compress.temporal.lookup import LayerLookup
+from diffuse_compress.temporal.reasons import ADAPTED
 from diffuse_compress.temporal.storage import store
 from diffuse_compress.temporal.table import attach_table, detach_table
 from families import unknown_classes
-from temporal.loops import CASES, IDS, inputs_for, loop, reasons, scheduler_for, stats
+from temporal.loops import CASES, FLOW, IDS, inputs_for, loop, reasons, scheduler_for, stats
 from tolerance import KERNEL, Tolerance, assert_close
 
 # What the issue asks of tables that were not built with the live row count.
@@ -184,6 +193,68 @@ def test_a_loop_that_starts_within_the_schedule():
     assert reasons(model) == {}
     assert stats(model).hits == 4 * len(table.lookups)
     assert table.schedules[0].rows[0].values.shape[0] == 6
+
+
+def _heun(name: str) -> Any:
+    """Repeated timesteps, and a loop that begins within the schedule (image to image)."""
+    scheduler: Any = FlowMatchHeunDiscreteScheduler() if name in FLOW else HeunDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    scheduler.set_begin_index(3)
+    return scheduler
+
+
+@pytest.mark.filterwarnings("ignore:.*at different timesteps")
+@pytest.mark.parametrize(("name", "config"), CASES, ids=IDS)
+def test_every_class_in_other_schedules_and_at_mixed_timesteps(name, config):
+    """Three samples: Heun from within its schedule, another solver, then samples at timesteps of their own."""
+    model, plain = (tiny.build(name, seed=3, **config) for _ in range(2))
+    table = attach_table(model, TableConfig(exact=True))
+    inputs = inputs_for(model, batch=3, seed=4)
+
+    @torch.no_grad()
+    def outputs(each: Any, scheduler: Any, start: int, mixed: bool) -> list[torch.Tensor]:
+        found, left = [], scheduler.timesteps[start:]
+        for number, t in enumerate(left):
+            given = timestep_as_given(each, t, 3).clone()
+            if mixed:
+                given[1] = timestep_as_given(each, left[number - 1], 1)[0]
+            found.append(each(**{**inputs, "timestep": given, "return_dict": False})[0].clone())
+            scheduler.step(torch.zeros(1, 4), t, torch.zeros(1, 4))
+        return found
+
+    for schedule, start, mixed in ((_heun, 3, False), (scheduler_for, 0, False), (scheduler_for, 0, True)):
+        expected = outputs(plain, schedule(name), start, mixed)
+        assert equal(outputs(model, schedule(name), start, mixed), expected)
+        # Tables do not serve layers that run several times in a call, which the first run finds out.
+        served = len([layer for layer in table.lookups if layer not in table.left])
+        assert stats(model).hits == (0 if mixed else served * len(expected))
+        assert set(reasons(model)) == ({SEVERAL_ROWS.what} if mixed else set())
+
+
+@pytest.mark.filterwarnings("ignore:.*adapter")
+@pytest.mark.parametrize("name", ["unet_sdxl", "sd35", "flux", "wan", "cogvideox", "hunyuan_video", "qwenimage"])
+def test_every_class_with_adapters_on_all_its_layers(name):
+    """Live, and merged: no row of the bare weights is looked up."""
+    peft = pytest.importorskip("peft")
+    model, plain = (tiny.build(name, seed=3) for _ in range(2))
+    table, inputs = attach_table(model, TableConfig(exact=True)), inputs_for(model)
+    bare = loop(name, model, inputs, scheduler=scheduler_for(name, 2))
+    for each in (model, plain):
+        torch.manual_seed(0)
+        targets = list(table.lookups)
+        each.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+        each.requires_grad_(False)
+    expected = loop(name, plain, inputs, scheduler=scheduler_for(name, 2))
+    assert not equal(expected, bare)
+    assert equal(loop(name, model, inputs, scheduler=scheduler_for(name, 2)), expected)
+    assert set(reasons(model)) == {ADAPTED.what}
+    for each in (model, plain):
+        each.fuse_lora()
+        recurse_remove_peft_layers(each)
+    expected = loop(name, plain, inputs, scheduler=scheduler_for(name, 2))
+    assert equal(loop(name, model, inputs, scheduler=scheduler_for(name, 2)), expected)
+    assert reasons(model) == {}
+    assert stats(model).hits > 0
 
 
 def test_schedules_are_kept_and_the_oldest_goes(computed):

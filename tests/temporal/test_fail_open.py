@@ -15,13 +15,14 @@ from torch import nn
 
 import tiny
 from diffuse_compress.errors import ConfigError, DiffuseCompressWarning, ModelStateError
+from diffuse_compress.evaluation.denoiser_inputs import timestep_as_given
 from diffuse_compress.runtime import run, steps
 from diffuse_compress.runtime.stats import PlanMissedError
 from diffuse_compress.temporal import index, reasons, table
 from diffuse_compress.temporal.config import TableConfig
 from diffuse_compress.temporal.request import Conditions
 from diffuse_compress.temporal.table import attach_table, detach_table, table_of
-from temporal.loops import as_given, inputs_for, loop, scheduler_for, stats
+from temporal.loops import inputs_for, loop, scheduler_for, stats
 from temporal.loops import reasons as missed
 
 pytestmark = [
@@ -447,7 +448,7 @@ def test_no_value_is_read_back(monkeypatch):
         for number, t in enumerate(scheduler.timesteps):
             active[0] = number > 0
             for prompt in prompts:
-                output = model(**{**prompt, "timestep": as_given("flux", t, 2), "return_dict": False})[0]
+                output = model(**{**prompt, "timestep": timestep_as_given(model, t, 2), "return_dict": False})[0]
             active[0] = False
             scheduler.step(output, t, output)
     # Nothing tells the first step's second call from a restarted loop (step protocol).

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import diffuse_compress as dc
 import tiny
 from diffuse_compress.errors import ConfigError
+from diffuse_compress.evaluation.denoiser_inputs import timestep_as_given
 from diffuse_compress.families.base import Dependence
 from diffuse_compress.quantization.convert import replace_module
 from diffuse_compress.quantization.layers import QuantizedLinear
@@ -25,7 +26,7 @@ from diffuse_compress.temporal.layout import layout_of
 from diffuse_compress.temporal.maintenance import PathErrors, choose_tables, rounded_outputs
 from diffuse_compress.temporal.prepare import LoopCalls
 from diffuse_compress.temporal.tiar import Path, grid_of, observe_loop, path_of, reconstruct
-from temporal.loops import as_given, inputs_for, scheduler_for
+from temporal.loops import inputs_for, scheduler_for
 
 W4 = dc.Scheme(dc.WeightScheme("int4", dc.PerChannel(), symmetric=False))
 CLASSES = ["unet", "unet_sdxl", "dit", "pixart", "sd35", "flux", "wan", "cogvideox", "hunyuan_video"]
@@ -34,7 +35,7 @@ CLASSES = ["unet", "unet_sdxl", "dit", "pixart", "sd35", "flux", "wan", "cogvide
 def seen(name: str, model: torch.nn.Module, seed: int) -> Any:
     scheduler = scheduler_for(name, 5)
     call = Call(model, inputs_for(model, seed=seed), "timestep", 2, torch.device("cpu"))
-    return observe(layout_of(model, TableConfig()), call, [as_given(name, t, 2) for t in scheduler.timesteps])
+    return observe(layout_of(model, TableConfig()), call, [timestep_as_given(model, t, 2) for t in scheduler.timesteps])
 
 
 def loop_of(model: torch.nn.Module, seed: int = 0) -> LoopCalls:

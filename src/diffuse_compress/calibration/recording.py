@@ -29,7 +29,7 @@ from diffuse_compress.components import (
 )
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.failures import failures_explained
-from diffuse_compress.pipeline_call import from_noise, seeded, untouched
+from diffuse_compress.pipeline_call import CannotCallError, bundled_items, from_noise, seeded, untouched
 from diffuse_compress.progress import Callback
 from diffuse_compress.progress import track as progress
 from diffuse_compress.runtime.sampling import SamplingSettings
@@ -37,12 +37,13 @@ from diffuse_compress.runtime.stats import CallStats
 from diffuse_compress.runtime.steps import Consumer, current, track, tracker_of, untrack
 from diffuse_compress.versions import installed_versions
 
-__all__ = ["Calibration"]
+__all__ = ["Calibration", "items_of"]
 
 DEFAULT_SAMPLES = {"pipeline": 64, "language": 128, "model": 128}
 # Fractional part of the golden ratio: k * this, modulo 1, fills [0, 1) evenly for every number of points.
 _GOLDEN = 0.6180339887498949
 _CONSUMER = "calibration"
+_BUNDLED = 64
 _MEMORY = (
     "Recording needs what a call of the pipeline does: give a smaller height=, width= or num_frames=, or call "
     "pipe.enable_model_cpu_offload() before."
@@ -52,6 +53,29 @@ _MEMORY = (
 _NO_ITEMS = (
     "calibration: needs at least one item, got none. Of a generator nothing is left once it was read: give a list."
 )
+
+
+def items_of(pipe: Any, calibration: Any, count: int | None) -> list[Any]:
+    """What a pipeline is asked for by a method that runs it itself.
+
+    Args:
+        pipe: a diffusers pipeline.
+        calibration: items as users give them; None and a `Calibration`, which holds inputs of models, mean this
+            package's own.
+        count: take the first so many; None for all.
+
+    Raises:
+        ConfigError: nothing was given, and the pipeline needs what this package has none of.
+    """
+    if calibration is not None and not isinstance(calibration, Calibration):
+        return list(itertools.islice(calibration, count))
+    try:
+        return bundled_items(pipe, count or _BUNDLED)
+    except CannotCallError as error:
+        raise ConfigError(
+            f"{type(pipe).__name__}: it must be run, and needs things to ask it for: {error}. Pass calibration=, a "
+            "list of dicts of its arguments."
+        ) from error
 
 
 class _EnoughError(Exception):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -107,7 +107,7 @@ class Method(ABC):
 class TemporalMethod(Method):
     """The timestep path: tables, and layers whose codes were learned on the timesteps (``temporal/``)."""
 
-    kind, title = TEMPORAL_KIND, "temporal tables"
+    kind, title = TEMPORAL_KIND, "timestep path"
 
     def config_of(self, model: nn.Module) -> TFMQConfig | None:
         maintained, table = maintained_of(model), table_of(model)
@@ -152,13 +152,19 @@ class TemporalMethod(Method):
         set_maintained(model, None)
 
     def facts(self, model: nn.Module) -> dict[str, Any]:
-        table, maintained = table_of(model), maintained_of(model)
-        summary, facts = self._described(model), dict[str, Any]()
+        table, maintained, config = table_of(model), maintained_of(model), self.config_of(model)
+        assert config is not None
+        schedules = [
+            {
+                "scheduler": known.scheduler,
+                "rows": len(known.values),
+                "bytes": known.nbytes,
+                "layers": len({name for part in known.rows for name in part.columns}),
+            }
+            for known in (() if table is None else table.schedules)
+        ]
+        summary, facts = _path_line(config, maintained, schedules), dict[str, Any]()
         if table is not None:
-            schedules = [
-                {"scheduler": known.scheduler, "rows": len(known.values), "bytes": known.nbytes}
-                for known in table.schedules
-            ]
             summary = f"{table.num_served} layers looked up, {summary}"
             if not schedules:
                 summary += "; rows are made in the first run"
@@ -177,16 +183,33 @@ class TemporalMethod(Method):
         asked = TFMQConfig.from_dict(config)
         if stored is None:
             return asked.summary
-        rows = [
-            f"{len(stored.tensors[f'{number}.timesteps'])} timesteps of {known['scheduler'] or 'a schedule'}"
+        schedules = [
+            {
+                "scheduler": known["scheduler"],
+                "rows": len(stored.tensors[f"{number}.timesteps"]),
+                "bytes": sum(
+                    tensor.nbytes
+                    for key, tensor in stored.tensors.items()
+                    if key.startswith(f"{number}.") and key != f"{number}.timesteps"
+                ),
+                "layers": len({name for part in known["parts"] for name in part["columns"]}),
+            }
             for number, known in enumerate(stored.meta.get("schedules", ()))
         ]
-        maintained = _maintained(asked, stored)
-        learned = [] if maintained is None else [maintained.describe()]
-        return "; ".join([asked.summary, *learned, *([", ".join(rows)] if rows else [])])
+        return _path_line(asked, _maintained(asked, stored), schedules)
 
 
 _MAINTAINED = "path."
+
+
+def _path_line(config: TFMQConfig, maintained: Maintained | None, schedules: Sequence[Mapping[str, Any]]) -> str:
+    """How a timestep path is kept: what was asked for, what was learned, and the rows that are stored."""
+    parts = [config.summary] if maintained is None else [config.summary, maintained.describe()]
+    if schedules:
+        rows = [f"{known['rows']} timesteps of {known['scheduler'] or 'a schedule'}" for known in schedules]
+        layers, size = max(known["layers"] for known in schedules), sum(known["bytes"] for known in schedules)
+        parts.append(f"rows of {layers} layers for {', '.join(rows)}, {size / 1024:.1f} KiB")
+    return "; ".join(parts)
 
 
 def _maintained(config: TFMQConfig, stored: Stored) -> Maintained | None:

@@ -185,14 +185,14 @@ class TFMQConfig:
     def summary(self) -> str:
         """In a few words, for plans."""
         if self.maintenance is Maintenance.TIB:
-            return f"timestep path (TIAR, {self.iterations} steps)"
+            return f"learned codes (TIAR, {self.iterations} steps)"
         where = self.table.weights
         kept = "" if where is WeightPlace.DEVICE else f", weights {where.value}"
         tables = f"temporal tables ({self.table.table.value}{kept})"
         if self.maintenance is Maintenance.CACHE:
             return tables
         budget = "" if self.table_budget is None else f" within {self.table_budget} bytes"
-        return f"{tables}{budget} or timestep path (TIAR, {self.iterations} steps)"
+        return f"{tables}{budget} or learned codes (TIAR, {self.iterations} steps)"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, a dict of the arguments."""
