@@ -106,5 +106,5 @@ def test_gradients_are_those_of_the_stock_product():
 def test_dropout_and_other_formats_are_refused():
     with pytest.raises(ConfigError, match="know no dropout"):
         quantized_attention(*tensors(), dropout_p=0.1)
-    with pytest.raises(ConfigError, match="attention: .*int8"):
+    with pytest.raises(ConfigError, match=r"attention: .*int8"):
         attention.attention_format("fp8")

@@ -52,7 +52,7 @@ Replace = Callable[[str, Callable[[nn.Module], nn.Module]], nn.Module]
 def calibration_blocks(model: nn.Module, layers: Sequence[str], *, every: bool = False) -> list[str]:
     """Where calibration stops: the model's blocks that hold a layer of ``layers``, and every layer outside of them.
 
-    ``every`` adds the blocks that hold none.
+    ``every`` adds the blocks that hold none: on another device what is kept dense runs there too.
     """
     family = family_of(model)
     known = family.blocks(model) if family is not None else block_elements(model)
@@ -105,7 +105,6 @@ def calibrate_layers(
     home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     there = home if device is None else torch.device(device)
     weights = sample_weights(samples, model)
-    # On another device every block is worth a stop: what is kept dense runs there too.
     blocks = calibration_blocks(model, [*layers, *(ready or {})], every=there != home)
     labels = [_label(index, sample) for index, sample in enumerate(samples)]
     run = _Run(
