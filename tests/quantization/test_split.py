@@ -63,6 +63,21 @@ def test_each_half_has_scales_of_its_own():
     assert float((scales[1] / scales[0]).median()) > 50
 
 
+def test_quantized_parts_are_the_sum_over_their_own_grids():
+    """Naive float64: codes of each half's weight rows and of each half's samples, products and one sum."""
+    whole, x = conv(), torch.randn(2, 24, 5, 5)
+    x[:, 16:] *= 30
+    found = quantized(split_conv(whole, 16))
+    expected = whole.bias.double().reshape(1, -1, 1, 1)
+    for part, layer in ((slice(0, 16), found.hidden), (slice(16, None), found.skip)):
+        values = x[:, part].double()
+        scale = (values.abs().amax(dim=(1, 2, 3), keepdim=True).float() / 127).double()
+        rows = layer.qweight.double() * layer.scale.double()
+        kernel = rows.unflatten(1, (-1, 3, 3))
+        expected = expected + nn.functional.conv2d((values / scale).round() * scale, kernel, padding=1)
+    assert_close(found(x), expected, KERNEL[torch.float32])
+
+
 def test_merged_parts_are_rounded_to_their_grids():
     split = quantized(split_conv(conv(), 16))
     merged = split.merged()
