@@ -26,6 +26,7 @@ from diffuse_compress.quantization.layers import QuantizedLinear
 from diffuse_compress.quantization.split import SplitConv2d
 from diffuse_compress.recipe import as_recipe
 from diffuse_compress.temporal.layout import layout_of
+from tiny import denoiser, reloaded
 from tolerance import KERNEL, assert_close
 
 MODELS = Path(__file__).parents[2] / "examples" / "reference_models"
@@ -44,19 +45,8 @@ def path(way: str) -> dc.TFMQConfig:
     return dc.TFMQConfig(maintenance=way, num_inference_steps=STEPS, iterations=10)
 
 
-def denoiser(pipe: Any) -> Any:
-    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-
-
 def picture(pipe: Any) -> torch.Tensor:
     return tiny.sample(pipe, num_inference_steps=STEPS)
-
-
-def reloaded(pipe: Any, folder: Any) -> Any:
-    pipe.save_pretrained(folder)
-    again = DiffusionPipeline.from_pretrained(folder)
-    again.set_progress_bar_config(disable=True)
-    return again
 
 
 def calibration_of(pipe: Any) -> dc.Calibration:
