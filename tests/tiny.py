@@ -542,6 +542,19 @@ def call_kwargs(pipe: DiffusionPipeline, *, seed: int = 0, steps: int = 2, outpu
     return kwargs
 
 
+def denoiser(pipe: Any) -> Any:
+    """The UNet or transformer of a pipeline."""
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+
+
+def reloaded(pipe: Any, folder: Any) -> Any:
+    """A pipeline saved to a folder, as stock ``from_pretrained`` brings it back."""
+    pipe.save_pretrained(folder)
+    again = DiffusionPipeline.from_pretrained(folder)
+    again.set_progress_bar_config(disable=True)
+    return again
+
+
 def sample(pipe: DiffusionPipeline, **kwargs: Any) -> torch.Tensor:
     """Latents of one cheap call; `kwargs` go to the pipeline on top of `call_kwargs`."""
     output = pipe(**{**call_kwargs(pipe, output_type="latent"), **kwargs})

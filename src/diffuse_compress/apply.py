@@ -14,7 +14,13 @@ import torch
 from torch import nn
 
 from diffuse_compress.apply_methods import apply_methods
-from diffuse_compress.apply_temporal import put_tables_back, rounded_bytes, take_tables_off, temporal_work
+from diffuse_compress.apply_temporal import (
+    TemporalWork,
+    put_tables_back,
+    rounded_bytes,
+    take_tables_off,
+    temporal_work,
+)
 from diffuse_compress.caching.config import LoopCacheConfig
 from diffuse_compress.caching.runtime import caches_off
 from diffuse_compress.calibration.engine import Quantized, calibrate_layers
@@ -35,11 +41,12 @@ from diffuse_compress.integrations.origin import repository_of
 from diffuse_compress.integrations.placement import require_free
 from diffuse_compress.logging import get_logger
 from diffuse_compress.measurement import LayerMeasurement, PipelineProbe, measure_layer
-from diffuse_compress.plan import ComponentPlan, CompressionPlan
+from diffuse_compress.plan import ComponentPlan, CompressionPlan, stored_bytes
 from diffuse_compress.progress import Callback, bar, track
 from diffuse_compress.quantization.algorithms.base import algorithm_to_dict
 from diffuse_compress.quantization.convert import module_aliases, quantize_module
 from diffuse_compress.quantization.residual import rotate_residual
+from diffuse_compress.quantization.split import split_conv
 from diffuse_compress.report import component_report
 from diffuse_compress.transaction import Transaction
 from diffuse_compress.versions import installed_versions
@@ -112,20 +119,18 @@ def apply_plan(
     models = model_components(target)
     for name in dict.fromkeys([*plan.components, *(method.component for method in plan.methods)]):
         _check_ready(name or type(models[name]).__name__, models[name])
-    spilled = sum(row.bytes_before for row in plan.rows if row.scheme is not None)
-    # A rotation writes out what it changes beside.
-    spilled += sum(part.bytes_before for part in plan.components.values() if part.residual is not None)
-    spilled += rounded_bytes(models, plan.methods)
     with (
         torch.inference_mode(False),  # parameters made in it could never be trained beside, nor written to
         _keep_random_state(),
         torch.no_grad(),
         _buffers_kept(models.values()),
         caches_off(models.values()),
-        Transaction(spilled, work_dir) as spill,
+        Transaction(_spilled_bytes(models, plan), work_dir) as spill,
     ):
         temporal = temporal_work(target, models, plan, device)
         kept = take_tables_off({name: models[name] for name in plan.components}, spill)
+        for name, part in plan.components.items():
+            _split(models[name], part.splits, spill)
         calibration, finished = _prepared(target, models, plan, device, work_dir, callback)
         probe = PipelineProbe(target, plan, preview=preview, enabled=measure, callback=callback)
         probe.record_dense()
@@ -133,9 +138,10 @@ def apply_plan(
         seconds: dict[str, float] = {}
         for name, part in plan.components.items():
             began = time.perf_counter()
-            blocks, learned = finished.get(name), temporal[name].learned if name in temporal else {}
-            measured = _install(models[name], part, learned, spill, probe)
-            measured |= _quantize(target, models[name], part, spill, probe, device, calibration, blocks, callback)
+            path = temporal.get(name, TemporalWork(None))
+            measured = _quantize(
+                target, models[name], part, path, spill, probe, device, calibration, finished.get(name), callback
+            )
             layers[name] = {layer: measured[layer] for layer in part.layers}
             seconds[name] = time.perf_counter() - began
         for name, part in plan.components.items():
@@ -154,12 +160,31 @@ def apply_plan(
         probe.keep_preview(target)
 
 
+def _spilled_bytes(models: Mapping[str, nn.Module], plan: CompressionPlan) -> int:
+    """Bytes that are written out, to be put back if the call fails."""
+    found = sum(row.bytes_before for row in plan.rows if row.scheme is not None)
+    found += rounded_bytes(models, plan.methods)
+    for name, part in plan.components.items():
+        # A rotation writes out what it changes beside, and a convolution that is split goes before its parts do.
+        found += part.bytes_before if part.residual is not None else 0
+        found += sum(stored_bytes(models[name].get_submodule(conv)) for conv in part.splits)
+    return found
+
+
+def _split(model: nn.Module, splits: Mapping[str, int], spill: Transaction) -> None:
+    """Take these convolutions apart; what follows finds ordinary layers in their places."""
+    aliases = module_aliases(model)
+    for name, channels in splits.items():
+        convert = functools.partial(split_conv, channels=channels)
+        spill.replace(model, aliases[id(model.get_submodule(name))], convert)
+
+
 def _install(
-    model: nn.Module, part: ComponentPlan, learned: Mapping[str, Quantized], spill: Transaction, probe: PipelineProbe
+    model: nn.Module, part: ComponentPlan, layers: Mapping[str, Quantized], spill: Transaction, probe: PipelineProbe
 ) -> dict[str, LayerMeasurement]:
     """Put these layers, quantized already, in their places."""
     aliases, measured = module_aliases(model), {}
-    for name, layer in learned.items():
+    for name, layer in layers.items():
 
         def convert(dense: nn.Module, name: str = name, layer: Quantized = layer) -> nn.Module:
             measured[name] = measure_layer(dense, layer, probe.layer_inputs(part.name, name))  # type: ignore[arg-type]
@@ -173,6 +198,7 @@ def _quantize(
     target: Any,
     model: nn.Module,
     part: ComponentPlan,
+    path: TemporalWork,
     spill: Transaction,
     probe: PipelineProbe,
     device: torch.device | str | None,
@@ -183,9 +209,15 @@ def _quantize(
     if part.residual is not None:
         _rotate(target, model, part, spill, callback)
     if not part.needs_calibration:
-        return _convert(target, model, part, spill, probe, device, callback)
-    assert calibration is not None
-    return _calibrate(target, model, part, spill, probe, device, calibration, finished, callback)
+        measured = _install(model, part, path.ready, spill, probe)
+        measured |= _convert(target, model, part, spill, probe, device, callback)
+    else:
+        assert calibration is not None
+        measured = _calibrate(target, model, part, path.ready, spill, probe, device, calibration, finished, callback)
+    measured |= _install(model, part, path.late, spill, probe)
+    layers = quantized_layers(model)
+    part.make_dynamic([name for name, scheme in part.layers.items() if layers[name].scheme != scheme])
+    return measured
 
 
 def _rotate(target: Any, model: nn.Module, part: ComponentPlan, spill: Transaction, callback: Callback | None) -> None:
@@ -276,7 +308,7 @@ def _fingerprint(model: nn.Module, part: ComponentPlan, device: torch.device | s
             "seed": part.spec.seed,
             **({"observer": part.spec.observer.to_dict()} if part.spec.has_static_inputs else {}),
             **{name: scheme.to_dict() for name, scheme in part.layers.items()},
-            **({"learned on timesteps": [*part.learned, part.path_iterations]} if part.learned else {}),
+            **({"timestep path": [*part.path_layers, *part.path_work]} if part.path_layers else {}),
         },
         "versions": {
             **{name: versions.get(name) for name in ("diffuse-compress", "torch")},
@@ -316,6 +348,7 @@ def _calibrate(
     target: Any,
     model: nn.Module,
     part: ComponentPlan,
+    ready: Mapping[str, Quantized],
     spill: Transaction,
     probe: PipelineProbe,
     device: torch.device | str | None,
@@ -353,12 +386,11 @@ def _calibrate(
             folds=not part.name and generates_text(model),
             device=device,
             finished=finished,
+            ready=ready,
             on_block=on_block,
         )
     if missed:
         _logger.info("%s: no sample reached %d layers, e.g. %s; rounded to nearest", stage, len(missed), missed[0])
-    layers = quantized_layers(model)
-    part.make_dynamic([name for name, scheme in part.layers.items() if layers[name].scheme != scheme])
     return measured
 
 

@@ -62,12 +62,14 @@ class TemporalWork:
 
     Attributes:
         tables: rows of the schedules that are to be stored; None without tables.
-        learned: quantized layers, by name, in the place of dense ones.
+        ready: quantized layers, by name, that take their places before the blocks that they are in are calibrated.
+        late: likewise, once all blocks are: their outputs are looked up, as the dense layers give them.
         maintained: what was chosen and measured; None where everything is looked up.
     """
 
     tables: _TableState | None
-    learned: dict[str, Quantized] = field(default_factory=dict)
+    ready: dict[str, Quantized] = field(default_factory=dict)
+    late: dict[str, Quantized] = field(default_factory=dict)
     maintained: Maintained | None = None
 
 
@@ -90,10 +92,13 @@ def temporal_work(
     work = {}
     for name, config in configs.items():
         work[name] = TemporalWork(None)
+        part = plan.components.get(name)
         if config.learns:
+            assert part is not None  # the planner has seen to it
             path = _path(target, name, models[name], config, calibration)
-            part = plan.components[name]
-            work[name] = _learn(models[name], path, config, part.learned, part.spec.generator, device)
+            work[name] = _learn(models[name], path, config, part.path_layers, part.spec.generator, device)
+        elif part is not None and part.path_layers:
+            work[name] = _rounded(models[name], config, part.path_layers, device)
     found = {name: table_config(models[name], config, work[name].maintained) for name, config in configs.items()}
     tabled = {name: own for name, own in found.items() if own is not None}
     calls = _calls_of_schedules(target, models, {name: configs[name] for name in tabled}, calibration)
@@ -149,9 +154,7 @@ def _learn(
     reconstruct(path, own, config.iterations, put, generator=generator, device=device)
     for name in schemes.keys() - own.keys():
         _LOGGER.warning("%s: rounded to nearest: it does not run once for each timestep", name)
-        learned[name] = quantize_module(
-            model.get_submodule(name), schemes[name].with_dynamic_inputs(), RTNConfig(), device=device, name=name
-        )
+        learned[name] = _nearest(model, name, schemes[name], device)
     errors.add("tib", path.dense, path.block.outputs(path.given))
     ways = {name: ("tib", "as asked") for name in errors.layers}
     if config.maintenance is Maintenance.AUTO:
@@ -162,7 +165,29 @@ def _learn(
         ways = choose_tables(path, errors, config.table.table, config.table_budget, schedules)
         chosen = {name: rows[name] for name, (way, _) in ways.items() if way == Maintenance.CACHE.value}
         errors.add("auto", path.dense, path.block.outputs(path.given, chosen))
-    return TemporalWork(None, learned, Maintained(config, tuple(own), ways, errors))
+    looked_up = {name for name, (way, _) in ways.items() if way == Maintenance.CACHE.value}
+    return _placed(learned, looked_up, Maintained(config, tuple(own), ways, errors))
+
+
+def _rounded(
+    model: nn.Module, config: TFMQConfig, schemes: Mapping[str, Scheme], device: torch.device | str | None
+) -> TemporalWork:
+    """Layers that tables stand for, rounded to nearest: what a call that cannot be looked up computes with, and what
+    rows of those are made of that read a condition."""
+    kinds = layout_of(model, config.table).layers
+    layers = {name: _nearest(model, name, scheme, device) for name, scheme in schemes.items()}
+    return _placed(layers, {name for name in layers if kinds[name] is Dependence.TIMESTEP}, None)
+
+
+def _nearest(model: nn.Module, name: str, scheme: Scheme, device: torch.device | str | None) -> Quantized:
+    dense = model.get_submodule(name)
+    return quantize_module(dense, scheme.with_dynamic_inputs(), RTNConfig(), device=device, name=name)
+
+
+def _placed(layers: Mapping[str, Quantized], looked_up: Iterable[str], maintained: Maintained | None) -> TemporalWork:
+    late = {name: layer for name, layer in layers.items() if name in set(looked_up)}
+    ready = {name: layer for name, layer in layers.items() if name not in late}
+    return TemporalWork(None, ready, late, maintained)
 
 
 def _calls_of_schedules(

@@ -13,19 +13,21 @@ import torch
 from torch import nn
 
 from diffuse_compress.errors import ConfigError
-from diffuse_compress.families.registry import residual_stream_of
+from diffuse_compress.families.registry import family_of, residual_stream_of
 from diffuse_compress.families.roles import LayerRole, layer_roles
 from diffuse_compress.patterns import first_match, generalize, matches, require_match
 from diffuse_compress.quantization.algorithms.base import steps_of
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear, supports
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import QuantizationSpec, Rules
+from diffuse_compress.quantization.split import HIDDEN, SKIP, part_on_meta
 
 __all__ = [
     "LayerAssignment",
     "assign_layers",
     "require_patterns_match",
     "resolve_rules",
+    "split_layers",
     "stock_name",
     "unsupported_bytes",
     "unsupported_kind",
@@ -73,7 +75,7 @@ def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAs
         ConfigError: resolved rules match no layer, or the algorithm cannot reach a layer's format or this model.
         IncompatibleShapeError: a layer named explicitly cannot take its scheme.
     """
-    layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
+    layers = _layers_of(model, split_layers(model) if spec.split_skips else {})
     if spec.rules is not None:
         unmatched = [
             pattern for pattern, _ in spec.rules if not any(matches(pattern, stock_name(name)) for name in layers)
@@ -109,6 +111,27 @@ def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAs
     if spec.rules is None:
         _require_work(model, decided, spec)
     return decided
+
+
+def split_layers(model: nn.Module) -> dict[str, int]:
+    """{convolution: input channels of its first part} of those in ``model`` that ``split_skips`` takes apart."""
+    family = family_of(model)
+    found = {} if family is None else family.concatenated(model)
+    return {name: channels for name, channels in found.items() if type(model.get_submodule(name)) is nn.Conv2d}
+
+
+def _layers_of(model: nn.Module, splits: Mapping[str, int]) -> dict[str, nn.Module]:
+    """Linears and convolutions by name; those that will be split, as their parts."""
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if name in splits:
+            assert isinstance(module, nn.Conv2d)
+            channels, bias = splits[name], module.bias is not None
+            layers[f"{name}.{HIDDEN}"] = part_on_meta(module, channels, bias=bias)
+            layers[f"{name}.{SKIP}"] = part_on_meta(module, module.in_channels - channels, bias=False)
+        elif _is_layer(module):
+            layers[name] = module
+    return layers
 
 
 def _require_work(model: nn.Module, decided: Mapping[str, LayerAssignment], spec: QuantizationSpec) -> None:
@@ -225,9 +248,11 @@ def _decide(
             return keep("overrides")
         fix = "Take it out of overrides=, or give it another scheme"
         return converted(_checked(name, module, shape, scheme, fix, spec))
-    if role in _KEPT_ROLE:
+    at_end = role in (LayerRole.EMBEDDER, LayerRole.OUTPUT)
+    if role in _KEPT_ROLE and not (at_end and spec.end_scheme is not None):
         return keep(_KEPT_ROLE[role])
     scheme = spec.modulation_scheme if role is LayerRole.MODULATION else spec.scheme
+    scheme = spec.end_scheme if at_end else scheme
     assert scheme is not None  # of a dense spec, which has rules
     unfit = supports(module, scheme) or spec.algorithm.unsupported(module, scheme)
     if unfit:

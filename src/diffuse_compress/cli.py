@@ -29,6 +29,7 @@ from diffuse_compress.errors import ConfigError, UnsupportedHardwareError
 from diffuse_compress.integrations.component import describe_methods, get_state, quantized_layers
 from diffuse_compress.integrations.saving import FORMATS, TORCHAO
 from diffuse_compress.integrations.torchao import require_exact
+from diffuse_compress.method_presets import METHOD_PRESETS
 from diffuse_compress.plan import CompressionPlan, stored_bytes
 from diffuse_compress.plan_text import align, format_bytes
 from diffuse_compress.quantization.algorithms.base import algorithm_from_dict, algorithm_to_dict
@@ -387,7 +388,8 @@ def _machine_facts() -> dict[str, Any]:
             "computed_by": path.description,
             "faster_than_dense": path.faster_than_dense,
         }
-    return {"versions": installed_versions(), "device": described, "presets": presets}
+    methods = {name: preset.summary for name, preset in METHOD_PRESETS.items()}
+    return {"versions": installed_versions(), "device": described, "presets": presets, "method_presets": methods}
 
 
 def _machine_lines(facts: dict[str, Any]) -> list[str]:
@@ -412,6 +414,11 @@ def _machine_lines(facts: dict[str, Any]) -> list[str]:
         table.append(("with calibration", calibrated))
         table.append(("computed here by (bf16)", f"{preset['computed_by']}; {SPEED[preset['faster_than_dense']]}"))
         lines += align(table)
+    lines += [
+        "",
+        "with calibration, weights and timestep path together:",
+        *align(list(facts["method_presets"].items())),
+    ]
     return lines
 
 

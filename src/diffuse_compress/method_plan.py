@@ -32,7 +32,7 @@ class MethodPlan:
         component: its name, "" for a bare model.
         config: of the method.
         extent: what of the component it is about, in words.
-        layers: of the timestep path, for methods that learn its codes.
+        layers: of the timestep path, for methods that take care of it.
     """
 
     component: str
@@ -120,10 +120,10 @@ def _planned(
     if not isinstance(config, TFMQConfig):
         return MethodPlan(name, config, _units(where, title, target, model, config))
     layout = layout_of(model, config.table)
+    path = frozenset(layer for layer, kind in layout.layers.items() if kind in PATH_KINDS)
     if not config.learns:
         left = f", {len(layout.left)} run live" if layout.left else ""
-        return MethodPlan(name, config, f"{len(layout.layers)} layers{left}")
-    path = frozenset(layer for layer, kind in layout.layers.items() if kind in PATH_KINDS)
+        return MethodPlan(name, config, f"{len(layout.layers)} layers{left}", path)
     learned = [layer for layer in formats if layer in path]
     _require_learnable(where, target, model, config, {layer: formats[layer] for layer in learned}, bool(formats))
     return MethodPlan(name, config, f"{len(learned)} of {len(path)} layers learned", path)

@@ -102,6 +102,15 @@ def _fits(part: ComponentPlan, module: nn.Module, shape: tuple[int, int], scheme
     return supports(module, scheme) is None and part.spec.algorithm.unsupported(module, scheme) is None
 
 
+def _require_whole_layers(plan: CompressionPlan) -> None:
+    split = [part.name or part.class_name for part in plan.components.values() if part.splits]
+    if split:
+        raise ConfigError(
+            f"{split[0]}: a search for formats looks at the layers that are there, and split_skips=True takes some of "
+            "them apart. Leave one of the two out."
+        )
+
+
 def meet_target(
     plan: CompressionPlan,
     target: Any,
@@ -125,9 +134,10 @@ def meet_target(
         bits: average for each weight of the candidate layers, scales included.
 
     Raises:
-        ConfigError: no choice is that small (the message says how small it can be), everything is already, or the
-            report does not know a layer.
+        ConfigError: the plan splits layers, no choice is that small (the message says how small it can be), everything
+            is already, or the report does not know a layer.
     """
+    _require_whole_layers(plan)
     size = None if size is None else parse_size(size)
     candidates = _known(plan, target, report) if report is not None else candidate_schemes(plan, target)
     items = _items(plan, model_components(target), candidates)

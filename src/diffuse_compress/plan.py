@@ -16,6 +16,7 @@ from diffuse_compress.assignment import (
     assign_layers,
     require_patterns_match,
     resolve_rules,
+    split_layers,
     stock_name,
     unsupported_bytes,
     unsupported_kind,
@@ -23,6 +24,7 @@ from diffuse_compress.assignment import (
 from diffuse_compress.components import compute_dtype_of, model_components, resolve_names
 from diffuse_compress.errors import CompressionConflictError, ConfigError, ModelStateError
 from diffuse_compress.families.registry import residual_stream_of
+from diffuse_compress.integrations.attention import require_attention
 from diffuse_compress.integrations.component import foreign_quantization, get_state
 from diffuse_compress.integrations.placement import require_own_weights
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
@@ -34,6 +36,7 @@ from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinea
 from diffuse_compress.quantization.residual import ResidualStream
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import QuantizationSpec, resolve_scheme
+from diffuse_compress.quantization.split import HIDDEN, SKIP
 from diffuse_compress.recipe import MethodConfig, Recipe, weights_among
 from diffuse_compress.temporal.config import TFMQConfig
 
@@ -68,9 +71,10 @@ class PlanRow:
 class ComponentPlan:
     """Plan of one component. ``assigned`` holds the decisions, ``rows`` what they mean for every tensor.
 
-    Where a method learns the codes of the timestep path, ``path`` holds its layers: those that are to be converted are
-    ``learned``, in ``path_iterations`` steps, and the component's algorithm has the others, ``own_layers``. Once the
-    plan was carried out, ``made_dynamic`` names layers that could not get the static input scale planned for them.
+    Where a method takes care of the timestep path, ``path`` holds its layers: those that are to be converted are
+    ``path_layers``, what becomes of them follows from ``path_work`` (maintenance, steps of learning), and the
+    component's algorithm has the others, ``own_layers``. Once the plan was carried out, ``made_dynamic`` names layers
+    that could not get the static input scale planned for them.
     """
 
     def __init__(self, name: str, model: nn.Module, config: QuantizationConfig) -> None:
@@ -78,13 +82,14 @@ class ComponentPlan:
         self._model, self.request = model, config
         self.made_dynamic: list[str] = []
         self.path: frozenset[str] = frozenset()
-        self.path_iterations = 0
+        self.path_work: tuple[str, int] = ("", 0)
         self._found = slice(0, 0)  # of the overrides, those that `assign` added
         self.spec: QuantizationSpec = config.spec
         self._refresh()
 
     def _refresh(self) -> None:
         self.assigned: dict[str, LayerAssignment] = assign_layers(self._model, self.spec)
+        self._splittable = split_layers(self._model) if self.spec.split_skips else {}
         self.rows = list(tensor_rows(self._model, self.assigned))
         self.residual = self._residual_stream() if self.spec.algorithm.rotates_residual else None
 
@@ -205,9 +210,15 @@ class ComponentPlan:
         return {name: item.scheme for name, item in self.assigned.items() if item.scheme is not None}
 
     @property
-    def learned(self) -> dict[str, Scheme]:
-        """Those of them whose codes are learned on the timesteps."""
+    def path_layers(self) -> dict[str, Scheme]:
+        """Those of them that are quantized as parts of the timestep path."""
         return {name: scheme for name, scheme in self.layers.items() if name in self.path}
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """{convolution: input channels of its first part} of those whose parts are converted."""
+        layers, found = self.layers, self._splittable
+        return {name: at for name, at in found.items() if f"{name}.{HIDDEN}" in layers or f"{name}.{SKIP}" in layers}
 
     @property
     def own_layers(self) -> dict[str, Scheme]:
@@ -401,13 +412,19 @@ def make_plan(target: Any, recipe: Recipe, device: torch.device | None = None) -
             "compress: device= must hold data, got 'meta'. Name the device that is to compute, e.g. 'cuda'."
         )
     for part in parts.values():
+        if part.spec.attention is not None:
+            require_attention(models[part.name])
         for scheme in set(part.layers.values()):
             require_device(scheme, device)
     methods, present = plan_methods(target, models, others, {name: part.layers for name, part in parts.items()})
     for method in methods:
-        if isinstance(method.config, TFMQConfig) and method.config.learns:
-            parts[method.component].path = method.layers
-            parts[method.component].path_iterations = method.config.iterations
+        part = parts.get(method.component)
+        if part is None or not isinstance(method.config, TFMQConfig):
+            continue
+        # Tables alone leave the choice of codes to the algorithm, but for one that would fit them to its samples.
+        if method.config.learns or part.spec.algorithm.reconstructs_blocks:
+            part.path = method.layers
+            part.path_work = (method.config.maintenance.value, method.config.iterations)
     rest = {name: stored_bytes(model) for name, model in models.items() if name not in parts and name not in unchanged}
     return CompressionPlan(target, parts, [*unchanged, *present], rest, device, methods)
 
@@ -419,7 +436,11 @@ def tensor_rows(model: nn.Module, assigned: dict[str, LayerAssignment]) -> Itera
     buffers = {name: tensor for name, tensor in model.named_buffers() if name in persistent}
     for key, tensor in [*model.named_parameters(), *buffers.items()]:
         layer, _, leaf = key.rpartition(".")
-        item = assigned.get(layer)
+        parts = [part for part in (f"{layer}.{HIDDEN}", f"{layer}.{SKIP}") if part in assigned]
+        if leaf == "weight" and parts:
+            yield from _part_rows(tensor, parts, assigned)
+            continue
+        item = assigned.get(parts[0] if parts else layer)
         before = tensor.numel() * tensor.element_size()
         role = item.role.value if item is not None else ""
         if item is not None and item.scheme is not None and leaf == "weight":
@@ -428,6 +449,20 @@ def tensor_rows(model: nn.Module, assigned: dict[str, LayerAssignment]) -> Itera
             continue
         reason = _kept_reason(leaf, tensor, modules[layer], item, key in buffers)
         yield PlanRow(key, layer, tuple(tensor.shape), role, None, before, before, reason)
+
+
+def _part_rows(
+    tensor: torch.Tensor, parts: Iterable[str], assigned: Mapping[str, LayerAssignment]
+) -> Iterator[PlanRow]:
+    """Rows of a convolution's weight that will be split, one for each part."""
+    for part in parts:
+        item = assigned[part]
+        columns = item.shape[1] // tensor.shape[2:].numel()
+        shape = (tensor.shape[0], columns, *tensor.shape[2:])
+        before = math.prod(shape) * tensor.element_size()
+        after = before if item.scheme is None else item.scheme.weight_bytes(item.shape) + item.extra_bytes
+        name = None if item.scheme is None else item.scheme.name
+        yield PlanRow(f"{part}.weight", part, shape, item.role.value, name, before, after, item.reason)
 
 
 def _kept_reason(

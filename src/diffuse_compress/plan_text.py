@@ -71,6 +71,8 @@ def _component_lines(part: ComponentPlan, plan: CompressionPlan) -> list[str]:
         counts = Counter(scheme_labels(list(dict.fromkeys(part.layers.values())))[s] for s in part.layers.values())
         formats = ", ".join(f"{count} layers {label}" for label, count in counts.most_common())
         lines.append(f"  {part.bits_per_weight:.2f} bits per weight on average: {formats}")
+    if part.spec.attention is not None:
+        lines.append(f"  attention: {part.spec.attention.value} products of queries, keys, probabilities and values")
     if part.unsupported is not None:
         kinds, share = part.unsupported
         lines.append(f"  {share:.0%} of what is left is in {kinds}, for which there is no quantized layer")

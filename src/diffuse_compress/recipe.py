@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from diffuse_compress.caching.config import CACHE_KIND, CACHE_PRESETS, CacheConfig, cache_config_from_dict
 from diffuse_compress.errors import CheckpointError, ConfigError, DiffuseCompressError
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
+from diffuse_compress.method_presets import METHOD_PRESETS
 from diffuse_compress.quantization.presets import resolve_preset
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.temporal.config import TEMPORAL_KIND, TFMQConfig
@@ -136,6 +137,8 @@ def _configs(value: Any, options: Mapping[str, Any], calibrated: bool) -> tuple[
         return tuple(config for item in value for config in _configs(item, options, calibrated))
     if isinstance(value, str) and value in CACHE_PRESETS:
         return (CACHE_PRESETS[value],)
+    if isinstance(value, str) and value in METHOD_PRESETS:
+        return METHOD_PRESETS[value].configs(options)
     if isinstance(value, TFMQConfig | CacheConfig):
         return (value,)
     if isinstance(value, str) and calibrated:

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
@@ -323,6 +324,36 @@ def test_calibrated_algorithms_measures_and_prints(
     assert printed.splitlines()[0] == "| | w8a8, trained, % | s |"
     with pytest.raises(SystemExit, match="its arms were run with"):
         script.main(["--model", str(model_folder), "--out", str(out), *fixed, *arms, "--samples", "4"])
+
+
+def test_temporal_quantization_measures_counts_and_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, out = load_script("temporal_quantization"), tmp_path / "results.json"
+    fixed = ["--models", "emoji_ddim", "--steps", "2", "--items", "2", "--samples", "4", "--count", "4"]
+    arms = ["--formats", "w8a8", "--arms", "rtn", "--seeds", "0", "1"]
+    with torch.no_grad():
+        script.main([*fixed, *arms, "--out", str(out)])
+        results = json.loads(out.read_text())
+        assert set(results["arms"]) == {f"emoji_ddim/w8a8/rtn/{seed}" for seed in (0, 1)}
+        assert all(0 < arm["error"] < 1 for arm in results["arms"].values()), results["arms"]
+        assert all(arm["distance"] > 0 for arm in results["arms"].values()), results["arms"]
+        printed = capsys.readouterr().out
+        monkeypatch.setattr(script, "Case", None)  # every arm is there already
+        script.main([*fixed, *arms, "--out", str(out)])
+        script.main(["--table", str(out)])
+        assert capsys.readouterr().out == 2 * printed
+        with pytest.raises(SystemExit, match="its arms were run with"):
+            script.main([*fixed, *arms, "--out", str(out), "--steps", "3"])
+        script.main([*fixed, "--evaluations"])
+    # Both steps of two items: once through the loop each, or one call and then two.
+    cells = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert [cells[i] for i in (1, 2, 4)] == ["4", "4", "6"]
+    options = script.parse_arguments(["--rehearse"])
+    for arm in script.ARMS:
+        weights, *temporal = script.methods(arm, "w4a8", ["time_embedding.linear_1"], 0, options)
+        assert bool(temporal) == (arm not in ("rtn", "blocks"))
+        assert weights.spec.split_skips == ("split" in arm)
 
 
 def test_against_llmcompressor_gives_back_dense_weights_of_the_scheme(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
 import diffuse_compress as dc
 import tiny
@@ -20,6 +19,7 @@ from diffuse_compress.temporal.config import TableConfig
 from diffuse_compress.temporal.layout import layout_of
 from diffuse_compress.temporal.maintenance import maintained_of
 from diffuse_compress.temporal.table import table_of
+from tiny import denoiser, reloaded
 
 STEPS, ITERATIONS = 4, 20
 GIVEN = {"measure": False, "algorithm": dc.RTNConfig()}
@@ -29,19 +29,8 @@ def config(way: str, **given: Any) -> dc.TFMQConfig:
     return dc.TFMQConfig(maintenance=way, num_inference_steps=STEPS, iterations=ITERATIONS, **given)
 
 
-def denoiser(pipe: Any) -> Any:
-    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-
-
 def picture(pipe: Any) -> torch.Tensor:
     return tiny.sample(pipe, num_inference_steps=STEPS)
-
-
-def reloaded(pipe: Any, folder: Any) -> Any:
-    pipe.save_pretrained(folder)
-    again = DiffusionPipeline.from_pretrained(folder)
-    again.set_progress_bar_config(disable=True)
-    return again
 
 
 def path_of(model: Any) -> set[str]:

@@ -52,7 +52,7 @@ Replace = Callable[[str, Callable[[nn.Module], nn.Module]], nn.Module]
 def calibration_blocks(model: nn.Module, layers: Sequence[str], *, every: bool = False) -> list[str]:
     """Where calibration stops: the model's blocks that hold a layer of ``layers``, and every layer outside of them.
 
-    ``every`` adds the blocks that hold none.
+    ``every`` adds the blocks that hold none: on another device what is kept dense runs there too.
     """
     family = family_of(model)
     known = family.blocks(model) if family is not None else block_elements(model)
@@ -75,6 +75,7 @@ def calibrate_layers(
     folds: bool = False,
     device: torch.device | str | None = None,
     finished: FinishedBlocks | None = None,
+    ready: Mapping[str, Quantized] | None = None,
     on_block: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> list[str]:
     """Quantize ``layers`` in place.
@@ -91,10 +92,11 @@ def calibrate_layers(
         folds: whether smoothing scales are folded into what precedes the layers where a config does not say.
         device: where each block is calibrated and run; it and its layers then go back to where the model is.
         finished: blocks that are there are put in place as they are; the others are added as they are done.
+        ready: further layers, quantized, which take their places when the samples get there; not so for references.
         on_block: called after each block with its name, how many are done and how many there are.
 
     Returns:
-        Layers that no sample reached; they are rounded to nearest, and inputs that were to be static are dynamic.
+        Layers that no sample reached; they are rounded to nearest, with dynamic inputs.
 
     Raises:
         ModelStateError: inputs are not finite, or memory or disk run out.
@@ -103,20 +105,20 @@ def calibrate_layers(
     home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     there = home if device is None else torch.device(device)
     weights = sample_weights(samples, model)
-    # On another device every block is worth a stop: what is kept dense runs there too.
-    blocks = calibration_blocks(model, list(layers), every=there != home)
+    blocks = calibration_blocks(model, [*layers, *(ready or {})], every=there != home)
     labels = [_label(index, sample) for index, sample in enumerate(samples)]
     run = _Run(
         model, layers, algorithm, weights, labels, replace, generator, observer, keep, folds, finished, home, there
     )
+    run.ready.update(ready or {})
 
     def visit(found: Visit) -> None:
         run.visit(found)
         on_block(found.name, len(run.done), len(layers))
 
     with calibrating(model), memory_explained(there, len(samples)):
-        calls = [sample.call for sample in samples]
-        lockstep(model, blocks, calls, visit, references=algorithm.needs_reference, device=there)
+        lockstep(model, blocks, [s.call for s in samples], visit, references=algorithm.needs_reference, device=there)
+    run.put_ready(list(run.ready), home)
     missed = {name: scheme for name, scheme in layers.items() if name not in run.done}
     quantize_layers(missed, RTNConfig(), replace, generator=generator, device=device)
     return list(missed)
@@ -139,6 +141,7 @@ class _Run:
     finished: FinishedBlocks | None
     home: torch.device
     there: torch.device
+    ready: dict[str, Quantized] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
 
     @functools.cached_property
@@ -151,6 +154,9 @@ class _Run:
         """Quantize the layers of a block, or put those in place that an earlier run has finished."""
         names = dict(layers_of(found.name, self.layers))
         changes = _Changes(found.block, self.keep, self.home, self.there)
+        # As it is in the dense model: the layers that are ready are no part of what the others are to give.
+        unchanged = unchanged_twin(found.block) if names and self.algorithm.needs_reference else None
+        self.put_ready([name for _, name in layers_of(found.name, self.ready)], self.there)
         stored = None if self.finished is None or not names else self.finished.load(found.name, names)
         if stored is not None:
             for short, name in names.items():
@@ -160,11 +166,20 @@ class _Run:
             for name, value in stored.parameters.items():
                 changes.set(name, value)
         elif names:
-            calibrate_block(self._work(found, names, changes), self.algorithm)
+            work = self._work(found, names, changes)
+            work.unchanged = unchanged
+            calibrate_block(work, self.algorithm)
             if self.finished is not None:
                 modules = {short: self.model.get_submodule(name) for short, name in names.items()}
                 self.finished.save(found.name, modules, changes.made)
         self.done.update(names.values())
+
+    def put_ready(self, names: Iterable[str], device: torch.device) -> None:
+        """Put layers that are quantized already in their places, which are on this device."""
+        for name in names:
+            self.model.get_submodule(name).to(self.home)
+            layer = self.ready.pop(name).to(self.home)
+            self.replace(name, lambda dense, layer=layer: layer).to(device)  # type: ignore[misc]
 
     def _work(self, found: Visit, names: Mapping[str, str], changes: _Changes) -> BlockWork:
         def install(layer: LayerWork) -> nn.Module:

@@ -265,6 +265,8 @@ class Family:
         classes: class names of its models.
         blocks: qualified names of the blocks of a model, in the order they run in.
         kinds: how they are composed, by class name of the block.
+        concatenated: {convolution: input channels of the hidden states} of those that read hidden states and, behind
+            them, a skip connection.
         wholes: qualified names of what a feature cache may leave out as a whole, in the order they run in: modules
             that return their streams changed. The blocks themselves, but where several stand in one such module.
         below: what is run for one value of a model with resolution levels; None for a model in which that is not known.
@@ -285,6 +287,7 @@ class Family:
     chained: frozenset[str] = frozenset()
     residual: Callable[[nn.Module], ResidualStream] | None = None
     wholes: Callable[[nn.Module], list[str]] | None = None
+    concatenated: Callable[[nn.Module], dict[str, int]] = lambda model: {}
     below: Callable[[nn.Module], Below | None] = lambda model: None
 
     def kind_of(self, block: nn.Module) -> BlockKind | None:

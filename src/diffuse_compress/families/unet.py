@@ -269,6 +269,26 @@ def _temporal(model: Any) -> TemporalMap:
     return TemporalMap(("time_embedding.*", *projections), (), **known)
 
 
+# Stages that concatenate a skip connection to what each of their resnets is given.
+_UP_STAGES = ("UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D")
+
+
+def _concatenated(model: Any) -> dict[str, int]:
+    """{first convolution or shortcut of a resnet: channels of the hidden states before the skip connection}."""
+    found: dict[str, int] = {}
+    # What the last resnet before gives; a stage may be of another class, and its width is known all the same.
+    middle = getattr(model.mid_block, "resnets", None)
+    width = middle[-1].out_channels if middle else model.config.block_out_channels[-1]
+    for stage, block in enumerate(model.up_blocks):
+        for index, resnet in enumerate(getattr(block, "resnets", ())):
+            if type(block).__name__ in _UP_STAGES and width < resnet.in_channels:
+                for name in ("conv1", "conv_shortcut"):
+                    if getattr(resnet, name) is not None:
+                        found[f"up_blocks.{stage}.resnets.{index}.{name}"] = width
+            width = resnet.out_channels
+    return found
+
+
 def _family(name: str, class_name: str) -> Family:
     return Family(
         name=name,
@@ -278,6 +298,7 @@ def _family(name: str, class_name: str) -> Family:
         below=_below,
         kinds=_KINDS,
         temporal=_temporal,
+        concatenated=_concatenated,
         sensitive=("conv_in", "conv_out", "*.conv_shortcut", "*.upsamplers.*.conv"),
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffuse_compress.assignment import split_layers
 from diffuse_compress.errors import CheckpointError, DiffuseCompressError
 from diffuse_compress.integrations.methods import KINDS, Stored
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
@@ -23,6 +24,7 @@ from diffuse_compress.quantization.convert import placeholder_for, replace_modul
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import SCHEMA_VERSION, QuantizationSpec
+from diffuse_compress.quantization.split import HIDDEN, SKIP, SplitConv2d, split_conv
 
 __all__ = [
     "ASK_THE_MODEL",
@@ -61,6 +63,7 @@ class LayerEntry:
         act_pre_scale: it has a per-input-channel smoothing scale.
         low_rank: rank of its low-rank branch, 0 for none.
         folded: a smoothing scale of its input or output is inside other weights.
+        part_channels: input channels of a part of a convolution that is split (``split.py``); 0 for a whole layer.
     """
 
     scheme: Scheme
@@ -68,6 +71,7 @@ class LayerEntry:
     act_pre_scale: bool = False
     low_rank: int = 0
     folded: bool = False
+    part_channels: int = 0
 
 
 @dataclass
@@ -128,8 +132,17 @@ def layer_entries(model: nn.Module) -> dict[str, LayerEntry]:
             getattr(layer, "act_pre_scale", None) is not None,
             0 if low_rank is None else low_rank.shape[0],
             layer.folded,
+            _part_channels(model, name),
         )
     return entries
+
+
+def _part_channels(model: nn.Module, name: str) -> int:
+    parent, _, leaf = name.rpartition(".")
+    conv = model.get_submodule(parent)
+    if not isinstance(conv, SplitConv2d):
+        return 0
+    return conv.hidden.in_channels if leaf == HIDDEN else conv.skip.in_channels
 
 
 def get_state(component: Any) -> ComponentState | None:
@@ -180,6 +193,8 @@ def metadata_of(state: ComponentState) -> dict[str, str]:
             extra["low_rank"] = entry.low_rank
         if entry.folded:
             extra["folded"] = True
+        if entry.part_channels:
+            extra["part_channels"] = entry.part_channels
         layers[name] = [label, extra] if extra else [label]
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -251,10 +266,16 @@ def layers_of_checkpoint(
         return entries
     rules = spec.rules or ()
     entries = {}
+    splits = split_layers(model) if spec.split_skips else {}
     for name, module in model.named_modules():
-        scheme = first_match(rules, name) if isinstance(module, nn.Linear | nn.Conv2d) else None
-        if scheme is not None:
-            entries[name] = LayerEntry(scheme, dtype)
+        parts = {name: 0}
+        if name in splits:
+            assert isinstance(module, nn.Conv2d)
+            parts = {f"{name}.{HIDDEN}": splits[name], f"{name}.{SKIP}": module.in_channels - splits[name]}
+        for part, channels in parts.items():
+            scheme = first_match(rules, part) if isinstance(module, nn.Linear | nn.Conv2d) else None
+            if scheme is not None:
+                entries[part] = LayerEntry(scheme, dtype, part_channels=channels)
     return entries
 
 
@@ -266,6 +287,8 @@ def install_placeholders(model: nn.Module, layers: Mapping[str, LayerEntry]) -> 
     """
     for name, entry in layers.items():
         try:
+            if entry.part_channels:
+                _split_for(model, name, entry.part_channels)
             module = model.get_submodule(name)
             layer = placeholder_for(
                 module,
@@ -281,6 +304,15 @@ def install_placeholders(model: nn.Module, layers: Mapping[str, LayerEntry]) -> 
                 f"not ({error}). Load it with the class and library version it was saved with."
             ) from error
         replace_module(model, name, layer)
+
+
+def _split_for(model: nn.Module, part: str, channels: int) -> None:
+    """Take a stock convolution apart that this part belongs to, if it is not yet."""
+    name, _, leaf = part.rpartition(".")
+    conv = model.get_submodule(name)
+    if not isinstance(conv, SplitConv2d):
+        total = getattr(conv, "in_channels", 0)
+        replace_module(model, name, split_conv(conv, channels if leaf == HIDDEN else total - channels))
 
 
 def require_keys(model: nn.Module, layers: Iterable[str], present: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 from diffusers.quantizers.base import DiffusersQuantizer
 
 from diffuse_compress.errors import DiffuseCompressWarning, MissingDependencyError
+from diffuse_compress.integrations.attention import set_attention
 from diffuse_compress.integrations.compat import add_to_diffusers_config, may_patch, remove_from_diffusers_config
 from diffuse_compress.integrations.component import (
     FP32_PARAMETER_NAMES,
@@ -153,6 +154,7 @@ class DiffuseCompressQuantizer(QuantizerMixin, DiffusersQuantizer):  # type: ign
         remove_from_diffusers_config(model, "quantization_config")
         model.__dict__.pop("quantization_method", None)
         untrack(model, _STATIC_SCALES)
+        set_attention(model, None)
         return model
 
     @property
@@ -183,6 +185,7 @@ def _mark(model: Any, quantizer: DiffuseCompressQuantizer, state: ComponentState
     wrap_fusing(model)
     wrap_ip_adapters(model)
     support_adapters()
+    set_attention(model, state.config.spec.attention)
     _compare_settings(model, state)
 
 
@@ -197,6 +200,7 @@ def _compare_settings(model: Any, state: ComponentState) -> None:
 
 def unmark(model: Any) -> None:
     """Undo :func:`mark_compressed`; the layers are the caller's business."""
+    set_attention(model, None)
     untrack(model, _STATIC_SCALES)
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(name, None)

@@ -52,6 +52,12 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
         compute_dtype: dtype of the unquantized layers; recorded when a model is compressed.
         observer: how ranges of static inputs (``ActivationScheme(dynamic=False)``) follow from the calibration:
             "minmax" (the default), "mse", "percentile" or an ObserverConfig.
+        end_scheme: format of the first and last layers (embedders, ``conv_in``, ``conv_out``, ``proj_out``): preset,
+            Scheme or its dict; None keeps them dense.
+        split_skips: quantize convolutions that read hidden states and a UNet's skip connection in two parts, each with
+            scales of its own; models that concatenate nothing have none.
+        attention: "int8" also quantizes queries, keys, values and probabilities of attention's products. Without a
+            fused kernel this takes time and memory; None leaves them.
 
     Attributes:
         calibration: what a compressed component was calibrated on (``Calibration.settings_of``), or None.
@@ -71,6 +77,9 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
         seed: int = 0,
         compute_dtype: torch.dtype | str | None = None,
         observer: ObserverConfig | Mapping[str, Any] | str | None = None,
+        end_scheme: str | Scheme | Mapping[str, Any] | None = None,
+        split_skips: bool = False,
+        attention: str | None = None,
     ) -> None:
         algorithm = _as_algorithm(algorithm)
         self._algorithm_is_default = algorithm is None
@@ -83,6 +92,9 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
                 overrides=overrides,
                 seed=seed,
                 observer=observer,
+                end_scheme=end_scheme,
+                split_skips=split_skips,
+                attention=attention,
             ),
             compute_dtype,
         )
@@ -176,6 +188,9 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
             parts.append(f"modules_to_not_convert={list(spec.modules_to_not_convert)!r}")
         if spec.overrides:
             parts.append(f"overrides={len(spec.overrides)} patterns")
+        parts += [f"{name}=True" for name in ("split_skips",) if spec.split_skips]
+        parts += [f"attention={spec.attention.value!r}"] if spec.attention is not None else []
+        parts += [f"end_scheme={spec.end_scheme.name!r}"] if spec.end_scheme is not None else []
         if spec.rules is not None:
             parts.append(f"resolved to {len(spec.rules)} patterns")
         return f"QuantizationConfig({', '.join(parts)})"

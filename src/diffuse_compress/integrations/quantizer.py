@@ -25,6 +25,7 @@ from diffuse_compress.logging import get_logger
 from diffuse_compress.quantization.convert import quantize_module, replace_module
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.quantization.spec import Rules
+from diffuse_compress.quantization.split import SplitConv2d
 
 __all__ = ["QuantizerMixin"]
 
@@ -67,6 +68,12 @@ class QuantizerMixin:
             raise ConfigError(
                 f"{type(model).__name__}: {spec.algorithm.summary} needs the whole model, and weights quantized while "
                 "they load come one by one. Load the dense model, then call compress(...)."
+            )
+        if spec.split_skips or spec.attention is not None:
+            asked = "split_skips=True" if spec.split_skips else f'attention="{spec.attention}"'
+            raise ConfigError(
+                f"{type(model).__name__}: {asked} changes modules, and weights quantized while they load find them as "
+                "they are. Load the dense model, then call compress(...)."
             )
         if spec.rules is None:
             require_patterns_match({"": model}, spec)
@@ -126,3 +133,6 @@ class QuantizerMixin:
         remove_methods(model)
         for name, layer in quantized_layers(model).items():
             replace_module(model, name, layer.to_dense())
+        for name, module in list(model.named_modules()):
+            if isinstance(module, SplitConv2d):
+                replace_module(model, name, module.merged())

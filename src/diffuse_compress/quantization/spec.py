@@ -12,9 +12,10 @@ import torch
 from diffuse_compress.errors import CheckpointError, ConfigError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, algorithm_from_dict, algorithm_to_dict
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
+from diffuse_compress.quantization.attention import attention_format
 from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.presets import resolve_preset
-from diffuse_compress.quantization.scheme import Scheme
+from diffuse_compress.quantization.scheme import NumberFormat, Scheme
 
 __all__ = ["SCHEMA_VERSION", "QuantizationSpec", "resolve_scheme"]
 
@@ -49,6 +50,10 @@ class QuantizationSpec:
             that a checkpoint means the same under every later release.
         seed: seed of algorithms that draw random numbers.
         observer: chooses the ranges of static inputs.
+        end_scheme: format of the first and last layers (embedders, ``conv_in``, ``conv_out``, ``proj_out``); None
+            keeps them dense.
+        split_skips: convolutions over hidden states and a skip connection become one for each (``split.py``).
+        attention: format of queries, keys, values and probabilities in attention's two products; None leaves them.
     """
 
     scheme: Scheme | None
@@ -60,6 +65,9 @@ class QuantizationSpec:
     rules: Rules | None = None
     seed: int = 0
     observer: ObserverConfig = field(default_factory=ObserverConfig)
+    end_scheme: Scheme | None = None
+    split_skips: bool = False
+    attention: NumberFormat | None = None
 
     @classmethod
     def build(
@@ -72,6 +80,9 @@ class QuantizationSpec:
         overrides: Mapping[str, str | Scheme | None] | None = None,
         seed: int = 0,
         observer: ObserverConfig | str | Mapping[str, Any] | None = None,
+        end_scheme: str | Scheme | Mapping[str, Any] | None = None,
+        split_skips: bool = False,
+        attention: str | NumberFormat | None = None,
     ) -> QuantizationSpec:
         """Resolve a user's request.
 
@@ -104,6 +115,9 @@ class QuantizationSpec:
             overrides=tuple((pattern, resolve_scheme(value)) for pattern, value in (overrides or {}).items()),
             seed=seed,
             observer=ObserverConfig() if observer is None else ObserverConfig.of(observer),
+            end_scheme=resolve_scheme(end_scheme),
+            split_skips=_flag("split_skips", split_skips),
+            attention=attention_format(attention),
         )
         if observer is not None and not spec.has_static_inputs:
             raise ConfigError(
@@ -135,7 +149,7 @@ class QuantizationSpec:
     @property
     def has_static_inputs(self) -> bool:
         """Some layer may get a static input scale."""
-        named = (self.scheme, self.modulation_scheme, *(scheme for _, scheme in self.overrides))
+        named = (self.scheme, self.modulation_scheme, self.end_scheme, *(scheme for _, scheme in self.overrides))
         decisive = named if self.rules is None else (scheme for _, scheme in self.rules)
         return any(scheme is not None and scheme.has_static_inputs for scheme in decisive)
 
@@ -160,6 +174,7 @@ class QuantizationSpec:
         where nothing is static make no difference.
         """
         names = ["algorithm", "scheme", "modulation_scheme", "modules_to_not_convert", "overrides"]
+        names += ["end_scheme", "split_skips", "attention"]
         names += ["seed"] if self.algorithm.is_random or other.algorithm.is_random else []
         names += ["observer"] if self.has_static_inputs or other.has_static_inputs else []
 
@@ -198,6 +213,12 @@ class QuantizationSpec:
         }
         if self.has_static_inputs:
             data["observer"] = self.observer.to_dict()
+        if self.end_scheme is not None:
+            data["end_scheme"] = label(self.end_scheme)
+        if self.split_skips:
+            data["split_skips"] = True
+        if self.attention is not None:
+            data["attention"] = self.attention.value
         data["schemes"] = {name: scheme.to_dict() for scheme, name in labels.items()}
         return data
 
@@ -226,6 +247,9 @@ class QuantizationSpec:
                 rules=None if data.get("rules") is None else read(data["rules"]),
                 seed=int(data.get("seed", 0)),
                 observer=ObserverConfig.of(data.get("observer") or {}),
+                end_scheme=None if data.get("end_scheme") is None else schemes[data["end_scheme"]],
+                split_skips=bool(data.get("split_skips", False)),
+                attention=attention_format(data.get("attention")),
             )
         except ConfigError:
             raise
@@ -243,6 +267,12 @@ def _patterns(value: Any) -> tuple[str, ...]:
     if wrong is not None:
         raise ConfigError(f"modules_to_not_convert: a list of patterns, got {type(wrong).__name__} {wrong!r}.")
     return patterns
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}: True or False, got {type(value).__name__} {value!r}.")
+    return value
 
 
 def _check_types(algorithm: Any, overrides: Any, seed: Any) -> None:

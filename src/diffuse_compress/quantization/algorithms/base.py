@@ -47,7 +47,8 @@ class AlgorithmConfig:
     ``chooses_scales`` whether it gives channels of the inputs a scale, ``needs_quantized_inputs`` whether it has
     nothing to do where inputs stay as they are, ``needs_reference`` whether it also wants the block and its inputs as
     they are in the model before any change, ``adds_branch`` whether layers get a dense branch beside their codes: it
-    makes 4-bit inputs usable where a layer cannot be rotated, and takes time.
+    makes 4-bit inputs usable where a layer cannot be rotated, and takes time, ``reconstructs_blocks`` whether it learns
+    the layers of a block together, so that the block's output on the samples stays.
     """
 
     kind: ClassVar[str]
@@ -58,6 +59,7 @@ class AlgorithmConfig:
     chooses_scales: ClassVar[bool] = False
     needs_quantized_inputs: ClassVar[bool] = False
     adds_branch: ClassVar[bool] = False
+    reconstructs_blocks: ClassVar[bool] = False
 
     @property
     def rotates_residual(self) -> bool:
@@ -176,6 +178,10 @@ class SequenceConfig(AlgorithmConfig):
     @property
     def adds_branch(self) -> bool:  # type: ignore[override]
         return any(config.adds_branch for config in self.algorithms)
+
+    @property
+    def reconstructs_blocks(self) -> bool:  # type: ignore[override]
+        return any(config.reconstructs_blocks for config in self.algorithms)
 
     def check(self, scheme: WeightScheme) -> None:
         for config in self.algorithms:

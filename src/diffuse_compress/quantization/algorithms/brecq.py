@@ -55,6 +55,7 @@ class BRECQConfig(LearnedRoundingConfig):
     batch_size: int = 4
     kind: ClassVar[str] = "brecq"
     is_random: ClassVar[bool] = True
+    reconstructs_blocks: ClassVar[bool] = True
 
     @property
     def summary(self) -> str:
