@@ -67,11 +67,16 @@ class TemporalWork:
         tables: rows of the schedules that are to be stored; None without tables.
         learned: quantized layers, by name, in the place of dense ones.
         maintained: what was chosen and measured; None where everything is looked up.
+        loops: how the denoiser is called in the first schedule, for each set of conditions; where codes are learned or
+            input scales are kept for each step.
+        timesteps: of all schedules, as it is given them, where input scales are.
     """
 
     tables: _TableState | None
     learned: dict[str, Quantized] = field(default_factory=dict)
     maintained: Maintained | None = None
+    loops: list[LoopCalls] = field(default_factory=list)
+    timesteps: tuple[float, ...] = ()
 
 
 def temporal_work(
@@ -93,13 +98,21 @@ def temporal_work(
     work = {}
     for name, config in configs.items():
         work[name] = TemporalWork(None)
+        if config.learns or config.scope is not None:
+            work[name].loops = _loops(target, name, models[name], config, calibration)
         if config.learns:
-            path = _path(target, name, models[name], config, calibration)
-            part = plan.components[name]
-            work[name] = _learn(models[name], path, config, part.learned, part.spec.generator, device)
+            path, part = _path(target, models[name], config, work[name].loops), plan.components[name]
+            _learn(work[name], models[name], path, config, part.learned, part.spec.generator, device)
     found = {name: table_config(models[name], config, work[name].maintained) for name, config in configs.items()}
     tabled = {name: own for name, own in found.items() if own is not None}
-    calls = _calls_of_schedules(target, models, {name: configs[name] for name in tabled}, calibration)
+    looping = {name: config for name, config in configs.items() if name in tabled or config.scope is not None}
+    calls = _calls_of_schedules(target, models, looping, calibration)
+    for name, config in configs.items():
+        if config.scope is not None:
+            seen = [
+                value for loop in (*calls[name], *work[name].loops) for value in loop.timesteps if value is not None
+            ]
+            work[name].timesteps = tuple(sorted(set(seen)))
     for name, own in tabled.items():
         # Where weights are to be rounded or moved is no matter yet.
         table = attach_table(models[name], replace(own, weights=WeightPlace.DEVICE))
@@ -112,8 +125,8 @@ def temporal_work(
     return work
 
 
-def _path(target: Any, name: str, model: nn.Module, config: TFMQConfig, calibration: Any) -> Path:
-    """The timestep path as it is in loops of the first schedule."""
+def _loops(target: Any, name: str, model: nn.Module, config: TFMQConfig, calibration: Any) -> list[LoopCalls]:
+    """Loops of the first schedule, one for each set of conditions that the timestep path is looked at with."""
     layout = layout_of(model, config.table)
     steps = next(iter(config.num_inference_steps or (None,)))
     conditional = Dependence.TIMESTEP_AND_CONDITION in layout.layers.values()
@@ -122,28 +135,35 @@ def _path(target: Any, name: str, model: nn.Module, config: TFMQConfig, calibrat
         found = calls_of_schedule(target, {name: model}, steps, _arguments(target, item)).get(name)
         if found is None or not found.timesteps or None in found.timesteps:
             raise ConfigError(
-                f"{name}: to learn its timestep path, the pipeline must run with one timestep for all in each call; "
+                f"{name}: to look at its timestep path, the pipeline must run with one timestep for all in each call; "
                 f"of this {type(target).__name__} no such call was seen. Pass calibration=, a list of dicts of its "
-                "arguments, or leave maintenance= out."
+                "arguments, or leave maintenance= and scope= out."
             )
         calls.append(found)
+    return calls
+
+
+def _path(target: Any, model: nn.Module, config: TFMQConfig, loops: list[LoopCalls]) -> Path:
+    """The timestep path as it is in these loops."""
     trained = getattr(target.scheduler.config, "num_train_timesteps", None) or _TRAINED
-    return path_of(layout, model, calls, trained)
+    return path_of(layout_of(model, config.table), model, loops, trained)
 
 
 def _learn(
+    work: TemporalWork,
     model: nn.Module,
     path: Path,
     config: TFMQConfig,
     schemes: Mapping[str, Scheme],
     generator: Callable[[str], torch.Generator],
     device: torch.device | str | None,
-) -> TemporalWork:
+) -> None:
+    """Add learned layers and what was measured of them."""
     own = {name: scheme for name, scheme in schemes.items() if name in path.kinds}
     errors = PathErrors.none(path)
     errors.add("rtn", path.dense, rounded_outputs(path, own))
     dense = dict(zip(path.block.names, path.block.layers, strict=True))
-    learned: dict[str, Quantized] = {}
+    learned = work.learned
 
     def put(name: str, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
         learned[name] = convert(dense[name])  # type: ignore[assignment]
@@ -165,7 +185,7 @@ def _learn(
         ways = choose_tables(path, errors, config.table.table, config.table_budget, schedules)
         chosen = {name: rows[name] for name, (way, _) in ways.items() if way == Maintenance.CACHE.value}
         errors.add("auto", path.dense, path.block.outputs(path.given, chosen))
-    return TemporalWork(None, learned, Maintained(config, tuple(own), ways, errors))
+    work.maintained = Maintained(config, tuple(own), ways, errors)
 
 
 def _calls_of_schedules(

@@ -27,9 +27,10 @@ from diffuse_compress.errors import (
 )
 from diffuse_compress.integrations.compat import may_patch
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
-from diffuse_compress.temporal.config import TEMPORAL_KIND, TFMQConfig
+from diffuse_compress.temporal.config import TEMPORAL_KIND, TableConfig, TFMQConfig
 from diffuse_compress.temporal.maintenance import Maintained, maintained_of, set_maintained, table_config
 from diffuse_compress.temporal.persist import load_table_state, table_state
+from diffuse_compress.temporal.step_scales import StepQParams, attach_step_scales, detach_step_scales, step_scales_of
 from diffuse_compress.temporal.table import attach_table, detach_table, table_of
 
 __all__ = [
@@ -110,10 +111,11 @@ class TemporalMethod(Method):
     kind, title = TEMPORAL_KIND, "temporal tables"
 
     def config_of(self, model: nn.Module) -> TFMQConfig | None:
-        maintained, table = maintained_of(model), table_of(model)
+        maintained, table, scales = maintained_of(model), table_of(model), step_scales_of(model)
         if maintained is not None:
             return maintained.config
-        return None if table is None else TFMQConfig(table.config, table.prepared)
+        scope = None if scales is None else scales.qparams.scope
+        return None if table is None else TFMQConfig(table.config, table.prepared, scope=scope)
 
     def is_embedded(self, model: nn.Module) -> bool:
         return True
@@ -125,15 +127,24 @@ class TemporalMethod(Method):
         if maintained is not None:
             found, meta["maintained"] = maintained.to_tensors()
             tensors |= {f"{_MAINTAINED}{name}": tensor for name, tensor in found.items()}
+        scales = step_scales_of(model)
+        if scales is not None:
+            found, meta["scales"] = scales.qparams.to_tensors()
+            tensors |= {f"{_SCALES}{name}": tensor for name, tensor in found.items()}
         return Stored(config.to_dict(), meta, tensors)
 
     def restore(self, model: nn.Module, stored: Stored) -> None:
         config = TFMQConfig.from_dict(stored.config)
         maintained = _maintained(config, stored)
         set_maintained(model, maintained)
-        own = table_config(model, config, maintained)
-        if own is None:
-            return
+        scales, own = _step_qparams(stored), table_config(model, config, maintained)
+        if own is not None:
+            self._restore_table(model, stored, config, own)
+        if scales is not None:
+            attach_step_scales(model, scales)
+
+    @staticmethod
+    def _restore_table(model: nn.Module, stored: Stored, config: TFMQConfig, own: TableConfig) -> None:
         table = attach_table(model, own)
         table.prepared = config.num_inference_steps
         weights = stored.tensors.get("weights")
@@ -148,10 +159,12 @@ class TemporalMethod(Method):
         load_table_state(table, stored.tensors, stored.meta)
 
     def remove(self, model: nn.Module) -> None:
+        detach_step_scales(model)
         detach_table(model)
         set_maintained(model, None)
 
     def facts(self, model: nn.Module) -> dict[str, Any]:
+        scales = step_scales_of(model)
         table, maintained = table_of(model), maintained_of(model)
         summary, facts = self._described(model), dict[str, Any]()
         if table is not None:
@@ -171,6 +184,8 @@ class TemporalMethod(Method):
             }
         if maintained is not None:
             facts["path"] = maintained.facts()
+        if scales is not None:
+            facts["step_scales"] = scales.qparams.facts()
         return {"summary": summary, **facts}
 
     def describe(self, config: Mapping[str, Any], stored: Stored | None) -> str:
@@ -183,10 +198,19 @@ class TemporalMethod(Method):
         ]
         maintained = _maintained(asked, stored)
         learned = [] if maintained is None else [maintained.describe()]
-        return "; ".join([asked.summary, *learned, *([", ".join(rows)] if rows else [])])
+        scales = _step_qparams(stored)
+        stepped = [] if scales is None else [scales.describe()]
+        return "; ".join([asked.summary, *learned, *stepped, *([", ".join(rows)] if rows else [])])
 
 
-_MAINTAINED = "path."
+_MAINTAINED, _SCALES = "path.", "scales."
+
+
+def _step_qparams(stored: Stored) -> StepQParams | None:
+    if "scales" not in stored.meta:
+        return None
+    own = {key.removeprefix(_SCALES): t for key, t in stored.tensors.items() if key.startswith(_SCALES)}
+    return StepQParams.from_tensors(own, stored.meta["scales"])
 
 
 def _maintained(config: TFMQConfig, stored: Stored) -> Maintained | None:

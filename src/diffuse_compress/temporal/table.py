@@ -7,7 +7,6 @@ known or has changed (``_Refused`` tells what) leaves the layers alone, and is c
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -22,11 +21,12 @@ from diffuse_compress.logging import get_logger
 from diffuse_compress.runtime import steps
 from diffuse_compress.runtime.run import Run
 from diffuse_compress.runtime.stats import Reason
-from diffuse_compress.temporal.build import Call, Rows, arguments_of, bring_weights, build
+from diffuse_compress.temporal.build import Call, Rows, build
 from diffuse_compress.temporal.config import TableConfig, WeightPlace
 from diffuse_compress.temporal.index import Index
 from diffuse_compress.temporal.layout import layout_of
 from diffuse_compress.temporal.lookup import CONSUMER, LayerLookup, Mode
+from diffuse_compress.temporal.model_call import arguments_of, bring_weights
 from diffuse_compress.temporal.parking import Folder, Parking
 from diffuse_compress.temporal.reasons import (
     ADAPTED,
@@ -45,7 +45,9 @@ from diffuse_compress.temporal.reasons import (
 from diffuse_compress.temporal.request import Conditions
 from diffuse_compress.temporal.schedule import Timesteps, timesteps_of
 from diffuse_compress.temporal.state import Pass, Request, Schedule
+from diffuse_compress.temporal.step_scales import step_scales_of
 from diffuse_compress.temporal.storage import store
+from diffuse_compress.temporal.turns import Turns
 from diffuse_compress.temporal.watch import Watch
 
 __all__ = ["TemporalTable", "attach_table", "detach_table", "table_of"]
@@ -96,8 +98,7 @@ class TemporalTable:
         self._kinds: dict[Dependence, frozenset[str]] = {}
         self._leave(self.layout.left)
         self._names, self._timestep = arguments_of(model)
-        self._busy: int | None = None
-        self._contended = False
+        self._turns = Turns()
 
     # --- attaching ------------------------------------------------------------------------------------------------
 
@@ -125,9 +126,8 @@ class TemporalTable:
         steps.untrack(self.model, CONSUMER)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What belongs to a call or to a device's stream is made again.
-        gone: dict[str, Any] = {"_busy": None, "_contended": False, "_index": Index()}
-        return {**self.__dict__, **gone}
+        # What belongs to a device's stream is made again.
+        return {**self.__dict__, "_index": Index()}
 
     # --- what is planned and what it takes ------------------------------------------------------------------------
 
@@ -195,7 +195,7 @@ class TemporalTable:
         if torch.compiler.is_compiling():
             return
         self._all_live()
-        self._leave_thread()
+        self._turns.leave()
 
     def _all_live(self) -> None:
         for lookup in self.lookups.values():
@@ -203,17 +203,8 @@ class TemporalTable:
 
     def _enter(self) -> None:
         """One thread at a time: rows and index are the model's. With two, both compute."""
-        me = threading.get_ident()
-        if self._busy not in (None, me) and any(thread.ident == self._busy for thread in threading.enumerate()):
-            self._contended = True
+        if not self._turns.enter():
             raise _Refused(TWO_THREADS)
-        self._busy = me
-        if self._contended:
-            raise _Refused(TWO_THREADS)
-
-    def _leave_thread(self) -> None:
-        if self._busy == threading.get_ident():
-            self._busy, self._contended = None, False
 
     def _refuse(self, context: steps.StepContext | None, reason: Reason) -> None:
         for lookup in self.lookups.values():
@@ -239,7 +230,7 @@ class TemporalTable:
         except _Refused:
             return False
         finally:
-            self._leave_thread()
+            self._turns.leave()
         return True
 
     def _serve(
@@ -441,7 +432,9 @@ class TemporalTable:
         wanted: frozenset[Dependence],
         known: Mapping[str, torch.Tensor] | None = None,
     ) -> Rows:
-        exact = {_T: self.config.exact is not False, _TC: self.config.exact is True}
+        # Every row by itself has the input scales of its step.
+        each = step_scales_of(self.model) is not None
+        exact = {_T: each or self.config.exact is not False, _TC: each or self.config.exact is True}
         try:
             rows = build(self.layout, self.lookups, call, given, wanted, exact, known)
         except Exception as error:  # whatever a model does when its parts are run: the call goes on without tables
