@@ -3,8 +3,8 @@ docs/temporal.md.
 
     OMP_NUM_THREADS=1 python eval/step_scales.py
 
-Every linear and convolution of the denoiser has int8 weights, one scale per row, and int8 inputs of one static scale (and
-zero point), its timestep path too, whose codes are learned on the timesteps. The ways differ in those scales alone:
+Every linear and convolution of the denoiser has int8 weights, one scale per row, and int8 inputs of one static scale
+(and zero point), its timestep path too, whose codes are learned on the timesteps. The ways differ in those scales alone:
 
 - overall: one for all steps;
 - tib: one for each step in the layers of the timestep path;
@@ -54,7 +54,10 @@ def items(name: str, seed: int, count: int, steps: int) -> list[dict[str, Any]]:
     """Arguments of calls that draw four pictures each, of noise and prompts that follow from the seed."""
     found = []
     for number in range(count):
-        given: dict[str, Any] = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed + number)}
+        given: dict[str, Any] = {
+            "num_inference_steps": steps,
+            "generator": torch.Generator().manual_seed(seed + number),
+        }
         if name == "emoji_ddim":
             given["batch_size"] = 4
         else:

@@ -157,17 +157,17 @@ def _read(
         return
     one_by_one = exact.get(kind, True)
     entries = embeddings.entries(reader, kind, one_by_one or (through and exact[Dependence.TIMESTEP]))
-    inputs = []
-    for number, entry in enumerate(entries):
+    inputs, recorded = [], []
+    # Joined, all timesteps are one entry; of what depends on none, there is one.
+    for number, (entry, timestep) in enumerate(zip(entries, timesteps, strict=False)):
         if reader.through:
             embeddings.give(number if len(entries) > 1 else None)
-        inputs.append(reader.input(entry, lookup.name))
+        with at_timestep(model, timestep):
+            inputs.append(reader.input(entry, lookup.name))
+            if kind in wanted and one_by_one:
+                recorded.append(lookup.live(inputs[-1]))
     if kind in wanted:
-        lookup.recorded = [] if one_by_one else [lookup.live(torch.cat(inputs))]
-    if kind in wanted and one_by_one:
-        for timestep, x in zip(timesteps, inputs, strict=False):  # of what depends on no timestep there is one
-            with at_timestep(model, timestep):
-                lookup.recorded.append(lookup.live(x))
+        lookup.recorded = recorded if one_by_one else [lookup.live(torch.cat(inputs))]
     if lookup.parking is not None:
         lookup.parking.leave()
 
