@@ -4,7 +4,7 @@ docs/temporal.md.
     OMP_NUM_THREADS=1 python eval/step_scales.py
 
 Every linear and convolution of the denoiser has int8 weights, one scale per row, and int8 inputs of one static scale
-(and zero point), its timestep path too, whose codes are learned on the timesteps. The ways differ in those scales alone:
+(and zero point), its timestep path too, whose codes are learned on the timesteps. The ways differ in these scales:
 
 - overall: one for all steps;
 - tib: one for each step in the layers of the timestep path;

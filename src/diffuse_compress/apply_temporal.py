@@ -27,6 +27,7 @@ from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.temporal.config import Maintenance, TableConfig, TFMQConfig, WeightPlace
 from diffuse_compress.temporal.layout import layout_of
 from diffuse_compress.temporal.maintenance import (
+    Choice,
     Maintained,
     PathErrors,
     choose_tables,
@@ -118,7 +119,8 @@ def temporal_work(
         table = attach_table(models[name], replace(own, weights=WeightPlace.DEVICE))
         try:
             for loop in calls[name]:
-                prepare_schedule(table, loop, type(target.scheduler).__name__)
+                kept = {} if (found := work[name].maintained) is None else found.kept
+                prepare_schedule(table, loop, type(target.scheduler).__name__, kept)
             work[name].tables = table_state(table)
         finally:
             detach_table(models[name])
@@ -176,16 +178,16 @@ def _learn(
             model.get_submodule(name), schemes[name].with_dynamic_inputs(), RTNConfig(), device=device, name=name
         )
     errors.add("tib", path.dense, path.block.outputs(path.given))
-    ways = {name: ("tib", "as asked") for name in errors.layers}
+    choice = Choice({name: ("tib", "as asked") for name in errors.layers}, {})
     if config.maintenance is Maintenance.AUTO:
         alone = {name: path.dense[name] for name in errors.layers if path.kinds[name] is Dependence.TIMESTEP}
         rows = {name: row for part in store(alone, config.table.table) for name, row in part.rows().items()}
         errors.add("cache", path.dense, path.block.outputs(path.given, rows))
         schedules = 1 if config.num_inference_steps is None else len(config.num_inference_steps)
-        ways = choose_tables(path, errors, config.table.table, config.table_budget, schedules)
-        chosen = {name: rows[name] for name, (way, _) in ways.items() if way == Maintenance.CACHE.value}
-        errors.add("auto", path.dense, path.block.outputs(path.given, chosen))
-    work.maintained = Maintained(config, tuple(own), ways, errors)
+        choice = choose_tables(path, errors, config.table.table, config.table_budget, schedules)
+        samples = len(next(iter(path.dense.values()))) // len(path.timesteps)
+        errors.add("auto", path.dense, path.block.outputs(path.given, choice.known(rows, samples)))
+    work.maintained = Maintained(config, tuple(own), choice.ways, errors, choice.rows)
 
 
 def _calls_of_schedules(

@@ -67,8 +67,14 @@ def calls_of_schedule(
         return {}
 
 
-def prepare_schedule(table: TemporalTable, calls: LoopCalls, scheduler: str) -> None:
-    """Build the rows of the timestep alone for these calls; what cannot be built is left to the first run."""
+def prepare_schedule(
+    table: TemporalTable,
+    calls: LoopCalls,
+    scheduler: str,
+    kept: Mapping[str, Mapping[float, bool]] | None = None,
+) -> None:
+    """Build the rows of the timestep alone for these calls, or those of them that are kept (``TemporalTable.prepare``);
+    what cannot be built is left to the first run."""
     known = [value for value in calls.timesteps if value is not None]
     name = type(table.model).__name__
     if not known or len(known) != len(calls.timesteps):
@@ -76,7 +82,7 @@ def prepare_schedule(table: TemporalTable, calls: LoopCalls, scheduler: str) -> 
             name, f"{len(known)} of its {len(calls.timesteps)} calls have one timestep for all"
         )
     try:
-        table.prepare(calls.inputs, torch.tensor(known, dtype=torch.float64), scheduler)
+        table.prepare(calls.inputs, torch.tensor(known, dtype=torch.float64), scheduler, kept)
     except ModelStateError as error:
         _left_to_the_first_run(name, error)
     return None
