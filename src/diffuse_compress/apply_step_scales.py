@@ -18,7 +18,7 @@ from diffuse_compress.failures import failures_explained
 from diffuse_compress.integrations.component import get_state
 from diffuse_compress.pipeline_call import from_noise, untouched
 from diffuse_compress.progress import Callback, track
-from diffuse_compress.runtime.steps import outside_loops
+from diffuse_compress.runtime.steps import unchecked
 from diffuse_compress.temporal.config import Scope, TFMQConfig
 from diffuse_compress.temporal.finite_set import StepRanges, see_path, see_samples
 from diffuse_compress.temporal.layout import layout_of
@@ -98,8 +98,7 @@ def _see_trajectories(
             wanted.setdefault(number, []).append(name)
     items = items_of(target, calibration, _TRAJECTORIES)
     calls = [(steps, index) for steps in wanted for index in range(len(items))]
-    # These are no runs of a user's: they are not counted, nor compared with what the calibration ran. Tables stay off.
-    with untouched(target), outside_loops():
+    with untouched(target), unchecked():
         for steps, index in track(calls, "Calibrating each step", target, callback, {}):
             shared = {} if steps is None else {"num_inference_steps": steps}
             given = {**pipeline_arguments(target, items[index], shared, index), **shared}

@@ -60,6 +60,7 @@ __all__ = [
     "stats_of",
     "track",
     "tracker_of",
+    "unchecked",
     "untrack",
 ]
 
@@ -270,6 +271,7 @@ class _Thread(threading.local):
         self.active: list[StepContext] = []
         self.branches: dict[int, str] = {}
         self.outside = False
+        self.unchecked = False
 
 
 _thread = _Thread()
@@ -422,6 +424,8 @@ class StepTracker:
         Raises:
             PlanMissedError: of a strict consumer.
         """
+        if _thread.unchecked:
+            return
         for name, consumer in self.consumers.items():
             self._check_settings(consumer, stats, where)
             if not consumer.saves or not stats.missed(name):
@@ -560,6 +564,17 @@ def ahead(model: nn.Module, element: torch.Tensor, branch: str | None = None) ->
         return None
     run, row = found
     return StepContext(tracker, run, 0, row, 0, branch, element, None, None, CallStats(), told=True)
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Inside, this thread's calls of tracked models are followed as ever, and nobody is told of what they missed, nor
+    that they are far from a calibration: they are no runs of a user's."""
+    before, _thread.unchecked = _thread.unchecked, True
+    try:
+        yield
+    finally:
+        _thread.unchecked = before
 
 
 def current() -> StepContext | None:
