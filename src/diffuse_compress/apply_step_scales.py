@@ -18,7 +18,7 @@ from diffuse_compress.failures import failures_explained
 from diffuse_compress.integrations.component import get_state
 from diffuse_compress.pipeline_call import from_noise, untouched
 from diffuse_compress.progress import Callback, track
-from diffuse_compress.runtime.steps import unchecked
+from diffuse_compress.runtime.stats import unchecked
 from diffuse_compress.temporal.config import Scope, TFMQConfig
 from diffuse_compress.temporal.finite_set import StepRanges, see_path, see_samples
 from diffuse_compress.temporal.layout import layout_of

@@ -39,6 +39,7 @@ from diffuse_compress.runtime.stats import (
     CompressionStats,
     PlanMissedError,
     Reason,
+    is_unchecked,
     missed_message,
     warn,
 )
@@ -60,7 +61,6 @@ __all__ = [
     "stats_of",
     "track",
     "tracker_of",
-    "unchecked",
     "untrack",
 ]
 
@@ -271,7 +271,6 @@ class _Thread(threading.local):
         self.active: list[StepContext] = []
         self.branches: dict[int, str] = {}
         self.outside = False
-        self.unchecked = False
 
 
 _thread = _Thread()
@@ -424,7 +423,7 @@ class StepTracker:
         Raises:
             PlanMissedError: of a strict consumer.
         """
-        if _thread.unchecked:
+        if is_unchecked():
             return
         for name, consumer in self.consumers.items():
             self._check_settings(consumer, stats, where)
@@ -564,17 +563,6 @@ def ahead(model: nn.Module, element: torch.Tensor, branch: str | None = None) ->
         return None
     run, row = found
     return StepContext(tracker, run, 0, row, 0, branch, element, None, None, CallStats(), told=True)
-
-
-@contextlib.contextmanager
-def unchecked() -> Iterator[None]:
-    """Inside, this thread's calls of tracked models are followed as ever, and nobody is told of what they missed, nor
-    that they are far from a calibration: they are no runs of a user's."""
-    before, _thread.unchecked = _thread.unchecked, True
-    try:
-        yield
-    finally:
-        _thread.unchecked = before
 
 
 def current() -> StepContext | None:
