@@ -175,3 +175,19 @@ def _poison_low_level_tests(request: pytest.FixtureRequest) -> None:
     """Tests of the kernels and of the quantization core always run with `nan_poison`."""
     if any(request.path.is_relative_to(folder) for folder in POISONED_FOLDERS):
         request.getfixturevalue("nan_poison")
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    """Graphs of denoisers can be recorded on any device; the recorders that were made."""
+    from diffuse_compress.pipelines import graphs
+    from pipelines.tape import Tape
+
+    made = []
+
+    def make():
+        made.append(Tape())
+        return made[-1]
+
+    monkeypatch.setattr(graphs, "CudaRecorder", make)
+    return made

@@ -50,6 +50,7 @@ def loop(
 
 def _like(inputs: dict[str, Any], t: torch.Tensor) -> torch.Tensor:
     before = inputs["timestep"]
+    t = t.to(before.device)
     value = t / 1000 if before.is_floating_point() and float(before.max()) <= 1 else t
     return value.to(before.dtype).expand(before.shape) if before.is_floating_point() else t.expand(before.shape)
 

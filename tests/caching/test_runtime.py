@@ -550,14 +550,6 @@ def test_interrupted_and_shared_pipelines():
 # torch.compile --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize(
     ("name", "config", "granularity"),
     [("dit", {"num_layers": 3}, "branch"), ("flux", {"num_layers": 1, "num_single_layers": 2}, "block")],

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import diffuse_compress as dc
+from diffuse_compress.caching.call import NAME as CACHE
+from diffuse_compress.caching.runtime import compile_variants
+from diffuse_compress.caching.units import units_of
 from diffuse_compress.pipelines.graphs import CONSUMER, WARMING_UP, graphed_calls_of
 from diffuse_compress.temporal.lookup import CONSUMER as TABLE
 from pipelines.cases import FILES, denoiser, sample, stock, with_mixin
@@ -89,6 +92,67 @@ def test_shapes_prompts_and_numbers_of_steps() -> None:
             close(sample(ours, **{**ON, **call}), reference)
             assert turn == 0 or counted(ours)[1] == {}
     assert graphed_calls_of(ours.transformer).num_graphs == 2
+
+
+def cached(ours: Any, granularity: str, seed: int = 0) -> int:
+    """Let it follow a schedule of many patterns, with a forecast; units that a run reuses."""
+    units = units_of(denoiser(ours), granularity)
+    mask = (torch.rand(STEPS, len(units), generator=torch.Generator().manual_seed(seed)) > 0.5).to(torch.uint8)
+    mask[0] = 1
+    mask[3] = 0  # a whole step
+    weights = torch.tensor([1.25, -0.25]).expand(*mask.shape, 2).clone()
+    schedule = dc.CacheSchedule.full(units, STEPS, type(denoiser(ours)).__name__).with_mask(mask, weights)
+    ours.enable_cache(schedule)
+    return int((mask == 0).sum())
+
+
+@pytest.mark.parametrize("preset", [None, "w8a8", "w4a16"])
+@pytest.mark.parametrize("granularity", ["block", "branch"])
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_of_a_feature_cache_are_replayed(name: str, granularity: str, preset: str | None) -> None:
+    ours = built(name, preset)
+    planned = cached(ours, granularity)
+    expected = [sample(ours, steps=STEPS, seed=seed) for seed in range(2)]
+    calls = STEPS * (2 if name in ("flux", "wan") else 1)
+    for turn, seed in enumerate((0, 1, 0, 1)):
+        close(sample(ours, **ON, seed=seed), expected[seed])
+        assert counted(ours, CACHE) == (planned, {})
+        assert turn < 2 or counted(ours) == (calls, {})
+    with ours.cache_disabled():
+        dense = sample(ours, steps=STEPS)
+        for _ in range(2):
+            found = sample(ours, **ON)
+        close(found, dense)
+        assert counted(ours) == (calls, {})
+    close(sample(ours, **ON), expected[0])
+    assert counted(ours) == (calls, {})
+    torch.cuda.synchronize()
+
+
+def test_compiled_variants_of_a_cache_are_recorded() -> None:
+    ours = built("pixart_alpha", "w8a8")
+    cached(ours, "branch")
+    expected = sample(ours, steps=STEPS)
+    compile_variants(denoiser(ours))
+    for _ in range(3):
+        found = sample(ours, **ON)
+    torch._dynamo.reset()
+    close(found, expected)
+    assert counted(ours) == (STEPS, {})
+
+
+def test_what_a_cache_keeps_in_graphs_is_freed() -> None:
+    """Of patterns of one kind only outputs add up: inputs are shared, and activations have one pool."""
+    ours = built("pixart_alpha", None)
+    cached(ours, "block")
+    for _ in range(3):
+        sample(ours, **ON)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        sample(ours, **ON)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
 
 
 def test_a_call_that_waits_for_the_device_cannot_be_recorded() -> None:

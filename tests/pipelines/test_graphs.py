@@ -10,29 +10,16 @@ import torch
 
 import diffuse_compress as dc
 import tiny
-from diffuse_compress.caching.units import units_of
 from diffuse_compress.pipelines import graphs
 from diffuse_compress.pipelines.graphs import CONSUMER, WARMING_UP, graphed_calls_of
 from diffuse_compress.temporal.config import TableConfig
 from diffuse_compress.temporal.lookup import CONSUMER as TABLE
 from diffuse_compress.temporal.table import attach_table
 from pipelines.cases import denoiser, sample, stock, with_mixin
-from pipelines.rerun import Rerun
+from pipelines.tape import Tape
 
 STEPS = 4
 ON = {"cuda_graph": True, "steps": STEPS}
-
-
-@pytest.fixture
-def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Rerun]:
-    made: list[Rerun] = []
-
-    def make() -> Rerun:
-        made.append(Rerun())
-        return made[-1]
-
-    monkeypatch.setattr(graphs, "CudaRecorder", make)
-    return made
 
 
 def counted(pipe: Any, method: str = CONSUMER) -> tuple[int, dict[str, int]]:
@@ -42,7 +29,7 @@ def counted(pipe: Any, method: str = CONSUMER) -> tuple[int, dict[str, int]]:
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion_xl", "flux", "dit"])
-def test_replays_have_the_bits_of_calls(name: str, recorders: list[Rerun]) -> None:
+def test_replays_have_the_bits_of_calls(name: str, recorders: list[Tape]) -> None:
     ours = with_mixin(stock(name))
     model = denoiser(ours)
     attach_table(model, TableConfig(exact=True))
@@ -60,7 +47,7 @@ def test_replays_have_the_bits_of_calls(name: str, recorders: list[Rerun]) -> No
     assert torch.equal(sample(ours, steps=STEPS), expected[0])
 
 
-def test_quantized_with_tables_and_other_prompts_and_steps(recorders: list[Rerun]) -> None:
+def test_quantized_with_tables_and_other_prompts_and_steps(recorders: list[Tape]) -> None:
     ours = with_mixin(stock("pixart_alpha"))
     ours.compress("w8a8", dc.TFMQConfig(num_inference_steps=STEPS), measure=False)
     calls = [{"prompt": "a red cat"}, {"prompt": "a blue dog"}, {"steps": 4}, {"seed": 3}]
@@ -72,7 +59,7 @@ def test_quantized_with_tables_and_other_prompts_and_steps(recorders: list[Rerun
     assert recorders[0].recorded == 1
 
 
-def test_every_shape_has_a_graph_of_its_own(recorders: list[Rerun]) -> None:
+def test_every_shape_has_a_graph_of_its_own(recorders: list[Tape]) -> None:
     ours = with_mixin(stock("pixart_alpha"))
     expected = {side: sample(ours, steps=STEPS, side=side) for side in (32, 48)}
     for side in (32, 48, 32, 48):
@@ -81,7 +68,7 @@ def test_every_shape_has_a_graph_of_its_own(recorders: list[Rerun]) -> None:
     assert recorders[0].recorded == 2
 
 
-def test_graphs_go_with_the_weights_that_they_read(recorders: list[Rerun]) -> None:
+def test_graphs_go_with_the_weights_that_they_read(recorders: list[Tape]) -> None:
     ours = with_mixin(stock("pixart_alpha"))
     sample(ours, **ON)
     ours.transformer.double()
@@ -94,8 +81,8 @@ def test_graphs_go_with_the_weights_that_they_read(recorders: list[Rerun]) -> No
     assert counted(ours) == (STEPS, {})
 
 
-def test_no_more_graphs_than_are_worth_their_memory(recorders: list[Rerun], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "_MOST_GRAPHS", 1)
+def test_no_more_graphs_than_are_worth_their_memory(recorders: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_MOST_KINDS", 1)
     ours = with_mixin(stock("pixart_alpha"))
     for side in (32, 48, 32):
         sample(ours, **ON, side=side)
@@ -117,26 +104,12 @@ def refused(ours: Any, match: str, reference: torch.Tensor | None = None) -> Non
 
 
 @pytest.fixture
-def pixart(recorders: list[Rerun]) -> Any:
+def pixart(recorders: list[Tape]) -> Any:
     return with_mixin(stock("pixart_alpha"))
 
 
 def test_without_a_gpu_it_says_so() -> None:
     refused(with_mixin(stock("pixart_alpha")), "not on a CUDA device")
-
-
-def test_a_feature_cache_is_followed(pixart: Any) -> None:
-    units = units_of(pixart.transformer)
-    mask = torch.zeros(STEPS, len(units), dtype=torch.uint8)
-    mask[::2] = 1
-    schedule = dc.CacheSchedule.full(units, STEPS, "PixArtTransformer2DModel").with_mask(mask)
-    pixart.enable_cache(schedule)
-    refused(pixart, "a feature cache decides")
-    with pixart.cache_disabled():
-        expected = sample(pixart, steps=STEPS)
-        for _ in range(2):
-            assert torch.equal(sample(pixart, **ON), expected)
-        assert counted(pixart) == (STEPS, {})
 
 
 def test_hooks_inside_of_the_model_run(pixart: Any) -> None:
@@ -163,7 +136,7 @@ def test_what_cannot_be_recorded_is_computed(pixart: Any, monkeypatch: pytest.Mo
         run()
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(Rerun, "record", fail)
+    monkeypatch.setattr(Tape, "record", fail)
     attach_table(pixart.transformer, TableConfig(exact=True))
     expected = sample(pixart, steps=STEPS)
     with pytest.warns(dc.DiffuseCompressWarning, match="could not be recorded; the log says why"):
@@ -185,7 +158,7 @@ def test_parked_weights_that_come_back(pixart: Any) -> None:
         sample(pixart, **ON)
 
 
-def test_adapters_change(recorders: list[Rerun]) -> None:
+def test_adapters_change(recorders: list[Tape]) -> None:
     peft = pytest.importorskip("peft")
     ours = with_mixin(stock("stable_diffusion"))
     ours.unet.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False), "one")
@@ -201,7 +174,7 @@ def test_adapters_change(recorders: list[Rerun]) -> None:
     assert recorders[0].recorded == 2
 
 
-def test_settings_of_the_model_change(recorders: list[Rerun]) -> None:
+def test_settings_of_the_model_change(recorders: list[Tape]) -> None:
     ours = with_mixin(stock("stable_diffusion"))
     plain = sample(ours, **ON)
     ours.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
@@ -216,7 +189,7 @@ def test_settings_of_the_model_change(recorders: list[Rerun]) -> None:
     assert counted(ours) == (STEPS - 3, {WARMING_UP.what: 3})
 
 
-def test_two_pipelines_share_graphs_and_threads_do_not_meet(pixart: Any, recorders: list[Rerun]) -> None:
+def test_two_pipelines_share_graphs_and_threads_do_not_meet(pixart: Any, recorders: list[Tape]) -> None:
     other = with_mixin(stock("pixart_alpha"))
     other.transformer = pixart.transformer
     expected = [sample(pixart, steps=STEPS, seed=seed) for seed in range(2)]
@@ -241,7 +214,7 @@ def test_copies_of_the_pipeline_record_for_themselves(pixart: Any) -> None:
     assert counted(twin) == (STEPS - 3, {WARMING_UP.what: 3})
 
 
-def test_one_tensor_at_two_places(recorders: list[Rerun]) -> None:
+def test_one_tensor_at_two_places(recorders: list[Tape]) -> None:
     """What was one tensor when a call was recorded may be two in a later one."""
 
     class Adding(torch.nn.Module):
@@ -258,7 +231,7 @@ def test_one_tensor_at_two_places(recorders: list[Rerun]) -> None:
     assert recorders[0].recorded == calls.num_graphs == 2
 
 
-def test_a_call_with_gradients_has_them(recorders: list[Rerun]) -> None:
+def test_a_call_with_gradients_has_them(recorders: list[Tape]) -> None:
     model = tiny.build("pixart")
     inputs = tiny.inputs_for(model)
     with graphed_calls_of(model).used(model), pytest.warns(dc.DiffuseCompressWarning, match="gradients are enabled"):

@@ -17,6 +17,7 @@ from torch import nn
 
 from diffuse_compress.caching.config import MAX_TRAJECTORIES
 from diffuse_compress.caching.forecast import with_forecast
+from diffuse_compress.caching.noise import with_noise
 from diffuse_compress.caching.recording import Recorder
 from diffuse_compress.caching.rehearsal import (
     Rehearsal,
@@ -135,7 +136,7 @@ def calibrate_cache(
     candidates = list(_candidates(full, recorders, rehearsal.models, target_speedup, history, longest_reuse))
     checked, best, measured = _checked(rehearsal, candidates, given[0], callback)
     return CacheCalibration(
-        best.schedules,
+        {name: with_noise(schedule, recorders[name].trajectories) for name, schedule in best.schedules.items()},
         loop_speedup(*rehearsal.loop_ms(best.schedules)),
         measured,
         best.error or 0.0,

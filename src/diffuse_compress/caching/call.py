@@ -3,22 +3,28 @@
 A block that is left out returns its streams as they came in; the first of a run of such blocks adds what is kept of all
 of them. What is computed for later steps is summed up on the way. Whenever anything is not as the schedule expects, the
 block computes, and the reason is counted.
+
+All that a call decides can be told before it runs, if the shapes of the streams are known (:meth:`Call.foresee`). Calls
+that decide alike run the same operations, in whatever step, so they can be replayed as one CUDA graph: it is given
+what each segment adds, and hands out what is to be kept (``pipelines/graphs.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import nn
 
 from diffuse_compress.caching.adapters import adapters_of
-from diffuse_compress.caching.compiler import Atom, Program, Segment, SitePlan
+from diffuse_compress.caching.compiler import Atom, Program, Segment, SitePlan, StepPlan
 from diffuse_compress.caching.patterns import Op, Pattern
-from diffuse_compress.caching.store import Kept, Placement, Sum, plus
+from diffuse_compress.caching.store import Kept, Placement, Signature, Sum, plus, signature
 from diffuse_compress.caching.units import Site
-from diffuse_compress.families.base import Streams
+from diffuse_compress.errors import ModelStateError
+from diffuse_compress.families.base import Below, Streams
 from diffuse_compress.families.boundary import Boundary
 from diffuse_compress.runtime.blocks import why_not_composed
 from diffuse_compress.runtime.run import Run
@@ -28,6 +34,7 @@ from diffuse_compress.runtime.steps import StepContext
 __all__ = [
     "ADAPTERS",
     "CHANGED",
+    "INJECTED",
     "MISSING",
     "NAME",
     "NOT_COMPOSED",
@@ -59,6 +66,10 @@ NOT_RETURNED = Reason(
     "a block does not return the streams that it is given, or something else beside them",
     "leave that block out of the schedule",
 )
+INJECTED = Reason(
+    "a ControlNet or an adapter adds to what is inside of the unit",
+    'use a schedule of blocks (granularity="block")',
+)
 OVER_BUDGET = Reason("the memory budget did not allow to keep it", "raise memory_budget, or keep it on the CPU")
 
 
@@ -68,6 +79,7 @@ class Plan(Protocol):
     Attributes:
         sites: the blocks, in order.
         boundaries: of each of them.
+        below: what is run for one value, if a site is that.
         merge: neighbouring units are one; False before the gates, where each is added by its own.
         placement: how atoms are kept.
         memory_budget: bytes that may be kept, or None.
@@ -75,11 +87,12 @@ class Plan(Protocol):
 
     sites: tuple[Site, ...]
     boundaries: list[Boundary]
+    below: Below | None
     merge: bool
     placement: Placement
     memory_budget: int | None
 
-    def program(self, run: Run, streams: Streams) -> Program:
+    def program(self, run: Run, streams: Signature) -> Program:
         """The schedule compiled for a run of streams like these."""
 
 
@@ -102,8 +115,18 @@ class Parts:
     kept: list[Streams] | None = None
 
 
+Place = tuple[int, int]
+"""First and last unit of an atom, by which one is known within a step."""
+
+
 class Call:
-    """One call of the denoiser on its way through the blocks."""
+    """One call of the denoiser on its way through the blocks.
+
+    Attributes:
+        given: once it is foreseen, what each segment adds, by its index.
+        injected: something is added to what is inside of a unit.
+        noted: where it writes down the streams of each site it reaches, if that is wanted.
+    """
 
     def __init__(self, cache: Plan, context: StepContext, run: Run, row: int, module: nn.Module, wanted: int) -> None:
         self.cache = cache
@@ -118,6 +141,12 @@ class Call:
         self._added: set[int] = set()
         self._open: Sum | None = None
         self._saved = 0
+        self.given: Mapping[int, Streams] = {}
+        self.injected = False
+        self.noted: dict[int, Signature] | None = None
+        self._made: dict[Place, Streams | None] | None = None
+        self._entered: dict[int, Signature] = {}
+        self._places: Mapping[Place, int] = {}
         state: State = context.storage.setdefault((NAME, context.key), State())
         adapters = adapters_of(module)
         self._adapters_changed = bool(state.kept) and adapters != state.adapters
@@ -130,12 +159,11 @@ class Call:
         """A block is reached: what it returns."""
         boundary, site = self.cache.boundaries[index], self.cache.sites[index]
         streams = boundary.streams(args, kwargs)
-        if self._program is None:
-            # All calls of a run keep to one program: what is kept is known by its atoms.
-            self._program = self.context.storage[NAME, "program"] = self.cache.program(self.run, streams)
-        plan = self._program.steps[self.row].sites[index]
-        known = all(name in streams for name in boundary.layout or () if name)
-        reused = [segment is not None and self._decide(segment, streams, known) for segment in plan.segments]
+        now = signature(streams)
+        if self.noted is not None:
+            self.noted[index] = now
+        plan = self._planned(now).steps[self.row].sites[index]
+        reused = [segment is not None and self._decide(segment, now) for segment in plan.segments]
         if all(reused) and site.residual and self.cache.merge:
             self._close(None)
             for number in dict.fromkeys(plan.segments):
@@ -145,6 +173,37 @@ class Call:
         if not any(reused) and len(set(keep)) == 1 and site.residual and self.cache.merge:
             return self._whole(index, streams, keep[0], args, kwargs, run)
         return self._in_part(index, plan, streams, reused, keep, args, kwargs, run)
+
+    def below(
+        self,
+        index: int,
+        number: int,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        run: Callable[..., Any],
+    ) -> Any:
+        """A module is reached that is run for one value, which the last of them returns."""
+        assert self.cache.below is not None
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        if number == 0:
+            now = self._entered[index] = signature({"hidden_states": hidden_states})
+            if self.noted is not None:
+                self.noted[index] = now
+        plan = self._planned(self._entered[index]).steps[self.row].sites[index]
+        segment = plan.segments[0]
+        reused = segment is not None and self._decide(segment, self._entered[index])
+        last = number == len(self.cache.sites[index].modules) - 1
+        if not reused:
+            output = run(*args, **kwargs)
+            atom = self._keep(plan, 0, False)
+            if last and atom is not None:
+                # What follows may write to it (FreeU).
+                self._hand(atom, {"hidden_states": output.clone()}, self._entered[index])
+            return output
+        if not last:
+            return self.cache.below.idle(module, hidden_states)
+        return _weighted(self._terms(self._segment(segment)))["hidden_states"].clone()
 
     def end(self, failed: bool) -> int:
         """The call is over; bytes that are kept of it."""
@@ -174,16 +233,22 @@ class Call:
         assert self._program is not None
         return self._program.atoms[index]
 
+    def _planned(self, streams: Signature) -> Program:
+        """All calls of a run keep to one program: what is kept is known by its atoms."""
+        if self._program is None:
+            self._program = self.context.storage[NAME, "program"] = self.cache.program(self.run, streams)
+        return self._program
+
     def _segment(self, number: int | None) -> Segment:
         assert self._program is not None
         assert number is not None
         return self._program.steps[self.row].segments[number]
 
-    def _decide(self, number: int, streams: Streams, known: bool) -> bool:
+    def _decide(self, number: int, streams: Signature) -> bool:
         """Whether a segment is reused: asked at the first of its blocks that is reached, and true for the others."""
         if number not in self._decided:
             segment = self._segment(number)
-            reason = self._why_not(segment, streams) if known else NOT_RETURNED
+            reason = self._why_not(segment, streams)
             self._decided[number] = reason is None
             if reason is None:
                 self._saved += segment.units
@@ -192,12 +257,17 @@ class Call:
                 self.context.miss(NAME, reason, segment.units)
         return self._decided[number]
 
-    def _why_not(self, segment: Segment, streams: Streams) -> Reason | None:
+    def _why_not(self, segment: Segment, streams: Signature) -> Reason | None:
         assert self._program is not None
-        site = self.cache.sites[self._program.site_of[segment.first]]
+        index = self._program.site_of[segment.first]
+        site = self.cache.sites[index]
+        if not all(name in streams for name in self.cache.boundaries[index].layout or () if name):
+            return NOT_RETURNED
+        if site.modules and self.injected:
+            return INJECTED
         inside = self.cache.merge and site.residual and segment.first == site.first
         whole = inside and segment.last >= site.first + site.count - 1
-        if not whole and why_not_composed(self.module.get_submodule(site.block)) is not None:
+        if not whole and not site.modules and why_not_composed(self.module.get_submodule(site.block)) is not None:
             return NOT_COMPOSED
         for atom, _ in segment.terms[: segment.latest]:
             kept = self._kept.get(atom)
@@ -214,6 +284,8 @@ class Call:
 
     def _terms(self, segment: Segment) -> list[tuple[Streams, float]]:
         """What a segment adds; without all of a forecast's history, the latest as it is."""
+        if segment.index in self.given:
+            return [(self.given[segment.index], 1.0)]
         kept, terms = self._kept, segment.terms
         if any(atom not in kept for atom, _ in terms):
             terms = tuple((atom, 1.0) for atom, _ in terms[: segment.latest])
@@ -313,6 +385,8 @@ class Call:
 
     def _undecide(self, plan: SitePlan, reused: list[bool]) -> None:
         """The block ran as a whole after all: what begins in it is computed behind it, too."""
+        if self._made is not None:
+            raise ModelStateError("a block that was to run in part ran as a whole")
         for number in dict.fromkeys(n for n, was in zip(plan.segments, reused, strict=True) if was):
             segment = self._segment(number)
             self._decided[segment.index] = False
@@ -334,15 +408,86 @@ class Call:
 
     def _store(self, total: Sum) -> None:
         self._open = None
-        kept = total.result(self.cache.placement)
-        if kept is None:
-            self._refused[total.atom] = NOT_RETURNED
+        self._hand(total.atom, total.result(), total.taken)
+
+    def _hand(self, atom: int, deltas: Streams | None, taken: Signature) -> None:
+        if self._made is not None:
+            self._made[_place(self._atom(atom))] = deltas
+        else:
+            self._put(atom, deltas, taken)
+
+    def _put(self, atom: int, deltas: Streams | None, taken: Signature) -> None:
+        """Keep an atom, if it may be kept."""
+        if deltas is None:
+            self._refused[atom] = NOT_RETURNED
             return
-        budget = self.cache.memory_budget
+        kept, budget = Kept(deltas, taken, self.cache.placement), self.cache.memory_budget
         if budget is not None and sum(other.nbytes for other in self._kept.values()) + kept.nbytes > budget:
-            self._refused[total.atom] = OVER_BUDGET
+            self._refused[atom] = OVER_BUDGET
             return
-        self._kept[total.atom] = kept
+        self._kept[atom] = kept
+
+    # --- as a graph ------------------------------------------------------------------------------------------------
+
+    def foresee(self, streams: Mapping[int, Signature]) -> Hashable:
+        """Decide all that is decided on the way, before a block is reached, and set ``given``; returns the pattern.
+
+        Args:
+            streams: at each site, as another call with arguments like these has noted them.
+        """
+        program = self._planned(streams[0])
+        segments = program.steps[self.row].segments
+        for segment in segments:
+            self._decide(segment.index, streams[program.site_of[segment.first]])
+        self.given = {s.index: _weighted(self._terms(s)) for s in segments if self._decided[s.index]}
+        return self.pattern
+
+    @property
+    def pattern(self) -> Hashable:
+        """What decides which operations run: equal for calls of any step that run the same ones. All is decided."""
+        assert self._program is not None
+        plan = self._program.steps[self.row]
+        decided = tuple(self._decided[segment.index] for segment in plan.segments)
+        known = self._program.patterns.get((self.row, decided))
+        if known is None:
+            known = self._program.patterns[self.row, decided] = self._told(plan, decided)
+        pattern, self._places = known
+        return pattern
+
+    def _told(self, plan: StepPlan, decided: Sequence[bool]) -> tuple[Hashable, Mapping[Place, int]]:
+        """(the pattern, which atom of this step is kept at which place)."""
+        pattern: list[Hashable] = []
+        places: dict[Place, int] = {}
+        for site in plan.sites:
+            reused = tuple(number if number is not None and decided[number] else None for number in site.segments)
+            keep = [self._keep(site, unit, number is not None) for unit, number in enumerate(reused)]
+            atoms = [None if atom is None else self._atom(atom) for atom in keep]
+            places |= {_place(atom): atom.index for atom in atoms if atom is not None}
+            pattern.append((reused, tuple(None if atom is None else _place(atom) for atom in atoms)))
+        return tuple(pattern), places
+
+    @contextlib.contextmanager
+    def recording(self, given: Mapping[int, Streams]) -> Iterator[dict[Place, Streams | None]]:
+        """Inside, the model adds what is ``given`` here, and what it makes for later steps is handed out, not kept."""
+        before, self.given = self.given, given
+        made: dict[Place, Streams | None] = {}
+        self._made = made
+        try:
+            yield made
+            self._close(None)
+        finally:
+            self.given, self._made, self._open = before, None, None
+            self._added.clear()
+
+    def deliver(self, made: Mapping[Place, Streams | None], streams: Mapping[int, Signature]) -> None:
+        """Keep what a graph has made, in tensors that are nobody else's."""
+        assert self._program is not None
+        for place, deltas in made.items():
+            self._put(self._places[place], deltas, streams[self._program.site_of[place[0]]])
+
+
+def _place(atom: Atom) -> Place:
+    return atom.first, atom.last
 
 
 def _weighted(terms: list[tuple[Streams, float]]) -> Streams:

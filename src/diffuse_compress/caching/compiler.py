@@ -8,8 +8,9 @@ unit stands, and nothing runs where the others stand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -99,13 +100,23 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled schedule."""
+    """A compiled schedule.
+
+    Attributes:
+        schedule: as it was given.
+        sites: of its units.
+        atoms: all that is kept.
+        steps: what each does.
+        site_of: of each unit, its place among the sites.
+        patterns: what calls remember of it (``call.py``), by step and by what they reuse.
+    """
 
     schedule: Schedule
     sites: tuple[Site, ...]
     atoms: tuple[Atom, ...]
     steps: tuple[StepPlan, ...]
     site_of: tuple[int, ...] = field(repr=False, default=())
+    patterns: dict[Hashable, Any] = field(repr=False, compare=False, default_factory=dict)
 
     def live(self, step: int) -> list[Atom]:
         """What is kept when this step is over."""

@@ -94,7 +94,8 @@ class LoopCacheConfig(CacheConfig):
     """Base of the configurations whose schedule is found in the sampling loop of a pipeline.
 
     Args:
-        granularity: units that are computed or reused: "block" (whole blocks) or "branch".
+        granularity: units that are computed or reused: "block" (whole blocks), "branch", or "level" (of UNets: all
+            below the first resolution level as one, and blocks above it).
         num_inference_steps: of these loops; the pipeline's own number by default.
         guidance_scale: in them; the pipeline's own by default.
         seed: of the starting noise, and of whatever else is drawn.

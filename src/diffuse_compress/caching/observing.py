@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
+import torch
 from torch import nn
 
 from diffuse_compress.caching.units import Site, Unit, sites_of
@@ -19,16 +20,47 @@ from diffuse_compress.families.boundary import Boundary
 from diffuse_compress.runtime.blocks import BlockOption, disown, known_kind, own
 from diffuse_compress.runtime.steps import Consumer, track, untrack
 
-__all__ = ["Observer", "UnitOption", "observed"]
+__all__ = ["Observer", "UnitOption", "ValueOption", "observed"]
 
 _NAME = "unit observer"
 
 
-class Observer(Protocol):
+class Observer:
     """What sees the units."""
 
     def unit(self, index: int, streams: Streams, compute: Callable[[], Streams]) -> Streams:
-        """What unit ``index`` adds to the streams it is given; ``compute()`` runs it."""
+        """What unit ``index`` adds to the streams it is given; ``compute()`` runs it. Of a unit that is run for a value
+        this is the value, there are no streams, and the last of its modules is what is run."""
+        raise NotImplementedError
+
+    def part(self, index: int, compute: Callable[[], Any]) -> Any:
+        """What another module of such a unit returns; ``compute()`` runs it."""
+        return compute()
+
+
+class ValueOption(BlockOption):
+    """Of a module that is run for one value."""
+
+    name, rank, wraps, composes = _NAME, 10, True, False
+
+    def __init__(self, observer: Observer, index: int, is_last: bool) -> None:
+        self.observer = observer
+        self._index, self._is_last = index, is_last
+
+    def around(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
+        """The module, seen from outside."""
+        if not self._is_last:
+            return self.observer.part(self._index, lambda: run(*args, **kwargs))
+        ran: list[tuple[torch.Tensor, Streams]] = []
+
+        def compute() -> Streams:
+            output = run(*args, **kwargs)
+            # What follows may write to it (FreeU).
+            ran.append((output, {"hidden_states": output.clone()}))
+            return ran[-1][1]
+
+        value = self.observer.unit(self._index, {}, compute)
+        return ran[-1][0] if ran and value is ran[-1][1] else value["hidden_states"]
 
 
 class UnitOption(BlockOption):
@@ -92,6 +124,12 @@ def observed(
     owned: list[nn.Module] = []
     try:
         for site in sites:
+            for name in site.modules:
+                part = model.get_submodule(name)
+                own(part, ValueOption(observer, site.first, name == site.block))
+                owned.append(part)
+            if site.modules:
+                continue
             module = model.get_submodule(site.block)
             members = units[site.first : site.first + site.count]
             option = UnitOption(observer, site, members, Boundary(module, known_kind(module)), before_gates)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from diffuse_compress.caching.observing import observed
+from diffuse_compress.caching.observing import Observer, observed
 from diffuse_compress.caching.schedule import Guidance, noise_levels
 from diffuse_compress.caching.units import Unit
 from diffuse_compress.calls import Call
@@ -47,10 +47,13 @@ class Trajectory:
     Attributes:
         deltas: float32 [T, K, elements] on the CPU, samples of what each unit added; NaN in steps that were not seen.
         power: float32 [T, K], mean square of the streams that each unit was given.
+        noise: float32 [T, K, elements], what rounded activations are to blame for in the same samples (``noise.py``),
+            or None.
     """
 
     deltas: torch.Tensor
     power: torch.Tensor
+    noise: torch.Tensor | None = None
 
     @cached_property
     def products(self) -> torch.Tensor:
@@ -64,7 +67,11 @@ class Trajectory:
         return ~self.power.isnan()
 
 
-class Recorder:
+_Rows = dict[tuple[Any, int], dict[int, tuple[torch.Tensor, torch.Tensor]]]
+"""{(call of a step, step): {unit: (samples of what it adds, mean square of the streams)}}."""
+
+
+class Recorder(Observer):
     """An observer that keeps samples; ``end_run`` after each trajectory.
 
     Attributes:
@@ -84,7 +91,9 @@ class Recorder:
         self.batch = 0
         self._units, self._elements = len(units), elements
         self._indices: dict[tuple[int, torch.device], torch.Tensor] = {}
-        self._rows: dict[tuple[Any, int], dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._rows: _Rows = {}
+        self._exact: _Rows = {}
+        self._is_exact = False
         self._keys: set[Any] = set()
         self._run: Run | None = None
 
@@ -96,8 +105,10 @@ class Recorder:
             self._run = context.run
             taken = [self._sampled(delta) for _, delta in sorted(deltas.items())]
             given = [self._sampled(streams[name]) for name in sorted(deltas) if name in streams]
-            row = self._rows.setdefault((context.key, context.row), {})
-            row[index] = torch.cat(taken), torch.cat(given).square().mean()
+            rows = self._exact if self._is_exact else self._rows
+            row = rows.setdefault((context.key, context.row), {})
+            # A value is not added to streams: it counts by its own size.
+            row[index] = torch.cat(taken), torch.cat(given or taken).square().mean()
         return deltas
 
     def watch(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -109,6 +120,17 @@ class Recorder:
             self.call = Call(args, kwargs)
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim]
             self.batch = tensors[0].shape[0] if tensors else 0
+
+    def compare(self, exact: Callable[[], Any]) -> None:
+        """Of the first run: a step is over, and ``exact`` runs it once more without any noise."""
+        context = current()
+        if self._is_exact or self.trajectories or context is None or context.run is None or context.row is None:
+            return
+        self._is_exact = True
+        try:
+            exact()
+        finally:
+            self._is_exact = False
 
     def end_run(self) -> None:
         """A trajectory is over: its samples go to the CPU.
@@ -133,6 +155,7 @@ class Recorder:
         for key in dict.fromkeys(key for key, _ in self._rows):
             self.trajectories.append(self._trajectory(key))
         self._rows.clear()
+        self._exact.clear()
         self._run = None
 
     @property
@@ -149,17 +172,22 @@ class Recorder:
 
     def _trajectory(self, key: Any) -> Trajectory:
         self._keys.add(key)
-        rows = {row: found for (other, row), found in self._rows.items() if other == key}
-        width = max((len(taken) for found in rows.values() for taken, _ in found.values()), default=0)
+        deltas, power = self._table(self._rows, key)
+        noise = deltas - self._table(self._exact, key)[0] if self._exact else None
+        return Trajectory(deltas, power, noise)
+
+    def _table(self, rows: _Rows, key: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        found_rows = {row: found for (other, row), found in rows.items() if other == key}
+        width = max((len(taken) for found in found_rows.values() for taken, _ in found.values()), default=0)
         deltas = torch.full((len(self.timesteps), self._units, width), float("nan"))
         power = torch.full((len(self.timesteps), self._units), float("nan"))
-        for row, found in rows.items():
+        for row, found in found_rows.items():
             for index, (taken, given) in found.items():
                 # Units of fewer streams fill up with zeros, which change no norm's ratio to itself.
                 deltas[row, index] = 0.0
                 deltas[row, index, : len(taken)] = taken.cpu()
                 power[row, index] = given.cpu() * len(taken)
-        return Trajectory(deltas, power)
+        return deltas, power
 
     def _sampled(self, value: torch.Tensor) -> torch.Tensor:
         place = value.numel(), value.device
@@ -238,7 +266,7 @@ class Profile:
     flops: torch.Tensor
 
 
-class _Timer:
+class _Timer(Observer):
     """An observer that times units; on a GPU by its own clock, read at the end."""
 
     def __init__(self, count: int, device: torch.device) -> None:
@@ -252,13 +280,18 @@ class _Timer:
 
     def unit(self, index: int, streams: Streams, compute: Callable[[], Streams]) -> Streams:
         """Computes between two marks."""
-        before = _mark(self._device)
-        deltas = compute()
-        self.events[index].append((before, _mark(self._device)))
+        deltas: Streams = self.part(index, compute)
         return deltas
 
+    def part(self, index: int, compute: Callable[[], Any]) -> Any:
+        """Likewise."""
+        before = _mark(self._device)
+        output = compute()
+        self.events[index].append((before, _mark(self._device)))
+        return output
 
-class _Counter:
+
+class _Counter(Observer):
     """An observer that counts floating point operations, of packed layers those of the dense ones."""
 
     def __init__(self, count: int) -> None:
@@ -266,10 +299,15 @@ class _Counter:
 
     def unit(self, index: int, streams: Streams, compute: Callable[[], Streams]) -> Streams:
         """Computes under a counter."""
-        with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
-            deltas = compute()
-        self.flops[index] += counter.get_total_flops()
+        deltas: Streams = self.part(index, compute)
         return deltas
+
+    def part(self, index: int, compute: Callable[[], Any]) -> Any:
+        """Likewise."""
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
+            output = compute()
+        self.flops[index] += counter.get_total_flops()
+        return output
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from diffuse_compress.caching.config import MIN_STEPS, too_few_steps
+from diffuse_compress.caching.noise import exact_inputs, rounds_inputs
 from diffuse_compress.caching.observing import Observer, observed
 from diffuse_compress.caching.recording import LoopClock, Recorder, profile_units
 from diffuse_compress.caching.runtime import apply_cache, cache_of, remove_cache
@@ -115,6 +117,10 @@ class Rehearsal:
                 stack.enter_context(self.observed(name, self.recorders[name]))
                 handle = model.register_forward_pre_hook(self.recorders[name].watch, with_kwargs=True)
                 stack.callback(handle.remove)
+                if rounds_inputs(model):
+                    # Before the hook that ends what is known of the place in the loop.
+                    hook = functools.partial(_compare, self.recorders[name])
+                    stack.callback(model.register_forward_hook(hook, with_kwargs=True, prepend=True).remove)
             items = list(enumerate(given))
             for index, arguments in progress(items, "Recording what units add", self.pipe, callback, {}):
                 self.references.append(self.run(arguments, index))
@@ -224,6 +230,16 @@ class Rehearsal:
             full += int(self.recorders[name].seen.sum()) * (float(schedule.cost_ms.sum()) + schedule.other_ms)
             saved += float(((1 - schedule.mask.double()) @ schedule.cost_ms.double()).sum())
         return full, saved
+
+
+def _compare(recorder: Recorder, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook: the step once more, with activations as they are."""
+
+    def exact() -> None:
+        with exact_inputs(module):
+            module.forward(*args, **kwargs)
+
+    recorder.compare(exact)
 
 
 def loop_speedup(full_ms: float, saved_ms: float) -> float:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from diffuse_compress.caching.config import HarmoniCaConfig
+from diffuse_compress.caching.observing import Observer
 from diffuse_compress.caching.store import signature
 from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.families.base import Streams
@@ -192,7 +193,7 @@ def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @dataclass
-class SoftCache:
+class SoftCache(Observer):
     """An observer under which units add a mix of what they compute and what is kept of them.
 
     Attributes:

@@ -7,6 +7,7 @@ block. Of a block that is left out nothing runs: no norm, no projection of its c
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,10 +22,11 @@ from diffuse_compress.caching.compiler import Program, compile_schedule, within_
 from diffuse_compress.caching.config import CacheConfig
 from diffuse_compress.caching.patterns import Op, Variants, run_pattern
 from diffuse_compress.caching.schedule import CachePoint, Schedule, noise_levels
-from diffuse_compress.caching.units import BLOCK_KIND, Granularity, sites_of, units_of
+from diffuse_compress.caching.store import Signature
+from diffuse_compress.caching.units import BLOCK_KIND, LEVEL_KIND, Granularity, Unit, below_of, sites_of, units_of
 from diffuse_compress.components import unwrap
 from diffuse_compress.errors import CompressionConflictError, ConfigError, DiffuseCompressWarning, ModelStateError
-from diffuse_compress.families.base import BlockKind, Streams
+from diffuse_compress.families.base import BlockKind
 from diffuse_compress.families.boundary import Boundary
 from diffuse_compress.runtime.blocks import BlockOption, disown, keep_outermost, known_kind, own
 from diffuse_compress.runtime.run import Run
@@ -88,6 +90,7 @@ class FeatureCache:
         self.boundaries = [
             Boundary(module, known_kind(module)) for module in (model.get_submodule(s.block) for s in self.sites)
         ]
+        self.below = below_of(model) if any(site.modules for site in self.sites) else None
         self.enabled = True
         self.variants: Variants | None = None
         self.last_bytes = self.peak_bytes = 0
@@ -101,6 +104,11 @@ class FeatureCache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.variants, self._programs, self._calls = None, {}, threading.local()
+
+    @property
+    def owned(self) -> list[str]:
+        """Names of the modules that are run or left out."""
+        return [name for site in self.sites for name in site.owned]
 
     @property
     def call(self) -> Call | None:
@@ -122,10 +130,13 @@ class FeatureCache:
         if torch.compiler.is_compiling():
             _refuse_compilation()
             return
-        for site in self.sites:
-            keep_outermost(module.get_submodule(site.block))
+        for name in self.owned:
+            keep_outermost(module.get_submodule(name))
         # After an interrupt a call may be left over: torch's hooks see exceptions only.
-        self._calls.call = self._begin(module) if self.enabled else None
+        call = self._calls.call = self._begin(module) if self.enabled else None
+        if call is not None and self.below is not None:
+            given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+            call.injected = any(given.get(name) is not None for name in self.below.injected)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model, called after an exception too."""
@@ -136,11 +147,11 @@ class FeatureCache:
             self.last_bytes = call.end(failed=output is None)
             self.peak_bytes = max(self.peak_bytes, self.last_bytes)
 
-    def program(self, run: Run, streams: Streams) -> Program:
+    def program(self, run: Run, streams: Signature) -> Program:
         """The schedule compiled for a run, and for streams of this size if there is a budget."""
         size = 0
         if self.memory_budget is not None and len({site.chain for site in self.sites}) == 1:
-            size = sum(value.numel() * (self.placement.dtype or value.dtype).itemsize for value in streams.values())
+            size = sum(shape.numel() * (self.placement.dtype or dtype).itemsize for shape, dtype, _ in streams.values())
         schedule = self.schedule
         same = run.num_rows == schedule.num_steps
         key = (None if same else tuple(run.values), size)
@@ -186,19 +197,25 @@ class FeatureCache:
 
 
 class CacheOption(BlockOption):
-    """Of one block; ``composes`` only where the units are branches of it."""
+    """Of one block, or of the number of a module that is run for one value; ``composes`` only where the units are
+    branches of it."""
 
     name, rank, wraps = NAME, 10, True
 
-    def __init__(self, cache: FeatureCache, site: int) -> None:
+    def __init__(self, cache: FeatureCache, site: int, number: int) -> None:
         self.cache = cache
         self.site = site
+        self.number = number
         self.composes = not cache.sites[site].whole
 
     def around(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], run: Any) -> Any:
         """Runs the block, or adds what is kept of it."""
         call = self.cache.call
-        return run(*args, **kwargs) if call is None else call.at(self.site, args, kwargs, run)
+        if call is None:
+            return run(*args, **kwargs)
+        if self.cache.sites[self.site].modules:
+            return call.below(self.site, self.number, block, args, kwargs, run)
+        return call.at(self.site, args, kwargs, run)
 
     def instead(
         self,
@@ -257,12 +274,8 @@ def apply_cache(model: nn.Module, schedule: Schedule, config: CacheConfig | None
     model = unwrap(model)
     if cache_of(model) is not None:
         raise CompressionConflictError(f"{type(model).__name__} has a feature cache; remove_cache(model) first.")
-    whole = all(unit.kind == BLOCK_KIND for unit in schedule.units)
-    blocks = {unit.block for unit in schedule.units}
     try:
-        units = units_of(model, Granularity.BLOCK)
-        if {unit.block for unit in units} != blocks or not (whole or units == schedule.units):
-            units = units_of(model, Granularity.BRANCH)
+        units = _units_like(model, schedule.units)
     except ConfigError as error:
         raise ConfigError(f"feature cache: {error}") from error
     schedule.check(type(model).__name__, units)
@@ -270,9 +283,10 @@ def apply_cache(model: nn.Module, schedule: Schedule, config: CacheConfig | None
     owned: list[nn.Module] = []
     try:
         for index, site in enumerate(cache.sites):
-            block = model.get_submodule(site.block)
-            own(block, CacheOption(cache, index))
-            owned.append(block)
+            for number, name in enumerate(site.owned):
+                block = model.get_submodule(name)
+                own(block, CacheOption(cache, index, number))
+                owned.append(block)
     except BaseException:
         for block in owned:
             disown(block, NAME)
@@ -283,14 +297,25 @@ def apply_cache(model: nn.Module, schedule: Schedule, config: CacheConfig | None
     return cache
 
 
+def _units_like(model: nn.Module, wanted: Sequence[Unit]) -> tuple[Unit, ...]:
+    """Units of the model in the granularity of others."""
+    kinds = {unit.kind for unit in wanted}
+    if LEVEL_KIND in kinds:
+        return units_of(model, Granularity.LEVEL)
+    units = units_of(model, Granularity.BLOCK)
+    same_blocks = {unit.block for unit in units} == {unit.block for unit in wanted}
+    fits = same_blocks and (kinds == {BLOCK_KIND} or units == tuple(wanted))
+    return units if fits else units_of(model, Granularity.BRANCH)
+
+
 def remove_cache(model: nn.Module) -> None:
     """The model as it was before :func:`apply_cache`; nothing if it has no cache."""
     model = unwrap(model)
     cache = cache_of(model)
     if cache is None:
         return
-    for site in cache.sites:
-        disown(model.get_submodule(site.block), NAME)
+    for name in cache.owned:
+        disown(model.get_submodule(name), NAME)
     remove_hooks(model, cache)
     untrack(model, NAME)
 
@@ -328,8 +353,8 @@ def compile_variants(model: nn.Module, **options: Any) -> Variants:
     if cache is None:
         raise ConfigError(f"{type(model).__name__} has no feature cache; apply_cache(model, schedule) first.")
     model = unwrap(model)
-    for site in cache.sites:
-        block: Any = model.get_submodule(site.block)
+    for name in cache.owned:
+        block: Any = model.get_submodule(name)
         keep_outermost(block)
         block._compiled_call_impl = None
     cache.variants = Variants(options)

@@ -258,6 +258,8 @@ class Schedule:
             parts.append(f"{flops[1] / 1e12:.4g} of {flops[0] / 1e12:.4g} TFLOP")
         if (speedup := self.predicted_speedup) is not None:
             parts.append(f"predicted speed-up {speedup:.2f}x")
+        if (noise := self.details.get("noise_amplification")) is not None:
+            parts.append(f"{noise:.2g} times the noise of activations where reused")
         return ", ".join(parts) + "\n" + self.picture()
 
     def __str__(self) -> str:

@@ -51,9 +51,8 @@ class Kept:
         self._arriving: tuple[Streams, Any] | None = None
         self.nbytes = sum(value.numel() * value.element_size() for value in self._tensors.values())
 
-    def fits(self, streams: Streams) -> bool:
-        """Are these streams like those that it was taken from?"""
-        now = signature(streams)
+    def fits(self, now: Signature) -> bool:
+        """Are streams like these what it was taken from?"""
         return all(now[name] == value for name, value in self.taken.items() if name in now)
 
     def prefetch(self) -> None:
@@ -68,7 +67,7 @@ class Kept:
         self._arriving = tensors, side
 
     def deltas(self) -> Streams:
-        """Its tensors on the device they were taken from."""
+        """Its tensors, on the device and in the dtype of the streams that they were taken from."""
         if self._arriving is not None:
             tensors, side = self._arriving
             current = torch.cuda.current_stream(next(iter(tensors.values())).device)
@@ -76,8 +75,9 @@ class Kept:
             for value in tensors.values():
                 value.record_stream(current)
             self._arriving = None
-            return tensors
-        return {name: value.to(self._home[name], non_blocking=True) for name, value in self._tensors.items()}
+        else:
+            tensors = {name: value.to(self._home[name], non_blocking=True) for name, value in self._tensors.items()}
+        return {n: value.to(self.taken[n][1]) if n in self.taken else value for n, value in tensors.items()}
 
 
 @cache
@@ -104,13 +104,14 @@ class Sum:
 
     Attributes:
         atom: index of it.
+        taken: of the streams that it begins with.
         broken: something cannot be told of it, so it is not kept.
     """
 
     def __init__(self, atom: int, streams: Streams) -> None:
         self.atom = atom
         self.broken = False
-        self._taken = signature(streams)
+        self.taken = signature(streams)
         self._total: Streams = {}
         self._start: Streams = {}
         self._last: dict[str, tuple[torch.Tensor, int | None]] = {}
@@ -133,15 +134,14 @@ class Sum:
         for name, delta in deltas.items():
             self._total[name] = self._total[name] + delta if name in self._total else delta
 
-    def result(self, placement: Placement) -> Kept | None:
+    def result(self) -> Streams | None:
         """What is to be kept, if anything."""
         for name in list(self._start):
             self._settle(name)
         if self.broken or not self._total:
             return None
         # A float32 sum of a bfloat16 stream (Wan's residuals) is rounded where it is added anyway.
-        deltas = {n: v.to(self._taken[n][1]) if n in self._taken else v for n, v in self._total.items()}
-        return Kept(deltas, self._taken, placement)
+        return {n: v.to(self.taken[n][1]) if n in self.taken else v for n, v in self._total.items()}
 
     def _settle(self, name: str) -> None:
         start, last = self._start.pop(name, None), self._last.pop(name, None)

@@ -1,7 +1,8 @@
 """The units of a denoiser that a feature cache computes or reuses, and where in the model they stand.
 
-A unit is a branch of a block (an attention, a feed-forward) or a block as a whole. Whole blocks can be told of any
-model that keeps its blocks in lists; branches of those that a family describes.
+A unit is a branch of a block (an attention, a feed-forward), a block as a whole, or of a UNet everything below its
+first resolution level (DeepCache, Ma et al. 2023, arXiv 2312.00858). Whole blocks can be told of any model that keeps
+its blocks in lists; the others of those that a family describes.
 """
 
 from __future__ import annotations
@@ -14,21 +15,23 @@ from torch import nn
 
 from diffuse_compress.components import unwrap
 from diffuse_compress.errors import ConfigError
-from diffuse_compress.families.base import Branch
+from diffuse_compress.families.base import Below, Branch
 from diffuse_compress.families.registry import family_of
 from diffuse_compress.families.roles import block_elements
 from diffuse_compress.runtime.blocks import fingerprint, known_kind, why_not_composed
 
-__all__ = ["Granularity", "Site", "Unit", "sites_of", "units_of"]
+__all__ = ["Granularity", "Site", "Unit", "below_of", "sites_of", "units_of"]
 
 BLOCK_KIND = "block"
+LEVEL_KIND = "level"
 
 
 class Granularity(str, Enum):
-    """What a unit is."""
+    """What a unit is. LEVEL takes all below the first resolution level of a UNet as one, and blocks above it."""
 
     BLOCK = "block"
     BRANCH = "branch"
+    LEVEL = "level"
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Unit:
     Attributes:
         block: qualified name of the module it belongs to.
         branch: name of the branch within it; "" for all of the module.
-        kind: what it computes: a value of ``BranchRole``, or "block".
+        kind: what it computes: a value of ``BranchRole``, "block" or "level".
     """
 
     block: str
@@ -62,6 +65,7 @@ class Site:
         whole: its one unit is the module, seen from outside; no composition is needed.
         residual: what its units compute is added to streams that keep their shape, so neighbours may be stored as one.
         chain: sites of a chain hand their streams on to each other, with nothing but additions in between.
+        modules: all that is run for the one value that ``block``, the last of them, returns; () for a block alone.
     """
 
     block: str
@@ -70,25 +74,34 @@ class Site:
     whole: bool
     residual: bool
     chain: int
+    modules: tuple[str, ...] = ()
+
+    @property
+    def owned(self) -> tuple[str, ...]:
+        """Names of the modules that are run or left out."""
+        return self.modules or (self.block,)
 
 
 def units_of(model: nn.Module, granularity: Granularity | str = Granularity.BLOCK) -> tuple[Unit, ...]:
     """Units of ``model`` in the order they run in (of a class without a family, the order they are registered in).
 
-    ``granularity="branch"`` lists the branches of every block that can be composed, and the others as wholes.
+    ``granularity="branch"`` lists the branches of every block that can be composed, and the others as wholes;
+    ``"level"`` blocks, and all below the first resolution level as one.
 
     Raises:
-        ConfigError: there is nothing that could be reused.
+        ConfigError: there is nothing that could be reused, or no resolution level.
     """
     model, family = unwrap(model), family_of(unwrap(model))
     granularity = Granularity(granularity)
     if family is None:
         names = block_elements(model)
-    elif granularity is Granularity.BLOCK and family.wholes is not None:
+    elif granularity is not Granularity.BRANCH and family.wholes is not None:
         names = family.wholes(model)
     else:
         names = family.blocks(model)
     units = [unit for name in names for unit in _units(model.get_submodule(name), name, granularity)]
+    if granularity is Granularity.LEVEL:
+        units = _with_level(units, below_of(model))
     if not units:
         raise ConfigError(
             f"{type(model).__name__}: a feature cache needs blocks, and found neither a family of this class nor a "
@@ -104,6 +117,30 @@ def _units(block: nn.Module, name: str, granularity: Granularity) -> list[Unit]:
     if divided or any(not branch.residual for branch in branches):
         return [Unit(name, branch.name, branch.role.value) for branch in branches]
     return [Unit(name)]
+
+
+def below_of(model: nn.Module) -> Below:
+    """What a model runs below its first resolution level; ConfigError without one."""
+    family = family_of(unwrap(model))
+    below = None if family is None else family.below(unwrap(model))
+    if below is None or fingerprint(type(unwrap(model))) not in below.fingerprints:  # type: ignore[arg-type]
+        raise ConfigError(
+            f"{type(unwrap(model)).__name__}: not known to have resolution levels, which a cache schedule by level "
+            'needs. Use granularity="block".'
+        )
+    return below
+
+
+def _with_level(units: Sequence[Unit], below: Below) -> list[Unit]:
+    """All units inside of ``below`` as one, where the first of them stands."""
+    inside = [any(f"{unit.block}.".startswith(f"{name}.") for name in below.modules) for unit in units]
+    first = inside.index(True)
+    level = Unit(below.modules[-1], "below", LEVEL_KIND)
+    return [
+        *units[:first],
+        level,
+        *(unit for unit, is_in in zip(units[first:], inside[first:], strict=True) if not is_in),
+    ]
 
 
 def branch_of(block: nn.Module, name: str) -> Branch:
@@ -133,6 +170,10 @@ def sites_of(model: nn.Module, units: Sequence[Unit], *, merge: bool = True) -> 
     first = 0
     while first < len(units):
         block = units[first].block
+        if units[first].kind == LEVEL_KIND:
+            sites.append(Site(block, first, 1, True, False, len(sites) + 1, below_of(model).modules))
+            first += 1
+            continue
         count = next((n for n, unit in enumerate(units[first:]) if unit.block != block), len(units) - first)
         branches = [unit.branch for unit in units[first : first + count]]
         module = model.get_submodule(block)

@@ -29,6 +29,7 @@ from diffuse_compress.quantization.residual import ResidualStream
 __all__ = [
     "SAMPLE_NAMES",
     "TIMESTEP_NAMES",
+    "Below",
     "BlockKind",
     "Branch",
     "BranchRole",
@@ -238,6 +239,24 @@ class BlockKind:
 
 
 @dataclass(frozen=True)
+class Below:
+    """What a UNet runs for one value: everything below its first resolution level, skip connections included.
+
+    Attributes:
+        modules: qualified names in the order they run in; the last returns the value, and nobody else reads what the
+            others return.
+        idle: (module, its hidden states) -> what one of the others returns when it is left out.
+        injected: arguments of the model's forward that are added to what these modules return.
+        fingerprints: of the forwards (``runtime/blocks.py``) of which this is true.
+    """
+
+    modules: tuple[str, ...]
+    idle: Callable[[nn.Module, torch.Tensor], Any]
+    injected: tuple[str, ...]
+    fingerprints: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Family:
     """What we know of a model class.
 
@@ -248,6 +267,7 @@ class Family:
         kinds: how they are composed, by class name of the block.
         wholes: qualified names of what a feature cache may leave out as a whole, in the order they run in: modules
             that return their streams changed. The blocks themselves, but where several stand in one such module.
+        below: what is run for one value of a model with resolution levels; None for a model in which that is not known.
         temporal: which layers depend on the timestep, the condition or neither.
         sensitive: patterns of the layers that lose most when compressed.
         chained: fingerprints (``runtime/blocks.py``) of the models' forwards in which nothing but additions to the
@@ -265,6 +285,7 @@ class Family:
     chained: frozenset[str] = frozenset()
     residual: Callable[[nn.Module], ResidualStream] | None = None
     wholes: Callable[[nn.Module], list[str]] | None = None
+    below: Callable[[nn.Module], Below | None] = lambda model: None
 
     def kind_of(self, block: nn.Module) -> BlockKind | None:
         """Composition of a block, by its exact class."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffuse_compress.families.base import (
+    Below,
     BlockKind,
     Branch,
     BranchRole,
@@ -202,6 +203,43 @@ def _units(name: str, attention: Any, inner: bool) -> list[str]:
     return [] if attention is None else [name]
 
 
+_STAGES = {
+    "down_blocks": ("DownBlock2D", "CrossAttnDownBlock2D", "AttnDownBlock2D"),
+    "mid_block": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn"),
+    "up_blocks": ("UpBlock2D", "CrossAttnUpBlock2D", "AttnUpBlock2D"),
+}
+"""Classes of stages that hand on their picture, and on the way down one for each resnet and one for the downsampler."""
+
+
+def _below(model: Any) -> Below | None:
+    """From the first downsampler to the last stage on the way up but one; None with stages of other classes."""
+    down, up, middle = list(model.down_blocks), list(model.up_blocks), model.mid_block
+    stages = [("down_blocks", stage) for stage in down] + [("up_blocks", stage) for stage in up]
+    stages += [] if middle is None else [("mid_block", middle)]
+    alike = all(type(stage).__name__ in _STAGES[side] for side, stage in stages)
+    if not alike or len(down) < 2 or len(up) != len(down):
+        return None
+    samplers = [f"down_blocks.0.downsamplers.{index}" for index in range(len(down[0].downsamplers or ()))]
+    return Below(
+        (
+            *samplers,
+            *(f"down_blocks.{index}" for index in range(1, len(down))),
+            *(() if middle is None else ("mid_block",)),
+            *(f"up_blocks.{index}" for index in range(len(up) - 1)),
+        ),
+        _idle,
+        ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals"),
+        frozenset({"ac1a5fe67cc05a85", "270aaf58c4838d24"}),
+    )
+
+
+def _idle(module: Any, hidden_states: torch.Tensor) -> Any:
+    if type(module).__name__ not in _STAGES["down_blocks"]:
+        return hidden_states
+    # Stages on the way up take their skips by number.
+    return hidden_states, (hidden_states,) * (len(module.resnets) + (module.downsamplers is not None))
+
+
 def _time_input(entry: Entry, layer: str) -> torch.Tensor:
     """What a resnet's ``time_emb_proj`` reads."""
     block = entry.parent(layer)
@@ -237,6 +275,7 @@ def _family(name: str, class_name: str) -> Family:
         classes=(class_name,),
         blocks=_blocks,
         wholes=lambda model: _blocks(model, inner=False),
+        below=_below,
         kinds=_KINDS,
         temporal=_temporal,
         sensitive=("conv_in", "conv_out", "*.conv_shortcut", "*.upsamplers.*.conv"),

@@ -2,8 +2,10 @@
 
 The hooks of the model run in every call as they always do, on the host: they find the place in the loop and choose rows
 of tables by an index on the device. What lies between them, the forward, is recorded once for each kind of call. A
-graph reads its inputs from tensors of its own, to which a replay copies what has changed since the last one: arguments,
-and what layers with tables give out. Everything that this cannot follow is computed, and counted.
+graph reads its inputs from tensors that stay where they are, to which a replay copies what has changed since the last
+one: arguments, what layers with tables give out, and what a feature cache adds. With such a cache there is a graph for
+each pattern of what a step computes, reuses and keeps. What it keeps is copied out of the graph, so any other may add
+it. Everything that this cannot follow is computed, and counted.
 """
 
 from __future__ import annotations
@@ -12,18 +14,22 @@ import contextlib
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from diffuse_compress.caching.adapters import adapters_of
+from diffuse_compress.caching.call import Call as CachedCall
 from diffuse_compress.caching.runtime import cache_of
+from diffuse_compress.caching.store import Signature
 from diffuse_compress.components import GROUPS, unwrap
+from diffuse_compress.families.base import Streams
 from diffuse_compress.logging import get_logger
+from diffuse_compress.pipelines.recorder import CudaRecorder, Input, Recorded, Recorder, fill
 from diffuse_compress.runtime import steps
 from diffuse_compress.runtime.stats import MethodStats, Reason, warn
 from diffuse_compress.temporal.lookup import LayerLookup, Mode
@@ -35,16 +41,13 @@ __all__ = [
     "CONSUMER",
     "COUNTING",
     "FAILED",
-    "FEATURE_CACHE",
     "HOOKED",
     "NO_CUDA",
     "PARKED",
     "REPLACED",
     "TWO_THREADS",
     "WARMING_UP",
-    "CudaRecorder",
     "GraphedCalls",
-    "Recorder",
     "graphed_calls_of",
     "graphs_of",
 ]
@@ -56,7 +59,6 @@ CONSUMER = "CUDA graph"
 
 WARMING_UP = Reason("a call of this kind came for the first or second time, or its graph was recorded", "nothing")
 NO_CUDA = Reason("the model is not on a CUDA device", 'pipe.to("cuda")')
-FEATURE_CACHE = Reason("a feature cache decides what runs", "pipe.disable_cache(), or leave cuda_graph=True out")
 COMPILED = Reason(
     "the model is compiled as a whole",
     'compile its blocks instead (compile_repeated_blocks), or compile it with mode="reduce-overhead" alone',
@@ -75,74 +77,11 @@ ARGUMENT = Reason("an argument is neither a tensor nor a plain value", "leave th
 TWO_THREADS = Reason("two threads run the model at the same time", "give each thread a model of its own")
 FAILED = Reason("the call could not be recorded; the log says why", "report it, with the log's message")
 
-_WARM_UPS = 2
-# Each holds the memory of a whole forward pass's inputs and outputs.
-_MOST_GRAPHS = 8
-
-
-class Recorder(Protocol):
-    """Records what runs on a device."""
-
-    def serves(self, device: torch.device) -> bool:
-        """Can it record there?"""
-
-    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
-        """Record ``run``: a function that does the same again, and what it writes to (nothing is written yet)."""
-
-
-class CudaRecorder:
-    """Graphs of one memory pool: they are replayed one after the other, and outputs are copied."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def serves(self, device: torch.device) -> bool:
-        """True for a CUDA device."""
-        return device.type == "cuda"
-
-    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
-        """See :class:`Recorder`."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = run()
-        return graph.replay, output
-
-
-class _Input:
-    """A tensor that a graph reads, and what it was filled from last."""
-
-    def __init__(self, value: torch.Tensor, device: torch.device) -> None:
-        with torch.inference_mode(False):
-            # Strides of 0 could not be written to.
-            self.tensor = torch.empty_like(value, device=device, requires_grad=False)
-        self._filled: tuple[weakref.ref[torch.Tensor], int] | None = None
-
-    def fill(self, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(to, from) of a copy that is needed; None if ``value`` is what was copied last, not written to since."""
-        version = None if value.is_inference() else value._version
-        if version is not None and self._filled is not None and self._filled[0]() is value:
-            if self._filled[1] == version:
-                return None
-        self._filled = None if version is None else (weakref.ref(value), version)
-        return self.tensor, value
-
-
-@dataclass
-class _Graph:
-    """One kind of call, recorded."""
-
-    inputs: list[_Input]
-    replay: Callable[[], object]
-    output: Any
-
-    def run(self, values: list[torch.Tensor]) -> Any:
-        """The output for these values, in tensors of its own."""
-        _fill(self.inputs, values)
-        self.replay()
-        return pytree.tree_map_only(torch.Tensor, torch.clone, self.output)
+# Calls of a kind that are computed first, so that nothing is compiled or tuned while one is recorded; and of a pattern
+# of a cache's steps.
+_WARM_UPS, _PATTERN_WARM_UPS = 2, 1
+# Each kind of call holds the memory of a forward pass's inputs, and each of its patterns that of its outputs.
+_MOST_KINDS, _MOST_PATTERNS = 8, 64
 
 
 class _Refused(Exception):
@@ -160,6 +99,34 @@ class _Call:
     values: list[torch.Tensor]
     lookups: list[LayerLookup]
     rebuild: Callable[[list[torch.Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
+    cached: CachedCall | None
+
+
+@dataclass
+class _Kind:
+    """Calls that differ in the values of their inputs only, and in what a feature cache has them do.
+
+    Attributes:
+        streams: at each of the cache's sites.
+        seen: calls that were computed, by pattern.
+        refused: why those of a pattern cannot be recorded.
+        inputs: which all its graphs read: arguments and looked up values in their order.
+        added: likewise what the cache adds, by segment and stream.
+        graphs: by pattern, the latest used last.
+    """
+
+    streams: dict[int, Signature] = field(default_factory=dict)
+    seen: Counter[Hashable] = field(default_factory=Counter)
+    refused: dict[Hashable, Reason] = field(default_factory=dict)
+    inputs: list[Input] = field(default_factory=list)
+    added: dict[Hashable, Input] = field(default_factory=dict)
+    graphs: OrderedDict[Hashable, Recorded] = field(default_factory=OrderedDict)
+
+    def forget(self) -> None:
+        """Free the memory of the graphs."""
+        self.inputs.clear()
+        self.added.clear()
+        self.graphs.clear()
 
 
 class GraphedCalls:
@@ -168,9 +135,7 @@ class GraphedCalls:
     def __init__(self, model: nn.Module, recorder: Recorder) -> None:
         self._model = weakref.ref(model)
         self._recorder = recorder
-        self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
-        self._seen: Counter[Any] = Counter()
-        self._refused: dict[Any, Reason] = {}
+        self._kinds: OrderedDict[Any, _Kind] = OrderedDict()
         self._warned: set[Reason] = set()
         self._made_for: Any = None
         self._problem: Reason | None = None
@@ -181,8 +146,8 @@ class GraphedCalls:
 
     @property
     def num_graphs(self) -> int:
-        """Kinds of calls that are recorded."""
-        return len(self._graphs)
+        """Kinds of calls, and patterns of each, that are recorded."""
+        return sum(len(kind.graphs) for kind in self._kinds.values())
 
     @contextlib.contextmanager
     def used(self, whole: Any) -> Iterator[None]:
@@ -223,9 +188,7 @@ class GraphedCalls:
         made_for = weights, [_settings(module) for module in model.modules() if module is not model]
         if made_for != self._made_for:
             self._made_for = made_for
-            self._graphs.clear()
-            self._seen.clear()
-            self._refused.clear()
+            self._kinds.clear()
 
     def _arm(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook: what follows is a call, and not a part of the model that a table is built from."""
@@ -253,37 +216,71 @@ class GraphedCalls:
 
     def _replayed(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self._describe(model, args, kwargs)
-        graph = self._graphs.get(call.key)
+        kind = self._kind(call.key)
+        if call.cached is not None and len(kind.streams) < len(call.cached.cache.sites):
+            return self._noted(call.cached, kind, model, args, kwargs)
+        pattern = None if call.cached is None else call.cached.foresee(kind.streams)
+        graph = kind.graphs.get(pattern)
         if graph is not None:
-            self._graphs.move_to_end(call.key)
+            kind.graphs.move_to_end(pattern)
             self._hit()
-            return graph.run(call.values)
-        if call.key in self._refused:
-            raise _Refused(self._refused[call.key])
-        if len(self._seen) > 8 * _MOST_GRAPHS:
-            self._seen.clear()  # calls that never come again
-        self._seen[call.key] += 1
-        if self._seen[call.key] <= _WARM_UPS:
+        else:
+            graph = self._made(model, call, kind, pattern)
+            self._miss(WARMING_UP)
+        if call.cached is not None:
+            added = call.cached.given
+            call.values += [added[segment][name] for segment in sorted(added) for name in sorted(added[segment])]
+        output, made = graph.run(call.values)
+        if call.cached is not None:
+            call.cached.deliver(made, kind.streams)
+        return output
+
+    def _noted(
+        self, cached: CachedCall, kind: _Kind, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Computed, to learn of which shape the streams are where the cache may add to them."""
+        self._miss(WARMING_UP)
+        kind.streams.clear()
+        cached.noted = kind.streams
+        output = type(model).forward(model, *args, **kwargs)
+        if len(kind.streams) == len(cached.cache.sites):
+            kind.seen[cached.pattern] += 1
+        return output
+
+    def _kind(self, key: Any) -> _Kind:
+        kind = self._kinds.setdefault(key, _Kind())
+        self._kinds.move_to_end(key)
+        if len(self._kinds) > 8 * _MOST_KINDS:
+            self._kinds.popitem(last=False)  # calls that never come again
+        return kind
+
+    def _made(self, model: nn.Module, call: _Call, kind: _Kind, pattern: Hashable) -> Recorded:
+        """A new graph, when it is time for one."""
+        if pattern in kind.refused:
+            raise _Refused(kind.refused[pattern])
+        if len(kind.seen) > 8 * _MOST_PATTERNS:
+            kind.seen.clear()
+        warm = kind.seen.total() >= _WARM_UPS and kind.seen[pattern] >= _PATTERN_WARM_UPS
+        kind.seen[pattern] += 1
+        if not warm:
             raise _Refused(WARMING_UP)
         try:
-            graph = self._record(model, call)
+            graph = kind.graphs[pattern] = self._record(model, call, kind)
         except _Refused as refused:
-            self._refused[call.key] = refused.reason
+            kind.refused[pattern] = refused.reason
             raise
-        self._graphs[call.key] = graph
-        while len(self._graphs) > _MOST_GRAPHS:
-            self._graphs.popitem(last=False)
-        self._miss(WARMING_UP)
-        return graph.run(call.values)
+        if len(kind.graphs) > _MOST_PATTERNS:
+            kind.graphs.popitem(last=False)
+        recorded = [other for other in self._kinds.values() if other.graphs]
+        for other in recorded[: len(recorded) - _MOST_KINDS]:
+            other.forget()
+        return graph
 
     # --- what a call is -------------------------------------------------------------------------------------------
 
     def _describe(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         if torch.is_grad_enabled():
             raise _Refused(steps.GRADIENT)
-        cache = cache_of(model)
-        if cache is not None and cache.enabled:
-            raise _Refused(FEATURE_CACHE)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         places = [number for number, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         values = [leaves[number] for number in places]
@@ -308,30 +305,36 @@ class GraphedCalls:
         shared = _firsts(values)
         # True == 1, so types count.
         typed = tuple((type(leaf), leaf) for leaf in plain)
-        key = (spec, typed, forms, shared, modes, adapters_of(model), _precision(device.type), model.training)
-        return _Call(key, values, lookups, rebuild)
+        cache = cache_of(model)
+        cached = None if cache is None else cache.call
+        state = adapters_of(model), _precision(device.type), model.training, cache if cached is not None else None
+        return _Call((spec, typed, forms, shared, modes, state), values, lookups, rebuild, cached)
 
     # --- recording ------------------------------------------------------------------------------------------------
 
-    def _record(self, model: nn.Module, call: _Call) -> _Graph:
+    def _record(self, model: nn.Module, call: _Call, kind: _Kind) -> Recorded:
         """The call's graph. What layers look up is shared where several give out one tensor."""
         device = next(value.device for value in call.values if value.ndim > 1)
-        own = [
-            _Input(value, device) if number == first else None
-            for number, (first, value) in enumerate(zip(_firsts(call.values), call.values, strict=True))
-        ]
-        inputs = [given for first in _firsts(call.values) if (given := own[first]) is not None]
-        _fill(inputs, call.values)
-        tensors = [given.tensor for given in inputs]
+        if not kind.inputs:
+            own = {first: Input(call.values[first], device) for first in dict.fromkeys(_firsts(call.values))}
+            kind.inputs = [own[first] for first in _firsts(call.values)]
+        fill(kind.inputs, call.values)
+        tensors = [given.tensor for given in kind.inputs]
         split = len(tensors) - len(call.lookups)
         arguments = call.rebuild(tensors[:split])
+        added = {} if call.cached is None else _inputs_of(call.cached.given, kind)
 
         def run() -> Any:
             for lookup, value in zip(call.lookups, tensors[split:], strict=True):
                 lookup.value = value
             # New containers: a forward may pop what it has used from those that it is given.
             args, kwargs = pytree.tree_map(lambda leaf: leaf, arguments)
-            return type(model).forward(model, *args, **kwargs)
+            if call.cached is None:
+                return type(model).forward(model, *args, **kwargs), None
+            given = {segment: {name: one.tensor for name, one in found.items()} for segment, found in added.items()}
+            with call.cached.recording(given) as made:
+                output = type(model).forward(model, *args, **kwargs)
+            return output, made
 
         before = _counts()
         try:
@@ -346,7 +349,8 @@ class GraphedCalls:
             _restore(before)
         if counted:
             raise _Refused(COUNTING)
-        return _Graph(inputs, replay, output)
+        inputs = [added[segment][name] for segment in sorted(added) for name in sorted(added[segment])]
+        return Recorded([*kind.inputs, *inputs], replay, output)
 
     # --- counting -------------------------------------------------------------------------------------------------
 
@@ -426,6 +430,18 @@ def _lookups_of(model: nn.Module) -> tuple[list[LayerLookup], tuple[tuple[str, M
     return found, tuple((lookup.name, lookup.mode) for lookup in found)
 
 
+def _inputs_of(given: Mapping[int, Streams], kind: _Kind) -> dict[int, dict[str, Input]]:
+    """What graphs read of what a cache adds: the same tensors for the first segment of each, and so on."""
+    found: dict[int, dict[str, Input]] = {}
+    for number, segment in enumerate(sorted(given)):
+        for name, value in given[segment].items():
+            place = (number, name, value.shape, value.stride(), value.dtype, value.device)
+            if place not in kind.added:
+                kind.added[place] = Input(value, value.device)
+            found.setdefault(segment, {})[name] = kind.added[place]
+    return found
+
+
 def _precision(kind: str) -> Any:
     return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
@@ -434,18 +450,6 @@ def _firsts(values: Sequence[torch.Tensor]) -> tuple[int, ...]:
     """Of each tensor, the place at which it stands first."""
     known: dict[int, int] = {}
     return tuple(known.setdefault(id(value), number) for number, value in enumerate(values))
-
-
-def _fill(inputs: list[_Input], values: list[torch.Tensor]) -> None:
-    """Copy what has changed."""
-    unique = {id(given): (given, value) for given, value in zip(inputs, values, strict=True)}
-    pairs = [pair for given, value in unique.values() if (pair := given.fill(value)) is not None]
-    by_kind: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for to, source in pairs:
-        by_kind.setdefault((to.dtype, source.device), []).append((to, source))
-    for alike in by_kind.values():
-        # From the host too, without waiting: a driver has read pageable memory when the call returns.
-        torch._foreach_copy_([to for to, _ in alike], [source for _, source in alike], non_blocking=True)
 
 
 def _counts() -> dict[str, MethodStats]:

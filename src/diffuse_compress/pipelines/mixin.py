@@ -47,8 +47,9 @@ class CompressedPipelineMixin:
         Args:
             args: the stock pipeline's.
             cuda_graph: record each kind of call of the denoisers as a CUDA graph, once it was computed twice, and
-                replay it from then on, in later calls of the pipeline too. What cannot be recorded is computed, with
-                one warning, and counted in ``compression_stats()``.
+                replay it from then on, in later calls of the pipeline too. Steps of a feature cache have a graph for
+                each pattern of what they compute and reuse. What cannot be recorded is computed, with one warning, and
+                counted in ``compression_stats()``.
             kwargs: the stock pipeline's.
         """
         call = super().__call__  # type: ignore[misc]
