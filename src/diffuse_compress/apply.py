@@ -48,6 +48,7 @@ from diffuse_compress.quantization.convert import module_aliases, quantize_modul
 from diffuse_compress.quantization.residual import rotate_residual
 from diffuse_compress.quantization.split import split_conv
 from diffuse_compress.report import component_report
+from diffuse_compress.temporal.config import TFMQConfig
 from diffuse_compress.transaction import Transaction
 from diffuse_compress.versions import installed_versions
 
@@ -82,9 +83,10 @@ def require_consumer(plan: CompressionPlan, calibration: Any, *, searches: bool 
             f"{instead}."
         )
     caches = any(isinstance(method.config, LoopCacheConfig) for method in plan.methods)
-    if caches and not isinstance(calibration, Calibration | Sequence | None):
-        calibration = list(calibration)  # both a cache and an algorithm may read it
-    consumed = needing or searches or (caches and not isinstance(calibration, Calibration))
+    stepped = any(isinstance(m.config, TFMQConfig) and m.config.scope is not None for m in plan.methods)
+    if (caches or stepped) and not isinstance(calibration, Calibration | Sequence | None):
+        calibration = list(calibration)  # both a method and an algorithm may read it
+    consumed = needing or searches or stepped or (caches and not isinstance(calibration, Calibration))
     if calibration is not None and (plan.components or plan.methods) and not consumed:
         found = ", ".join(sorted({part.spec.algorithm.summary for part in plan.components.values()}))
         if caches:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffuse_compress.apply_step_scales import apply_step_scales
 from diffuse_compress.apply_temporal import TemporalWork, attach_temporal
 from diffuse_compress.caching.calibrate import CacheCalibration, calibrate_cache
 from diffuse_compress.caching.config import FeatureCacheConfig, HarmoniCaConfig, LoopCacheConfig
@@ -49,6 +50,8 @@ def apply_methods(
     for plan in plans:
         if isinstance(plan.config, TFMQConfig):
             attach_temporal(models[plan.component], plan.config, temporal[plan.component], spill)
+    stepped = {p.component: p.config for p in plans if isinstance(p.config, TFMQConfig) and p.config.scope is not None}
+    apply_step_scales(target, models, stepped, temporal, calibration, spill, callback)
     caches: dict[LoopCacheConfig, list[str]] = {}
     for plan in plans:
         if isinstance(plan.config, LoopCacheConfig):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.temporal.config import Maintenance, TableConfig, TFMQConfig, WeightPlace
 from diffuse_compress.temporal.layout import layout_of
 from diffuse_compress.temporal.maintenance import (
+    Choice,
     Maintained,
     PathErrors,
     choose_tables,
@@ -63,14 +64,24 @@ class TemporalWork:
     Attributes:
         tables: rows of the schedules that are to be stored; None without tables.
         ready: quantized layers, by name, that take their places before the blocks that they are in are calibrated.
-        late: likewise, once all blocks are: their outputs are looked up, as the dense layers give them.
+        late: likewise, once all blocks are: their outputs are looked up at every timestep, as dense layers give them.
         maintained: what was chosen and measured; None where everything is looked up.
+        loops: how the denoiser is called in the first schedule, for each set of conditions; where codes are learned or
+            input scales are kept for each step.
+        timesteps: of all schedules, as it is given them, where input scales are.
     """
 
     tables: _TableState | None
     ready: dict[str, Quantized] = field(default_factory=dict)
     late: dict[str, Quantized] = field(default_factory=dict)
     maintained: Maintained | None = None
+    loops: list[LoopCalls] = field(default_factory=list)
+    timesteps: tuple[float, ...] = ()
+
+    def place(self, layers: Mapping[str, Quantized], looked_up: Container[str]) -> None:
+        """Put layers into :attr:`ready`, or :attr:`late` where they are looked up at every timestep."""
+        for name, layer in layers.items():
+            (self.late if name in looked_up else self.ready)[name] = layer
 
 
 def temporal_work(
@@ -93,29 +104,39 @@ def temporal_work(
     for name, config in configs.items():
         work[name] = TemporalWork(None)
         part = plan.components.get(name)
+        if config.learns or config.scope is not None:
+            work[name].loops = _loops(target, name, models[name], config, calibration)
         if config.learns:
             assert part is not None  # the planner has seen to it
-            path = _path(target, name, models[name], config, calibration)
-            work[name] = _learn(models[name], path, config, part.path_layers, part.spec.generator, device)
+            path = _path(target, models[name], config, work[name].loops)
+            _learn(work[name], models[name], path, config, part.path_layers, part.spec.generator, device)
         elif part is not None and part.path_layers:
-            work[name] = _rounded(models[name], config, part.path_layers, device)
+            _round(work[name], models[name], config, part.path_layers, device)
     found = {name: table_config(models[name], config, work[name].maintained) for name, config in configs.items()}
     tabled = {name: own for name, own in found.items() if own is not None}
-    calls = _calls_of_schedules(target, models, {name: configs[name] for name in tabled}, calibration)
+    looping = {name: config for name, config in configs.items() if name in tabled or config.scope is not None}
+    calls = _calls_of_schedules(target, models, looping, calibration)
+    for name, config in configs.items():
+        if config.scope is not None:
+            seen = [
+                value for loop in (*calls[name], *work[name].loops) for value in loop.timesteps if value is not None
+            ]
+            work[name].timesteps = tuple(sorted(set(seen)))
     for name, own in tabled.items():
         # Where weights are to be rounded or moved is no matter yet.
         table = attach_table(models[name], replace(own, weights=WeightPlace.DEVICE))
         try:
             for loop in calls[name]:
-                prepare_schedule(table, loop, type(target.scheduler).__name__)
+                kept = {} if (found := work[name].maintained) is None else found.kept
+                prepare_schedule(table, loop, type(target.scheduler).__name__, kept)
             work[name].tables = table_state(table)
         finally:
             detach_table(models[name])
     return work
 
 
-def _path(target: Any, name: str, model: nn.Module, config: TFMQConfig, calibration: Any) -> Path:
-    """The timestep path as it is in loops of the first schedule."""
+def _loops(target: Any, name: str, model: nn.Module, config: TFMQConfig, calibration: Any) -> list[LoopCalls]:
+    """Loops of the first schedule, one for each set of conditions that the timestep path is looked at with."""
     layout = layout_of(model, config.table)
     steps = next(iter(config.num_inference_steps or (None,)))
     conditional = Dependence.TIMESTEP_AND_CONDITION in layout.layers.values()
@@ -124,23 +145,30 @@ def _path(target: Any, name: str, model: nn.Module, config: TFMQConfig, calibrat
         found = calls_of_schedule(target, {name: model}, steps, _arguments(target, item)).get(name)
         if found is None or not found.timesteps or None in found.timesteps:
             raise ConfigError(
-                f"{name}: to learn its timestep path, the pipeline must run with one timestep for all in each call; "
+                f"{name}: to look at its timestep path, the pipeline must run with one timestep for all in each call; "
                 f"of this {type(target).__name__} no such call was seen. Pass calibration=, a list of dicts of its "
-                "arguments, or leave maintenance= out."
+                "arguments, or leave maintenance= and scope= out."
             )
         calls.append(found)
+    return calls
+
+
+def _path(target: Any, model: nn.Module, config: TFMQConfig, loops: list[LoopCalls]) -> Path:
+    """The timestep path as it is in these loops."""
     trained = getattr(target.scheduler.config, "num_train_timesteps", None) or _TRAINED
-    return path_of(layout, model, calls, trained)
+    return path_of(layout_of(model, config.table), model, loops, trained)
 
 
 def _learn(
+    work: TemporalWork,
     model: nn.Module,
     path: Path,
     config: TFMQConfig,
     schemes: Mapping[str, Scheme],
     generator: Callable[[str], torch.Generator],
     device: torch.device | str | None,
-) -> TemporalWork:
+) -> None:
+    """Add learned layers and what was measured of them."""
     own = {name: scheme for name, scheme in schemes.items() if name in path.kinds}
     errors = PathErrors.none(path)
     errors.add("rtn", path.dense, rounded_outputs(path, own))
@@ -156,38 +184,37 @@ def _learn(
         _LOGGER.warning("%s: rounded to nearest: it does not run once for each timestep", name)
         learned[name] = _nearest(model, name, schemes[name], device)
     errors.add("tib", path.dense, path.block.outputs(path.given))
-    ways = {name: ("tib", "as asked") for name in errors.layers}
+    choice = Choice({name: ("tib", "as asked") for name in errors.layers}, {})
     if config.maintenance is Maintenance.AUTO:
         alone = {name: path.dense[name] for name in errors.layers if path.kinds[name] is Dependence.TIMESTEP}
         rows = {name: row for part in store(alone, config.table.table) for name, row in part.rows().items()}
         errors.add("cache", path.dense, path.block.outputs(path.given, rows))
         schedules = 1 if config.num_inference_steps is None else len(config.num_inference_steps)
-        ways = choose_tables(path, errors, config.table.table, config.table_budget, schedules)
-        chosen = {name: rows[name] for name, (way, _) in ways.items() if way == Maintenance.CACHE.value}
-        errors.add("auto", path.dense, path.block.outputs(path.given, chosen))
-    looked_up = {name for name, (way, _) in ways.items() if way == Maintenance.CACHE.value}
-    return _placed(learned, looked_up, Maintained(config, tuple(own), ways, errors))
+        choice = choose_tables(path, errors, config.table.table, config.table_budget, schedules)
+        samples = len(next(iter(path.dense.values()))) // len(path.timesteps)
+        errors.add("auto", path.dense, path.block.outputs(path.given, choice.known(rows, samples)))
+    work.maintained = Maintained(config, tuple(own), choice.ways, errors, choice.rows)
+    # A layer that is computed at some timesteps is met as it is then.
+    work.place(learned, set(work.maintained.cached) - choice.rows.keys())
 
 
-def _rounded(
-    model: nn.Module, config: TFMQConfig, schemes: Mapping[str, Scheme], device: torch.device | str | None
-) -> TemporalWork:
-    """Layers that tables stand for, rounded to nearest: what a call that cannot be looked up computes with, and what
-    rows of those are made of that read a condition."""
+def _round(
+    work: TemporalWork,
+    model: nn.Module,
+    config: TFMQConfig,
+    schemes: Mapping[str, Scheme],
+    device: torch.device | str | None,
+) -> None:
+    """Add layers that tables stand for, rounded to nearest: what a call that cannot be looked up computes with, and
+    what rows of those are made of that read a condition."""
     kinds = layout_of(model, config.table).layers
     layers = {name: _nearest(model, name, scheme, device) for name, scheme in schemes.items()}
-    return _placed(layers, {name for name in layers if kinds[name] is Dependence.TIMESTEP}, None)
+    work.place(layers, {name for name in layers if kinds[name] is Dependence.TIMESTEP})
 
 
 def _nearest(model: nn.Module, name: str, scheme: Scheme, device: torch.device | str | None) -> Quantized:
     dense = model.get_submodule(name)
     return quantize_module(dense, scheme.with_dynamic_inputs(), RTNConfig(), device=device, name=name)
-
-
-def _placed(layers: Mapping[str, Quantized], looked_up: Iterable[str], maintained: Maintained | None) -> TemporalWork:
-    late = {name: layer for name, layer in layers.items() if name in set(looked_up)}
-    ready = {name: layer for name, layer in layers.items() if name not in late}
-    return TemporalWork(None, ready, late, maintained)
 
 
 def _calls_of_schedules(

@@ -17,9 +17,10 @@ from diffuse_compress.integrations.methods import KINDS
 from diffuse_compress.quantization.algorithms.adaround import AdaRoundConfig
 from diffuse_compress.quantization.layers import QuantizedLinear
 from diffuse_compress.quantization.scheme import Scheme
-from diffuse_compress.temporal.config import TFMQConfig
+from diffuse_compress.temporal.config import Scope, TFMQConfig
 from diffuse_compress.temporal.features import PATH_KINDS
-from diffuse_compress.temporal.layout import layout_of
+from diffuse_compress.temporal.layout import Layout, layout_of
+from diffuse_compress.temporal.step_scales import static_layers
 
 __all__ = ["MethodPlan", "plan_methods"]
 
@@ -121,12 +122,40 @@ def _planned(
         return MethodPlan(name, config, _units(where, title, target, model, config))
     layout = layout_of(model, config.table)
     path = frozenset(layer for layer, kind in layout.layers.items() if kind in PATH_KINDS)
+    stepped = _stepped(where, target, model, config, formats, layout)
     if not config.learns:
         left = f", {len(layout.left)} run live" if layout.left else ""
-        return MethodPlan(name, config, f"{len(layout.layers)} layers{left}", path)
+        return MethodPlan(name, config, f"{len(layout.layers)} layers{left}{stepped}", path)
     learned = [layer for layer in formats if layer in path]
     _require_learnable(where, target, model, config, {layer: formats[layer] for layer in learned}, bool(formats))
-    return MethodPlan(name, config, f"{len(learned)} of {len(path)} layers learned", path)
+    return MethodPlan(name, config, f"{len(learned)} of {len(path)} layers learned{stepped}", path)
+
+
+def _stepped(
+    where: str, target: Any, model: nn.Module, config: TFMQConfig, formats: Mapping[str, Scheme], layout: Layout
+) -> str:
+    """How many layers get an input scale for every step, in words; "" where none is to.
+
+    Raises:
+        ConfigError: none of them has static inputs, now or by this call, or there is no loop to look at.
+    """
+    if config.scope is None:
+        return ""
+    asked, all_layers = f'TFMQConfig(scope="{config.scope.value}")', config.scope is Scope.ALL
+    if not is_pipeline(target):
+        raise ConfigError(
+            f"{where}: {asked} keeps input scales for the steps of a pipeline's loop, got a bare model. Compress the "
+            "pipeline."
+        )
+    static = {layer for layer, scheme in formats.items() if scheme.has_static_inputs} | set(static_layers(model))
+    found = [layer for layer in static if all_layers or layout.layers.get(layer) in PATH_KINDS]
+    if not found:
+        which = "no layer" if all_layers else "no layer of the timestep path"
+        raise ConfigError(
+            f"{where}: {asked} keeps static input scales for every step, and {which} has static inputs. Give them a "
+            'Scheme whose inputs are ActivationScheme("int8", PerTensor(), dynamic=False), or leave scope= out.'
+        )
+    return f", input scales of {len(found)} at each step"
 
 
 def _require_learnable(

@@ -82,7 +82,9 @@ def test_a_budget_decides_which_layers_get_tables(tmp_path, capsys):
     assert 0 < len(found.cached) < len(found.ways)
     alone = {n for n, lookup in table.lookups.items() if lookup.dependence is Dependence.TIMESTEP}
     assert alone == set(found.cached)
-    assert table.schedules[0].rows[0].columns.keys() == alone
+    assert set().union(*(part.columns for part in table.schedules[0].rows)) == alone
+    assert found.rows, "the budget ends within a layer's rows"
+    assert table.partly == set(found.rows)
     means = {way: float(error.mean()) for way, error in found.errors.error.items()}
     assert means["cache"] < means["auto"] < means["tib"] < means["rtn"]
     expected = picture(pipe)
@@ -92,10 +94,13 @@ def test_a_budget_decides_which_layers_get_tables(tmp_path, capsys):
     dc.compression_stats(again, strict=True)
     facts = dc.compression_report(again).components["unet"]["methods"]["temporal"]
     assert facts["path"]["ways"] == {n: {"way": way, "why": why} for n, (way, why) in found.ways.items()}
+    assert facts["path"]["rows"] == {n: list(there) for n, there in found.rows.items()}
+    assert maintained_of(again.unet).rows == found.rows
     assert len(facts["path"]["error"]["tib"]) == len(facts["path"]["mismatch"]["auto"]) == STEPS
     main(["info", str(tmp_path)])
     out = capsys.readouterr().out
-    assert f"{len(found.cached)} of {len(found.ways)} features from tables" in out
+    some = f" ({len(found.rows)} at some timesteps only)"
+    assert f"{len(found.cached)} of {len(found.ways)} features from tables{some}" in out
     size = table.nbytes()["schedules"] / 1024
     assert f"rows of {len(alone)} layers for {STEPS} timesteps of DDIMScheduler, {size:.1f} KiB" in out
     assert "depend on timestep alone: time_embedding.linear_1, time_embedding.linear_2, 2 x down_blocks.*" in out

@@ -68,7 +68,7 @@ def _without(key: str) -> Any:
 @pytest.mark.parametrize(
     ("harm", "match"),
     [
-        (lambda tensors, meta: meta.update(schema_version=2), "schema_version must be 1, got 2"),
+        (lambda tensors, meta: meta.update(schema_version=3), "schema_version must be at most 2, got 3"),
         (_without("0.timesteps"), "'0.timesteps' is missing"),
         (_without("0.0.values"), "'0.0.values' is missing"),
         (_without("weights"), "'weights' is missing"),

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
 import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 
 import diffuse_compress as dc
 import tiny
-from diffuse_compress.errors import ConfigError
+from diffuse_compress.errors import CheckpointError, ConfigError
 from diffuse_compress.evaluation.denoiser_inputs import timestep_as_given
 from diffuse_compress.families.base import Dependence
 from diffuse_compress.quantization.convert import replace_module
 from diffuse_compress.quantization.layers import QuantizedLinear
 from diffuse_compress.quantization.numerics import dequantize
+from diffuse_compress.runtime import run, steps
+from diffuse_compress.temporal import index
 from diffuse_compress.temporal.block import TemporalBlock, edges_of, feature_layers, given_of
 from diffuse_compress.temporal.build import Call
 from diffuse_compress.temporal.config import TableConfig, TableFormat
 from diffuse_compress.temporal.features import mismatched, observe, relative_error
 from diffuse_compress.temporal.layout import layout_of
+from diffuse_compress.temporal.lookup import CONSUMER
 from diffuse_compress.temporal.maintenance import PathErrors, choose_tables, rounded_outputs
+from diffuse_compress.temporal.persist import load_table_state, table_state
 from diffuse_compress.temporal.prepare import LoopCalls
+from diffuse_compress.temporal.storage import store
+from diffuse_compress.temporal.table import attach_table
 from diffuse_compress.temporal.tiar import Path, grid_of, observe_loop, path_of, reconstruct
-from temporal.loops import inputs_for, scheduler_for
+from temporal.loops import inputs_for, loop, scheduler_for
 
 W4 = dc.Scheme(dc.WeightScheme("int4", dc.PerChannel(), symmetric=False))
 CLASSES = ["unet", "unet_sdxl", "dit", "pixart", "sd35", "flux", "wan", "cogvideox", "hunyuan_video"]
@@ -42,6 +51,12 @@ def loop_of(model: torch.nn.Module, seed: int = 0) -> LoopCalls:
     """Ten steps of a loop in which all samples have one timestep, a whole number."""
     timesteps = [float(t) for t in range(900, -1, -100)]
     return LoopCalls({**inputs_for(model, seed=seed), "timestep": torch.full((2,), 900)}, timesteps)
+
+
+@functools.cache
+def unet_path() -> Path:
+    """For those that only look at it."""
+    return path_for("unet")[1]
 
 
 def path_for(name: str) -> tuple[torch.nn.Module, Path]:
@@ -188,18 +203,20 @@ def test_layers_that_read_a_label_gain_for_labels_that_were_not_seen_too():
 
 
 def test_tables_go_to_the_layers_that_gain_most_for_a_byte():
-    _, path = path_for("unet")
+    path = unet_path()
     names = path.features
     errors = PathErrors(path.timesteps, tuple(names), {}, {})
     gain = torch.linspace(0.1, 0.5, len(names))
     gain[1] = -0.01  # a table would be worse
     errors.error["cache"] = torch.full((len(names), 10), 0.02)
     errors.error["tib"] = errors.error["cache"] + gain[:, None]
-    size = {name: 10 * 4 * path.dense[name].shape[1] for name in names}
-    everything = choose_tables(path, errors, TableFormat.LIVE, None, 1)
+    size = {name: 2 * 10 * 4 * path.dense[name].shape[1] for name in names}
+    everything = choose_tables(path, errors, TableFormat.LIVE, None, 2).ways
     assert [way for way, _ in everything.values()] == ["cache", "tib", *["cache"] * (len(names) - 2)]
     budget = sum(size.values()) // 2
-    ways = choose_tables(path, errors, TableFormat.LIVE, budget, 1)
+    choice = choose_tables(path, errors, TableFormat.LIVE, budget, 2)
+    ways = choice.ways
+    assert choice.rows == {}, "of two schedules, a layer's rows come or go together"
     left, expected = budget, set()
     for name in sorted(names, key=lambda n: -float(gain[names.index(n)]) / size[n]):
         if gain[names.index(name)] > 0 and size[name] <= left:
@@ -208,7 +225,143 @@ def test_tables_go_to_the_layers_that_gain_most_for_a_byte():
     assert {name for name, (way, _) in ways.items() if way == "cache"} == expected
     assert 0 < len(expected) < len(names) - 1
     assert all("over the budget" in why for name, (way, why) in ways.items() if way == "tib" and name != names[1])
-    assert not any(way == "cache" for way, _ in choose_tables(path, errors, TableFormat.LIVE, 0, 1).values())
+    assert not any(way == "cache" for way, _ in choose_tables(path, errors, TableFormat.LIVE, 0, 2).ways.values())
+
+
+@pytest.mark.parametrize("form", [TableFormat.LIVE, TableFormat.INT8, TableFormat.INT4])
+@pytest.mark.parametrize("share", [None, 0.4, 0.8])
+def test_rows_go_to_the_timesteps_that_gain_most_for_a_byte(form, share):
+    """Layer by layer and step by step, against a search that is written out; the budget holds for what is stored."""
+    path = unet_path()
+    names, generator = path.features, torch.Generator().manual_seed(3)
+    errors = PathErrors(path.timesteps, tuple(names), {}, {})
+    errors.error["cache"] = 0.1 * torch.rand(len(names), 10, generator=generator)
+    errors.error["tib"] = errors.error["cache"] + 0.1 * torch.rand(len(names), 10, generator=generator) - 0.02
+    errors.error["tib"][0] = errors.error["cache"][0] - 0.01  # nothing to gain
+    errors.error["tib"][1] = errors.error["cache"][1] + 0.2  # everything
+    whole = sum(part.nbytes for part in store({name: path.dense[name] for name in names}, form))
+    budget = None if share is None else int(share * whole)
+    choice = choose_tables(path, errors, form, budget, 1)
+    kept: dict[str, set[int]] = {name: set() for name in names}
+    for _, size, name, number in sorted(naive_rows(path, errors, form), reverse=True):
+        others = sum(naive_size(size, len(kept[other]), form) for other, size in row_sizes(path, form) if other != name)
+        if budget is None or others + naive_size(size, len(kept[name]) + 1, form) <= budget:
+            kept[name].add(number)
+    found = {name: {i for i, there in enumerate(rows) if there} for name, rows in choice.rows.items()}
+    for name, (way, why) in choice.ways.items():
+        numbers = found.get(name, set(range(10)) if way == "cache" else set())
+        assert numbers == kept[name], name
+        assert ("over the budget" in why) == (way == "tib" and name != names[0])
+    assert choice.ways[names[0]][0] == "tib"
+    assert choice.ways[names[1]][0] == "cache"
+    assert names[1] not in choice.rows
+    some = {name: path.dense[name] for name, (way, _) in choice.ways.items() if way == "cache"}
+    stored = store(some, form, choice.rows)
+    assert budget is None or sum(part.nbytes for part in stored) <= budget
+    rows = {name: table for part in stored for name, table in part.rows().items()}
+    full = {name: table for part in store(some, form) for name, table in part.rows().items()}
+    for name, known in choice.known(full, 1).items():
+        assert torch.equal(known.isnan().all(dim=1), rows[name].isnan().all(dim=1))
+        assert torch.equal(known.nan_to_num(7.0), rows[name].nan_to_num(7.0)), name
+
+
+def row_sizes(path: Path, form: TableFormat) -> list[tuple[str, int]]:
+    """Bytes of a row, with its scale (fp32) and zero point (int8)."""
+    bits, own = {TableFormat.LIVE: (32, 0), TableFormat.INT8: (8, 5), TableFormat.INT4: (4, 5)}[form]
+    packed = {name: path.dense[name].shape[1] for name in path.features}
+    if form is TableFormat.INT4:
+        packed = {name: -(-width // 128) * 128 for name, width in packed.items()}
+    return [(name, width * bits // 8 + own) for name, width in packed.items()]
+
+
+def naive_size(row: int, count: int, form: TableFormat) -> int:
+    """Bytes of ``count`` of ten rows: with gaps, an int32 for each timestep tells where; codes know their width."""
+    if count == 0:
+        return 0
+    return count * row + (0 if form is TableFormat.LIVE else 8) + (0 if count == 10 else 40)
+
+
+def naive_rows(path: Path, errors: PathErrors, form: TableFormat) -> list[tuple[float, int, str, int]]:
+    """(gain for a byte, bytes, layer, timestep) of all rows that lower an error."""
+    found = []
+    for layer, (name, size) in enumerate(row_sizes(path, form)):
+        for number in range(10):
+            gain = float(errors.error["tib"][layer, number] - errors.error["cache"][layer, number])
+            if gain > 0:
+                found.append((gain / size, size, name, number))
+    return found
+
+
+@pytest.mark.parametrize("form", ["live", "int8", "int4"])
+def test_layers_are_computed_at_timesteps_whose_rows_are_not_there(form):
+    """The bits are those of the rows, where there is one, and of the layers elsewhere; a checkpoint has them too."""
+    model = tiny.build("unet")
+    plain, rng = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    table = attach_table(model, TableConfig(table=form))
+    scheduler = scheduler_for("unet", 5)
+    values = [float(t) for t in scheduler.timesteps]
+    inputs = {**inputs_for(model), "timestep": torch.zeros(2, dtype=torch.int64)}
+    names = [name for name in table.lookups if name.endswith("time_emb_proj")]
+    kept = {name: dict(zip(values, torch.rand(5, generator=rng) < 0.5, strict=True)) for name in names[1:]}
+    kept[names[1]] = dict(zip(values, [True, False] * 3, strict=False))
+    kept = {name: {value: bool(there) for value, there in rows.items()} for name, rows in kept.items()}
+    schedule = table.prepare(inputs, scheduler.timesteps, "DDIMScheduler", kept)
+    partial = {name for name, rows in kept.items() if 0 < sum(rows.values()) < 5}
+    assert table.partly >= partial
+    assert names[0] not in table.partly
+    with torch.no_grad():
+        for part in schedule.rows:  # what is looked up shows
+            part.values += 1
+    rows = {name: found for part in schedule.rows for name, found in part.rows().items()}
+    inputs.pop("timestep")
+    expected = []
+    for number, t in enumerate(scheduler.timesteps):
+        handles = [
+            plain.get_submodule(name).register_forward_hook(lambda m, a, y, row=found[number]: row.expand_as(y))
+            for name, found in rows.items()
+            if not bool(found[number].isnan().any())
+        ]
+        with torch.no_grad():
+            expected.append(plain(**{**inputs, "timestep": t.expand(2), "return_dict": False})[0])
+        for handle in handles:
+            handle.remove()
+    found = loop("unet", model, inputs, scheduler=scheduler_for("unet", 5))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    counted = steps.tracker_of(model).last.method(CONSUMER)
+    assert counted.hits == sum(int((~found.isnan().any(dim=1)).sum()) for found in rows.values())
+    assert not counted.misses
+    tensors, meta = table_state(table)
+    assert meta["schema_version"] == 2
+    other = tiny.build("unet")
+    load_table_state(attach_table(other, TableConfig(table=form)), tensors, json.loads(json.dumps(meta)))
+    found = loop("unet", other, inputs, scheduler=scheduler_for("unet", 5))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    wrong, fresh = {key: t + 1 if key.endswith("place") else t for key, t in tensors.items()}, tiny.build("unet")
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_table_state(attach_table(fresh), wrong, meta)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_steps_without_rows_need_no_word_from_the_device_and_no_graph_of_their_own(monkeypatch):
+    model = tiny.build("unet")
+    table, scheduler, inputs = attach_table(model), scheduler_for("unet", 5), inputs_for(model)
+    name = "mid_block.resnets.0.time_emb_proj"
+    kept = {name: {float(t): number % 2 == 0 for number, t in enumerate(scheduler.timesteps)}}
+    schedule = table.prepare({**inputs, "timestep": torch.zeros(2, dtype=torch.int64)}, scheduler.timesteps, "", kept)
+    with torch.no_grad():
+        next(part for part in schedule.rows if part.place is not None).values.mul_(3)
+    expected = loop("unet", model, inputs, scheduler=scheduler_for("unet", 5))
+    every = loop("unet", tiny.build("unet"), inputs, scheduler=scheduler_for("unet", 5))
+    assert [torch.equal(a, b) for a, b in zip(expected, every, strict=True)] == [False, True, False, True, False]
+    model.mid_block.resnets[0].compile(fullgraph=True, backend="eager")
+    for _ in range(2):
+        found = loop("unet", model, inputs, scheduler=scheduler_for("unet", 5))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert counters["stats"]["unique_graphs"] == 1
+        assert not counters["graph_break"]
+        # As on a device: what is there cannot be read in the loop.
+        monkeypatch.setattr(run, "_readable", lambda timestep: None)
+        monkeypatch.setattr(index, "host_value", lambda timestep: None)
 
 
 @pytest.mark.parametrize(

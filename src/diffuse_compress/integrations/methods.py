@@ -27,9 +27,10 @@ from diffuse_compress.errors import (
 )
 from diffuse_compress.integrations.compat import may_patch
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
-from diffuse_compress.temporal.config import TEMPORAL_KIND, TFMQConfig
+from diffuse_compress.temporal.config import TEMPORAL_KIND, TableConfig, TFMQConfig
 from diffuse_compress.temporal.maintenance import Maintained, maintained_of, set_maintained, table_config
 from diffuse_compress.temporal.persist import load_table_state, table_state
+from diffuse_compress.temporal.step_scales import StepQParams, attach_step_scales, detach_step_scales, step_scales_of
 from diffuse_compress.temporal.table import attach_table, detach_table, table_of
 
 __all__ = [
@@ -110,10 +111,11 @@ class TemporalMethod(Method):
     kind, title = TEMPORAL_KIND, "timestep path"
 
     def config_of(self, model: nn.Module) -> TFMQConfig | None:
-        maintained, table = maintained_of(model), table_of(model)
+        maintained, table, scales = maintained_of(model), table_of(model), step_scales_of(model)
         if maintained is not None:
             return maintained.config
-        return None if table is None else TFMQConfig(table.config, table.prepared)
+        scope = None if scales is None else scales.qparams.scope
+        return None if table is None else TFMQConfig(table.config, table.prepared, scope=scope)
 
     def is_embedded(self, model: nn.Module) -> bool:
         return True
@@ -125,15 +127,24 @@ class TemporalMethod(Method):
         if maintained is not None:
             found, meta["maintained"] = maintained.to_tensors()
             tensors |= {f"{_MAINTAINED}{name}": tensor for name, tensor in found.items()}
+        scales = step_scales_of(model)
+        if scales is not None:
+            found, meta["scales"] = scales.qparams.to_tensors()
+            tensors |= {f"{_SCALES}{name}": tensor for name, tensor in found.items()}
         return Stored(config.to_dict(), meta, tensors)
 
     def restore(self, model: nn.Module, stored: Stored) -> None:
         config = TFMQConfig.from_dict(stored.config)
         maintained = _maintained(config, stored)
         set_maintained(model, maintained)
-        own = table_config(model, config, maintained)
-        if own is None:
-            return
+        scales, own = _step_qparams(stored), table_config(model, config, maintained)
+        if own is not None:
+            self._restore_table(model, stored, config, own)
+        if scales is not None:
+            attach_step_scales(model, scales)
+
+    @staticmethod
+    def _restore_table(model: nn.Module, stored: Stored, config: TFMQConfig, own: TableConfig) -> None:
         table = attach_table(model, own)
         table.prepared = config.num_inference_steps
         weights = stored.tensors.get("weights")
@@ -148,11 +159,13 @@ class TemporalMethod(Method):
         load_table_state(table, stored.tensors, stored.meta)
 
     def remove(self, model: nn.Module) -> None:
+        detach_step_scales(model)
         detach_table(model)
         set_maintained(model, None)
 
     def facts(self, model: nn.Module) -> dict[str, Any]:
-        table, maintained, config = table_of(model), maintained_of(model), self.config_of(model)
+        table, maintained, scales = table_of(model), maintained_of(model), step_scales_of(model)
+        config, qparams = self.config_of(model), None if scales is None else scales.qparams
         assert config is not None
         schedules = [
             {
@@ -163,7 +176,10 @@ class TemporalMethod(Method):
             }
             for known in (() if table is None else table.schedules)
         ]
-        summary, facts = _path_line(config, maintained, schedules), dict[str, Any]()
+        summary, facts = (
+            _path_line(config, maintained, None if scales is None else scales.qparams, schedules),
+            dict[str, Any](),
+        )
         if table is not None:
             summary = f"{table.num_served} layers looked up, {summary}"
             if not schedules:
@@ -177,6 +193,8 @@ class TemporalMethod(Method):
             }
         if maintained is not None:
             facts["path"] = maintained.facts()
+        if qparams is not None:
+            facts["step_scales"] = qparams.facts()
         return {"summary": summary, **facts}
 
     def describe(self, config: Mapping[str, Any], stored: Stored | None) -> str:
@@ -196,15 +214,27 @@ class TemporalMethod(Method):
             }
             for number, known in enumerate(stored.meta.get("schedules", ()))
         ]
-        return _path_line(asked, _maintained(asked, stored), schedules)
+        return _path_line(asked, _maintained(asked, stored), _step_qparams(stored), schedules)
 
 
-_MAINTAINED = "path."
+_MAINTAINED, _SCALES = "path.", "scales."
 
 
-def _path_line(config: TFMQConfig, maintained: Maintained | None, schedules: Sequence[Mapping[str, Any]]) -> str:
-    """How a timestep path is kept: what was asked for, what was learned, and the rows that are stored."""
-    parts = [config.summary] if maintained is None else [config.summary, maintained.describe()]
+def _step_qparams(stored: Stored) -> StepQParams | None:
+    if "scales" not in stored.meta:
+        return None
+    own = {key.removeprefix(_SCALES): t for key, t in stored.tensors.items() if key.startswith(_SCALES)}
+    return StepQParams.from_tensors(own, stored.meta["scales"])
+
+
+def _path_line(
+    config: TFMQConfig,
+    maintained: Maintained | None,
+    scales: StepQParams | None,
+    schedules: Sequence[Mapping[str, Any]],
+) -> str:
+    """How a timestep path is kept: what was asked for, what was learned, input scales, and the rows that are stored."""
+    parts = [config.summary, *(part.describe() for part in (maintained, scales) if part is not None)]
     if schedules:
         rows = [f"{known['rows']} timesteps of {known['scheduler'] or 'a schedule'}" for known in schedules]
         layers, size = max(known["layers"] for known in schedules), sum(known["bytes"] for known in schedules)

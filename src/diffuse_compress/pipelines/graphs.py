@@ -420,14 +420,14 @@ def _is_hooked(module: nn.Module, root: bool) -> bool:
     return not root and bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _lookups_of(model: nn.Module) -> tuple[list[LayerLookup], tuple[str, ...]]:
-    """Layers that give out values of a table in this call, and their names."""
+def _lookups_of(model: nn.Module) -> tuple[list[LayerLookup], tuple[tuple[str, Mode], ...]]:
+    """Layers that give out values of a table in this call, and their names and modes."""
     table = table_of(model)
     lookups = [] if table is None else list(table.lookups.values())
     if any(lookup.mode is not Mode.LOOKUP and lookup.parking is not None for lookup in lookups):
         raise _Refused(PARKED)
-    found = [lookup for lookup in lookups if lookup.mode is Mode.LOOKUP and lookup.value is not None]
-    return found, tuple(lookup.name for lookup in found)
+    found = [lookup for lookup in lookups if lookup.mode in (Mode.LOOKUP, Mode.PARTLY) and lookup.value is not None]
+    return found, tuple((lookup.name, lookup.mode) for lookup in found)
 
 
 def _inputs_of(given: Mapping[int, Streams], kind: _Kind) -> dict[int, dict[str, Input]]:

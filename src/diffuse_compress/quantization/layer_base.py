@@ -15,7 +15,7 @@ from diffuse_compress.quantization.packing import packed_columns
 from diffuse_compress.quantization.rotation import rotate, rotate_back
 from diffuse_compress.quantization.scheme import PerGroup, PerTensor, Scheme, TwoLevel, WeightScheme
 
-__all__ = ["LowRank", "QuantizedLayer", "cast_for_autocast", "check_given", "empty_tensors", "fill"]
+__all__ = ["INPUT_QPARAMS", "LowRank", "QuantizedLayer", "cast_for_autocast", "check_given", "empty_tensors", "fill"]
 
 PARAMETERS = (
     "bias",
@@ -29,6 +29,8 @@ PARAMETERS = (
     "low_rank_down",
     "low_rank_up",
 )
+INPUT_QPARAMS = ("input_scale", "input_zero_point")
+"""Of static inputs. They are no weights: step scales (``temporal/step_scales.py``) write them before every call."""
 _IN_COMPUTE_DTYPE = ("bias", "low_rank_down", "low_rank_up")
 _Layer = TypeVar("_Layer", bound="QuantizedLayer")
 LowRank = tuple[torch.Tensor, torch.Tensor]
@@ -147,6 +149,13 @@ class QuantizedLayer(nn.Module):
         """The input as it is quantized, but for the scale [K] that is still to multiply it: rotations come after it."""
         size = self.scheme.input_rotation
         return (x, self.act_pre_scale) if size is None else (rotate(x, size, self.act_pre_scale), None)
+
+    def prepared_input(self, x: torch.Tensor) -> torch.Tensor:
+        """The input as it is quantized: rotated, and multiplied by ``act_pre_scale`` in fp32."""
+        x, scale = self._rotated(x)
+        if scale is None:
+            return x
+        return x.float() * (scale.view(-1, 1, 1) if isinstance(self, nn.Conv2d) else scale)
 
     def _inputs(self, pre_scale: torch.Tensor | None) -> InputQuantization:
         return InputQuantization(self.input_scale, self.input_zero_point, pre_scale)

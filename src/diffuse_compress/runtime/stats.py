@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ __all__ = [
     "PlanMissedError",
     "Reason",
     "RunShare",
+    "is_unchecked",
     "missed_message",
+    "unchecked",
     "warn",
 ]
 
@@ -241,6 +245,25 @@ class CompressionStats:
 def missed_message(where: str, name: str, call: CallStats) -> str:
     """One sentence for warning and error."""
     return f"{where}: {name} {call.explain(name)}" if where else f"{name} {call.explain(name)}"
+
+
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Inside, this thread's calls are followed as ever, and nobody is told of what methods missed, nor that runs are
+    far from a calibration: they are no runs of a user's."""
+    before, _thread.unchecked = is_unchecked(), True
+    try:
+        yield
+    finally:
+        _thread.unchecked = before
+
+
+def is_unchecked() -> bool:
+    """Are this thread's calls inside of :func:`unchecked`?"""
+    return bool(getattr(_thread, "unchecked", False))
 
 
 def warn(message: str) -> None:

@@ -70,21 +70,22 @@ class TemporalBlock(nn.Module):
     def outputs(
         self, given: Mapping[str, torch.Tensor], known: Mapping[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Outputs [rows, out] of all layers, by name; ``known`` ones are not computed."""
+        """Outputs [rows, out] of all layers, by name; ``known`` ones are not computed, but where they are NaN."""
         found: dict[str, torch.Tensor] = {}
         read: dict[Edge, torch.Tensor] = {}  # one tensor for all that read the same
         for name, layer in zip(self.names, self.layers, strict=True):
-            edge = self.edges.get(name)
-            if known is not None and name in known:
-                found[name] = known[name]
+            edge, there = self.edges.get(name), None if known is None else known.get(name)
+            if there is not None and not bool(there.isnan().any()):
+                found[name] = there
                 continue
             if edge is None:
-                found[name] = layer(given[name])
-                continue
-            if edge not in read:
-                x = found[edge.source]
-                read[edge] = ACTIVATIONS[edge.activation](x + given[name] if edge.beside else x)
-            found[name] = layer(read[edge])
+                x = given[name]
+            else:
+                if edge not in read:
+                    before = found[edge.source]
+                    read[edge] = ACTIVATIONS[edge.activation](before + given[name] if edge.beside else before)
+                x = read[edge]
+            found[name] = layer(x) if there is None else torch.where(there.isnan(), layer(x), there)
         return found
 
     def forward(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

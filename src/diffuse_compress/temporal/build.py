@@ -17,28 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.families.base import TIMESTEP_NAMES, Dependence
+from diffuse_compress.families.base import Dependence
 from diffuse_compress.families.embedding import Entry, Reader
 from diffuse_compress.temporal.layout import Layout
 from diffuse_compress.temporal.lookup import LayerLookup, Mode
 from diffuse_compress.temporal.request import copied
+from diffuse_compress.temporal.step_scales import at_timestep
 
-__all__ = ["Call", "Rows", "arguments_of", "bring_weights", "build", "run_to_block"]
-
-
-def arguments_of(model: nn.Module) -> tuple[list[str], str]:
-    """Names of the forward's arguments, and which of them is the timestep."""
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    return names, next((name for name in TIMESTEP_NAMES if name in names), "")
-
-
-def bring_weights(model: nn.Module, device: torch.device) -> None:
-    """Let the hook of ``enable_model_cpu_offload`` do now what it does right before the forward, for parts that run
-    sooner."""
-    hook = getattr(model, "_hf_hook", None)
-    there = next((parameter.device for parameter in model.parameters()), device)
-    if hook is not None and there.type not in (device.type, "meta"):
-        hook.pre_forward(model)
+__all__ = ["Call", "Rows", "build", "run_to_block"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +103,7 @@ def build(
         for name, lookup in lookups.items():
             reader = layout.temporal.reader_of(name)
             if reader is not None and embeddings.have(reader):
-                _read(reader, lookup, embeddings, wanted)
+                _read(reader, lookup, embeddings, wanted, call.model, rows)
         return _collect(chosen, len(rows), call.batch)
 
 
@@ -155,7 +141,14 @@ class _Embeddings:
         return [self._joined[key]]
 
 
-def _read(reader: Reader, lookup: LayerLookup, embeddings: _Embeddings, wanted: frozenset[Dependence]) -> None:
+def _read(
+    reader: Reader,
+    lookup: LayerLookup,
+    embeddings: _Embeddings,
+    wanted: frozenset[Dependence],
+    model: nn.Module,
+    timesteps: Sequence[Any],
+) -> None:
     """Compute one layer from the arguments of the first block, and record it; its weights leave again."""
     kind, exact = lookup.dependence, embeddings.exact
     # Embedders inside of a block's norm run while the norm's own input is made, and are recorded then.
@@ -164,13 +157,17 @@ def _read(reader: Reader, lookup: LayerLookup, embeddings: _Embeddings, wanted: 
         return
     one_by_one = exact.get(kind, True)
     entries = embeddings.entries(reader, kind, one_by_one or (through and exact[Dependence.TIMESTEP]))
-    inputs = []
-    for number, entry in enumerate(entries):
+    inputs, recorded = [], []
+    # Joined, all timesteps are one entry; of what depends on none, there is one.
+    for number, (entry, timestep) in enumerate(zip(entries, timesteps, strict=False)):
         if reader.through:
             embeddings.give(number if len(entries) > 1 else None)
-        inputs.append(reader.input(entry, lookup.name))
+        with at_timestep(model, timestep):
+            inputs.append(reader.input(entry, lookup.name))
+            if kind in wanted and one_by_one:
+                recorded.append(lookup.live(inputs[-1]))
     if kind in wanted:
-        lookup.recorded = [lookup.live(x) for x in (inputs if one_by_one else [torch.cat(inputs)])]
+        lookup.recorded = recorded if one_by_one else [lookup.live(torch.cat(inputs))]
     if lookup.parking is not None:
         lookup.parking.leave()
 
@@ -271,7 +268,8 @@ def run_to_block(call: Call, block: str, timestep: Any, sources: set[str]) -> En
     parent._modules[leaf] = _Stop(stock)
     arguments = call.at(timestep)
     try:
-        call.model.forward(**arguments)
+        with at_timestep(call.model, timestep):
+            call.model.forward(**arguments)
     except _Reached as reached:
         found = {**arguments, **reached.arguments}
         return Entry(call.model, {name: found[name] for name in sources if name in found}, reached.dtype)

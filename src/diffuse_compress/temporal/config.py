@@ -12,7 +12,7 @@ import torch
 
 from diffuse_compress.errors import ConfigError, nearest
 
-__all__ = ["TEMPORAL_KIND", "Maintenance", "TFMQConfig", "TableConfig", "TableFormat", "WeightPlace"]
+__all__ = ["TEMPORAL_KIND", "Maintenance", "Scope", "TFMQConfig", "TableConfig", "TableFormat", "WeightPlace"]
 
 TEMPORAL_KIND = "temporal"
 
@@ -61,6 +61,17 @@ class Maintenance(str, Enum):
     CACHE = "cache"
     TIB = "tib"
     AUTO = "auto"
+
+
+class Scope(str, Enum):
+    """Which layers have an input scale for every step of a schedule (finite-set calibration).
+
+    TIB: those of the timestep path, whose ranges follow from the timesteps. ALL: every layer whose format has static
+    inputs; the other ranges are seen in trajectories.
+    """
+
+    TIB = "tib"
+    ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,8 @@ class TFMQConfig:
         table_budget: bytes that the stored rows may take in all, for "auto"; None for no limit.
         iterations: steps of Adam in which the codes of a layer are learned, for "tib" and "auto"; the authors take
             20000 for all layers at once.
+        scope: "tib" or "all", layers that get an input scale (and zero point) for every step of these schedules, see
+            :class:`Scope`; their formats must have static inputs. None leaves them one for all steps.
 
     Raises:
         ConfigError: a value that is none of these.
@@ -138,6 +151,7 @@ class TFMQConfig:
     maintenance: Maintenance = Maintenance.CACHE
     table_budget: int | None = None
     iterations: int = 300
+    scope: Scope | None = None
 
     kind: ClassVar[str] = TEMPORAL_KIND
 
@@ -157,6 +171,13 @@ class TFMQConfig:
             )
         object.__setattr__(self, "num_inference_steps", steps)
         object.__setattr__(self, "maintenance", _member("maintenance", Maintenance, self.maintenance, "TFMQConfig"))
+        if self.scope is not None:
+            object.__setattr__(self, "scope", _member("scope", Scope, self.scope, "TFMQConfig"))
+            if self.num_inference_steps == ():
+                raise ConfigError(
+                    f'TFMQConfig: scope="{self.scope.value}" keeps input scales for the steps of a schedule, got '
+                    "num_inference_steps=(). Name one, or leave it out for the pipeline's own."
+                )
         self._check_maintenance()
 
     def _check_maintenance(self) -> None:
@@ -184,6 +205,10 @@ class TFMQConfig:
     @property
     def summary(self) -> str:
         """In a few words, for plans."""
+        return self._kept if self.scope is None else f"{self._kept}, input scales for each step ({self.scope.value})"
+
+    @property
+    def _kept(self) -> str:
         if self.maintenance is Maintenance.TIB:
             return f"learned codes (TIAR, {self.iterations} steps)"
         where = self.table.weights
@@ -203,6 +228,7 @@ class TFMQConfig:
             "maintenance": self.maintenance.value,
             "table_budget": self.table_budget,
             "iterations": self.iterations,
+            "scope": None if self.scope is None else self.scope.value,
         }
 
     @classmethod

@@ -24,11 +24,13 @@ CONSUMER = "temporal table"
 
 
 class Mode(IntEnum):
-    """What a layer's forward does."""
+    """What a layer's forward does. PARTLY looks up where the table has a row, and computes where it is NaN: in every
+    call, so that neither the host nor a compiler needs to know which it is."""
 
     LIVE = 0
     LOOKUP = 1
     RECORD = 2
+    PARTLY = 3
 
 
 class LayerLookup:
@@ -67,9 +69,10 @@ class LayerLookup:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output, looked up or computed: [batch, out], or [..., out] of conditions."""
-        if self.mode == Mode.LOOKUP:
+        if self.mode in (Mode.LOOKUP, Mode.PARTLY):
             if self.value is not None and self.value.shape[:-1] == x.shape[:-1]:
-                return self.value
+                value = self.value
+                return value if self.mode == Mode.LOOKUP else torch.where(value.isnan(), self.live(x), value)
             self._mismatch()
         output = self.live(x)
         if self.mode == Mode.RECORD:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from diffuse_compress.temporal.storage import store
 from diffuse_compress.temporal.tiar import Path
 
 __all__ = [
+    "Choice",
     "Maintained",
     "PathErrors",
     "choose_tables",
@@ -98,16 +99,23 @@ class Maintained:
         ways: "cache" or "tib" of each layer with a temporal feature, and why.
         errors: measured when it was compressed: "rtn" (the same formats, rounded to nearest), "tib", "cache", and of
             "auto" what was chosen.
+        rows: bool [timesteps] of layers that have rows of the first schedule at some timesteps only: is there one?
     """
 
     config: TFMQConfig
     learned: tuple[str, ...]
     ways: dict[str, tuple[str, str]]
     errors: PathErrors
+    rows: dict[str, tuple[bool, ...]] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> dict[str, dict[float, bool]]:
+        """:attr:`rows` by timestep."""
+        return {name: dict(zip(self.errors.timesteps, there, strict=True)) for name, there in self.rows.items()}
 
     @property
     def cached(self) -> list[str]:
-        """Layers of the timestep alone that have tables."""
+        """Layers of the timestep alone that have tables, of all timesteps or some."""
         return [name for name, (way, _) in self.ways.items() if way == Maintenance.CACHE.value]
 
     @property
@@ -118,12 +126,14 @@ class Maintained:
     def describe(self) -> str:
         """In one line."""
         chosen = f", {len(self.cached)} of {len(self.ways)} features from tables" if self.cached else ""
+        chosen += f" ({len(self.rows)} at some timesteps only)" if self.rows else ""
         return f"{len(self.learned)} layers learned on the timesteps{chosen}; {self.errors.summary()}"
 
     def facts(self) -> dict[str, Any]:
         """JSON-able."""
         ways = {name: {"way": way, "why": why} for name, (way, why) in self.ways.items()}
-        return {"learned": list(self.learned), "ways": ways, **self.errors.facts()}
+        rows = {name: list(there) for name, there in self.rows.items()}
+        return {"learned": list(self.learned), "ways": ways, **({"rows": rows} if rows else {}), **self.errors.facts()}
 
     def to_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors by name, what they are, JSON-able), for :meth:`from_tensors`."""
@@ -140,6 +150,8 @@ class Maintained:
             "layers": list(errors.layers),
             "measured": list(errors.error),
         }
+        if self.rows:
+            tensors["rows"], meta["rows"] = torch.tensor(list(self.rows.values())), list(self.rows)
         return tensors, meta
 
     @classmethod
@@ -147,7 +159,8 @@ class Maintained:
         cls, config: TFMQConfig, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]
     ) -> Maintained:
         """Read :meth:`to_tensors`. Raises CheckpointError if a tensor is missing."""
-        missing = [key for key in _KEYS if key not in tensors]
+        some = meta.get("rows", [])
+        missing = [key for key in (*_KEYS, *(["rows"] if some else [])) if key not in tensors]
         if missing:
             raise CheckpointError(
                 f"timestep path: the tensor {missing[0]!r} is missing. The checkpoint was changed; compress the dense "
@@ -156,9 +169,9 @@ class Maintained:
         by_way = ({way: tensors[key][i] for i, way in enumerate(meta["measured"])} for key in _KEYS[1:])
         timesteps = tuple(tensors["timesteps"].tolist())
         errors = PathErrors(timesteps, tuple(meta["layers"]), *by_way)
-        return cls(
-            config, tuple(meta["learned"]), {name: (way, why) for name, (way, why) in meta["ways"].items()}, errors
-        )
+        ways = {name: (way, why) for name, (way, why) in meta["ways"].items()}
+        rows = {name: tuple(tensors["rows"][i].tolist()) for i, name in enumerate(some)}
+        return cls(config, tuple(meta["learned"]), ways, errors, rows)
 
 
 def maintained_of(model: nn.Module) -> Maintained | None:
@@ -187,14 +200,34 @@ def rounded_outputs(path: Path, schemes: Mapping[str, Scheme]) -> dict[str, torc
             path.block.put(name, layer)
 
 
-def choose_tables(
-    path: Path, errors: PathErrors, form: TableFormat, budget: int | None, schedules: int
-) -> dict[str, tuple[str, str]]:
-    """{layer with a temporal feature: ("cache" or "tib", why)}, by the errors and under a budget.
+@dataclass
+class Choice:
+    """What :func:`choose_tables` has chosen.
+
+    Attributes:
+        ways: {layer with a temporal feature: ("cache" or "tib", why)}.
+        rows: bool [timesteps] of layers that have rows for some timesteps only: is there one?
+    """
+
+    ways: dict[str, tuple[str, str]]
+    rows: dict[str, tuple[bool, ...]]
+
+    def known(self, tables: Mapping[str, torch.Tensor], samples: int) -> dict[str, torch.Tensor]:
+        """Of ``tables`` [timesteps * samples, out] what is looked up; NaN where it is not."""
+        found = {name: tables[name] for name, (way, _) in self.ways.items() if way == Maintenance.CACHE.value}
+        for name, there in self.rows.items():
+            absent = ~torch.tensor(there, device=found[name].device).repeat_interleave(samples)
+            found[name] = found[name].masked_fill(absent[:, None], torch.nan)
+        return found
+
+
+def choose_tables(path: Path, errors: PathErrors, form: TableFormat, budget: int | None, schedules: int) -> Choice:
+    """What is looked up, by the errors and under a budget: layer by layer and timestep by timestep.
 
     Source: Huang et al. 2024, arXiv 2407.19547 (disturbance-aware selection): the way with the smaller error of the
-    feature. Differs: what does not fit a budget stays with its learned codes; first come the layers whose error falls
-    most for a byte.
+    feature. Differs: what does not fit a budget stays with its learned codes; first come the rows by which the error
+    falls most for a byte. Where several schedules are stored, a layer's rows come or go together: errors are known at
+    the timesteps of the first.
 
     Args:
         path: as it was measured.
@@ -203,24 +236,74 @@ def choose_tables(
         budget: bytes of all rows; None for no limit.
         schedules: whose rows are stored, of as many timesteps as those that were measured.
     """
-    gains = (errors.error["tib"] - errors.error["cache"]).mean(dim=1).tolist()
+    gains = errors.error["tib"] - errors.error["cache"]
     ways: dict[str, tuple[str, str]] = {}
-    wanted: list[tuple[float, int, str]] = []
+    sizes: dict[str, _Size] = {}
     for name, gain in zip(errors.layers, gains, strict=True):
+        together = schedules > 1 or path.kinds[name] is not Dependence.TIMESTEP
         if path.kinds[name] is not Dependence.TIMESTEP:
             ways[name] = ("tib", "it depends on a condition: its rows are made of the quantized weights")
-        elif gain <= 0:
+        elif not bool(gain.mean() > 0 if together else (gain > 0).any()):
             ways[name] = ("tib", f"its learned codes are as near as a table of {form.value}")
         else:
-            size = schedules * sum(part.nbytes for part in store({name: path.dense[name]}, form))
-            wanted.append((gain / size, size, name))
+            sizes[name] = _Size.of(path.dense[name], form, len(errors.timesteps), schedules)
+    steps = {name: gain.tolist() for name, gain in zip(errors.layers, gains, strict=True) if name in sizes}
+    chosen = _rows_within(sizes, steps, budget, together=schedules > 1)
+    rows = {}
+    for name, size in sizes.items():
+        there, count = chosen[name], sum(chosen[name])
+        lower = sum(gain for gain, here in zip(steps[name], there, strict=True) if here or not count) / len(there)
+        by = f"error lower by {lower:.2g}, {size.bytes(count or len(there))} bytes"
+        if not count:
+            ways[name] = ("tib", f"over the budget: {by}")
+        elif count == len(there):
+            ways[name] = ("cache", by)
+        else:
+            ways[name] = ("cache", f"rows of {count} of {len(there)} timesteps: {by}")
+            rows[name] = there
+    return Choice({name: ways[name] for name in errors.layers}, rows)
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Bytes of a layer's table: of each row, of a whole one beside its rows, and of one with gaps beside that."""
+
+    row: int
+    whole: int
+    gaps: int
+    timesteps: int
+
+    @classmethod
+    def of(cls, dense: torch.Tensor, form: TableFormat, timesteps: int, schedules: int) -> _Size:
+        parts = store({"": dense[:: len(dense) // timesteps]}, form)
+        beside = sum(part.widths.nbytes for part in parts if part.widths is not None)
+        row = (sum(part.nbytes for part in parts) - beside) // timesteps
+        return cls(schedules * row, schedules * beside, 4 * timesteps, timesteps)
+
+    def bytes(self, count: int) -> int:
+        """Of ``count`` rows."""
+        return count * self.row + (self.whole + (self.gaps if count < self.timesteps else 0) if count else 0)
+
+
+def _rows_within(
+    sizes: Mapping[str, _Size], gains: Mapping[str, list[float]], budget: int | None, together: bool
+) -> dict[str, tuple[bool, ...]]:
+    """{layer: which of its rows are kept}: those that lower the error, most for a byte first."""
+    if together:
+        units = [(sum(own) / len(own), name, range(len(own))) for name, own in gains.items()]
+    else:
+        units = [(g, name, range(k, k + 1)) for name, own in gains.items() for k, g in enumerate(own) if g > 0]
+    by_gain = sorted(units, key=lambda unit: (unit[0] / sizes[unit[1]].row, unit[1], -unit[2][0]), reverse=True)
+    counts, kept = dict.fromkeys(sizes, 0), {name: [False] * len(own) for name, own in gains.items()}
     taken = 0
-    for gain, size, name in sorted(wanted, reverse=True):
-        fits = budget is None or taken + size <= budget
-        taken += size * fits
-        by = f"error lower by {gain * size:.2g}, {size} bytes"
-        ways[name] = ("cache", by) if fits else ("tib", f"over the budget: {by}")
-    return {name: ways[name] for name in errors.layers}
+    for _, name, numbers in by_gain:
+        more = sizes[name].bytes(counts[name] + len(numbers)) - sizes[name].bytes(counts[name])
+        if budget is None or taken + more <= budget:
+            taken += more
+            counts[name] += len(numbers)
+            for number in numbers:
+                kept[name][number] = True
+    return {name: tuple(own) for name, own in kept.items()}
 
 
 def table_config(model: nn.Module, config: TFMQConfig, maintained: Maintained | None) -> TableConfig | None:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffuse_compress.quantization.layer_base import INPUT_QPARAMS
 from diffuse_compress.quantization.layers import QuantizedLinear
 from diffuse_compress.quantization.numerics import dequantize, quantize_weight
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import NumberFormat, PerChannel, PerGroup, WeightScheme
 from diffuse_compress.temporal.config import WeightPlace
 
-__all__ = ["Folder", "Parking", "sample_of"]
+__all__ = ["Folder", "Parking", "sample_of", "weights_of"]
 
 _SCHEMES = {
     WeightPlace.INT8: WeightScheme(NumberFormat.INT8, PerChannel()),
@@ -140,8 +141,7 @@ class Parking:
                 del hooks[key]
 
     def _weights(self) -> dict[str, nn.Parameter]:
-        """The parameters that go: not the bias."""
-        return {name: p for name, p in self.layer._parameters.items() if p is not None and name != "bias"}
+        return weights_of(self.layer)
 
     def _put(self, parameter: nn.Parameter) -> _Kept:
         weight, data = parameter.detach(), None
@@ -181,6 +181,12 @@ def sample_of(weight: torch.Tensor, count: int = 64) -> torch.Tensor:
     """``count`` elements of a weight from all over it, float64 on the CPU."""
     flat = weight.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // count)][:count].cpu().double()
+
+
+def weights_of(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that tables are made from, and that go: not the bias, nor the range of a static input."""
+    parameters = layer._parameters.items()
+    return {name: p for name, p in parameters if p is not None and name not in ("bias", *INPUT_QPARAMS)}
 
 
 def _owner(hook: Any) -> Any:

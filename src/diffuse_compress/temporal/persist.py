@@ -17,7 +17,8 @@ from diffuse_compress.temporal.table import TemporalTable
 
 __all__ = ["SCHEMA_VERSION", "load_table_state", "table_state"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2 has rows for some timesteps only; without them, what is written is as of 1."""
 
 _BITS = (0, 4, 8)
 
@@ -25,8 +26,8 @@ _BITS = (0, 4, 8)
 def table_state(table: TemporalTable) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors by key, what they are, JSON-serialisable) of every schedule that the table holds.
 
-    Keys are ``<schedule>.timesteps`` (float64), ``<schedule>.<part>.values``, ``.scale``, ``.zero_point`` and
-    ``.widths`` (``StoredRows``), and ``weights``, samples of the weights that the model has now.
+    Keys are ``<schedule>.timesteps`` (float64), ``<schedule>.<part>.values``, ``.scale``, ``.zero_point``, ``.widths``
+    and ``.place`` (``StoredRows``), and ``weights``, samples of the weights that the model has now.
     """
     tensors = {"weights": table.weights_signature()}
     schedules = []
@@ -36,10 +37,13 @@ def table_state(table: TemporalTable) -> tuple[dict[str, torch.Tensor], dict[str
         for place, part in enumerate(schedule.rows):
             tensors |= {f"{number}.{place}.{name}": tensor for name, tensor in part.tensors().items()}
             columns = {name: list(span) for name, span in part.columns.items()}
-            parts.append({"columns": columns, "dtype": str(part.dtype).removeprefix("torch."), "bits": part.bits})
+            dtype = str(part.dtype).removeprefix("torch.")
+            some = {} if part.place is None else {"partial": True}
+            parts.append({"columns": columns, "dtype": dtype, "bits": part.bits, **some})
         named = {name: getattr(schedule, name) for name in ("form", "precision", "batch", "scheduler")}
         schedules.append({**named, "parts": parts})
-    return tensors, {"schema_version": SCHEMA_VERSION, "schedules": schedules}
+    partial = any(part.place is not None for schedule in table.schedules for part in schedule.rows)
+    return tensors, {"schema_version": SCHEMA_VERSION if partial else 1, "schedules": schedules}
 
 
 def load_table_state(
@@ -58,10 +62,10 @@ def load_table_state(
         CheckpointError: another schema, tensors that are missing or do not fit the model, or (without ``adopt``) other
             weights; the table is as it was then.
     """
-    if meta.get("schema_version") != SCHEMA_VERSION:
+    if meta.get("schema_version") not in (1, SCHEMA_VERSION):
         raise CheckpointError(
-            f"temporal table: schema_version must be {SCHEMA_VERSION}, got {meta.get('schema_version')!r}. Update "
-            "diffuse-compress, or build the table again."
+            f"temporal table: schema_version must be at most {SCHEMA_VERSION}, got {meta.get('schema_version')!r}. "
+            "Update diffuse-compress, or build the table again."
         )
     signature = table.weights_signature()
     if not adopt and not torch.equal(_tensor(tensors, "weights").cpu(), signature):
@@ -97,11 +101,13 @@ def _part(
     )
     values = _tensor(tensors, f"{prefix}.values")
     width = values.shape[1] * 8 // (bits or 8)
-    stored = StoredRows(columns, values, scale, zero_point, widths, width, dtype or torch.float32, bits)
+    place = _tensor(tensors, f"{prefix}.place") if part.get("partial") else None
+    stored = StoredRows(columns, values, scale, zero_point, widths, width, dtype or torch.float32, bits, place)
+    whole = stored.num_rows == rows and (place is None or int(place.max()) == values.shape[0] - 1)
     for name, (first, end) in columns.items():
         lookup = table.lookups.get(name)
         wide = lookup is not None and end - first == lookup.layer.out_features and 0 <= first < end <= stored.width
-        if not wide or bits not in _BITS or not isinstance(dtype, torch.dtype) or stored.values.shape[0] != rows:
+        if not wide or bits not in _BITS or not isinstance(dtype, torch.dtype) or not whole:
             raise CheckpointError(
                 f"temporal table: {prefix} does not fit {name} of {type(table.model).__name__}. It is of another "
                 "model, or was changed; build the table again."

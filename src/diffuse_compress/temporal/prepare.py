@@ -17,7 +17,7 @@ from torch import nn
 from diffuse_compress.errors import ModelStateError
 from diffuse_compress.logging import get_logger
 from diffuse_compress.pipeline_call import from_noise, untouched
-from diffuse_compress.temporal.build import arguments_of
+from diffuse_compress.temporal.model_call import arguments_of, single_timestep
 from diffuse_compress.temporal.table import TemporalTable
 
 __all__ = ["LoopCalls", "calls_of_schedule", "loop_calls", "prepare_schedule"]
@@ -67,8 +67,14 @@ def calls_of_schedule(
         return {}
 
 
-def prepare_schedule(table: TemporalTable, calls: LoopCalls, scheduler: str) -> None:
-    """Build the rows of the timestep alone for these calls; what cannot be built is left to the first run."""
+def prepare_schedule(
+    table: TemporalTable,
+    calls: LoopCalls,
+    scheduler: str,
+    kept: Mapping[str, Mapping[float, bool]] | None = None,
+) -> None:
+    """Build the rows of the timestep alone for these calls, or those of them that are kept (``TemporalTable.prepare``);
+    what cannot be built is left to the first run."""
     known = [value for value in calls.timesteps if value is not None]
     name = type(table.model).__name__
     if not known or len(known) != len(calls.timesteps):
@@ -76,7 +82,7 @@ def prepare_schedule(table: TemporalTable, calls: LoopCalls, scheduler: str) -> 
             name, f"{len(known)} of its {len(calls.timesteps)} calls have one timestep for all"
         )
     try:
-        table.prepare(calls.inputs, torch.tensor(known, dtype=torch.float64), scheduler)
+        table.prepare(calls.inputs, torch.tensor(known, dtype=torch.float64), scheduler, kept)
     except ModelStateError as error:
         _left_to_the_first_run(name, error)
     return None
@@ -95,7 +101,9 @@ def _answering(model: nn.Module, calls: LoopCalls) -> Iterator[None]:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        calls.timesteps.append(_single(inputs.get(timestep)))
+        given = inputs.get(timestep)
+        each = isinstance(given, torch.Tensor) and given.ndim > 1  # tokens have timesteps of their own
+        calls.timesteps.append(None if each else single_timestep(given))
         if not outputs:
             calls.inputs.update(inputs)
             outputs.append(stock(*args, **kwargs))
@@ -109,11 +117,3 @@ def _answering(model: nn.Module, calls: LoopCalls) -> Iterator[None]:
             del model.__dict__["forward"]
         else:
             model.forward = own
-
-
-def _single(timestep: Any) -> float | None:
-    """The timestep of a call, or None if samples or tokens have several."""
-    if not isinstance(timestep, torch.Tensor):
-        return None if timestep is None else float(timestep)
-    values = timestep.detach().double().flatten().unique().tolist()
-    return values[0] if len(values) == 1 and timestep.ndim < 2 else None

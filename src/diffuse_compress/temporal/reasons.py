@@ -12,6 +12,7 @@ __all__ = [
     "FAILED",
     "NOT_TRACKED",
     "NO_BATCH",
+    "OFFLOADED",
     "OTHER_PROCESSOR",
     "OTHER_SHAPE",
     "PER_TOKEN",
@@ -43,6 +44,10 @@ CAPTURED = Reason(
 )
 NOT_TRACKED = Reason("the model's place in the loop is not followed", "attach the table again")
 NO_BATCH = Reason("the model was called without a sample tensor", "pass the sample as a tensor [batch, ...]")
+OFFLOADED = Reason(
+    "input scales are not loaded before the call, so that those of all steps were used",
+    "use pipe.enable_model_cpu_offload(), or group offloading, instead of enable_sequential_cpu_offload()",
+)
 ADAPTED = Reason(
     "an adapter (LoRA) is on the layer, or on one that it depends on",
     "merge it: pipe.fuse_lora() and then pipe.unload_lora_weights()",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,12 @@ class Schedule:
         """Are these timesteps' rows of these layers here?"""
         same = self.values == timesteps.values and (self.form, self.precision) == (timesteps.form, precision)
         return same and set().union(*(part.columns for part in self.rows)) >= layers
+
+    @functools.cached_property
+    def partly(self) -> dict[str, list[bool]]:
+        """Of layers that have no row at some timesteps: is there one?"""
+        parts = [(part, (part.place >= 0).tolist()) for part in self.rows if part.place is not None]
+        return {name: there for part, there in parts for name in part.columns}
 
     @property
     def nbytes(self) -> int:

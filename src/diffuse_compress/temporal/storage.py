@@ -6,7 +6,7 @@ depends on how many timesteps there are. Blocks that were compiled with one numb
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,8 @@ class StoredRows:
         width: columns of a row of floats.
         dtype: of what the layers give.
         bits: of a code; 0 for floats.
+        place: int32 [rows of the schedule], which row of ``values`` is meant, -1 where there is none; None where there
+            is one for each. What is given out of a row that is not there is NaN.
     """
 
     columns: dict[str, tuple[int, int]]
@@ -47,6 +49,12 @@ class StoredRows:
     width: int
     dtype: torch.dtype
     bits: int
+    place: torch.Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Of the schedule."""
+        return (self.values if self.place is None else self.place).shape[0]
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +63,7 @@ class StoredRows:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is stored, by attribute."""
-        named = {name: getattr(self, name) for name in ("values", "scale", "zero_point", "widths")}
+        named = {name: getattr(self, name) for name in ("values", "scale", "zero_point", "widths", "place")}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def fetch(self, index: torch.Tensor) -> torch.Tensor:
@@ -72,7 +80,10 @@ class StoredRows:
 
     def lay_out(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
         """Every layer's rows [n, out] at ``index``, contiguous, as the layer itself would have made them."""
-        row = self.fetch(index)
+        there = None if self.place is None else self.place.index_select(0, index)
+        row = self.fetch(index if there is None else there.clamp(min=0))
+        if there is not None:
+            row = row.masked_fill((there < 0)[:, None], torch.nan)
         places = list(dict.fromkeys(self.columns.values()))
         parts = [row[:, first:end] for first, end in places]
         if row.shape[0] > 1:
@@ -86,7 +97,7 @@ class StoredRows:
 
     def rows(self) -> dict[str, torch.Tensor]:
         """Every layer's table [rows, out], as it is given out."""
-        return self.lay_out(torch.arange(self.values.shape[0], device=self.values.device))
+        return self.lay_out(torch.arange(self.num_rows, device=self.values.device))
 
     @property
     def exact(self) -> bool:
@@ -99,16 +110,33 @@ class StoredRows:
             setattr(self, name, tensor.to(device))
 
 
-def store(layers: Mapping[str, torch.Tensor], form: TableFormat) -> list[StoredRows]:
+def store(
+    layers: Mapping[str, torch.Tensor], form: TableFormat, kept: Mapping[str, Sequence[bool]] | None = None
+) -> list[StoredRows]:
     """Tables [rows, out] of several layers in this format, those of one dtype together; equal ones are kept once.
+
+    Args:
+        layers: tables by name.
+        form: of the rows.
+        kept: of layers of which not all rows are kept: is this one? Those with the same rows go together.
 
     Raises:
         ModelStateError: to codes, and values are not finite.
     """
-    by_dtype: dict[torch.dtype, dict[str, torch.Tensor]] = {}
+    alike: dict[tuple[torch.dtype, tuple[bool, ...] | None], dict[str, torch.Tensor]] = {}
     for name, rows in layers.items():
-        by_dtype.setdefault(rows.dtype, {})[name] = rows
-    return [_together(tables, form, dtype) for dtype, tables in by_dtype.items()]
+        some = tuple((kept or {}).get(name, ()))
+        alike.setdefault((rows.dtype, None if all(some) else some), {})[name] = rows
+    found = []
+    for (dtype, some), tables in alike.items():
+        if some is None:
+            found.append(_together(tables, form, dtype))
+            continue
+        there = torch.tensor(some, device=next(iter(tables.values())).device)
+        part = _together({name: rows[there] for name, rows in tables.items()}, form, dtype)
+        part.place = torch.where(there, there.cumsum(0) - 1, -1).int()
+        found.append(part)
+    return found
 
 
 def _together(layers: Mapping[str, torch.Tensor], form: TableFormat, dtype: torch.dtype) -> StoredRows:

@@ -7,7 +7,6 @@ known or has changed (``_Refused`` tells what) leaves the layers alone, and is c
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -22,11 +21,12 @@ from diffuse_compress.logging import get_logger
 from diffuse_compress.runtime import steps
 from diffuse_compress.runtime.run import Run
 from diffuse_compress.runtime.stats import Reason
-from diffuse_compress.temporal.build import Call, Rows, arguments_of, bring_weights, build
+from diffuse_compress.temporal.build import Call, Rows, build
 from diffuse_compress.temporal.config import TableConfig, WeightPlace
 from diffuse_compress.temporal.index import Index
 from diffuse_compress.temporal.layout import layout_of
 from diffuse_compress.temporal.lookup import CONSUMER, LayerLookup, Mode
+from diffuse_compress.temporal.model_call import arguments_of, bring_weights
 from diffuse_compress.temporal.parking import Folder, Parking
 from diffuse_compress.temporal.reasons import (
     ADAPTED,
@@ -45,7 +45,9 @@ from diffuse_compress.temporal.reasons import (
 from diffuse_compress.temporal.request import Conditions
 from diffuse_compress.temporal.schedule import Timesteps, timesteps_of
 from diffuse_compress.temporal.state import Pass, Request, Schedule
+from diffuse_compress.temporal.step_scales import step_scales_of
 from diffuse_compress.temporal.storage import store
+from diffuse_compress.temporal.turns import Turns
 from diffuse_compress.temporal.watch import Watch
 
 __all__ = ["TemporalTable", "attach_table", "detach_table", "table_of"]
@@ -96,8 +98,7 @@ class TemporalTable:
         self._kinds: dict[Dependence, frozenset[str]] = {}
         self._leave(self.layout.left)
         self._names, self._timestep = arguments_of(model)
-        self._busy: int | None = None
-        self._contended = False
+        self._turns = Turns()
 
     # --- attaching ------------------------------------------------------------------------------------------------
 
@@ -125,9 +126,8 @@ class TemporalTable:
         steps.untrack(self.model, CONSUMER)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What belongs to a call or to a device's stream is made again.
-        gone: dict[str, Any] = {"_busy": None, "_contended": False, "_index": Index()}
-        return {**self.__dict__, **gone}
+        # What belongs to a device's stream is made again.
+        return {**self.__dict__, "_index": Index()}
 
     # --- what is planned and what it takes ------------------------------------------------------------------------
 
@@ -135,7 +135,13 @@ class TemporalTable:
         """Layers to look up in every step of a run; of a class that was probed, that shows when they are recorded."""
         if self._probed and not self.schedules:
             return None
-        return None if run.num_steps is None else [self.num_served * self._calls_per_step] * run.num_steps
+        served = self.num_served - len(self.partly)
+        return None if run.num_steps is None else [served * self._calls_per_step] * run.num_steps
+
+    @property
+    def partly(self) -> set[str]:
+        """Layers that have rows for some timesteps of a schedule only; they are no part of the plan."""
+        return {name for schedule in self.schedules for name in schedule.partly}
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the tables by schedule (all), of the last request's tables, and of the layers' weights.
@@ -195,7 +201,7 @@ class TemporalTable:
         if torch.compiler.is_compiling():
             return
         self._all_live()
-        self._leave_thread()
+        self._turns.leave()
 
     def _all_live(self) -> None:
         for lookup in self.lookups.values():
@@ -203,17 +209,8 @@ class TemporalTable:
 
     def _enter(self) -> None:
         """One thread at a time: rows and index are the model's. With two, both compute."""
-        me = threading.get_ident()
-        if self._busy not in (None, me) and any(thread.ident == self._busy for thread in threading.enumerate()):
-            self._contended = True
+        if not self._turns.enter():
             raise _Refused(TWO_THREADS)
-        self._busy = me
-        if self._contended:
-            raise _Refused(TWO_THREADS)
-
-    def _leave_thread(self) -> None:
-        if self._busy == threading.get_ident():
-            self._busy, self._contended = None, False
 
     def _refuse(self, context: steps.StepContext | None, reason: Reason) -> None:
         for lookup in self.lookups.values():
@@ -239,7 +236,7 @@ class TemporalTable:
         except _Refused:
             return False
         finally:
-            self._leave_thread()
+            self._turns.leave()
         return True
 
     def _serve(
@@ -249,7 +246,7 @@ class TemporalTable:
         call = self._call(args, kwargs)
         blocked, place, schedule, request = self._find(context, call)
         self._index.write(place, call.batch, 0 if request is None else request.first, call.device)
-        return self._turn_on(schedule, request, blocked)
+        return self._turn_on(schedule, request, blocked, place)
 
     def _find(
         self, context: steps.StepContext, call: Call
@@ -346,7 +343,13 @@ class TemporalTable:
             raise
         return progress.schedule
 
-    def _rows_for(self, call: Call, timesteps: Timesteps, scheduler: str) -> Schedule:
+    def _rows_for(
+        self,
+        call: Call,
+        timesteps: Timesteps,
+        scheduler: str,
+        kept: Mapping[str, Mapping[float, bool]] | None = None,
+    ) -> Schedule:
         precision = _precision(self.model, call)
         fitting = [known for known in self.schedules if known.serves(timesteps, precision, self._kinds[_T])]
         if self.config.exact:
@@ -355,7 +358,10 @@ class TemporalTable:
             schedule = fitting[-1]
         else:
             given = [timesteps.at(number, call.batch) for number in range(len(timesteps.values))]
-            parts = store(self._build(call, given, frozenset({_T})).timestep, self.config.table)
+            some = {
+                name: [there.get(value, True) for value in timesteps.values] for name, there in (kept or {}).items()
+            }
+            parts = store(self._build(call, given, frozenset({_T})).timestep, self.config.table, some)
             schedule = Schedule(
                 timesteps.values, timesteps.form, precision, parts, call.batch, scheduler, self._signature
             )
@@ -374,13 +380,20 @@ class TemporalTable:
         """Samples of the weights that tables of the timestep alone are made from, float64 on the CPU."""
         return self._watch.signature()
 
-    def prepare(self, inputs: Mapping[str, Any], timesteps: torch.Tensor, scheduler: str = "") -> Schedule:
+    def prepare(
+        self,
+        inputs: Mapping[str, Any],
+        timesteps: torch.Tensor,
+        scheduler: str = "",
+        kept: Mapping[str, Mapping[float, bool]] | None = None,
+    ) -> Schedule:
         """Build the rows of the timestep alone for a schedule, before any run.
 
         Args:
             inputs: arguments of one call of the model by name, with a timestep in the dtype and shape of later calls.
             timesteps: [rows], as the model will be given them: Flux's pipeline gives ``(t.to(dtype) / 1000)``.
             scheduler: class name of the scheduler, for the record.
+            kept: {layer: {timestep: is its row kept?}} of layers that are computed at the others.
 
         Raises:
             ModelStateError: the rows cannot be computed; the cause says why.
@@ -390,7 +403,7 @@ class TemporalTable:
         known = Timesteps(tuple(unique), tuple(unique.index(value) for value in values), inputs[self._timestep])
         self._sign(changed=False)
         try:
-            return self._rows_for(self._call((), dict(inputs)), known, scheduler)
+            return self._rows_for(self._call((), dict(inputs)), known, scheduler, kept)
         except _Refused as refused:
             raise ModelStateError(
                 f"{type(self.model).__name__}: temporal tables of a schedule need {self._timestep!r} and the other "
@@ -420,7 +433,7 @@ class TemporalTable:
             known = {
                 name: rows[numbers.start : numbers.stop]
                 for part in schedule.rows
-                if part.exact
+                if part.exact and part.place is None
                 for name, rows in part.rows().items()
             }
             try:
@@ -441,7 +454,9 @@ class TemporalTable:
         wanted: frozenset[Dependence],
         known: Mapping[str, torch.Tensor] | None = None,
     ) -> Rows:
-        exact = {_T: self.config.exact is not False, _TC: self.config.exact is True}
+        # Every row by itself has the input scales of its step.
+        each = step_scales_of(self.model) is not None
+        exact = {_T: each or self.config.exact is not False, _TC: each or self.config.exact is True}
         try:
             rows = build(self.layout, self.lookups, call, given, wanted, exact, known)
         except Exception as error:  # whatever a model does when its parts are run: the call goes on without tables
@@ -454,9 +469,14 @@ class TemporalTable:
     # --- turning on -----------------------------------------------------------------------------------------------
 
     def _turn_on(
-        self, schedule: Schedule, request: Request | None, blocked: Mapping[str, Reason]
+        self,
+        schedule: Schedule,
+        request: Request | None,
+        blocked: Mapping[str, Reason],
+        place: int | torch.Tensor,
     ) -> tuple[int, Counter[Reason]]:
         outputs: dict[str, torch.Tensor] = {}
+        partly = schedule.partly
         for part in schedule.rows:
             outputs |= part.lay_out(self._index.rows)
         if request is not None:
@@ -468,10 +488,12 @@ class TemporalTable:
             value = None if name in self.left or name in blocked else outputs.get(name)
             if value is None and name not in self.left:
                 missed[blocked.get(name, CHANGING)] += 1
-            lookup.mode, lookup.value = (Mode.LIVE if value is None else Mode.LOOKUP), value
+            there = Mode.PARTLY if name in partly else Mode.LOOKUP
+            lookup.mode, lookup.value = (Mode.LIVE if value is None else there), value
             if lookup.parking is not None:
                 (lookup.parking.come_back if value is None else lookup.parking.leave)()
-            served += value is not None
+            # Where the device alone knows the row, nobody counts.
+            served += value is not None and (name not in partly or (isinstance(place, int) and partly[name][place]))
         return served, missed
 
 

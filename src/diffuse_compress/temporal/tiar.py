@@ -34,9 +34,10 @@ from diffuse_compress.quantization.algorithms.adaround import AdaRoundConfig
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.temporal.block import TemporalBlock, edges_of, feature_layers, given_of
-from diffuse_compress.temporal.build import Call, arguments_of
+from diffuse_compress.temporal.build import Call
 from diffuse_compress.temporal.features import Features, observe
 from diffuse_compress.temporal.layout import Layout
+from diffuse_compress.temporal.model_call import arguments_of
 from diffuse_compress.temporal.prepare import LoopCalls
 from diffuse_compress.temporal.schedule import Timesteps
 
@@ -144,9 +145,11 @@ def _distinct(calls: LoopCalls) -> tuple[float, ...]:
     return tuple(dict.fromkeys(value for value in calls.timesteps if value is not None))
 
 
-def observe_loop(layout: Layout, model: nn.Module, calls: LoopCalls) -> Features:
-    """What the layers of the path are given and give at the timesteps of a loop, each once."""
-    return _observe(layout, _call_of(model, calls), _distinct(calls))
+def observe_loop(
+    layout: Layout, model: nn.Module, calls: LoopCalls, timesteps: Sequence[float] | None = None
+) -> Features:
+    """What the layers of the path are given and give at these timesteps, by default those of the loop, each once."""
+    return _observe(layout, _call_of(model, calls), _distinct(calls) if timesteps is None else timesteps)
 
 
 def _observe(layout: Layout, call: Call, values: Sequence[float]) -> Features:

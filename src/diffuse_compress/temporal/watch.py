@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from diffuse_compress.families.base import Dependence
+from diffuse_compress.quantization.layer_base import INPUT_QPARAMS
 from diffuse_compress.temporal.layout import Layout
 from diffuse_compress.temporal.lookup import LayerLookup
-from diffuse_compress.temporal.parking import sample_of
+from diffuse_compress.temporal.parking import sample_of, weights_of
 
 __all__ = ["Watch"]
 
@@ -46,7 +47,8 @@ class Watch:
             # Parked and offloaded parameters come and go; what changes the former shows when they leave.
             if lookup.parking is not None or "_hf_hook" in layer.__dict__:
                 continue
-            stamp = [(id(p), p.data_ptr(), p._version, p.dtype) for p in layer._parameters.values() if p is not None]
+            parameters = ((leaf, p) for leaf, p in layer._parameters.items() if p is not None)
+            stamp = [(id(p), p.data_ptr(), p._version, p.dtype) for leaf, p in parameters if leaf not in INPUT_QPARAMS]
             changed = changed or self._stamps.get(name, stamp) != stamp
             self._stamps[name] = stamp
         return adapted, changed
@@ -68,5 +70,4 @@ class Watch:
 def _sample(lookup: LayerLookup) -> list[torch.Tensor]:
     if lookup.parking is not None and lookup.parking.away:
         return lookup.parking.samples()
-    parameters = lookup.layer._parameters
-    return [sample_of(p) for name, p in parameters.items() if p is not None and name != "bias" and not p.is_meta]
+    return [sample_of(p) for p in weights_of(lookup.layer).values() if not p.is_meta]
