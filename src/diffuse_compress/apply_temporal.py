@@ -24,7 +24,7 @@ from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.temporal.config import Maintenance, TableConfig, TFMQConfig, WeightPlace
-from diffuse_compress.temporal.layout import layout_of
+from diffuse_compress.temporal.layout import Layout, layout_of
 from diffuse_compress.temporal.maintenance import (
     Choice,
     Maintained,
@@ -104,14 +104,19 @@ def temporal_work(
     for name, config in configs.items():
         work[name] = TemporalWork(None)
         part = plan.components.get(name)
-        if config.learns or config.scope is not None:
+        schemes = {} if part is None else part.path_layers
+        # To have ranges, inputs must be seen.
+        static = is_pipeline(target) and any(scheme.has_static_inputs for scheme in schemes.values())
+        if config.learns or config.scope is not None or static:
             work[name].loops = _loops(target, name, models[name], config, calibration)
-        if config.learns:
-            assert part is not None  # the planner has seen to it
-            path = _path(target, models[name], config, work[name].loops)
-            _learn(work[name], models[name], path, config, part.path_layers, part.spec.generator, device)
-        elif part is not None and part.path_layers:
-            _round(work[name], models[name], config, part.path_layers, device)
+        if part is not None and schemes:
+            path = _path(target, models[name], config, work[name].loops) if config.learns or static else None
+            quantize = functools.partial(_quantized, models[name], generator=part.spec.generator, device=device)
+            if config.learns:
+                assert path is not None
+                _learn(work[name], path, config, schemes, quantize)
+            else:
+                _round(work[name], layout_of(models[name], config.table), path, schemes, quantize)
     found = {name: table_config(models[name], config, work[name].maintained) for name, config in configs.items()}
     tabled = {name: own for name, own in found.items() if own is not None}
     looping = {name: config for name, config in configs.items() if name in tabled or config.scope is not None}
@@ -159,30 +164,46 @@ def _path(target: Any, model: nn.Module, config: TFMQConfig, loops: list[LoopCal
     return path_of(layout_of(model, config.table), model, loops, trained)
 
 
+def _quantized(
+    model: nn.Module,
+    path: Path | None,
+    schemes: Mapping[str, Scheme],
+    iterations: int,
+    *,
+    generator: Callable[[str], torch.Generator],
+    device: torch.device | str | None,
+) -> dict[str, Quantized]:
+    """These layers of a model, quantized: a path's on the timesteps, others to nearest and with dynamic inputs."""
+    layers: dict[str, Quantized] = {}
+    if path is not None:
+        own = {name: scheme for name, scheme in schemes.items() if name in path.kinds}
+        dense = dict(zip(path.block.names, path.block.layers, strict=True))
+
+        def put(name: str, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
+            layers[name] = convert(dense[name])  # type: ignore[assignment]
+            return layers[name]
+
+        reconstruct(path, own, iterations, put, generator=generator, device=device)
+    for name in schemes.keys() - layers.keys():
+        if path is not None:
+            _LOGGER.warning("%s: rounded to nearest: it does not run once for each timestep", name)
+        layer, scheme = model.get_submodule(name), schemes[name].with_dynamic_inputs()
+        layers[name] = quantize_module(layer, scheme, RTNConfig(), device=device, name=name)
+    return layers
+
+
 def _learn(
     work: TemporalWork,
-    model: nn.Module,
     path: Path,
     config: TFMQConfig,
     schemes: Mapping[str, Scheme],
-    generator: Callable[[str], torch.Generator],
-    device: torch.device | str | None,
+    quantize: Callable[[Path, Mapping[str, Scheme], int], dict[str, Quantized]],
 ) -> None:
     """Add learned layers and what was measured of them."""
     own = {name: scheme for name, scheme in schemes.items() if name in path.kinds}
     errors = PathErrors.none(path)
     errors.add("rtn", path.dense, rounded_outputs(path, own))
-    dense = dict(zip(path.block.names, path.block.layers, strict=True))
-    learned: dict[str, Quantized] = {}
-
-    def put(name: str, convert: Callable[[nn.Module], nn.Module]) -> nn.Module:
-        learned[name] = convert(dense[name])  # type: ignore[assignment]
-        return learned[name]
-
-    reconstruct(path, own, config.iterations, put, generator=generator, device=device)
-    for name in schemes.keys() - own.keys():
-        _LOGGER.warning("%s: rounded to nearest: it does not run once for each timestep", name)
-        learned[name] = _nearest(model, name, schemes[name], device)
+    learned = quantize(path, schemes, config.iterations)
     errors.add("tib", path.dense, path.block.outputs(path.given))
     choice = Choice({name: ("tib", "as asked") for name in errors.layers}, {})
     if config.maintenance is Maintenance.AUTO:
@@ -200,21 +221,15 @@ def _learn(
 
 def _round(
     work: TemporalWork,
-    model: nn.Module,
-    config: TFMQConfig,
+    layout: Layout,
+    path: Path | None,
     schemes: Mapping[str, Scheme],
-    device: torch.device | str | None,
+    quantize: Callable[[Path | None, Mapping[str, Scheme], int], dict[str, Quantized]],
 ) -> None:
     """Add layers that tables stand for, rounded to nearest: what a call that cannot be looked up computes with, and
     what rows of those are made of that read a condition."""
-    kinds = layout_of(model, config.table).layers
-    layers = {name: _nearest(model, name, scheme, device) for name, scheme in schemes.items()}
-    work.place(layers, {name for name in layers if kinds[name] is Dependence.TIMESTEP})
-
-
-def _nearest(model: nn.Module, name: str, scheme: Scheme, device: torch.device | str | None) -> Quantized:
-    dense = model.get_submodule(name)
-    return quantize_module(dense, scheme.with_dynamic_inputs(), RTNConfig(), device=device, name=name)
+    kinds = layout.layers
+    work.place(quantize(path, schemes, 0), {name for name in schemes if kinds[name] is Dependence.TIMESTEP})
 
 
 def _calls_of_schedules(

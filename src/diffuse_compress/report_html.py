@@ -266,13 +266,15 @@ def _features(part: dict[str, Any]) -> dict[str, Any] | None:
     path = path_errors(part)
     if path is None:
         return None
-    rows = [
-        {"name": name, "errors": list(errors.values()), **path["ways"].get(name, {"way": "", "why": ""})}
-        for name, errors in path["layers"].items()
-    ]
-    ways = path_ways(path)
-    for row in rows:
-        row["way"] = ways.get(row["way"], row["way"])
+    ways, some = path_ways(path), path.get("rows", {})
+    rows = []
+    for name, errors in path["layers"].items():
+        kept = path["ways"].get(name, {"way": "", "why": ""})
+        way = ways.get(kept["way"], kept["way"])
+        if name in some:
+            there = [f"{t:g}" for t, here in zip(path["timesteps"], some[name], strict=True) if here]
+            way = f"{way} at t={', '.join(there)}, else {ways['tib']}"
+        rows.append({"name": name, "errors": list(errors.values()), "way": way, "why": kept["why"]})
     return {"plots": path_plots(path), "ways": list(ways.values()), "rows": rows}
 
 

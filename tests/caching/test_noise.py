@@ -1,4 +1,4 @@
-"""Noise of rounded activations: told from the same arguments, no error of reuse, and not amplified by a forecast."""
+"""Noise of rounded activations: told from the same arguments, and not amplified by a forecast."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import tiny
 from caching.loops import inputs_of, schedule_for
 from diffuse_compress.caching.calibrate import calibrate_cache
 from diffuse_compress.caching.forecast import with_forecast
-from diffuse_compress.caching.noise import exact_inputs, noise_amplification, noise_floor, rounds_inputs
+from diffuse_compress.caching.noise import exact_inputs, noise_amplification, rounds_inputs
 from diffuse_compress.caching.recording import Trajectory
 from diffuse_compress.caching.rehearsal import Rehearsal, arguments_of_items
-from diffuse_compress.caching.search import cheapest_within, reuse_errors
 from diffuse_compress.caching.units import Site, Unit
 from diffuse_compress.quantization.layer_base import QuantizedLayer
 from tolerance import KERNEL, assert_close
@@ -42,32 +41,6 @@ def noisy(change: tuple[float, float], noise: tuple[float, float], seed: int = 0
     clean = start + torch.arange(STEPS)[:, None, None] * torch.tensor(change)[:, None] * way
     rounding = rounding * torch.tensor(noise)[:, None]
     return Trajectory(clean + rounding, torch.ones(STEPS, UNITS), rounding)
-
-
-def test_what_noise_changes_is_no_error_of_reuse():
-    with_noise = noisy(change=(0.0, 0.05), noise=(0.1, 0.0))
-    unaware = reuse_errors([Trajectory(with_noise.deltas, with_noise.power)])
-    aware = reuse_errors([with_noise])
-    later = torch.arange(1, STEPS)
-    assert unaware[0, later, 0].tolist() == pytest.approx([0.02] * (STEPS - 1), rel=0.1)
-    assert float(aware[0, later, 0].max()) < 1e-6
-    assert torch.equal(aware[0, later, 1], unaware[0, later, 1])
-    assert torch.isinf(aware[3, 3]).all()
-    # Change that is smaller than the noise is seen all the same.
-    both = reuse_errors([noisy(change=(0.05, 0.05), noise=(0.1, 0.0))])
-    assert both[0, later, 0].tolist() == pytest.approx(both[0, later, 1].tolist(), rel=0.25)
-    # The search computes what changes, and not what is only noisy.
-    arguments: tuple[Any, ...] = (torch.ones(STEPS).double(), torch.ones(UNITS), float(STEPS - 1))
-    assert cheapest_within(unaware, *arguments)[:, 0].sum() > cheapest_within(aware, *arguments)[:, 0].sum() == 1
-
-
-def test_noise_that_stays_the_same_is_no_floor():
-    """Rounded weights, for one, change a unit alike in every step."""
-    walk = noisy(change=(0.05, 0.05), noise=(0.0, 0.0))
-    steady = Trajectory(walk.deltas + 1.0, walk.power, torch.ones_like(walk.deltas))
-    assert float(noise_floor([steady]).abs().max()) < 1e-9
-    assert noise_floor([walk, Trajectory(walk.deltas, walk.power)]).max() == 0.0
-    assert noise_floor([Trajectory(walk.deltas, walk.power)]) == 0.0
 
 
 def test_a_forecast_does_not_amplify_noise():

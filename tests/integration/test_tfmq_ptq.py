@@ -4,6 +4,7 @@ split convolutions, attention on int8 codes, first and last layers, and the name
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,18 @@ from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.quantization.layers import QuantizedLinear
 from diffuse_compress.quantization.split import SplitConv2d
 from diffuse_compress.recipe import as_recipe
+from diffuse_compress.temporal.config import Scope
+from diffuse_compress.temporal.features import PATH_KINDS
 from diffuse_compress.temporal.layout import layout_of
+from diffuse_compress.temporal.step_scales import CONSUMER, detach_step_scales, step_scales_of
 from tiny import denoiser, reloaded
 from tolerance import KERNEL, assert_close
 
 MODELS = Path(__file__).parents[2] / "examples" / "reference_models"
 STEPS = 4
 BRECQ = dc.BRECQConfig(iterations=2)
+STATIC = dc.Scheme(dc.WeightScheme("int8"), dc.ActivationScheme("int8", dc.PerTensor(), dynamic=False, symmetric=False))
+ITEMS = [{"prompt": prompt, "num_inference_steps": STEPS} for prompt in ("a red boat", "an owl")]
 
 
 # A block or two tell as much as all of them, in less time.
@@ -137,6 +143,38 @@ def test_a_layer_looked_up_is_dense_for_the_blocks_and_a_failure_leaves_all_as_i
     assert "Quantized" not in type(pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor).__name__
 
 
+@pytest.mark.parametrize("way", ["tib", "cache"])
+def test_static_inputs_have_a_scale_for_each_step_beside_all_of_it(way, tmp_path):
+    """Blocks without the path, split convolutions, the path's ranges, and scales of every step: saved as they are."""
+    pipe = tiny.build_pipeline("stable_diffusion")
+    kinds = layout_of(pipe.unet, path(way).table).layers
+    kept = ["down_blocks", "mid_block", "up_blocks.1", "*.attentions"]
+    given = {"overrides": {"time_embedding.*": STATIC}, "modules_to_not_convert": kept}
+    config = dc.QuantizationConfig(STATIC, BRECQ, split_skips=True, **given)
+    plan = pipe.compression_plan(config, replace(path(way), scope="all"), calibration=ITEMS)
+    wanted = set(plan.components["unet"].layers)
+    assert f"input scales of {len(wanted)} at each step" in str(plan)
+    pipe.compress(plan, measure=False)
+    assert plan.components["unet"].made_dynamic == []
+    qparams = step_scales_of(pipe.unet).qparams
+    assert set(qparams.layers) == wanted
+    assert len(qparams.timesteps) == STEPS
+    of_path = [qparams.layers.index(name) for name in wanted if kinds.get(name, Dependence.CONDITION) in PATH_KINDS]
+    assert len(of_path) > 2
+    assert (qparams.scale[of_path].std(dim=1) > 0).all()
+    hidden, skip = (qparams.layers.index(f"up_blocks.0.resnets.0.conv1.{part}") for part in ("hidden", "skip"))
+    assert not torch.equal(qparams.scale[hidden], qparams.scale[skip])
+    expected = picture(pipe)
+    stats = dc.compression_stats(pipe, strict=True).components["unet"].methods
+    assert stats[CONSUMER].hits == STEPS * len(wanted)
+    again = reloaded(pipe, tmp_path)
+    assert torch.equal(picture(again), expected)
+    assert torch.equal(step_scales_of(again.unet).qparams.scale, qparams.scale)
+    assert dc.compression_recipe(again).components["unet"][1].scope is Scope.ALL
+    detach_step_scales(again.unet)
+    assert not torch.equal(picture(again), expected)
+
+
 # --- split ------------------------------------------------------------------------------------------------------
 
 
@@ -226,10 +264,7 @@ def plan_bytes(pipe: Any) -> int:
 
 def test_static_inputs_of_the_halves_have_ranges_of_their_own():
     pipe = tiny.build_pipeline("stable_diffusion")
-    static = dc.Scheme(
-        dc.WeightScheme("int8"), dc.ActivationScheme("int8", dc.PerTensor(), dynamic=False, symmetric=False)
-    )
-    config = dc.QuantizationConfig(static, modulation_scheme="w8a16", split_skips=True)
+    config = dc.QuantizationConfig(STATIC, modulation_scheme="w8a16", split_skips=True)
     seen: dict[str, list[torch.Tensor]] = {}
     name = "up_blocks.1.resnets.0.conv_shortcut"
     pipe.unet.get_submodule(name).register_forward_pre_hook(lambda m, args: seen.setdefault(name, []).append(args[0]))

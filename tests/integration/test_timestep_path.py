@@ -96,6 +96,12 @@ def test_a_budget_decides_which_layers_get_tables(tmp_path, capsys):
     assert facts["path"]["ways"] == {n: {"way": way, "why": why} for n, (way, why) in found.ways.items()}
     assert facts["path"]["rows"] == {n: list(there) for n, there in found.rows.items()}
     assert maintained_of(again.unet).rows == found.rows
+    dc.compression_report(again).save(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    for name, there in found.rows.items():
+        at = ", ".join(f"{t:g}" for t, here in zip(found.errors.timesteps, there, strict=True) if here)
+        row = f"<code>{name}</code>.*tables at t={at}, else learned codes.*rows of {sum(there)} of {STEPS} timesteps"
+        assert re.search(row, page), name
     assert len(facts["path"]["error"]["tib"]) == len(facts["path"]["mismatch"]["auto"]) == STEPS
     main(["info", str(tmp_path)])
     out = capsys.readouterr().out

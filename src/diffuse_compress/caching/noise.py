@@ -1,9 +1,8 @@
-"""Noise of quantized activations, which a cache must neither mistake for change nor amplify.
+"""Noise of quantized activations, and by how much a cache amplifies it.
 
-Rounding the inputs of layers adds noise to what every unit makes, another in every step. Two steps then differ by it
-even where nothing changes, so that reuse looks worse than it is; and a forecast adds up the noise of several steps,
-each times its weight: extrapolated straight ahead (weights 2 and -1) it has five times the power, which shows as
-flicker. Rounded weights are the same in every step, and add none.
+Rounding the inputs of layers adds noise to what every unit makes, another in every step. A forecast adds up the noise
+of several steps, each times its weight: extrapolated straight ahead (weights 2 and -1) it has five times the power,
+which shows as flicker. Rounded weights are the same in every step, and add none.
 
 The noise is told from one more forward of each step on the same arguments, with inputs as they are.
 """
@@ -21,7 +20,7 @@ from diffuse_compress.caching.recording import Trajectory
 from diffuse_compress.caching.schedule import Schedule
 from diffuse_compress.quantization.layer_base import QuantizedLayer
 
-__all__ = ["exact_inputs", "noise_amplification", "noise_floor", "rounds_inputs", "with_noise"]
+__all__ = ["exact_inputs", "noise_amplification", "rounds_inputs", "with_noise"]
 
 
 def _rounding(model: nn.Module) -> list[QuantizedLayer]:
@@ -45,22 +44,6 @@ def exact_inputs(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, scheme in schemes.items():
             layer.scheme = scheme
-
-
-def noise_floor(trajectories: Sequence[Trajectory]) -> torch.Tensor | float:
-    """[T, T, K] float64: mean square difference of the noise of two steps, relative to the streams.
-
-    By so much what a unit adds in two steps differs though nothing has changed. 0.0 of a model that rounds no inputs.
-    """
-    known = [trajectory for trajectory in trajectories if trajectory.noise is not None]
-    if not known:
-        return 0.0
-    total = torch.zeros(())
-    for trajectory in known:
-        products = _relative(trajectory)
-        powers = products.diagonal().T  # [T, K]
-        total = total + (powers[:, None] + powers[None] - 2 * products).clamp_min(0.0) / len(known)
-    return total
 
 
 def noise_amplification(schedule: Schedule, trajectories: Sequence[Trajectory]) -> float | None:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import torch
 
-from diffuse_compress.caching.noise import noise_floor
 from diffuse_compress.caching.recording import Trajectory
 from diffuse_compress.errors import ConfigError
 
@@ -23,7 +22,7 @@ _BISECTIONS = 40
 
 def reuse_errors(trajectories: Sequence[Trajectory], *, gap: int | None = None) -> torch.Tensor:
     """e [T, T, K] float64: error of reusing in step t (second axis) what step o (first axis) computed; inf where t is
-    not after o or either was not seen by any trajectory. What is noise of rounded activations is no error of reuse.
+    not after o or either was not seen by any trajectory.
 
     Args:
         trajectories: recorded.
@@ -45,8 +44,8 @@ def reuse_errors(trajectories: Sequence[Trajectory], *, gap: int | None = None) 
             explained = (both**2 * other - 2 * both * ahead * cross + ahead**2 * past) / determinant
             error = torch.minimum(error, now - explained)
         seen = times[then] & times[origin]
-        errors[origin, then] = torch.where(seen[:, None], error, torch.inf)
-    return (errors - noise_floor(trajectories)).clamp_min(0.0)
+        errors[origin, then] = torch.where(seen[:, None], error.clamp_min(0.0), torch.inf)
+    return errors
 
 
 def _products(trajectories: Sequence[Trajectory]) -> tuple[torch.Tensor, torch.Tensor]:

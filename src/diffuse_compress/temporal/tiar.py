@@ -32,6 +32,7 @@ from diffuse_compress.errors import ModelStateError
 from diffuse_compress.families.base import Dependence
 from diffuse_compress.quantization.algorithms.adaround import AdaRoundConfig
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
+from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.temporal.block import TemporalBlock, edges_of, feature_layers, given_of
 from diffuse_compress.temporal.build import Call
@@ -184,12 +185,13 @@ def reconstruct(
     generator: Callable[[str], torch.Generator],
     device: torch.device | str | None = None,
 ) -> None:
-    """Learn the codes of these layers of the path, and put the quantized layers in the place of the dense ones.
+    """Learn the codes of these layers of the path, and put the quantized layers in the place of the dense ones. Ranges
+    of static inputs follow from the timesteps, too.
 
     Args:
         path: whose block is then of quantized layers, too.
         schemes: {qualified name: integer format}; the other layers of the path stay.
-        iterations: steps of Adam for each layer.
+        iterations: steps of Adam for each layer; 0 rounds to nearest.
         replace: ``replace(name, convert)`` puts ``convert(dense)`` in a layer's place in the model.
         generator: source of random numbers of a layer.
         device: where to compute; the layers go back to where they were.
@@ -226,7 +228,7 @@ def reconstruct(
         )
         conditional = any(path.kinds[name] is Dependence.TIMESTEP_AND_CONDITION for name in schemes)
         ridge = _RIDGE_OF_CONDITIONS if conditional else 0.0
-        calibrate_block(work, AdaRoundConfig(iterations=iterations, ridge=ridge))
+        calibrate_block(work, AdaRoundConfig(iterations=iterations, ridge=ridge) if iterations else RTNConfig())
     finally:
         for name, layer in zip(block.names, block.layers, strict=True):
             layer.to(homes[name])
