@@ -65,8 +65,6 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from diffuse_compress.evaluation.denoiser_inputs import denoiser_inputs
-
 TEXT_LENGTH = 16
 VOCABULARY = 128
 WORDS = "a the red blue green yellow cat dog house tree sun moon face with of and on in small large".split()
@@ -385,6 +383,9 @@ def _cast(model: Any, dtype: torch.dtype) -> Any:
 def inputs_for(model: nn.Module, batch: int = 2, seed: int = 0, side: int | None = None) -> dict[str, Any]:
     """Keyword arguments for `model.forward`: of a denoiser `denoiser_inputs`, else tokens and a mask."""
     if isinstance(model, ModelMixin):
+        # Of this package, which must not be imported where stock libraries read a checkpoint without it.
+        from diffuse_compress.evaluation.denoiser_inputs import denoiser_inputs
+
         return denoiser_inputs(model, batch, seed, side, TEXT_LENGTH)
     config: Any = model.config
     generator = torch.Generator("cpu").manual_seed(seed)

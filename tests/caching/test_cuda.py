@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import tiny
-from caching.loops import inputs_of, loop, random_mask, schedule_for
+from caching.loops import loop, random_mask, schedule_for
 from diffuse_compress.caching.call import NAME
 from diffuse_compress.caching.noise import exact_inputs, rounds_inputs
 from diffuse_compress.caching.runtime import cache_of, compile_variants
@@ -66,7 +66,7 @@ def test_offloaded_denoisers_follow_a_schedule(name: str, granularity: str, mode
 @pytest.mark.parametrize(("name", "granularity"), [("flux", "block"), ("unet_sd1", "level")])
 def test_what_is_kept_on_the_host_comes_back_in_time(name: str, granularity: str) -> None:
     model = tiny.build(name).to("cuda")
-    inputs = {key: value.to("cuda") if torch.is_tensor(value) else value for key, value in inputs_of(model).items()}
+    inputs = tiny.inputs_for(model)
     model.enable_cache(schedule_of(model, granularity))
     expected = loop(model, inputs, STEPS)
     model.enable_cache(schedule_of(model, granularity), cache_device="cpu")
@@ -77,7 +77,7 @@ def test_what_is_kept_on_the_host_comes_back_in_time(name: str, granularity: str
 
 def test_inductor_compiles_each_variant_once() -> None:
     model = tiny.build("pixart", num_layers=3).to("cuda")
-    inputs = {key: value.to("cuda") if torch.is_tensor(value) else value for key, value in inputs_of(model).items()}
+    inputs = tiny.inputs_for(model)
     model.enable_cache(schedule_of(model, "branch"))
     expected = loop(model, inputs, STEPS)
     torch._dynamo.reset()
@@ -95,12 +95,7 @@ def test_inductor_compiles_each_variant_once() -> None:
 @pytest.mark.parametrize("preset", ["w8a8", "w4a8", "fp8"])
 def test_exact_inputs_on_the_paths_of_a_gpu(preset: str) -> None:
     model = tiny.build("pixart", dtype=torch.bfloat16).to("cuda").compress(preset, measure=False)
-    inputs = {
-        key: value.to("cuda", torch.bfloat16 if value.is_floating_point() else None)
-        if torch.is_tensor(value)
-        else value
-        for key, value in inputs_of(model).items()
-    }
+    inputs = tiny.inputs_for(model)
     with torch.no_grad():
         rounded = model(**inputs)[0]
         with exact_inputs(model):

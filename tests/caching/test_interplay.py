@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 import diffuse_compress as dc
 import tiny
-from caching.loops import inputs_of, loop, naive_cache, random_mask, schedule_for
+from caching.loops import loop, naive_cache, random_mask, schedule_for
 from diffuse_compress.caching.call import ADAPTERS, NAME
 from diffuse_compress.caching.runtime import cache_of
 from diffuse_compress.caching.units import units_of
@@ -319,7 +319,7 @@ def test_offloading_before_and_after(name, granularity, mode):
 @pytest.mark.parametrize(("name", "granularity"), [("flux", "branch"), ("unet_sd1", "level")])
 def test_sequential_offloading_brings_no_weights_of_what_is_left_out(name, granularity, cache_first):
     model = tiny.build(name)
-    inputs = inputs_of(model, batch=1)
+    inputs = tiny.inputs_for(model, batch=1)
     mask = torch.ones(STEPS, len(units_of(model, granularity)), dtype=torch.uint8)
     mask[1:3] = 0
     schedule = schedule_for(model, mask, granularity)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffuse_compress as dc
 import tiny
-from caching.loops import Operations, inputs_of, loop, schedule_for
+from caching.loops import Operations, loop, schedule_for
 from diffuse_compress.caching.calibrate import calibrate_cache
 from diffuse_compress.caching.call import INJECTED, NAME
 from diffuse_compress.caching.recording import ATTENTION_ON_CPU, profile_units
@@ -48,7 +48,7 @@ def built(
 ) -> tuple[Any, dict[str, Any], list[str]]:
     """A model, its inputs, and its units' names."""
     model = tiny.build(name, dtype=dtype, **config)
-    return model, inputs_of(model, batch=1), [unit.name for unit in units_of(model, "level")]
+    return model, tiny.inputs_for(model, batch=1), [unit.name for unit in units_of(model, "level")]
 
 
 def level_schedule(model: Any, level: str, rest: str | None = None) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 import diffuse_compress as dc
 import tiny
-from caching.loops import inputs_of, schedule_for
+from caching.loops import schedule_for
 from diffuse_compress.caching.calibrate import calibrate_cache
 from diffuse_compress.caching.forecast import with_forecast
 from diffuse_compress.caching.noise import exact_inputs, noise_amplification, rounds_inputs
@@ -62,7 +62,7 @@ def test_a_forecast_does_not_amplify_noise():
 @pytest.mark.parametrize("preset", ["w8a8", "w4a8"])
 def test_exact_inputs_leave_the_weights_quantized(preset):
     model = tiny.build("pixart").compress(preset, measure=False)
-    inputs = inputs_of(model)
+    inputs = tiny.inputs_for(model)
     before = {name: layer.scheme for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer)}
     assert rounds_inputs(model)
     with torch.no_grad():

@@ -56,7 +56,7 @@ import importlib, json, sys
 import torch, tiny
 from diffusers import DiffusionPipeline
 folder, cases = sys.argv[1], json.loads(sys.argv[2])
-found = {}
+found, inputs = {}, torch.load(f"{folder}/inputs.pt")
 for case, (library, cls, dtype) in cases.items():
     cls = getattr(importlib.import_module(library), cls)
     model = cls.from_pretrained(f"{folder}/{case}", dtype=getattr(torch, dtype))
@@ -67,7 +67,7 @@ for case, (library, cls, dtype) in cases.items():
     }
     dense = {key: value for key, value in model.state_dict().items() if type(value) is torch.Tensor}
     with torch.no_grad():
-        output = model(**tiny.inputs_for(model), return_dict=False)[0]
+        output = model(**inputs[case], return_dict=False)[0]
     found[case] = (weights, dense, output)
 pipe = DiffusionPipeline.from_pretrained(f"{folder}/pipe", dtype=torch.float32)
 found["pipe"] = pipe(**tiny.call_kwargs(pipe, output_type="pt")).images
@@ -98,6 +98,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
         models[case], arguments[case] = model, [library, type(model).__name__, str(dtype).removeprefix("torch.")]
     pipe = tiny.build_pipeline("pixart").compress({"transformer": "w8a16", "text_encoder": "w8a16"}, measure=False)
     pipe.save_pretrained(folder / "pipe", format="torchao")
+    torch.save({case: tiny.inputs_for(model) for case, model in models.items()}, folder / "inputs.pt")
     path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", READ, str(folder), json.dumps(arguments)]

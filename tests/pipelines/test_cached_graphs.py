@@ -10,7 +10,8 @@ import torch
 from diffusers import DDIMScheduler
 
 import diffuse_compress as dc
-from caching.loops import inputs_of, loop, random_mask, schedule_for
+import tiny
+from caching.loops import loop, random_mask, schedule_for
 from diffuse_compress.caching.call import CHANGED, NAME, OVER_BUDGET
 from diffuse_compress.caching.runtime import cache_of
 from diffuse_compress.caching.units import units_of
@@ -155,7 +156,7 @@ def test_a_run_that_changes_computes_what_it_may_not_reuse(recorders: list[Tape]
         sample(ours, **ON)
 
     def run(graphed: bool) -> list[torch.Tensor]:
-        inputs = inputs_of(model)
+        inputs = tiny.inputs_for(model)
 
         def drop(step: int, given: dict[str, Any]) -> dict[str, Any]:
             return {n: v[:1] if isinstance(v, torch.Tensor) and v.ndim and step >= 3 else v for n, v in given.items()}

@@ -207,6 +207,7 @@ def test_an_interrupted_call_leaves_no_row_behind(tmp_path):
             model.load_state_dict(plain.state_dict())
         elif look == "detach":
             detach_step_scales(model)
+            assert steps.current() is None
             assert equal_states(held(model), held(plain))
             attach_step_scales(model, qparams)
         if look != "state":

@@ -504,6 +504,8 @@ def untrack(model: nn.Module, consumer: str | None = None) -> None:
     if consumer is not None and (tracker.consumers.pop(consumer, None) is None or tracker.consumers):
         return
     remove_hooks(model, tracker)
+    # Of an interrupted call: with its hooks nobody else takes it away.
+    _thread.active[:] = [context for context in _thread.active if context.tracker is not tracker]
 
 
 def hook_owner(model: nn.Module, kind: type[_OwnerT]) -> _OwnerT | None:
