@@ -32,7 +32,10 @@ STEPS = 4
 STATIC = dc.Scheme(dc.WeightScheme("int8"), dc.ActivationScheme("int8", dc.PerTensor(), dynamic=False, symmetric=False))
 ITEMS = [{"prompt": prompt, "num_inference_steps": STEPS} for prompt in ("a red boat", "an owl")]
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*come from a calibration with:diffuse_compress.DiffuseCompressWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fewer_timesteps"),
+    pytest.mark.filterwarnings("ignore:.*come from a calibration with:diffuse_compress.DiffuseCompressWarning"),
+]
 
 
 def weights() -> Any:

@@ -39,6 +39,7 @@ BRECQ = dc.BRECQConfig(iterations=2)
 STATIC = dc.Scheme(dc.WeightScheme("int8"), dc.ActivationScheme("int8", dc.PerTensor(), dynamic=False, symmetric=False))
 ITEMS = [{"prompt": prompt, "num_inference_steps": STEPS} for prompt in ("a red boat", "an owl")]
 
+pytestmark = pytest.mark.usefixtures("fewer_timesteps")
 
 # A block or two tell as much as all of them, in less time.
 LEFT = {

@@ -24,6 +24,8 @@ from tiny import denoiser, reloaded
 STEPS, ITERATIONS = 4, 20
 GIVEN = {"measure": False, "algorithm": dc.RTNConfig()}
 
+pytestmark = pytest.mark.usefixtures("fewer_timesteps")
+
 
 def config(way: str, **given: Any) -> dc.TFMQConfig:
     return dc.TFMQConfig(maintenance=way, num_inference_steps=STEPS, iterations=ITERATIONS, **given)
@@ -36,6 +38,14 @@ def picture(pipe: Any) -> torch.Tensor:
 def path_of(model: Any) -> set[str]:
     layers = layout_of(model, TableConfig()).layers
     return {name for name, kind in layers.items() if kind is not Dependence.CONDITION}
+
+
+@pytest.fixture(scope="module")
+def everything_tabled() -> Any:
+    """To be looked at, or copied."""
+    pipe = tiny.build_pipeline("stable_diffusion")
+    pipe.compress("w4a8", config("auto"), **GIVEN)
+    return pipe
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "flux"])
@@ -71,10 +81,8 @@ def denoiser_layers(pipe: Any) -> set[str]:
     return set(quantized_layers(denoiser(pipe)))
 
 
-def test_a_budget_decides_which_layers_get_tables(tmp_path, capsys):
-    pipe = tiny.build_pipeline("stable_diffusion")
-    pipe.compress("w4a8", config("auto"), **GIVEN)
-    everything = table_of(pipe.unet).nbytes()["schedules"]
+def test_a_budget_decides_which_layers_get_tables(everything_tabled, tmp_path, capsys):
+    everything = table_of(everything_tabled.unet).nbytes()["schedules"]
     pipe = tiny.build_pipeline("stable_diffusion")
     pipe.compress("w4a8", config("auto", table_budget=everything // 2), **GIVEN)
     found, table = maintained_of(pipe.unet), table_of(pipe.unet)
@@ -113,9 +121,8 @@ def test_a_budget_decides_which_layers_get_tables(tmp_path, capsys):
     assert dc.compression_recipe(again).components["unet"][1] == config("auto", table_budget=everything // 2)
 
 
-def test_the_report_draws_errors_and_mismatches_by_timestep(tmp_path):
-    pipe = tiny.build_pipeline("stable_diffusion")
-    pipe.compress("w4a8", config("auto"), **GIVEN)
+def test_the_report_draws_errors_and_mismatches_by_timestep(everything_tabled, tmp_path):
+    pipe = copy.deepcopy(everything_tabled)
     errors = maintained_of(pipe.unet).errors
     # One that is wrong at one timestep, and rows that are not exact at all: a line must show where.
     errors.mismatch["rtn"][:, 1] = 1.0
