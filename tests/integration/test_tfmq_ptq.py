@@ -29,6 +29,7 @@ from diffuse_compress.recipe import as_recipe
 from diffuse_compress.temporal.config import Scope
 from diffuse_compress.temporal.features import PATH_KINDS
 from diffuse_compress.temporal.layout import layout_of
+from diffuse_compress.temporal.maintenance import maintained_of
 from diffuse_compress.temporal.step_scales import CONSUMER, detach_step_scales, step_scales_of
 from tiny import denoiser, reloaded
 from tolerance import KERNEL, assert_close
@@ -110,6 +111,21 @@ def test_blocks_are_reconstructed_without_the_timestep_path(name, way, tmp_path,
     assert all(torch.equal(layers[layer].qweight, expected[layer].qweight) for layer in own)
     found = picture(pipe)
     assert torch.equal(picture(reloaded(pipe, tmp_path)), found)
+
+
+def test_blocks_meet_the_codes_of_a_layer_that_is_looked_up_at_some_timesteps_only(monkeypatch):
+    pipe = tiny.build_pipeline("stable_diffusion")
+    seen = Seen(monkeypatch, [name for name, _ in pipe.unet.named_modules() if name.endswith("time_emb_proj")])
+    config = dc.QuantizationConfig("w4a8", BRECQ, modules_to_not_convert=LEFT["stable_diffusion"])
+    auto = replace(path("auto"), table_budget=1300)  # all rows of a layer take 512 or 1024 bytes
+    pipe.compress(config, auto, calibration=calibration_of(pipe), measure=False)
+    found = maintained_of(pipe.unet)
+    whole = set(found.cached) - found.rows.keys()
+    assert whole & seen.path.keys()
+    assert found.rows.keys() & seen.path.keys()
+    for layer, (present, unchanged) in seen.path.items():
+        assert present is (nn.Linear if layer in whole else QuantizedLinear), layer
+        assert unchanged is nn.Linear, layer
 
 
 def test_without_a_method_for_the_path_blocks_learn_it_too(monkeypatch):
