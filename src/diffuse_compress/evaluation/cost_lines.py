@@ -76,7 +76,7 @@ class CostLines:
             self.free()
 
     def free(self) -> None:
-        """Give unused memory of the device back."""
-        gc.collect()
+        """Give unused memory of a GPU back."""
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
