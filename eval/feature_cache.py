@@ -28,7 +28,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from diffuse_compress.caching.calibrate import calibrate_cache
-from diffuse_compress.caching.config import HarmoniCaConfig
+from diffuse_compress.caching.config import FeatureCacheConfig, HarmoniCaConfig
 from diffuse_compress.caching.forecast import with_forecast
 from diffuse_compress.caching.observing import observed
 from diffuse_compress.caching.recording import Recorder
@@ -114,7 +114,8 @@ def compare_speedups(pipe: Any, model: torch.nn.Module, arguments: argparse.Name
         print(f"| {arguments.steps / fewer:.2f} | {fewer} steps | {value:.2f} |", flush=True)
         for granularity in arguments.granularity:
             options = {"target_speedup": speedup, "granularity": granularity, "history": arguments.history}
-            calibrated = calibrate_cache(pipe, others, seed=arguments.seed + 10_000, **options, **call)
+            fast = FeatureCacheConfig(seed=arguments.seed + 10_000, **options)
+            calibrated = calibrate_cache(pipe, others, fast, **call)
             config = HarmoniCaConfig(
                 trajectories=arguments.trajectories,
                 learning_rate=arguments.learning_rate,

@@ -6,14 +6,16 @@
 
 Weights are random: speed and memory, no quality. Loops are those of the stock pipelines, from prompts' embeddings to
 latents, of FLUX.1-dev (1024x1024, 512 tokens of text) and PixArt-XL-2-1024 (guidance in one batch of two), in bfloat16
-and with "w8a8", blocks as units. Every result is a JSON line, written as soon as it is known; nothing is started
-after ``--minutes``. Lines by ``what``:
+and with "w8a8", blocks as units where nothing else is said. Every result is a JSON line, written as soon as it is
+known; nothing is started after ``--minutes``. Lines by ``what``:
 
-    step        milliseconds of the denoiser in a step that computes everything and in one that reuses everything
+    step        milliseconds of the denoiser in a step that computes everything and in one that reuses everything,
+                by blocks ("all"), and as one with a forecast ("all by model")
     loop        seconds of the denoiser's part of a loop with everything computed, and with a schedule that reuses
                 ``reused_share`` of its time by the profile: ``predicted`` and ``real`` speed-up, and the bytes kept.
-                Runs without and with the cache take turns. Schedules: "whole steps"; "middle blocks" in three steps
-                of four, which fills fewer steps; "scattered", any block in any step, which merges nothing
+                Runs without and with the cache take turns. Schedules: "by model", the denoiser as one; "whole steps";
+                "middle blocks" in three steps of four, which fills fewer steps; "scattered", any block in any step,
+                which merges nothing
     calibrate   seconds of `calibrate_cache` on eight trajectories of 28 steps
     training    seconds of `train_cache` for 1,000 denoising steps, an estimate of lambda every 500 included, and its
                 peak memory, on the DiT-XL/2 shape at 256x256, eight labels with guidance; "unfrozen" computes the
@@ -43,7 +45,7 @@ from torch import nn
 import diffuse_compress  # noqa: F401  (attaches compress)
 from diffuse_compress.caching import trainer
 from diffuse_compress.caching.calibrate import calibrate_cache
-from diffuse_compress.caching.config import HarmoniCaConfig
+from diffuse_compress.caching.config import FeatureCacheConfig, HarmoniCaConfig
 from diffuse_compress.caching.recording import LoopClock, profile_units
 from diffuse_compress.caching.runtime import apply_cache, cache_of, compile_variants, remove_cache
 from diffuse_compress.caching.schedule import Schedule
@@ -54,8 +56,8 @@ from diffuse_compress.evaluation.true_shapes import ShapePipeline, StepTimes
 
 REUSED_SHARE = 0.55
 MODES = {
-    "eager": ("all", "whole steps", "middle blocks", "scattered"),
-    "blocks": ("all", "whole steps", "middle blocks"),
+    "eager": ("all by model", "by model", "all", "whole steps", "middle blocks", "scattered"),
+    "blocks": ("all by model", "by model", "all", "whole steps", "middle blocks"),
     "variants": ("whole steps",),
 }
 PARTS = ("flux", "calibrate", "pixart", "training", "flux-w8a8", "pixart-w8a8")
@@ -108,6 +110,20 @@ def masks(steps: int, cost_ms: torch.Tensor, other_ms: float) -> dict[str, torch
     return found
 
 
+def _by_model(model: nn.Module, full: Schedule) -> dict[str, Schedule]:
+    """Schedules of the model as one unit, with a forecast of two outputs: all steps, and `REUSED_SHARE` of them."""
+    cost = full.cost_ms.sum()[None] + full.other_ms
+    one = Schedule.full(units_of(model, "model"), full.num_steps, full.model, cost_ms=cost)
+    computed = full.num_steps - int(REUSED_SHARE * full.num_steps + 1e-9)
+    found = {"all by model": torch.zeros_like(one.mask), "by model": torch.zeros_like(one.mask)}
+    found["by model"][[round(i * (full.num_steps - 1) / max(1, computed - 1)) for i in range(computed)]] = 1
+    outputs = torch.tensor([1.5, -0.5]).expand(full.num_steps, 1, 2)
+    inputs = torch.tensor([0.1, -0.2, 0.1]).expand(full.num_steps, 3)
+    for mask in found.values():
+        mask[0] = 1
+    return {name: one.with_mask(mask, outputs.contiguous(), inputs.contiguous()) for name, mask in found.items()}
+
+
 # --- measurements -----------------------------------------------------------------------------------------------
 
 
@@ -150,14 +166,15 @@ class Bench:
         reused = torch.zeros_like(full.mask)
         reused[0] = 1
         chosen = {"all": reused, **masks(steps, profile.cost_ms, profile.other_ms)}
+        schedules = {name: full.with_mask(mask) for name, mask in chosen.items()} | _by_model(model, full)
         for name in MODES[mode]:
             if self.lines.over:
                 return
-            apply_cache(model, full.with_mask(chosen[name]))
+            apply_cache(model, schedules[name])
             try:
                 if mode == "variants":
                     compile_variants(model)
-                measure = self._step if name == "all" else self._loop
+                measure = self._step if name.startswith("all") else self._loop
                 measure(subject, name, named)
             finally:
                 remove_cache(model)
@@ -177,7 +194,8 @@ class Bench:
             times[enabled] = found
         full, reused = statistics.median(times[False]), statistics.median(times[True])
         ratio = reused / full
-        self.lines.write(what="step", **named, full_ms=full, reused_ms=reused, ratio=ratio, goal="ratio <= 0.03")
+        times = {"full_ms": full, "reused_ms": reused, "ratio": ratio}
+        self.lines.write(what="step", **named, schedule=name, **times, goal="ratio <= 0.03")
 
     def _loop(self, subject: ShapePipeline, name: str, named: Mapping[str, str]) -> None:
         steps, cache = self.options.steps, cache_of(subject.model)
@@ -211,9 +229,8 @@ class Bench:
         """Eight trajectories of 28 steps, of the dense model's own loop."""
         started = time.perf_counter()
         steps = 10 if self.options.tiny else 28
-        found = calibrate_cache(
-            subject.pipe, subject.items, target_speedup=1.6, num_inference_steps=steps, **subject.call
-        )
+        config = FeatureCacheConfig(target_speedup=1.6, num_inference_steps=steps)
+        found = calibrate_cache(subject.pipe, subject.items, config, **subject.call)
         self.lines.write(
             what="calibrate",
             shape=subject.shape,

@@ -9,9 +9,10 @@ nearest, as counted on two pictures. "Fewer steps" has as many steps as take the
 measured, and as take its work, both rounded up in its favour. Arms, of which `--methods` selects:
 
     fewer steps           of the same scheduler
-    calibrated            `FeatureCacheConfig`, by block, with the forecast, and copying
-    whole steps           at even distances (FORA), copied, and with our forecast
-    learned               `HarmoniCaConfig`; "Learning-to-Cache" is its objective, where all steps count alike
+    calibrated            `FeatureCacheConfig`: whole steps with the forecast of outputs, the default; copying; by block
+    whole steps           by block at even distances (FORA), copied, and with the forecast of blocks
+    learned               `HarmoniCaConfig` by block, also from the calibrated schedule by block; "Learning-to-Cache" is
+                          its objective, where all steps count alike
     First-block, TaylorSeer, MagCache, PAB   of diffusers, through `enable_cache`
     DBCache               of cache-dit, if it is installed
 
@@ -46,7 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffuse_compress.caching import rehearsal as rehearsal_module
 from diffuse_compress.caching.calibrate import calibrate_cache
-from diffuse_compress.caching.config import HarmoniCaConfig
+from diffuse_compress.caching.config import FeatureCacheConfig, HarmoniCaConfig
 from diffuse_compress.caching.forecast import with_forecast
 from diffuse_compress.caching.recording import ATTENTION_ON_CPU, LoopClock, Profile, profile_units
 from diffuse_compress.caching.rehearsal import Rehearsal, arguments_of_items
@@ -69,6 +70,11 @@ _TRAJECTORIES = 8
 _TRAINED = 64
 _COUNTED = 2
 _BATCH = 16
+LEARNED = {
+    "learned (HarmoniCa)": ("leave_one_out", False),
+    "Learning-to-Cache objective": ("none", False),
+    "calibrated by block, then learned": ("leave_one_out", True),
+}
 METHODS = ("ours", "learned", "diffusers", "cache-dit")
 
 
@@ -94,8 +100,9 @@ class Bench:
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.steps, self.guidance = arguments.steps, arguments.guidance
-        self.pipe: Any = DiffusionPipeline.from_pretrained(arguments.model)
+        self.learned = arguments.learned
+        self.steps, self.guidance, self.batch_size = arguments.steps, arguments.guidance, arguments.batch_size
+        self.pipe: Any = DiffusionPipeline.from_pretrained(arguments.model).to(arguments.device)
         self.pipe.set_progress_bar_config(disable=True)
         parts = model_components(self.pipe).items()
         self.name, self.model = next((name, part) for name, part in parts if GROUPS["denoisers"].match(name))
@@ -192,17 +199,27 @@ class Bench:
         finally:
             remove_cache(self.model)
 
+    def calibrated(self, speedup: float, **options: Any) -> Schedule:
+        """What the fast calibration finds."""
+        config = FeatureCacheConfig(target_speedup=speedup, num_inference_steps=self.steps, seed=10_000, **options)
+        return calibrate_cache(self.pipe, self.others, config, **self.options).schedules[self.name]
+
     def arms_of_ours(self, speedup: float, denoising_steps: int, learned: bool) -> Iterator[tuple[str, Switch]]:
         """The calibrated schedule comes first."""
         call = {**self.options, "num_inference_steps": self.steps}
-        found = calibrate_cache(self.pipe, self.others, target_speedup=speedup, seed=10_000, **call)
-        yield "calibrated", lambda: self.scheduled(found.schedules[self.name])
-        copied = calibrate_cache(self.pipe, self.others, target_speedup=speedup, history=1, seed=10_000, **call)
-        yield "calibrated, copied", lambda: self.scheduled(copied.schedules[self.name])
+        found = self.calibrated(speedup)
+        yield "calibrated", lambda: self.scheduled(found)
+        for name, options in (
+            ("calibrated, copied", {"history": 1}),
+            ("calibrated, by block", {"granularity": "block"}),
+            ("calibrated, by block, copied", {"granularity": "block", "history": 1}),
+        ):
+            other = self.calibrated(speedup, **options)
+            yield name, lambda other=other: self.scheduled(other)
         rehearsal = Rehearsal(self.pipe, "block", 10_000)
         rehearsal.record(arguments_of_items(self.pipe, self.others, call, _TRAJECTORIES), None)
         full = rehearsal.full_schedule(self.name)
-        reused = round(self.steps * (1 - float(found.schedules[self.name].mask.float().mean())))
+        reused = round(self.steps * (1 - float(found.mask.float().mean())))
         whole = full.with_mask(_whole_steps(full.mask, reused))
         yield "whole steps (FORA)", lambda: self.scheduled(whole)
         trajectories = rehearsal.recorders[self.name].trajectories
@@ -210,16 +227,21 @@ class Bench:
         yield "whole steps, forecast", lambda: self.scheduled(ahead)
         if not learned:
             return
-        for name, estimator in (("learned (HarmoniCa)", "leave_one_out"), ("Learning-to-Cache objective", "none")):
+        begun = {self.name: self.calibrated(speedup, granularity="block")}
+        for name, (estimator, begins) in LEARNED.items():
+            if name not in self.learned:
+                continue
             config = HarmoniCaConfig(
                 target_speedup=speedup,
                 trajectories=max(1, denoising_steps // self.steps),
-                learning_rate=0.1,
+                batch_size=self.batch_size,
+                learning_rate=0.1 if denoising_steps < 2000 else 0.02,
                 estimator=estimator,
                 seed=20_000,
             )
-            trained = train_cache(self.pipe, self.others, config, **call).schedules[self.name]
-            yield name, lambda schedule=trained: self.scheduled(schedule)
+            trained = train_cache(self.pipe, self.others, config, initial=begun if begins else None, **call)
+            schedule = trained.schedules[self.name]
+            yield name, lambda schedule=schedule: self.scheduled(schedule)
 
     # --- diffusers' -------------------------------------------------------------------------------------------
 
@@ -380,8 +402,8 @@ def compare(bench: Bench, speedup: float, methods: Sequence[str], denoising_step
     """All rows for a speed-up that our calibration is asked for."""
     share = 0.0
     for number, (name, switch) in enumerate(bench.arms_of_ours(speedup, denoising_steps, "learned" in methods)):
-        if number and "ours" not in methods:
-            break
+        if number and "ours" not in methods and name not in LEARNED:
+            continue
         speed = bench.row(f"{name}, for {speedup:g}x" if number < 2 else name, switch)
         if number == 0:
             share = bench.left_out(bench.steps, switch)
@@ -415,6 +437,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--speedups", type=float, nargs="+", default=[1.6])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="calibrated comes first")
     parser.add_argument("--denoising-steps", type=int, default=900, help="that a router is trained for")
+    parser.add_argument("--learned", nargs="+", default=list(LEARNED), choices=list(LEARNED))
+    parser.add_argument("--batch-size", type=int, default=1, help="items of a trajectory of the router training")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--classifier", type=Path, help="folder of the judge; emoji_pixart beside the model by default")
     parser.add_argument("--asked", type=Path, help="file of prompts; those of the judge's folder by default")
     options = parser.parse_args(arguments)

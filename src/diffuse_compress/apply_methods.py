@@ -83,20 +83,8 @@ def _found_cache(
         with torch.enable_grad():
             return train_cache(pipe, items, config, work_dir=work_dir, components=names, callback=callback)
     assert isinstance(config, FeatureCacheConfig)
-    return calibrate_cache(
-        pipe,
-        items_of(pipe, calibration, config.num_trajectories),
-        target_speedup=config.target_speedup,
-        granularity=config.granularity,
-        num_trajectories=config.num_trajectories,
-        history=config.history,
-        longest_reuse=config.longest_reuse,
-        seed=config.seed,
-        force=config.force,
-        components=names,
-        callback=callback,
-        **config.call_arguments,
-    )
+    items = items_of(pipe, calibration, config.num_trajectories)
+    return calibrate_cache(pipe, items, config, components=names, callback=callback)
 
 
 def _mark_dense(model: nn.Module, spill: Transaction) -> None:

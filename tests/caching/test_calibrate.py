@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 import tiny
 from diffuse_compress.caching.calibrate import calibrate_cache
+from diffuse_compress.caching.config import FeatureCacheConfig
 from diffuse_compress.caching.forecast import fit_forecast, unit_forecast, with_forecast
 from diffuse_compress.caching.recording import LoopClock, Trajectory, profile_units
 from diffuse_compress.caching.rehearsal import Rehearsal
@@ -196,8 +197,7 @@ def test_calibration_of_a_trained_model_meets_its_budget(pipe, untouched_rng):
     found = calibrate_cache(
         pipe,
         prompts,
-        target_speedup=1.3,
-        num_trajectories=2,
+        FeatureCacheConfig(granularity="block", target_speedup=1.3, num_trajectories=2),
         callback=lambda stage, done, total, metrics: seen.append((stage, done, total)),
         **CALL,
     )
@@ -221,7 +221,7 @@ def test_calibration_of_a_trained_model_meets_its_budget(pipe, untouched_rng):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     apply_cache(model, schedule)
     with pytest.raises(ConfigError, match="transformer has a cache"):
-        calibrate_cache(pipe, ["red heart"], target_speedup=1.3, **CALL)
+        calibrate_cache(pipe, ["red heart"], **CALL)
     remove_cache(model)
 
 
@@ -249,7 +249,7 @@ def test_timed_runs_take_turns_within_a_hundred_forwards(pipe, monkeypatch, step
     monkeypatch.setattr(Rehearsal, "run", run)
     monkeypatch.setattr(LoopClock, "stop", seconds)
     call = CALL | {"num_inference_steps": steps}
-    found = calibrate_cache(pipe, ["red heart"], target_speedup=1.2, **call)
+    found = calibrate_cache(pipe, ["red heart"], FeatureCacheConfig(granularity="block", target_speedup=1.2), **call)
     assert ran == cached
     assert found.forwards == steps * len(cached) <= 100
     assert found.measured_speedup == pytest.approx(2.0, rel=0.03)
@@ -258,19 +258,25 @@ def test_timed_runs_take_turns_within_a_hundred_forwards(pipe, monkeypatch, step
 def test_what_cannot_be_calibrated_is_refused(pipe):
     few = CALL | {"num_inference_steps": 8}
     with pytest.raises(ConfigError, match="fewer than 10 steps"):
-        calibrate_cache(pipe, ["red heart"], target_speedup=1.2, **few)
+        calibrate_cache(pipe, ["red heart"], **few)
     with pytest.raises(ConfigError, match="must be above 1"):
-        calibrate_cache(pipe, ["red heart"], target_speedup=1.0, **CALL)
+        FeatureCacheConfig(target_speedup=1.0)
     with pytest.raises(ConfigError, match="at least one prompt"):
-        calibrate_cache(pipe, [], target_speedup=1.2, **CALL)
+        calibrate_cache(pipe, [], **CALL)
     with pytest.raises(ConfigError, match="num_trajectories must be 1 to 8"):
-        calibrate_cache(pipe, ["red heart"], target_speedup=1.2, num_trajectories=9, **CALL)
+        FeatureCacheConfig(num_trajectories=9)
+    with pytest.raises(ConfigError, match="history must be at least 1"):
+        FeatureCacheConfig(history=0)
+    with pytest.raises(ConfigError, match="longest_reuse must be at least 1"):
+        FeatureCacheConfig(longest_reuse=0)
     with pytest.raises(ConfigError, match="Put it in a list"):
-        calibrate_cache(pipe, "red heart", target_speedup=1.2, **CALL)
+        calibrate_cache(pipe, "red heart", **CALL)
     with pytest.raises(ConfigError, match="needs a diffusers pipeline"):
-        calibrate_cache(pipe.transformer, ["red heart"], target_speedup=1.2)
-    with pytest.raises(ConfigError, match=r"Lower target_speedup"):
-        calibrate_cache(pipe, ["red heart"], target_speedup=40.0, num_trajectories=1, **CALL)
+        calibrate_cache(pipe.transformer, ["red heart"])
+    for granularity in ("block", "model"):
+        config = FeatureCacheConfig(granularity=granularity, target_speedup=40.0, num_trajectories=1)
+        with pytest.raises(ConfigError, match=r"Lower target_speedup"):
+            calibrate_cache(pipe, ["red heart"], config, **CALL)
     assert tracker_of(pipe.transformer) is None
 
 
@@ -284,10 +290,7 @@ def test_sequential_guidance_and_few_steps_if_forced():
     found = calibrate_cache(
         pipe,
         ["a red cat"],
-        target_speedup=1.1,
-        granularity="branch",
-        history=1,
-        force=True,
+        FeatureCacheConfig(target_speedup=1.1, granularity="branch", history=1, force=True),
         **call | {"num_inference_steps": 4},
     )
     schedule = found.schedules["transformer"]

@@ -105,3 +105,16 @@ def test_exact_inputs_on_the_paths_of_a_gpu(preset: str) -> None:
         assert not torch.equal(exact, rounded)
         model.decompress()
         assert_close(exact.float(), model(**inputs)[0].float(), KERNEL[torch.bfloat16] * 10)
+
+
+def test_a_pipeline_whose_timesteps_are_copied_to_the_device_is_followed_from_its_first_step():
+    pipe = DiffusionPipeline.from_pretrained(REFERENCE_MODELS / "emoji_dit").to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+    mask = torch.tensor([1, 0, 1, 1, 0], dtype=torch.uint8)[:, None]
+    weights = torch.tensor([1.5, -0.5]).expand(5, 1, 2).clone(), torch.full((5, 3), 0.1)
+    pipe.enable_cache(schedule_for(pipe.transformer, mask, "model").with_mask(mask, *weights))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", dc.DiffuseCompressWarning)
+        pipe(class_labels=[1, 2], num_inference_steps=5, output_type="np")
+    stats = pipe.compression_stats().components["transformer"].method(NAME)
+    assert (stats.hits, dict(stats.misses)) == (2, {})

@@ -14,6 +14,7 @@ import tiny
 from caching.loops import Operations, loop, schedule_for
 from diffuse_compress.caching.calibrate import calibrate_cache
 from diffuse_compress.caching.call import INJECTED, NAME
+from diffuse_compress.caching.config import FeatureCacheConfig
 from diffuse_compress.caching.recording import ATTENTION_ON_CPU, profile_units
 from diffuse_compress.caching.runtime import apply_cache, cache_of, compile_variants, remove_cache
 from diffuse_compress.caching.training import train_cache
@@ -261,7 +262,9 @@ CALL: dict[str, Any] = {
 def test_it_is_calibrated_learned_saved_and_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("diffuse_compress.caching.rehearsal.MAX_CHECKS", 20)
     pipe = tiny.build_pipeline("stable_diffusion")
-    found = calibrate_cache(pipe, ["a cat"], target_speedup=1.15, granularity="level", num_trajectories=1, **CALL)
+    found = calibrate_cache(
+        pipe, ["a cat"], FeatureCacheConfig(target_speedup=1.15, granularity="level", num_trajectories=1), **CALL
+    )
     schedule = found.schedules["unet"]
     assert [unit.kind for unit in schedule.units].count("level") == 1
     pipe.enable_cache(schedule)

@@ -11,6 +11,7 @@ import diffuse_compress as dc
 import tiny
 from caching.loops import schedule_for
 from diffuse_compress.caching.calibrate import calibrate_cache
+from diffuse_compress.caching.config import FeatureCacheConfig
 from diffuse_compress.caching.forecast import with_forecast
 from diffuse_compress.caching.noise import exact_inputs, noise_amplification, rounds_inputs
 from diffuse_compress.caching.recording import Trajectory
@@ -117,7 +118,12 @@ def test_noise_is_recorded_of_the_first_run_of_a_model_that_rounds_its_inputs(pr
 def test_a_calibration_says_by_how_much_noise_grows():
     pipe = tiny.build_pipeline("pixart")
     pipe.transformer.compress("w8a8", measure=False)
-    found = calibrate_cache(pipe, ["a cat", "a dog"], target_speedup=1.2, num_trajectories=2, **CALL)
+    found = calibrate_cache(
+        pipe,
+        ["a cat", "a dog"],
+        FeatureCacheConfig(granularity="block", target_speedup=1.2, num_trajectories=2),
+        **CALL,
+    )
     schedule = found.schedules["transformer"]
     assert 0.2 < schedule.details["noise_amplification"] < 5.0
     assert "times the noise of activations" in str(schedule)

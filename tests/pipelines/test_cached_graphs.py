@@ -96,6 +96,23 @@ def test_steps_that_do_the_same_share_a_graph(recorders: list[Tape]) -> None:
     assert recorders[0].recorded == 4
 
 
+@pytest.mark.parametrize("name", ["pixart_alpha", "flux", "wan"])
+def test_steps_that_are_left_out_as_wholes_need_no_graph(name: str, recorders: list[Tape]) -> None:
+    ours = with_mixin(stock(name))
+    model = denoiser(ours)
+    mask = torch.tensor([1, 1, 0, 1, 0, 1], dtype=torch.uint8)[:, None]
+    weights = torch.tensor([1.5, -0.5]).expand(STEPS, 1, 2).clone(), torch.full((STEPS, 3), 0.1)
+    ours.enable_cache(schedule_for(model, mask, "model").with_mask(mask, *weights))
+    expected = sample(ours, steps=STEPS)
+    calls = 4 * (2 if name in ("flux", "wan") else 1)
+    for _ in range(3):
+        assert_close(sample(ours, **ON), expected, KERNEL[torch.float32])
+        assert counted(ours, NAME) == (2, {})
+    assert counted(ours) == (calls, {})
+    assert recorders[0].recorded == 1
+    assert torch.equal(sample(ours, steps=STEPS), expected)
+
+
 def test_what_is_kept_outlives_the_next_replay(recorders: list[Tape]) -> None:
     """Step 2 keeps in the graph that kept in step 0, of which step 3 forecasts."""
     ours = with_mixin(stock("pixart_alpha"))

@@ -8,31 +8,44 @@ pictures without a cache; the best is taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
 
-from diffuse_compress.caching.config import MAX_TRAJECTORIES
+from diffuse_compress.caching.config import FeatureCacheConfig
 from diffuse_compress.caching.forecast import with_forecast
 from diffuse_compress.caching.noise import with_noise
-from diffuse_compress.caching.recording import Recorder
-from diffuse_compress.caching.rehearsal import (
-    Rehearsal,
-    arguments_of_items,
-    loop_speedup,
-)
+from diffuse_compress.caching.rehearsal import MAX_CHECKS, Rehearsal, arguments_of_items, distance, loop_speedup
 from diffuse_compress.caching.schedule import Schedule
 from diffuse_compress.caching.search import cheapest_within, reuse_errors
-from diffuse_compress.caching.units import Granularity, sites_of
+from diffuse_compress.caching.units import sites_of
+from diffuse_compress.caching.whole_steps import (
+    LoopRecorder,
+    StepErrors,
+    StepFitter,
+    error_weights,
+    even_steps,
+    fewest_error,
+)
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.progress import Callback
 from diffuse_compress.progress import track as progress
 
 __all__ = ["CacheCalibration", "Candidate", "calibrate_cache"]
 
+# Of whole steps: how much of an error in a sample the denoiser takes for noise, and how the computed steps are spaced.
+_SEEN_AS_NOISE = {"errors half noise": 0.5, "errors as noise": 1.0, "errors as content": 0.0}
+_DISTANCES = {"even distances": 1.0, "closer at the end": 0.8}
+_STEP_ORDER = (
+    "errors half noise",
+    "errors as noise",
+    "even distances",
+    "closer at the end",
+    "errors as content",
+)
 # How much more an error in the first step counts than one in the last.
 _SLOPES = {"even": 0.0, "early steps count more": 1.5}
 _INTERVAL = "whole steps"
@@ -94,14 +107,8 @@ class CacheCalibration:
 def calibrate_cache(
     pipe: Any,
     prompts: Iterable[Any],
+    config: FeatureCacheConfig | None = None,
     *,
-    target_speedup: float,
-    granularity: Granularity | str = Granularity.BLOCK,
-    num_trajectories: int = MAX_TRAJECTORIES,
-    history: int = 2,
-    longest_reuse: int | None = None,
-    seed: int = 0,
-    force: bool = False,
     components: Sequence[str] = ("denoisers",),
     callback: Callback | None = None,
     **call_arguments: Any,
@@ -111,36 +118,33 @@ def calibrate_cache(
     Args:
         pipe: a diffusers pipeline, compressed or not, on the device and in the dtype it will run in.
         prompts: prompts, class labels or dicts of arguments of ``pipe(...)``; the first ``num_trajectories`` are used.
-        target_speedup: of the denoisers' part of the loop.
-        granularity: "block" (whole blocks) or "branch".
-        num_trajectories: at most 8.
-        history: past changes that a forecast is made of; 1 copies the last one.
-        longest_reuse: most steps in a row in which a unit may be reused.
-        seed: of the starting noise; trajectory i has ``seed + i``.
-        force: calibrate for fewer than 10 steps too.
+        config: what to aim at.
         components: names or groups of the denoisers that get a schedule.
         callback: ``callback(stage, done, total, metrics)``.
-        call_arguments: of every call: num_inference_steps, guidance_scale, height, ...
+        call_arguments: of every call: height, width, ...
 
     Raises:
         ConfigError: no prompts, fewer than 10 steps, a speed-up that these units cannot give, or a model that has a
             cache already.
     """
-    _check(target_speedup, num_trajectories)
-    given = arguments_of_items(pipe, prompts, call_arguments, num_trajectories)
-    rehearsal = Rehearsal(pipe, granularity, seed, force=force, components=components)
-    rehearsal.require_steps(call_arguments)
-    rehearsal.record(given, callback)
-    recorders = rehearsal.recorders
-    full = {name: rehearsal.full_schedule(name) for name in recorders}
-    candidates = list(_candidates(full, recorders, rehearsal.models, target_speedup, history, longest_reuse))
+    config = config or FeatureCacheConfig()
+    arguments = {**config.call_arguments, **call_arguments}
+    given = arguments_of_items(pipe, prompts, arguments, config.num_trajectories)
+    rehearsal = Rehearsal(pipe, config.granularity, config.seed, force=config.force, components=components)
+    rehearsal.require_steps(arguments)
+    if rehearsal.loop is not None:
+        candidates, tried = _by_step(rehearsal, rehearsal.loop, given, config, callback)
+    else:
+        rehearsal.record(given, callback)
+        candidates, tried = list(_by_unit(rehearsal, config)), []
     checked, best, measured = _checked(rehearsal, candidates, given[0], callback)
+    trajectories = {name: recorder.trajectories for name, recorder in rehearsal.recorders.items()}
     return CacheCalibration(
-        {name: with_noise(schedule, recorders[name].trajectories) for name, schedule in best.schedules.items()},
+        {name: with_noise(schedule, trajectories[name]) for name, schedule in best.schedules.items()},
         loop_speedup(*rehearsal.loop_ms(best.schedules)),
         measured,
         best.error or 0.0,
-        tuple(checked),
+        (*tried, *checked),
         rehearsal.forwards,
     )
 
@@ -150,40 +154,99 @@ def _checked(
 ) -> tuple[list[Candidate], Candidate, float]:
     """(candidates that there was time to run, the best of them, its speed-up as measured)."""
     checked: list[Candidate] = []
-    candidates = candidates[: _num_checked(rehearsal.runs_to_check)]
+    candidates = candidates[: _num_checked(rehearsal, candidates)]
     with rehearsal.timed() as clock:
         for candidate in progress(candidates, "Checking schedules", rehearsal.pipe, callback, {}):
             error, seconds = rehearsal.checked(candidate.schedules, arguments, clock)
             checked.append(replace(candidate, error=error, seconds=seconds))
         best = min(checked, key=lambda candidate: candidate.error or 0.0)
-        measured = rehearsal.measured_speedup(
-            best.schedules, arguments, clock, seconds=best.seconds, spent=len(checked)
-        )
+        measured = rehearsal.measured_speedup(best.schedules, arguments, clock, seconds=best.seconds)
     return checked, best, measured
 
 
-def _num_checked(runs: int) -> int:
+def _num_checked(rehearsal: Rehearsal, candidates: Sequence[Candidate]) -> int:
     """Candidates for which there is time: a run without a cache must fit in, and one more with the best if it may."""
-    return max(1, runs - 1 if runs <= 3 else runs - 2)
+    full = rehearsal.forwards_of_a_run
+    cached = max(rehearsal.forwards_of_a_run_with(candidate.schedules) for candidate in candidates)
+    runs = (MAX_CHECKS - full) // max(1, cached)
+    return max(1, runs if runs <= 2 else runs - 1)
 
 
-def _check(target_speedup: float, num_trajectories: int) -> None:
-    if not target_speedup > 1.0:
-        raise ConfigError(f"cache calibration: target_speedup must be above 1, got {target_speedup}.")
-    if not 1 <= num_trajectories <= MAX_TRAJECTORIES:
+def _by_step(
+    rehearsal: Rehearsal,
+    loop: LoopRecorder,
+    given: list[dict[str, Any]],
+    config: FeatureCacheConfig,
+    callback: Callback | None,
+) -> tuple[list[Candidate], list[Candidate]]:
+    """([the schedule of whole steps that did best], all that were tried, each in a run that computes everything)."""
+    plain, refined = max(1, len(given) // 4), len(given) // 4
+    rehearsal.record(given[:plain], callback)
+    full = {name: rehearsal.full_schedule(name) for name in rehearsal.recorders}
+    masks = _masks(loop, next(iter(rehearsal.recorders.values())).levels, config)
+    masks = dict(list(masks.items())[: max(1, len(given) - plain - refined)])
+    tried: dict[str, tuple[float, _Fitters]] = {}
+
+    def fit(name: str, fitters: _Fitters, index: int) -> None:
+        output = rehearsal.observed_run(fitters, given[index], index)
+        if index == 0:
+            tried[name] = distance(output, rehearsal.references[0]), fitters
+
+    for name, mask in progress(list(masks.items()), "Trying schedules", rehearsal.pipe, callback, {}):
+        fit(name, {part: StepFitter(mask, config.history) for part in full}, 0)
+    best = min(tried, key=lambda name: tried[name][0])
+    rest = range(plain, plain + refined) if config.history > 1 else range(0)
+    for index in progress(list(rest), "Fitting the forecast", rehearsal.pipe, callback, {}):
+        fit(best, tried[best][1], index)
+    found = {
+        name: Candidate(name, _by_component(full, loop.components, masks[name], fitters), error)
+        for name, (error, fitters) in tried.items()
+    }
+    return [found[best]], [candidate for name, candidate in found.items() if name != best]
+
+
+_Fitters = dict[str, StepFitter]
+
+
+def _masks(loop: LoopRecorder, levels: torch.Tensor, config: FeatureCacheConfig) -> dict[str, torch.Tensor]:
+    """Ways to spend the budget of steps, by name, the most promising first."""
+    products, inputs = loop.features()
+    errors = StepErrors(products, inputs, loop.components, config.history)
+    steps, firsts = errors.steps, int(errors.first.sum())
+    computed = steps - math.ceil(steps * (1 - 1 / config.target_speedup) - 1e-9)
+    if computed < firsts:
         raise ConfigError(
-            f"cache calibration: num_trajectories must be 1 to {MAX_TRAJECTORIES}, got {num_trajectories}."
+            f"cache calibration: {steps} steps, of which the first of each denoiser must be computed, allow a speed-up "
+            f"of {steps / firsts:.3g}, {config.target_speedup:g} is wanted. Lower target_speedup."
         )
+    plain = {name: even_steps(errors.first, computed, power) for name, power in _DISTANCES.items()}
+    masks: dict[str, torch.Tensor] = {}
+    for name, share in _SEEN_AS_NOISE.items():
+        weights = error_weights(loop, levels, share)
+        masks[name] = fewest_error(errors, weights, list(plain.values()), longest=config.longest_reuse)
+    masks |= plain
+    different: dict[str, torch.Tensor] = {}
+    for name in _STEP_ORDER:
+        if not any(torch.equal(masks[name], other) for other in different.values()):
+            different[name] = masks[name]
+    return different
 
 
-def _candidates(
-    full: Mapping[str, Schedule],
-    recorders: Mapping[str, Recorder],
-    models: Mapping[str, nn.Module],
-    target: float,
-    history: int,
-    longest: int | None,
-) -> Iterator[Candidate]:
+def _by_component(
+    full: Mapping[str, Schedule], names: Sequence[str], mask: torch.Tensor, fitters: _Fitters
+) -> dict[str, Schedule]:
+    """A mask of steps as a schedule of each denoiser, which computes those that are not its own, too."""
+    schedules = {}
+    for part, schedule in full.items():
+        others = torch.tensor([name != part for name in names])
+        schedules[part] = schedule.with_mask((mask | others)[:, None], *fitters[part].coefficients)
+    return schedules
+
+
+def _by_unit(rehearsal: Rehearsal, config: FeatureCacheConfig) -> Iterator[Candidate]:
+    full = {name: rehearsal.full_schedule(name) for name in rehearsal.recorders}
+    recorders, models = rehearsal.recorders, rehearsal.models
+    target, history = config.target_speedup, config.history
     gaps = {name: None if history < 2 else _gap(schedule, target) for name, schedule in full.items()}
     errors = {name: reuse_errors(r.trajectories, gap=gaps[name]) for name, r in recorders.items()}
 
@@ -213,7 +276,7 @@ def _candidates(
                 schedule.cost_ms,
                 int(seen.sum()) * step_ms * (1 - 1 / target),
                 forced=~seen | _first(seen),
-                longest=longest,
+                longest=config.longest_reuse,
             )
         yield finished(name, masks)
 

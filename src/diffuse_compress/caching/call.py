@@ -78,7 +78,7 @@ class Plan(Protocol):
 
     Attributes:
         sites: the blocks, in order.
-        boundaries: of each of them.
+        boundaries: of each of them; what tells its streams.
         below: what is run for one value, if a site is that.
         merge: neighbouring units are one; False before the gates, where each is added by its own.
         placement: how atoms are kept.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -94,8 +94,8 @@ class LoopCacheConfig(CacheConfig):
     """Base of the configurations whose schedule is found in the sampling loop of a pipeline.
 
     Args:
-        granularity: units that are computed or reused: "block" (whole blocks), "branch", or "level" (of UNets: all
-            below the first resolution level as one, and blocks above it).
+        granularity: units that are computed or reused: "model" (steps as wholes), "block" (whole blocks), "branch", or
+            "level" (of UNets: all below the first resolution level as one, and blocks above it).
         num_inference_steps: of these loops; the pipeline's own number by default.
         guidance_scale: in them; the pipeline's own by default.
         seed: of the starting noise, and of whatever else is drawn.
@@ -133,6 +133,7 @@ class FeatureCacheConfig(LoopCacheConfig):
     """A feature cache, its schedule found by the fast calibration (``calibrate.py``): a few trajectories, no gradients.
 
     Args:
+        granularity: whole steps by default ("model"); "block", "branch" or "level" look within them.
         target_speedup: of the denoisers' part of the sampling loop: its time without a cache over that with it.
         num_trajectories: to calibrate on, at most 8.
         history: past changes that a forecast is made of; 1 copies the last one.
@@ -144,6 +145,7 @@ class FeatureCacheConfig(LoopCacheConfig):
         ConfigError: a value that is none of these.
     """
 
+    granularity: Granularity = field(default=Granularity.MODEL, kw_only=True)
     target_speedup: float = 1.6
     num_trajectories: int = MAX_TRAJECTORIES
     history: int = 2
@@ -159,11 +161,16 @@ class FeatureCacheConfig(LoopCacheConfig):
             raise ConfigError(
                 f"FeatureCacheConfig: num_trajectories must be 1 to {MAX_TRAJECTORIES}, got {self.num_trajectories}."
             )
+        for name, least in (("history", 1), ("longest_reuse", 1)):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= least):
+                raise ConfigError(f"FeatureCacheConfig: {name} must be at least {least}, got {value!r}.")
 
     @property
     def summary(self) -> str:
         """In a few words, for plans."""
-        return f"feature cache for {self.target_speedup:g}x, {self.granularity.value}s, by fast calibration"
+        units = "whole steps" if self.granularity is Granularity.MODEL else f"{self.granularity.value}s"
+        return f"feature cache for {self.target_speedup:g}x, {units}, by fast calibration"
 
 
 class LambdaEstimator(str, Enum):
@@ -238,6 +245,11 @@ class HarmoniCaConfig(LoopCacheConfig):
             except ValueError:
                 known = ", ".join(repr(member.value) for member in kind)
                 raise ConfigError(f"router training: {name} must be {known}, got {getattr(self, name)!r}.") from None
+        if self.granularity is Granularity.MODEL:
+            raise ConfigError(
+                'router training: scores are of units within the model: granularity="block", "branch" or "level". '
+                'Which steps to leave out as wholes is what FeatureCacheConfig(granularity="model") finds.'
+            )
         if self.cache_point is CachePoint.PRE_GATE and self.granularity is not Granularity.BRANCH:
             raise ConfigError('router training: cache_point="pre_gate" is about branches: needs granularity="branch".')
         limits = {
@@ -280,7 +292,7 @@ def cache_config_from_dict(data: Mapping[str, Any]) -> CacheConfig:
     if method not in _METHODS:
         raise ConfigError(f"feature cache: unknown method {method!r}; {nearest(str(method), list(_METHODS))}")
     cls = _METHODS[method]
-    names = [field.name for field in fields(cls)]
+    names = [each.name for each in fields(cls)]
     unknown = next((name for name in values if name not in names), None)
     if unknown is not None:
         raise ConfigError(f"{cls.__name__}: unknown field {unknown!r}; {nearest(unknown, names)}")

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffuse_compress.caching.outputs import ModelBoundary
 from diffuse_compress.caching.units import Site, Unit, sites_of
 from diffuse_compress.families.base import Branch, Conditioning, Streams
 from diffuse_compress.families.boundary import Boundary
 from diffuse_compress.runtime.blocks import BlockOption, disown, known_kind, own
 from diffuse_compress.runtime.steps import Consumer, track, untrack
 
-__all__ = ["Observer", "UnitOption", "ValueOption", "observed"]
+__all__ = ["Observer", "OutputOption", "UnitOption", "ValueOption", "observed"]
 
 _NAME = "unit observer"
 
@@ -61,6 +62,31 @@ class ValueOption(BlockOption):
 
         value = self.observer.unit(self._index, {}, compute)
         return ran[-1][0] if ran and value is ran[-1][1] else value["hidden_states"]
+
+
+class OutputOption(BlockOption):
+    """Of the denoiser as one unit."""
+
+    name, rank, wraps, composes = _NAME, 10, True, False
+
+    def __init__(self, observer: Observer, boundary: ModelBoundary) -> None:
+        self.observer = observer
+        self._boundary = boundary
+
+    def around(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
+        """The denoiser, seen from outside."""
+        ran: list[tuple[Any, Streams]] = []
+
+        def compute() -> Streams:
+            output = run(*args, **kwargs)
+            value = self._boundary.value(output)
+            ran.append((output, {} if value is None else {"output": value}))
+            return ran[-1][1]
+
+        made = self.observer.unit(0, self._boundary.streams(args, kwargs), compute)
+        output, computed = ran[-1]
+        form = self._boundary.form(output)
+        return output if made is computed or form is None else self._boundary.formed(made["output"], form)
 
 
 class UnitOption(BlockOption):
@@ -131,6 +157,10 @@ def observed(
             if site.modules:
                 continue
             module = model.get_submodule(site.block)
+            if not site.block:
+                own(module, OutputOption(observer, ModelBoundary(module)))
+                owned.append(module)
+                continue
             members = units[site.first : site.first + site.count]
             option = UnitOption(observer, site, members, Boundary(module, known_kind(module)), before_gates)
             own(module, option)

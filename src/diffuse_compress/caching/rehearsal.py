@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from diffuse_compress.caching.recording import LoopClock, Recorder, profile_unit
 from diffuse_compress.caching.runtime import apply_cache, cache_of, remove_cache
 from diffuse_compress.caching.schedule import CachePoint, Schedule
 from diffuse_compress.caching.units import Granularity, Unit, units_of
+from diffuse_compress.caching.whole_steps import LoopRecorder
 from diffuse_compress.calibration.items import pipeline_arguments
 from diffuse_compress.components import is_pipeline, model_components, resolve_names
 from diffuse_compress.errors import ConfigError
@@ -69,6 +71,7 @@ class Rehearsal:
 
     Attributes:
         models: the denoisers by component; ``units`` of each and, once :meth:`record` is done, ``recorders``.
+        loop: what the scheduler was given, if the units are whole models.
         references: output of each recorded run.
         forwards: of the denoisers, spent on checking, those without a cache included.
 
@@ -93,6 +96,7 @@ class Rehearsal:
         if cached:
             raise ConfigError(f"cache calibration: {', '.join(cached)} has a cache; remove_cache(model) first.")
         self.units: dict[str, tuple[Unit, ...]] = {n: units_of(model, granularity) for n, model in self.models.items()}
+        self.loop = LoopRecorder() if Granularity(granularity) is Granularity.MODEL else None
         self.seed, self.cache_point, self.force = seed, cache_point, force
         self.recorders: dict[str, Recorder] = {}
         self.references: list[torch.Tensor] = []
@@ -121,14 +125,26 @@ class Rehearsal:
                     # Before the hook that ends what is known of the place in the loop.
                     hook = functools.partial(_compare, self.recorders[name])
                     stack.callback(model.register_forward_hook(hook, with_kwargs=True, prepend=True).remove)
+            if self.loop is not None:
+                stack.enter_context(self.loop.listening(self.pipe, self.models))
             items = list(enumerate(given))
             for index, arguments in progress(items, "Recording what units add", self.pipe, callback, {}):
                 self.references.append(self.run(arguments, index))
                 for recorder in self.recorders.values():
                     recorder.end_run()
+                if self.loop is not None:
+                    self.loop.end_run()
                 steps = max(len(recorder.timesteps) for recorder in self.recorders.values())
                 if steps < MIN_STEPS and not self.force:
                     raise too_few_steps(steps)
+
+    def observed_run(self, observers: Mapping[str, Observer], arguments: Mapping[str, Any], index: int) -> torch.Tensor:
+        """Output for an item, if observers by component have a say in it."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(untouched(self.pipe))
+            for name, observer in observers.items():
+                stack.enter_context(self.observed(name, observer))
+            return self.run(arguments, index)
 
     def observed(self, name: str, observer: Observer) -> contextlib.AbstractContextManager[Any]:
         """Inside, the observer sees what a cache would keep of the units of a model."""
@@ -168,10 +184,20 @@ class Rehearsal:
             yield clock
 
     @property
-    def runs_to_check(self) -> int:
-        """Whole runs in :data:`MAX_CHECKS` forwards; 0 if not even one is as short."""
-        forwards = sum(recorder.calls for recorder in self.recorders.values()) // max(1, len(self.references))
-        return MAX_CHECKS // max(1, forwards)
+    def forwards_of_a_run(self) -> int:
+        """Of all denoisers, with everything computed."""
+        return sum(recorder.calls for recorder in self.recorders.values()) // max(1, len(self.references))
+
+    def forwards_of_a_run_with(self, schedules: Mapping[str, Schedule]) -> int:
+        """The same with schedules: a step that leaves out the denoiser is no forward."""
+        if self.loop is None:
+            return self.forwards_of_a_run
+        return math.ceil(sum(self._computed(name, schedule) for name, schedule in schedules.items()))
+
+    def _computed(self, name: str, schedule: Schedule) -> float:
+        recorder = self.recorders[name]
+        calls = recorder.calls / max(1, len(self.references))
+        return calls * (1 - float((schedule.mask[recorder.seen] == 0).float().mean()))
 
     def checked(
         self, schedules: Mapping[str, Schedule], arguments: Mapping[str, Any], clock: LoopClock
@@ -180,7 +206,7 @@ class Rehearsal:
         try:
             for name, schedule in schedules.items():
                 apply_cache(self.models[name], schedule)
-            output, seconds = self._timed_run(arguments, clock)
+            output, seconds = self._timed_run(arguments, clock, self.forwards_of_a_run_with(schedules))
         finally:
             for model in self.models.values():
                 remove_cache(model)
@@ -193,7 +219,6 @@ class Rehearsal:
         clock: LoopClock,
         *,
         seconds: float,
-        spent: int,
     ) -> float:
         """Median time of the denoisers' part of runs without a cache over that of runs with these schedules.
 
@@ -205,21 +230,26 @@ class Rehearsal:
             arguments: of the first recorded item.
             clock: of :meth:`timed`.
             seconds: of an earlier run with these schedules, the only one if no other fits into ``MAX_CHECKS``.
-            spent: runs so far. One without a cache, which comes first, is run in any case.
         """
+        # One without a cache, which comes first, is run in any case.
         without, cached = [self._timed_run(arguments, clock)[1]], []
-        for number in range(1, min(self.runs_to_check - spent, _MOST_TIMED)):
+        for number in range(1, _MOST_TIMED):
+            next_one = self.forwards_of_a_run_with(schedules) if number % 2 else self.forwards_of_a_run
+            if self.forwards + next_one > MAX_CHECKS:
+                break
             if number % 2:
                 cached.append(self.checked(schedules, arguments, clock)[1])
             else:
                 without.append(self._timed_run(arguments, clock)[1])
         return statistics.median(without) / max(statistics.median(cached or [seconds]), 1e-9)
 
-    def _timed_run(self, arguments: Mapping[str, Any], clock: LoopClock) -> tuple[torch.Tensor, float]:
+    def _timed_run(
+        self, arguments: Mapping[str, Any], clock: LoopClock, forwards: int | None = None
+    ) -> tuple[torch.Tensor, float]:
         clock.reset()
         output = self.run(arguments, 0)
         seconds = clock.stop()
-        self.forwards += clock.calls
+        self.forwards += clock.calls if forwards is None else min(forwards, clock.calls)
         return output, seconds
 
     def loop_ms(self, schedules: Mapping[str, Schedule]) -> tuple[float, float]:

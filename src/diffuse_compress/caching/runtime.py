@@ -20,10 +20,21 @@ from torch import nn
 from diffuse_compress.caching.call import NAME, Call
 from diffuse_compress.caching.compiler import Program, compile_schedule, within_memory
 from diffuse_compress.caching.config import CacheConfig
+from diffuse_compress.caching.outputs import ModelBoundary, OutputCall
 from diffuse_compress.caching.patterns import Op, Variants, run_pattern
 from diffuse_compress.caching.schedule import CachePoint, Schedule, noise_levels
 from diffuse_compress.caching.store import Signature
-from diffuse_compress.caching.units import BLOCK_KIND, LEVEL_KIND, Granularity, Unit, below_of, sites_of, units_of
+from diffuse_compress.caching.units import (
+    BLOCK_KIND,
+    LEVEL_KIND,
+    MODEL_KIND,
+    Granularity,
+    Site,
+    Unit,
+    below_of,
+    sites_of,
+    units_of,
+)
 from diffuse_compress.components import unwrap
 from diffuse_compress.errors import CompressionConflictError, ConfigError, DiffuseCompressWarning, ModelStateError
 from diffuse_compress.families.base import BlockKind
@@ -87,9 +98,7 @@ class FeatureCache:
         self.consumer = Consumer(NAME, planner, config.strict)
         self.merge = schedule.cache_point is CachePoint.POST_GATE
         self.sites = sites_of(model, schedule.units, merge=self.merge)
-        self.boundaries = [
-            Boundary(module, known_kind(module)) for module in (model.get_submodule(s.block) for s in self.sites)
-        ]
+        self.boundaries = [_boundary(model.get_submodule(site.block), site) for site in self.sites]
         self.below = below_of(model) if any(site.modules for site in self.sites) else None
         self.enabled = True
         self.variants: Variants | None = None
@@ -109,6 +118,11 @@ class FeatureCache:
     def owned(self) -> list[str]:
         """Names of the modules that are run or left out."""
         return [name for site in self.sites for name in site.owned]
+
+    @property
+    def whole_steps(self) -> bool:
+        """The one unit is the model."""
+        return _is_model(self.sites[0])
 
     @property
     def call(self) -> Call | None:
@@ -188,12 +202,21 @@ class FeatureCache:
             if wanted:
                 context.miss(NAME, context.blocker, wanted)
             return None
-        return Call(self, context, context.run, context.row, module, wanted)
+        kind = OutputCall if self.whole_steps else Call
+        return kind(self, context, context.run, context.row, module, wanted)
 
     def _warn_scheduler(self, name: str) -> None:
         if name != self.schedule.scheduler and "scheduler" not in self._warned:
             self._warned.add("scheduler")
             self.schedule.check(self.schedule.model, self.schedule.units, scheduler=name)
+
+
+def _is_model(site: Site) -> bool:
+    return not site.block
+
+
+def _boundary(module: nn.Module, site: Site) -> Boundary:
+    return ModelBoundary(module) if _is_model(site) else Boundary(module, known_kind(module))
 
 
 class CacheOption(BlockOption):
@@ -300,6 +323,8 @@ def apply_cache(model: nn.Module, schedule: Schedule, config: CacheConfig | None
 def _units_like(model: nn.Module, wanted: Sequence[Unit]) -> tuple[Unit, ...]:
     """Units of the model in the granularity of others."""
     kinds = {unit.kind for unit in wanted}
+    if MODEL_KIND in kinds:
+        return units_of(model, Granularity.MODEL)
     if LEVEL_KIND in kinds:
         return units_of(model, Granularity.LEVEL)
     units = units_of(model, Granularity.BLOCK)
@@ -347,11 +372,16 @@ def compile_variants(model: nn.Module, **options: Any) -> Variants:
     True unless given.
 
     Raises:
-        ConfigError: the model has no cache.
+        ConfigError: the model has no cache, or one of whole steps, which runs the model as it is.
     """
     cache = cache_of(model)
     if cache is None:
         raise ConfigError(f"{type(model).__name__} has no feature cache; apply_cache(model, schedule) first.")
+    if cache.whole_steps:
+        raise ConfigError(
+            f"{type(model).__name__}: its cache leaves out whole steps, so its blocks have no variants. Compile them "
+            "as they are: model.compile_repeated_blocks()."
+        )
     model = unwrap(model)
     for name in cache.owned:
         block: Any = model.get_submodule(name)

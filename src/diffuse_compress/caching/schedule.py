@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from diffuse_compress.caching.units import Unit
+from diffuse_compress.caching.units import MODEL_KIND, Unit
 from diffuse_compress.errors import CheckpointError, ConfigError, DiffuseCompressWarning
 
 __all__ = ["CachePoint", "Guidance", "Schedule", "noise_levels"]
@@ -63,6 +63,9 @@ class Schedule:
         flops: float64 [K] of a unit in one step, or None.
         coefficients: float32 [T, K, H] or None: a unit that is reused in step t adds
             ``sum_h coefficients[t, k, h] * delta_h``, delta_0 being the latest that was computed; without them delta_0.
+        input_coefficients: float32 [T, 1 + H] or None, where the one unit is the model: its output in a step that is
+            left out has, beside that sum, ``input_coefficients[t, 0]`` times the sample of that step, and
+            ``input_coefficients[t, 1 + h]`` times the sample that output h was computed from.
         details: anything else worth keeping; JSON-able.
     """
 
@@ -78,6 +81,7 @@ class Schedule:
     other_ms: float = 0.0
     flops: torch.Tensor | None = None
     coefficients: torch.Tensor | None = None
+    input_coefficients: torch.Tensor | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -101,6 +105,16 @@ class Schedule:
             raise ConfigError(
                 f"cache schedule: coefficients must be [{shape[0]}, {shape[1]}, history], got "
                 f"{list(self.coefficients.shape)}."
+            )
+        if self.input_coefficients is not None:
+            self._check_inputs(self.input_coefficients)
+
+    def _check_inputs(self, table: torch.Tensor) -> None:
+        history = 0 if self.coefficients is None else self.coefficients.shape[2]
+        if [unit.kind for unit in self.units] != [MODEL_KIND] or table.shape != (self.num_steps, 1 + history):
+            raise ConfigError(
+                "cache schedule: input_coefficients are of a schedule by model with coefficients [steps, 1, history], "
+                f"and must be [{self.num_steps}, 1 + {history}], got {list(table.shape)}."
             )
 
     @classmethod
@@ -142,9 +156,15 @@ class Schedule:
         listed = [[unit.block, unit.branch, unit.kind] for unit in self.units]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
-    def with_mask(self, mask: torch.Tensor, coefficients: torch.Tensor | None = None) -> Schedule:
+    def with_mask(
+        self,
+        mask: torch.Tensor,
+        coefficients: torch.Tensor | None = None,
+        input_coefficients: torch.Tensor | None = None,
+    ) -> Schedule:
         """Another table for the same units; coefficients of the old one are not kept."""
-        return replace(self, mask=mask.to("cpu", torch.uint8).contiguous(), coefficients=coefficients)
+        mask = mask.to("cpu", torch.uint8).contiguous()
+        return replace(self, mask=mask, coefficients=coefficients, input_coefficients=input_coefficients)
 
     def check(
         self,
@@ -193,13 +213,20 @@ class Schedule:
         distance = (levels.double()[:, None] - self.levels.double()[None]).abs()
         mask = self.mask[distance.argmin(dim=1)].clone()
         mask[0] = 1
-        return replace(self, mask=mask, timesteps=timesteps.float(), levels=levels.float(), coefficients=None)
+        return replace(
+            self,
+            mask=mask,
+            timesteps=timesteps.float(),
+            levels=levels.float(),
+            coefficients=None,
+            input_coefficients=None,
+        )
 
     # --- as tensors ----------------------------------------------------------------------------------------------
 
     def to_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors, JSON-able metadata), of which :meth:`from_tensors` makes it again."""
-        names = ("mask", "timesteps", "levels", "cost_ms", "flops", "coefficients")
+        names = ("mask", "timesteps", "levels", "cost_ms", "flops", "coefficients", "input_coefficients")
         tensors = {name: value for name in names if (value := getattr(self, name)) is not None}
         metadata = {
             "schema_version": _SCHEMA_VERSION,

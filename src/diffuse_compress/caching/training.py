@@ -125,7 +125,7 @@ def train_cache(
     schedules = training.schedules()
     with rehearsal.timed() as clock:
         error, seconds = rehearsal.checked(schedules, given[0], clock)
-        measured = rehearsal.measured_speedup(schedules, given[0], clock, seconds=seconds, spent=1)
+        measured = rehearsal.measured_speedup(schedules, given[0], clock, seconds=seconds)
     return RouterTraining(
         schedules,
         loop_speedup(*rehearsal.loop_ms(schedules)),

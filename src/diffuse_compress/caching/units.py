@@ -24,14 +24,17 @@ __all__ = ["Granularity", "Site", "Unit", "below_of", "sites_of", "units_of"]
 
 BLOCK_KIND = "block"
 LEVEL_KIND = "level"
+MODEL_KIND = "model"
 
 
 class Granularity(str, Enum):
-    """What a unit is. LEVEL takes all below the first resolution level of a UNet as one, and blocks above it."""
+    """What a unit is. LEVEL takes all below the first resolution level of a UNet as one, and blocks above it; MODEL is
+    the denoiser itself, so that steps are computed or left out as wholes."""
 
     BLOCK = "block"
     BRANCH = "branch"
     LEVEL = "level"
+    MODEL = "model"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Unit:
     Attributes:
         block: qualified name of the module it belongs to.
         branch: name of the branch within it; "" for all of the module.
-        kind: what it computes: a value of ``BranchRole``, "block" or "level".
+        kind: what it computes: a value of ``BranchRole``, "block", "level", or "model", whose block is "".
     """
 
     block: str
@@ -51,6 +54,8 @@ class Unit:
     @property
     def name(self) -> str:
         """Qualified name of the unit."""
+        if self.kind == MODEL_KIND:
+            return MODEL_KIND
         return f"{self.block}.{self.branch}" if self.branch else self.block
 
 
@@ -86,13 +91,15 @@ def units_of(model: nn.Module, granularity: Granularity | str = Granularity.BLOC
     """Units of ``model`` in the order they run in (of a class without a family, the order they are registered in).
 
     ``granularity="branch"`` lists the branches of every block that can be composed, and the others as wholes;
-    ``"level"`` blocks, and all below the first resolution level as one.
+    ``"level"`` blocks, and all below the first resolution level as one; ``"model"`` the model itself.
 
     Raises:
         ConfigError: there is nothing that could be reused, or no resolution level.
     """
     model, family = unwrap(model), family_of(unwrap(model))
     granularity = Granularity(granularity)
+    if granularity is Granularity.MODEL:
+        return (Unit("", kind=MODEL_KIND),)
     if family is None:
         names = block_elements(model)
     elif granularity is not Granularity.BRANCH and family.wholes is not None:
@@ -170,6 +177,10 @@ def sites_of(model: nn.Module, units: Sequence[Unit], *, merge: bool = True) -> 
     first = 0
     while first < len(units):
         block = units[first].block
+        if units[first].kind == MODEL_KIND:
+            sites.append(Site(block, first, 1, True, True, len(sites) + 1))
+            first += 1
+            continue
         if units[first].kind == LEVEL_KIND:
             sites.append(Site(block, first, 1, True, False, len(sites) + 1, below_of(model).modules))
             first += 1

@@ -31,6 +31,7 @@ from diffuse_compress.families.base import Streams
 from diffuse_compress.logging import get_logger
 from diffuse_compress.pipelines.recorder import CudaRecorder, Input, Recorded, Recorder, fill
 from diffuse_compress.runtime import steps
+from diffuse_compress.runtime.blocks import BlockOption, disown, own, owned_options
 from diffuse_compress.runtime.stats import MethodStats, Reason, warn
 from diffuse_compress.temporal.lookup import LayerLookup, Mode
 from diffuse_compress.temporal.table import table_of
@@ -129,6 +130,19 @@ class _Kind:
         self.graphs.clear()
 
 
+class _Graphed(BlockOption):
+    """Of a model whose forward is owned."""
+
+    name, rank, wraps, composes = CONSUMER, 20, True, False
+
+    def __init__(self, graphs: GraphedCalls) -> None:
+        self._graphs = graphs
+
+    def around(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
+        """Replays the call."""
+        return self._graphs._forward(*args, **kwargs)
+
+
 class GraphedCalls:
     """The graphs of one model; :func:`graphed_calls_of` gives the one that all pipelines share."""
 
@@ -166,7 +180,7 @@ class GraphedCalls:
                 # The last one: whatever other hooks do is done when it runs.
                 self._hook = model.register_forward_pre_hook(self._arm, with_kwargs=True)
                 if self._problem is None:
-                    model.forward = self._forward  # type: ignore[method-assign]
+                    self._take_over(model)
         try:
             yield
         finally:
@@ -176,6 +190,14 @@ class GraphedCalls:
                     self._hook.remove()
                     if model.__dict__.get("forward") == self._forward:
                         del model.__dict__["forward"]
+                    disown(model, CONSUMER)
+
+    def _take_over(self, model: nn.Module) -> None:
+        """Below a cache of whole steps, which asks for a call or does without."""
+        if owned_options(model):
+            own(model, _Graphed(self))
+        else:
+            model.forward = self._forward  # type: ignore[method-assign]
 
     def _check(self, model: nn.Module) -> None:
         """Graphs read weights where they were, and do what the modules' attributes said."""
@@ -306,7 +328,7 @@ class GraphedCalls:
         # True == 1, so types count.
         typed = tuple((type(leaf), leaf) for leaf in plain)
         cache = cache_of(model)
-        cached = None if cache is None else cache.call
+        cached = None if cache is None or cache.whole_steps else cache.call
         state = adapters_of(model), _precision(device.type), model.training, cache if cached is not None else None
         return _Call((spec, typed, forms, shared, modes, state), values, lookups, rebuild, cached)
 
@@ -401,7 +423,7 @@ def _why_never(whole: Any) -> Reason | None:
         return COMPILED
     if any(_is_hooked(module, module is model) for module in model.modules()):
         return HOOKED
-    return REPLACED if "forward" in model.__dict__ else None
+    return REPLACED if "forward" in model.__dict__ and not owned_options(model) else None
 
 
 def _settings(module: nn.Module) -> Any:

@@ -3,8 +3,8 @@
 What is known of a call's row, strongest first: the timestep may be a view of ``scheduler.timesteps``, whose storage
 offset says which element it is; the scheduler has a ``step_index``; the last ``step()`` was told its timestep;
 iterations can be counted. A number, or a tensor on the CPU, must also be the schedule's value at that row, in one of
-the forms that pipelines use, and it may tell where the loop starts. Tensors on a device are never read. A start that
-nothing tells stays unknown until the scheduler's first step, and a call that contradicts the run makes the rest of it
+the forms that pipelines use, and it may tell where the loop starts. Tensors on a device are read before the scheduler's
+first step only, and only if nothing else tells where the loop starts. A start that nothing tells stays unknown until the scheduler's first step, and a call that contradicts the run makes the rest of it
 unknown: a loop that was restarted goes over other latents.
 """
 
@@ -247,7 +247,10 @@ class Run:
             return self._reach(viewed)
         if self.num_rows is not None and self.first_row is not None and self.first_row + self.step >= self.num_rows:
             return None, PAST_THE_END
-        told, forms = self._told(timestep, self._expected())
+        expected = self._expected()
+        if expected is None and self.taken == 0:
+            timestep = _fetched(timestep)
+        told, forms = self._told(timestep, expected)
         if isinstance(told, Reason):
             self._broken = self._broken or told is JUMPED
             return None, told
@@ -389,6 +392,15 @@ def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     one, other = _storage(a), _storage(b)
     return one is not None and other is not None and one.data_ptr() == other.data_ptr()
+
+
+def _fetched(timestep: Any) -> Any:
+    """The timestep where it can be read. This waits for its device, which a stream that is being captured cannot."""
+    if type(timestep) is not torch.Tensor or timestep.device.type in ("cpu", "meta") or _storage(timestep) is None:
+        return timestep
+    if timestep.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return timestep
+    return timestep.detach().cpu()
 
 
 def _readable(timestep: Any) -> float | Reason | None:

@@ -1,0 +1,467 @@
+"""Which steps of a loop to compute, and how to make up for the others, from what a scheduler is given along it.
+
+A step is left out by giving the scheduler a weighted sum of the last outputs of the denoiser, the samples they were
+computed from and the sample of the step itself. The weights of each step are fitted by least squares.
+
+How much the error of a step counts is asked of the scheduler itself: it is run over the recorded outputs with a
+little added in one step, and what that makes of the last sample is the weight. What the denoiser would answer to the
+changed samples is not known without running it, but lies between two extremes: nothing, as if the error were a part of
+the picture, and all of it, as if it were noise that the denoiser sees and takes away. Candidates are searched with
+weights from the one to the other, and then run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffuse_compress.caching.observing import Observer
+from diffuse_compress.caching.outputs import aligned
+from diffuse_compress.errors import ConfigError
+from diffuse_compress.families.base import Streams
+from diffuse_compress.logging import get_logger
+from diffuse_compress.runtime.steps import current
+
+__all__ = ["LoopRecorder", "StepErrors", "StepFitter", "error_weights", "even_steps", "fewest_error"]
+
+_LOGGER = get_logger(__name__)
+_ELEMENTS = 2048
+# Pulls weights towards copying where trajectories do not tell them apart: relative to the power of the last output.
+_RIDGE = 1e-6
+# The table of errors grows with the cube of the steps.
+_MOST_SEARCHED = 100
+_SWEEPS = 40
+
+
+@dataclass
+class _Step:
+    """What the scheduler was given in a step, and by whom: samples of 1-D float64 on the CPU."""
+
+    output: torch.Tensor
+    sample: torch.Tensor
+    seen: torch.Tensor | None
+    component: str
+    timestep: Any
+    options: dict[str, Any]
+
+
+class LoopRecorder:
+    """Listens to the schedulers of a pipeline and to its denoisers.
+
+    Attributes:
+        trajectories: of each run so far, its steps.
+        scheduler: a copy from before the first step of the first run.
+        shape_like: dimensions of the samples.
+    """
+
+    def __init__(self) -> None:
+        self.trajectories: list[list[_Step]] = []
+        self.scheduler: Any = None
+        self.dimensions = 0
+        self._steps: list[_Step] = []
+        self._last: tuple[str, torch.Tensor] | None = None
+        self._indices: torch.Tensor | None = None
+
+    @contextlib.contextmanager
+    def listening(self, pipe: Any, models: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Inside, runs are recorded. The schedulers, which are the caller's copies, stay of a class that listens."""
+        handles = [
+            model.register_forward_pre_hook(functools.partial(self._called, name), with_kwargs=True)
+            for name, model in models.items()
+        ]
+        for part in [part for name, part in pipe.components.items() if name in vars(pipe)]:
+            if hasattr(part, "set_timesteps"):
+                part.__class__ = _listening(type(part), self)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def end_run(self) -> None:
+        """A trajectory is over.
+
+        Raises:
+            ConfigError: its steps are not those of one scheduler, one after the other.
+        """
+        steps, self._steps, self._last = self._steps, [], None
+        if not steps or (self.trajectories and len(steps) != len(self.trajectories[0])):
+            raise ConfigError(
+                "cache calibration: the steps of this loop cannot be followed by its scheduler. "
+                'Use granularity="block".'
+            )
+        self.trajectories.append(steps)
+
+    @property
+    def components(self) -> list[str]:
+        """Name of the denoiser of each step."""
+        return [step.component for step in self.trajectories[0]]
+
+    def features(self) -> tuple[torch.Tensor, bool]:
+        """([2T, 2T] float64, products of outputs and, after them, of the samples that the denoisers were given, mean
+        over trajectories and elements; False if those samples are not known, and zero here)."""
+        known = all(step.seen is not None for steps in self.trajectories for step in steps)
+        total = torch.zeros(())
+        for steps in self.trajectories:
+            outputs = torch.stack([step.output for step in steps])
+            inputs = torch.zeros_like(outputs)
+            if known:
+                inputs = torch.stack([step.seen for step in steps if step.seen is not None])
+            rows = torch.cat([outputs, inputs])
+            total = total + rows @ rows.T / (rows.shape[1] * len(self.trajectories))
+        return total, known
+
+    def _called(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        value = args[0] if args else next(iter(kwargs.values()), None)
+        if current() is not None and isinstance(value, torch.Tensor):
+            self._last = name, value
+
+    def step(self, scheduler: Any, output: Any, timestep: Any, sample: Any, options: dict[str, Any]) -> None:
+        """The scheduler is about to take a step."""
+        if self._last is None or not isinstance(output, torch.Tensor) or not isinstance(sample, torch.Tensor):
+            return
+        if self.scheduler is None:
+            self.scheduler, self.dimensions = copy.deepcopy(scheduler), sample.ndim
+            self.scheduler.__class__ = type(scheduler).__mro__[1]
+        moved = aligned(output, sample.shape)
+        if moved is None:
+            return
+        component, given = self._last
+        seen = aligned(given, torch.Size([given.shape[0], *sample.shape[1:]]))
+        self._steps.append(
+            _Step(
+                self._taken(moved),
+                self._taken(sample),
+                None if seen is None or seen.shape[0] < sample.shape[0] else self._taken(seen[: sample.shape[0]]),
+                component,
+                timestep,
+                {name: value for name, value in options.items() if name not in ("generator", "return_dict")},
+            )
+        )
+
+    def _taken(self, value: torch.Tensor) -> torch.Tensor:
+        if self._indices is None or int(self._indices.max()) >= value.numel():
+            generator = torch.Generator().manual_seed(value.numel())
+            self._indices = torch.randint(value.numel(), (min(_ELEMENTS, value.numel()),), generator=generator)
+        return torch.take(value.detach(), self._indices.to(value.device)).double().cpu()
+
+
+def _listening(stock: type, recorder: LoopRecorder) -> type:
+    original: Any = stock.step  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def step(scheduler: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        recorder.step(scheduler, model_output, timestep, sample, kwargs)
+        return original(scheduler, model_output, timestep, sample, *args, **kwargs)
+
+    return type(stock.__name__, (stock,), {"step": step, "__module__": stock.__module__})
+
+
+# --- how much the error of a step counts ---------------------------------------------------------------------------
+
+
+def error_weights(recorder: LoopRecorder, levels: torch.Tensor, seen_as_noise: float) -> torch.Tensor:
+    """[T] float64: change of the last sample for a change of the output of each step.
+
+    Args:
+        recorder: of a loop.
+        levels: [T] noise levels.
+        seen_as_noise: how much of an error in a sample the denoiser takes away: 0 nothing, 1 all; what lies between is
+            the geometric mean of the two.
+    """
+    extremes = [_responses(recorder, levels, share) for share in (0.0, 1.0)]
+    if any(found is None for found in extremes):
+        return torch.ones(len(levels), dtype=torch.float64)
+    nothing, everything = (found for found in extremes if found is not None)
+    size = nothing.abs().clamp_min(1e-12) ** (1 - seen_as_noise) * everything.abs().clamp_min(1e-12) ** seen_as_noise
+    return nothing.sign() * size
+
+
+def _responses(recorder: LoopRecorder, levels: torch.Tensor, share: float) -> torch.Tensor | None:
+    steps = recorder.trajectories[0]
+    generator = torch.Generator().manual_seed(0)
+    disturbance = torch.randn(steps[0].output.shape, generator=generator, dtype=torch.float64)
+    disturbance *= 1e-2 * steps[0].output.square().mean().sqrt()
+    slopes = share * _noise_slopes(recorder, levels)
+    try:
+        plain = _replayed(recorder, slopes, None, disturbance)
+        found = [_replayed(recorder, slopes, step, disturbance) - plain for step in range(len(steps))]
+    except Exception as error:  # a scheduler may ask anything of its samples
+        _LOGGER.info("errors of all steps count alike: %s cannot be run by itself (%s)", recorder.scheduler, error)
+        return None
+    weights = torch.stack([difference @ disturbance / (disturbance @ disturbance) for difference in found])
+    return weights if bool(weights.isfinite().all()) else None
+
+
+def _noise_slopes(recorder: LoopRecorder, levels: torch.Tensor) -> torch.Tensor:
+    """[T]: by what the output of a denoiser that knows noise changes with noise in the scheduler's sample."""
+    kind = getattr(getattr(recorder.scheduler, "config", None), "prediction_type", None) or "flow_prediction"
+    noise = levels.double().clamp(1e-3, 1.0)
+    slopes = {"sample": 0.0 * noise, "v_prediction": (1 - noise**2).clamp_min(0.0).sqrt() / noise}.get(kind, 1 / noise)
+    # Models are given samples scaled to unit variance, the scheduler steps them as they are.
+    scales = [
+        1.0 if step.seen is None else float(step.seen @ step.sample / (step.sample @ step.sample).clamp_min(1e-12))
+        for step in recorder.trajectories[0]
+    ]
+    return slopes * torch.tensor(scales, dtype=torch.float64)
+
+
+def _replayed(
+    recorder: LoopRecorder, slopes: torch.Tensor, disturbed: int | None, disturbance: torch.Tensor
+) -> torch.Tensor:
+    """The last sample, if outputs follow what happens to the samples by ``slopes`` and one is disturbed."""
+    scheduler = copy.deepcopy(recorder.scheduler)
+    steps = recorder.trajectories[0]
+    shape = (*[1] * (recorder.dimensions - 1), -1)
+    sample = steps[0].sample
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for number, step in enumerate(steps):
+            output = step.output + slopes[number] * (sample - step.sample)
+            if number == disturbed:
+                output = output + disturbance
+            result = scheduler.step(output.view(shape), step.timestep, sample.view(shape), **step.options)
+            following = result[0] if isinstance(result, tuple) else result.prev_sample
+            sample = following.double().flatten()
+    return sample
+
+
+# --- errors of leaving out steps ----------------------------------------------------------------------------------
+
+
+class StepErrors:
+    """What leaving out steps does to the last sample, by recorded trajectories.
+
+    Args:
+        products: [2T, 2T] of :meth:`LoopRecorder.features`.
+        inputs: samples are known.
+        components: name of the denoiser of each step; outputs of another are no help.
+        history: outputs that a forecast is made of, at most 2 here; 1 copies.
+    """
+
+    def __init__(self, products: torch.Tensor, inputs: bool, components: Sequence[str], history: int) -> None:
+        self.steps, self.products = len(components), products
+        self._index = torch.full((self.steps, self.steps + 1, self.steps + 1), -1, dtype=torch.long)
+        fits: list[tuple[int, list[int]]] = []
+        for step, name in enumerate(components):
+            before = [other for other in range(step) if components[other] == name]
+            for latest in before:
+                earlier = [other for other in before if other < latest] if history > 1 else []
+                for other in [*earlier, self.steps]:
+                    self._index[step, latest, other] = len(fits)
+                    fits.append((step, [latest] if other == self.steps else [latest, other]))
+        self._first = torch.tensor([name not in components[:step] for step, name in enumerate(components)])
+        self._history = history
+        self._residuals = torch.zeros(len(fits), 2 * self.steps, dtype=torch.float64)
+        if fits:
+            self._residuals = _left(products, inputs, fits, min(history, 2))
+        self._powers = torch.einsum("np,pq,nq->n", self._residuals, products, self._residuals).clamp_min(0.0)
+
+    @property
+    def first(self) -> torch.Tensor:
+        """Bool [T]: the first step of a denoiser, which has nothing to make up for it."""
+        return self._first
+
+    def of(self, masks: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """[M] float64: error of each mask, bool [M, T]: the mean of how errors add up if they have nothing to do with
+        one another, and as they did on the recorded trajectories."""
+        numbers = torch.where(masks, torch.arange(self.steps), -1)
+        latest = _shifted(numbers.cummax(dim=1).values, -1)
+        # Of the step before a step's latest computation, the latest.
+        earlier = torch.where(latest > 0, _shifted(numbers.cummax(dim=1).values, -1).gather(1, latest.clamp_min(0)), -1)
+        earlier = torch.where((earlier >= 0) & (self._history > 1), earlier, self.steps)
+        found = self._index[torch.arange(self.steps), latest.clamp_min(0), earlier]
+        # Across two denoisers the earlier one is no help.
+        alone = self._index[torch.arange(self.steps), latest.clamp_min(0), self.steps]
+        found = torch.where(found < 0, alone, found)
+        impossible = (~masks & (found < 0)).any(dim=1)
+        used = torch.where(masks, 0.0, weights)
+        found = found.clamp_min(0)
+        apart = (used**2 * self._powers[found]).sum(dim=1)
+        total = torch.einsum("mt,mtp->mp", used, self._residuals[found])
+        together = torch.einsum("mp,pq,mq->m", total, self.products, total)
+        return torch.where(impossible, torch.inf, (apart + together) / 2)
+
+
+def _shifted(values: torch.Tensor, first: int) -> torch.Tensor:
+    return torch.cat([torch.full_like(values[:, :1], first), values[:, :-1]], dim=1)
+
+
+def _left(products: torch.Tensor, inputs: bool, fits: Sequence[tuple[int, list[int]]], history: int) -> torch.Tensor:
+    """[N, 2T]: what the best forecast of each (step, computed steps before it, the latest first) leaves of the output
+    of that step, as a sum of all outputs and samples."""
+    count = len(products) // 2
+    columns = torch.zeros(len(fits), 2 * history + 1, dtype=torch.long)
+    there = torch.zeros(columns.shape, dtype=torch.bool)
+    for row, (step, origins) in enumerate(fits):
+        samples = [count + step, *(count + origin for origin in origins)] if inputs and history > 1 else []
+        for first, found in ((0, origins), (history, samples)):
+            columns[row, first : first + len(found)] = torch.tensor(found, dtype=torch.long)
+            there[row, first : first + len(found)] = True
+    targets = torch.tensor([step for step, _ in fits])
+    weights = torch.zeros(columns.shape, dtype=torch.float64)
+    weights[:, 0] = 1.0
+    if history > 1:
+        system = products[columns[:, :, None], columns[:, None, :]]
+        system = torch.where(there[:, :, None] & there[:, None, :], system, 0.0)
+        ridge = _RIDGE * system[:, 0, 0].clamp_min(1e-30)
+        system = system + torch.diag_embed(torch.where(there, ridge[:, None], 1.0))
+        right = torch.where(there, products[columns, targets[:, None]], 0.0) + ridge[:, None] * weights
+        weights = torch.linalg.solve(system, right)
+    left = torch.zeros(len(fits), len(products), dtype=torch.float64)
+    left[torch.arange(len(fits)), targets] = 1.0
+    return left.scatter_add_(1, columns, torch.where(there, -weights, 0.0))
+
+
+class StepFitter(Observer):
+    """Fits a forecast for the steps that a mask leaves out, on the trajectories that it leads to.
+
+    Everything is computed, but in such a step the scheduler is given the forecast, whose weights are fitted to the
+    output just computed and to those of the trajectories before. Fitted to trajectories without a cache they would not
+    do: there a sample is nearly a sum of the outputs and samples before it, so that large weights cancel each other,
+    which they do no longer where the samples are a little different.
+
+    Args:
+        mask: bool [T], computed steps.
+        history: outputs that a forecast is made of; 1 copies the last one.
+    """
+
+    def __init__(self, mask: torch.Tensor, history: int) -> None:
+        self._mask: list[bool] = mask.tolist()
+        self._history = history
+        self._sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._weights: dict[int, torch.Tensor] = {}
+        self._past: dict[Any, list[tuple[torch.Tensor, torch.Tensor | None]]] = {}
+        self._run: int | None = None
+
+    def unit(self, index: int, streams: Streams, compute: Callable[[], Streams]) -> Streams:
+        """Computes, and returns the forecast in a step that the mask leaves out."""
+        made = compute()
+        context = current()
+        if context is None or context.run is None or context.row is None or "output" not in made:
+            return made
+        if context.run.number != self._run:
+            self._run, self._past = context.run.number, {}
+        past, output = self._past.setdefault(context.key, []), made["output"]
+        given = aligned(streams["input"], output.shape) if "input" in streams else None
+        if self._mask[context.row] or not past:
+            past.insert(0, (output.clone(), None if given is None else given.clone()))
+            del past[self._history :]
+            return made
+        features = [value for value, _ in past]
+        if self._history > 1:
+            features += [value for value in (given, *(sample for _, sample in past)) if value is not None]
+        rows = torch.stack([value.flatten() for value in features]).double()
+        weights = self._fit(context.row, rows, output.flatten().double(), len(past))
+        total: torch.Tensor = weights.to(rows.device) @ rows
+        return {"output": total.to(output.dtype).view_as(output)}
+
+    def _fit(self, row: int, features: torch.Tensor, target: torch.Tensor, outputs: int) -> torch.Tensor:
+        copying = torch.zeros(len(features), dtype=torch.float64)
+        copying[0] = 1.0
+        if self._history < 2:
+            return copying
+        products = (features @ features.T / len(target)).cpu(), (features @ target / len(target)).cpu()
+        if row in self._sums:
+            products = products[0] + self._sums[row][0], products[1] + self._sums[row][1]
+        self._sums[row] = products
+        ridge = _RIDGE * products[0][0, 0].clamp_min(1e-30)
+        system = products[0] + ridge * torch.eye(len(copying), dtype=torch.float64)
+        weights = torch.linalg.solve(system, products[1] + ridge * copying)
+        placed = torch.zeros(2 * self._history + 1, dtype=torch.float64)
+        placed[:outputs] = weights[:outputs]
+        placed[self._history : self._history + len(weights) - outputs] = weights[outputs:]
+        self._weights[row] = placed
+        return weights
+
+    @property
+    def coefficients(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Float32 [T, 1, history] of the outputs, the latest first, and [T, 1 + history] of the samples, that of the
+        step first; None, None for a copy."""
+        if self._history < 2:
+            return None, None
+        outputs = torch.zeros(len(self._mask), 1, self._history)
+        outputs[:, :, 0] = 1.0
+        samples = torch.zeros(len(self._mask), 1 + self._history)
+        for row, weights in self._weights.items():
+            outputs[row, 0], samples[row] = weights[: self._history].float(), weights[self._history :].float()
+        return outputs, samples
+
+
+# --- which steps --------------------------------------------------------------------------------------------------
+
+
+def even_steps(first: torch.Tensor, computed: int, power: float = 1.0) -> torch.Tensor:
+    """Bool [T]: so many steps at even distances, the first of each denoiser among them; ``power`` below 1 has them
+    closer together towards the end."""
+    steps = len(first)
+    mask = first.clone()
+    for number in range(computed):
+        mask[round((steps - 1) * (number / max(1, computed - 1)) ** power)] = True
+    for step in range(1, steps):
+        if int(mask.sum()) >= computed:
+            break
+        mask[step] = True
+    spare = int(mask.sum()) - computed
+    for step in [step for step in range(steps - 1, 0, -1) if bool(mask[step]) and not bool(first[step])][:spare]:
+        mask[step] = False
+    return mask
+
+
+def fewest_error(
+    errors: StepErrors, weights: torch.Tensor, starts: Sequence[torch.Tensor], *, longest: int | None = None
+) -> torch.Tensor:
+    """The mask of least error that is reached from ``starts`` by computing one step in the place of another.
+
+    Args:
+        errors: of leaving out steps.
+        weights: [T] of :func:`error_weights`.
+        starts: masks of as many computed steps.
+        longest: most steps left out in a row.
+    """
+    found = [_descended(errors, weights, start, longest) for start in starts]
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _descended(
+    errors: StepErrors, weights: torch.Tensor, mask: torch.Tensor, longest: int | None
+) -> tuple[float, torch.Tensor]:
+    best = float(errors.of(mask[None], weights)[0])
+    if errors.steps > _MOST_SEARCHED:
+        return best, mask
+    for _ in range(_SWEEPS):
+        gives = (mask & ~errors.first).nonzero().flatten()
+        takes = (~mask).nonzero().flatten()
+        if not len(gives) or not len(takes):
+            break
+        pairs = torch.cartesian_prod(gives, takes)
+        masks = mask.repeat(len(pairs), 1)
+        rows = torch.arange(len(pairs))
+        masks[rows, pairs[:, 0]], masks[rows, pairs[:, 1]] = False, True
+        if longest is not None:
+            masks = masks[_longest_run(~masks) <= longest]
+        if not len(masks):
+            break
+        found = torch.cat([errors.of(part, weights) for part in masks.split(256)])
+        at = int(found.argmin())
+        if not float(found[at]) < best * (1 - 1e-9):
+            break
+        best, mask = float(found[at]), masks[at]
+    return best, mask
+
+
+def _longest_run(left_out: torch.Tensor) -> torch.Tensor:
+    """[M]: most steps in a row that each mask leaves out."""
+    run = torch.zeros(len(left_out), dtype=torch.long)
+    most = run.clone()
+    for step in range(left_out.shape[1]):
+        run = torch.where(left_out[:, step], run + 1, 0)
+        most = torch.maximum(most, run)
+    return most
