@@ -10,25 +10,37 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    CogVideoXDPMScheduler,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
 from torch import nn
 
 import diffuse_compress as dc
 import tiny
 from caching.loops import loop, schedule_for
+from diffuse_compress.caching import calibrate as calibration
 from diffuse_compress.caching import whole_steps
 from diffuse_compress.caching.calibrate import calibrate_cache
 from diffuse_compress.caching.call import CHANGED, NAME, NOT_RETURNED
+from diffuse_compress.caching.config import CacheConfig
+from diffuse_compress.caching.loop_recorder import LoopRecorder, Step
+from diffuse_compress.caching.observing import Observer, observed
 from diffuse_compress.caching.outputs import ModelBoundary, aligned
 from diffuse_compress.caching.runtime import apply_cache, cache_of, compile_variants, remove_cache
 from diffuse_compress.caching.schedule import Schedule
+from diffuse_compress.caching.units import units_of
 from diffuse_compress.caching.whole_steps import (
-    LoopRecorder,
     StepErrors,
     StepFitter,
     error_weights,
     even_steps,
     fewest_error,
+    keeps_to,
+    short_gaps,
 )
 from diffuse_compress.errors import ConfigError
 from tolerance import KERNEL, assert_close
@@ -182,6 +194,31 @@ def test_a_schedule_of_whole_steps_is_checked_saved_and_resampled(tmp_path) -> N
         tiny.sample(other, num_inference_steps=12)
 
 
+def test_a_budget_counts_what_is_kept_of_outputs_that_are_larger_than_samples() -> None:
+    """Learned variance: outputs have twice the channels. With room for one of them the latest is copied."""
+    model = tiny.build("dit")
+    inputs = tiny.inputs_for(model)
+    one = loop(model, inputs, 1)[0].numel() * 4
+    schedule = schedule_for(model, MASK, "model").with_mask(MASK, *forecast())
+    for budget, peak in ((4 * one, 4 * one), (4 * one - 1, one), (2 * one, one)):
+        cache = apply_cache(model, schedule, CacheConfig(memory_budget=budget))
+        loop(model, inputs, STEPS)
+        assert cache.peak_bytes == peak
+        remove_cache(model)
+    cache = apply_cache(model, schedule, CacheConfig(memory_budget=one - 1))
+    with pytest.warns(dc.DiffuseCompressWarning, match="memory budget"):
+        loop(model, inputs, STEPS)
+    assert cache.peak_bytes == 0
+
+
+def test_a_step_that_is_left_out_has_the_dtype_of_one_that_is_computed() -> None:
+    model = tiny.build("pixart")
+    inputs = tiny.inputs_for(model)
+    apply_cache(model, schedule_for(model, MASK, "model"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {output.dtype for output in loop(model, inputs, STEPS)} == {torch.bfloat16}
+
+
 # --- fitting ------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +251,27 @@ def test_a_fitter_finds_the_least_squares_of_all_trajectories(monkeypatch) -> No
     assert StepFitter(mask, 1).coefficients == (None, None)
 
 
+def test_a_fitter_follows_batches_that_shrink_and_calls_that_begin_late(monkeypatch) -> None:
+    """Guidance that ends during a run halves its batch, or leaves out a call; one that begins late has less history."""
+    place = SimpleNamespace(run=SimpleNamespace(number=0), row=0, key=0)
+    monkeypatch.setattr(whole_steps, "current", lambda: place)
+    fitter = StepFitter(torch.tensor([1, 1, 0, 0, 1, 0], dtype=torch.bool), 2)
+
+    def called(row: int, key: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        place.row, place.key, output = row, key, torch.randn(batch, 4)
+        return fitter.unit(0, {"input": torch.randn(batch, 4)}, lambda: {"output": output})["output"], output
+
+    for row in range(6):
+        made, output = called(row, 0, 4 if row < 3 else 2)
+        # Of the shrunken batch nothing is kept in row 3.
+        assert torch.equal(made, output) == (row not in (2, 5))
+        if row:
+            called(row, 1, 2)
+    outputs, samples = fitter.coefficients
+    assert bool(outputs.isfinite().all())
+    assert bool(samples.isfinite().all())
+
+
 def trajectories(steps: int = 6, components: str = "aaaaaa") -> LoopRecorder:
     recorder = LoopRecorder()
     for _ in range(2):
@@ -222,7 +280,7 @@ def trajectories(steps: int = 6, components: str = "aaaaaa") -> LoopRecorder:
         for step in range(steps):
             walk = walk + 0.3 * drift + 0.1 * torch.randn(64).double()
             output = torch.sin(walk) + 0.05 * torch.randn(64).double()
-            found.append(whole_steps._Step(output, walk, walk, components[step], step, {}))
+            found.append(Step(output, walk, walk, components[step % len(components)], step, {}, step))
         recorder.trajectories.append(found)
     return recorder
 
@@ -259,7 +317,7 @@ def test_errors_of_masks_are_those_of_naive_fits(components: str, history: int) 
 @pytest.mark.parametrize(
     "scheduler", [DDIMScheduler(clip_sample=False), FlowMatchEulerDiscreteScheduler()], ids=["ddim", "flow"]
 )
-def test_weights_are_what_the_scheduler_makes_of_a_disturbance(scheduler: Any) -> None:
+def test_weights_are_what_the_scheduler_makes_of_a_disturbance(scheduler: Any, monkeypatch) -> None:
     steps = 8
     scheduler.set_timesteps(steps)
     recorder = LoopRecorder()
@@ -268,7 +326,7 @@ def test_weights_are_what_the_scheduler_makes_of_a_disturbance(scheduler: Any) -
     replayed = copy.deepcopy(scheduler)
     for t in scheduler.timesteps:
         output = torch.randn(32).double()
-        found.append(whole_steps._Step(output, sample, sample, "a", t, {}))
+        found.append(Step(output, sample, sample, "a", t, {}))
         sample = replayed.step(output.view(1, 1, -1), t, sample.view(1, 1, -1), return_dict=False)[0].double().flatten()
     recorder.trajectories.append(found)
     levels = torch.linspace(1, 0.1, steps)
@@ -283,6 +341,10 @@ def test_weights_are_what_the_scheduler_makes_of_a_disturbance(scheduler: Any) -
             result = again.step(output.view(1, 1, -1), taken.timestep, moved.view(1, 1, -1), return_dict=False)
             moved = result[0].double().flatten()
         assert float((moved - sample).mean()) / 0.01 == pytest.approx(float(content[step]), rel=1e-2)
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    error_weights(recorder, levels, 0.5)
+    assert not seeded
     broken = copy.copy(recorder)
     broken.scheduler = SimpleNamespace(step=None, config=None)
     assert torch.equal(error_weights(broken, levels, 0.5), torch.ones(steps).double())
@@ -303,6 +365,65 @@ def test_masks_keep_to_their_number_and_only_get_better() -> None:
     assert not any(not short[step] and not short[step + 1] for step in range(5))
     first = torch.tensor([True, False, False, False, True, False])
     assert even_steps(first, 2).tolist() == first.tolist()
+
+
+@pytest.mark.parametrize("longest", [1, 2, 3])
+def test_no_more_steps_in_a_row_are_left_out_than_may_be(longest: int) -> None:
+    for first in (torch.tensor([1, 0, 0, 0, 0, 0, 0, 0]).bool(), torch.tensor([1, 0, 0, 0, 0, 1, 0, 0]).bool()):
+        everything = torch.tensor(list(itertools.product([False, True], repeat=8)))
+        possible = everything[everything[:, first].all(dim=1)]
+        for computed in range(int(first.sum()), 9):
+            found = short_gaps(first, computed, longest)
+            fitting = [mask for mask in possible if int(mask.sum()) == computed and keeps_to(mask, longest)]
+            assert (found is None) == (not fitting)
+            assert found is None or any(torch.equal(found, mask) for mask in fitting)
+    loop, levels = trajectories(12, "a"), torch.linspace(1, 0.1, 12)
+    config = dc.FeatureCacheConfig(target_speedup=1.9, longest_reuse=longest)
+    masks = calibration._masks(loop, levels, config)
+    assert all(int(mask.sum()) == 6 and keeps_to(mask, longest) for mask in masks.values())
+    with pytest.raises(ConfigError, match="longest_reuse=1 does not allow"):
+        calibration._masks(loop, levels, dc.FeatureCacheConfig(target_speedup=2.2, longest_reuse=1))
+
+
+def test_long_loops_have_steps_at_even_distances() -> None:
+    """A table of errors of 250 steps would take 10 GiB."""
+    masks = calibration._masks(trajectories(150, "a"), torch.linspace(1, 0.1, 150), dc.FeatureCacheConfig())
+    assert set(masks) == set(calibration._DISTANCES)
+
+
+class _Seen(Observer):
+    def unit(self, index, streams, compute):
+        return compute()
+
+
+def test_steps_are_recorded_by_name_and_only_those_of_a_model_that_is_followed() -> None:
+    """CogVideoX's scheduler takes other things between output and sample; another model runs the first and the last."""
+    model, scheduler, recorder = tiny.build("pixart"), CogVideoXDPMScheduler(), LoopRecorder()
+    inputs = tiny.inputs_for(model)
+    scheduler.set_timesteps(9)
+    samples, outputs, old = [inputs.pop("hidden_states")], [], None
+    units = units_of(model, "model")
+    pipe = SimpleNamespace(scheduler=scheduler, components={"scheduler": scheduler})
+    with torch.no_grad(), observed(model, units, _Seen()), recorder.listening(pipe, {"transformer": model}):
+        for number, t in enumerate(scheduler.timesteps):
+            value = torch.randn_like(samples[-1])
+            if 2 <= number < 7:
+                given = {**inputs, "timestep": t.expand(2), "hidden_states": samples[-1]}
+                value = model(**given, return_dict=False)[0][:, :4]
+            outputs.append(value)
+            back = scheduler.timesteps[number - 1] if number else None
+            arguments = {"timestep": t, "timestep_back": back, "sample": samples[-1], "return_dict": False}
+            sample, old = scheduler.step(value, old, **arguments)
+            samples.append(sample)
+    recorder.end_run()
+    assert recorder.rows == [2, 3, 4, 5, 6]
+    for step in recorder.trajectories[0]:
+        chosen = recorder._indices[samples[0].numel()]
+        assert torch.equal(step.output, outputs[step.row].take(chosen).double())
+        assert torch.equal(step.sample, samples[step.row].take(chosen).double())
+        assert torch.equal(step.seen, step.sample)
+    with pytest.raises(ConfigError, match='granularity="block"'):
+        recorder.end_run()
 
 
 # --- calibration --------------------------------------------------------------------------------------------------
@@ -353,6 +474,31 @@ def test_schedulers_of_any_kind_can_be_calibrated(scheduler: str) -> None:
     pipe.enable_cache(schedule)
     tiny.sample(pipe, num_inference_steps=10)
     assert pipe.compression_stats().components["unet"].method(NAME).hits == rows - int(rows / 1.3)
+
+
+@pytest.mark.parametrize("case", ["strength", "interrupted"])
+def test_a_loop_that_starts_late_or_ends_early_spends_its_budget_on_its_own_steps(case: str) -> None:
+    pipe = tiny.build_pipeline("stable_diffusion")
+    call: dict[str, Any] = {"callback_on_step_end": lambda pipe, step, t, given: _interrupt(pipe, step) or given}
+    own = range(9)
+    if case == "strength":
+        pipe = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        call, own = {"image": torch.rand(1, 3, 32, 32), "strength": 0.75}, range(3, 12)
+    config = dc.FeatureCacheConfig(target_speedup=1.5, num_inference_steps=12, num_trajectories=2, guidance_scale=2.0)
+    if case == "interrupted":
+        call |= {"height": 32, "width": 32}
+    schedule = calibrate_cache(pipe, ["a cat", "a dog"], config, **call).schedules["unet"]
+    left_out = (schedule.mask[:, 0] == 0).nonzero().flatten().tolist()
+    assert len(left_out) == 3
+    assert set(left_out) < set(own)
+    pipe.enable_cache(schedule)
+    pipe("a cat", num_inference_steps=12, guidance_scale=2.0, output_type="latent", **call)
+    assert pipe.compression_stats().components["unet"].method(NAME).hits == 3
+
+
+def _interrupt(pipe: Any, step: int) -> None:
+    pipe._interrupt = pipe._interrupt or step == 8
 
 
 def test_a_router_is_not_of_whole_steps() -> None:

@@ -17,18 +17,22 @@ import torch
 
 from diffuse_compress.caching.config import FeatureCacheConfig
 from diffuse_compress.caching.forecast import with_forecast
+from diffuse_compress.caching.loop_recorder import LoopRecorder
 from diffuse_compress.caching.noise import with_noise
 from diffuse_compress.caching.rehearsal import MAX_CHECKS, Rehearsal, arguments_of_items, distance, loop_speedup
 from diffuse_compress.caching.schedule import Schedule
 from diffuse_compress.caching.search import cheapest_within, reuse_errors
 from diffuse_compress.caching.units import sites_of
 from diffuse_compress.caching.whole_steps import (
-    LoopRecorder,
+    MOST_SEARCHED,
     StepErrors,
     StepFitter,
     error_weights,
     even_steps,
     fewest_error,
+    first_steps,
+    keeps_to,
+    short_gaps,
 )
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.progress import Callback
@@ -199,7 +203,7 @@ def _by_step(
     for index in progress(list(rest), "Fitting the forecast", rehearsal.pipe, callback, {}):
         fit(best, tried[best][1], index)
     found = {
-        name: Candidate(name, _by_component(full, loop.components, masks[name], fitters), error)
+        name: Candidate(name, _by_component(full, loop, masks[name], fitters), error)
         for name, (error, fitters) in tried.items()
     }
     return [found[best]], [candidate for name, candidate in found.items() if name != best]
@@ -209,36 +213,58 @@ _Fitters = dict[str, StepFitter]
 
 
 def _masks(loop: LoopRecorder, levels: torch.Tensor, config: FeatureCacheConfig) -> dict[str, torch.Tensor]:
-    """Ways to spend the budget of steps, by name, the most promising first."""
-    products, inputs = loop.features()
-    errors = StepErrors(products, inputs, loop.components, config.history)
-    steps, firsts = errors.steps, int(errors.first.sum())
+    """Ways to spend the budget of steps, by name, the most promising first: bool [T], rows that no step takes are
+    computed."""
+    first = first_steps(loop.components)
+    steps, firsts = len(first), int(first.sum())
     computed = steps - math.ceil(steps * (1 - 1 / config.target_speedup) - 1e-9)
     if computed < firsts:
         raise ConfigError(
             f"cache calibration: {steps} steps, of which the first of each denoiser must be computed, allow a speed-up "
             f"of {steps / firsts:.3g}, {config.target_speedup:g} is wanted. Lower target_speedup."
         )
-    plain = {name: even_steps(errors.first, computed, power) for name, power in _DISTANCES.items()}
+    plain = _plain_masks(first, computed, config)
     masks: dict[str, torch.Tensor] = {}
-    for name, share in _SEEN_AS_NOISE.items():
-        weights = error_weights(loop, levels, share)
-        masks[name] = fewest_error(errors, weights, list(plain.values()), longest=config.longest_reuse)
+    if steps <= MOST_SEARCHED:
+        errors = StepErrors(*loop.features(), loop.components, config.history)
+        for name, share in _SEEN_AS_NOISE.items():
+            weights = error_weights(loop, levels[loop.rows], share)
+            masks[name] = fewest_error(errors, weights, list(plain.values()), longest=config.longest_reuse)
     masks |= plain
     different: dict[str, torch.Tensor] = {}
-    for name in _STEP_ORDER:
-        if not any(torch.equal(masks[name], other) for other in different.values()):
-            different[name] = masks[name]
+    for name in sorted(masks, key=_STEP_ORDER.index):
+        mask = torch.ones(len(levels), dtype=torch.bool)
+        mask[loop.rows] = masks[name]
+        if not any(torch.equal(mask, other) for other in different.values()):
+            different[name] = mask
     return different
 
 
+def _plain_masks(first: torch.Tensor, computed: int, config: FeatureCacheConfig) -> dict[str, torch.Tensor]:
+    """Steps at even distances, as far as they keep to ``longest_reuse``."""
+    plain = {name: even_steps(first, computed, power) for name, power in _DISTANCES.items()}
+    plain = {name: mask for name, mask in plain.items() if keeps_to(mask, config.longest_reuse)}
+    if plain or config.longest_reuse is None:
+        return plain
+    shortest = short_gaps(first, computed, config.longest_reuse)
+    if shortest is None:
+        raise ConfigError(
+            f"cache calibration: target_speedup={config.target_speedup:g} leaves out {len(first) - computed} of "
+            f"{len(first)} steps, which longest_reuse={config.longest_reuse} does not allow. Lower the one or "
+            "raise the other."
+        )
+    return {next(iter(_DISTANCES)): shortest}
+
+
 def _by_component(
-    full: Mapping[str, Schedule], names: Sequence[str], mask: torch.Tensor, fitters: _Fitters
+    full: Mapping[str, Schedule], loop: LoopRecorder, mask: torch.Tensor, fitters: _Fitters
 ) -> dict[str, Schedule]:
     """A mask of steps as a schedule of each denoiser, which computes those that are not its own, too."""
     schedules = {}
     for part, schedule in full.items():
-        others = torch.tensor([name != part for name in names])
+        own = [row for row, name in zip(loop.rows, loop.components, strict=True) if name == part]
+        others = torch.ones_like(mask)
+        others[own] = False
         schedules[part] = schedule.with_mask((mask | others)[:, None], *fitters[part].coefficients)
     return schedules
 

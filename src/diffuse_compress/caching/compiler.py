@@ -238,7 +238,8 @@ def within_memory(schedule: Schedule, sites: Sequence[Site], site_bytes: Sequenc
     """The schedule with less reuse, so that what is kept between two steps stays within ``budget`` bytes.
 
     Time and again, of what is kept where most is kept, the atom that saves least time for the memory it takes up is
-    given up. What is kept of a unit is counted as all streams of its site.
+    given up: first the forecast of its units, which copy then what they computed last. What is kept of a unit is
+    counted as all streams of its site.
 
     Args:
         schedule: to be changed.
@@ -261,8 +262,10 @@ def within_memory(schedule: Schedule, sites: Sequence[Site], site_bytes: Sequenc
         least = min(program.live(fullest), key=worth)
         mask = schedule.mask.clone()
         units = slice(least.first, least.last + 1)
-        mask[[use[0] for use in least.uses], units] = 1
         coefficients = schedule.coefficients
+        # A forecast is given up in any case, and without it less is kept.
+        if coefficients is None or not bool(coefficients[:, units, 1:].any()):
+            mask[[use[0] for use in least.uses], units] = 1
         if coefficients is not None:
             # They were fitted to other distances between computations.
             coefficients = coefficients.clone()

@@ -100,20 +100,29 @@ class OutputCall(Call):
         assert isinstance(boundary, ModelBoundary)
         streams = boundary.streams(args, kwargs)
         now = signature(streams)
-        # A sample and an output are kept: they are as large as one another.
-        both = {**now, **({"output": now["input"]} if now else {})}
-        plan = self._planned(both).steps[self.row].sites[index]
+        # Of which size is what is kept an output tells; until there is one, nothing is kept.
+        output = run(*args, **kwargs) if self._program is None else None
+        sizes = now if output is None else signature(_both(streams, boundary.value(output)))
+        plan = self._planned(sizes).steps[self.row].sites[index]
         number = plan.segments[0]
         if number is not None and self._decide(number, now):
             return self._forecast(self._segment(number), streams)
-        output = run(*args, **kwargs)
+        if output is None:
+            output = run(*args, **kwargs)
         atom = self._keep(plan, 0, False)
         if atom is not None:
-            self.context.storage[NAME, "form"] = boundary.form(output)
+            value = boundary.value(output)
+            self.context.storage[NAME, "form"] = boundary.form(output), None if value is None else value.dtype
             if number is not None:
                 self._stand_ins.add(atom)
-            self._hand(atom, _kept(streams, boundary.value(output)), now)
+            self._hand(atom, self._kept_of(streams, value), now)
         return output
+
+    def _kept_of(self, streams: Streams, value: torch.Tensor | None) -> Streams | None:
+        """What is kept of a step, the sample only if a forecast asks for it; pipelines may write to both."""
+        assert self._program is not None
+        wanted = {} if self._program.schedule.input_coefficients is None else streams
+        return {name: kept.clone() for name, kept in _both(wanted, value).items()} or None
 
     @property
     def _stand_ins(self) -> set[int]:
@@ -141,13 +150,13 @@ class OutputCall(Call):
             for value, weight in zip(inputs, row, strict=False):
                 if value is not None and weight != 0.0:
                     total = total + value.float() * weight
-        form: Form = self.context.storage[NAME, "form"]
-        return ModelBoundary.formed(total.to(streams["input"].dtype if like.is_floating_point() else like.dtype), form)
+        form, dtype = self.context.storage[NAME, "form"]
+        return ModelBoundary.formed(total.to(dtype), form)
 
 
-def _kept(streams: Streams, output: torch.Tensor | None) -> Streams | None:
-    """What is kept of a step; pipelines may write to both."""
+def _both(streams: Streams, output: torch.Tensor | None) -> Streams:
+    """An output and the sample that it was computed from, as far as there are any."""
     if output is None:
-        return None
+        return {}
     sample = aligned(streams["input"], output.shape) if streams else None
-    return {"output": output.clone(), **({} if sample is None else {"input": sample.clone()})}
+    return {"output": output, **({} if sample is None else {"input": sample})}

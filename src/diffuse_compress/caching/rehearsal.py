@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from diffuse_compress.caching.config import MIN_STEPS, too_few_steps
+from diffuse_compress.caching.loop_recorder import LoopRecorder
 from diffuse_compress.caching.noise import exact_inputs, rounds_inputs
 from diffuse_compress.caching.observing import Observer, observed
 from diffuse_compress.caching.recording import LoopClock, Recorder, profile_units
 from diffuse_compress.caching.runtime import apply_cache, cache_of, remove_cache
 from diffuse_compress.caching.schedule import CachePoint, Schedule
 from diffuse_compress.caching.units import Granularity, Unit, units_of
-from diffuse_compress.caching.whole_steps import LoopRecorder
 from diffuse_compress.calibration.items import pipeline_arguments
 from diffuse_compress.components import is_pipeline, model_components, resolve_names
 from diffuse_compress.errors import ConfigError

@@ -163,6 +163,8 @@ class FeatureCache:
 
     def program(self, run: Run, streams: Signature) -> Program:
         """The schedule compiled for a run, and for streams of this size if there is a budget."""
+        if self.whole_steps and (self.schedule.input_coefficients is None or run.num_rows != self.schedule.num_steps):
+            streams = {name: value for name, value in streams.items() if name == "output"}
         size = 0
         if self.memory_budget is not None and len({site.chain for site in self.sites}) == 1:
             size = sum(shape.numel() * (self.placement.dtype or dtype).itemsize for shape, dtype, _ in streams.values())
@@ -277,7 +279,8 @@ def _refuse_compilation() -> None:
     """Runs while Dynamo traces the model: an exception of traced code would make it run eagerly, without a word."""
     raise ModelStateError(
         "feature cache: a denoiser with a cache cannot be compiled as a whole, since every step would become a graph "
-        "of its own. Compile its blocks: model.compile_repeated_blocks(), or compile_variants(model)."
+        "of its own. Compile its blocks: model.compile_repeated_blocks(), or block.compile() each; under a schedule of "
+        "blocks or branches compile_variants(model)."
     )
 
 

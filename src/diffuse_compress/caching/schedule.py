@@ -271,7 +271,8 @@ class Schedule:
         cells = self.mask.float()
         group = max(1, math.ceil(cells.shape[1] / width))
         columns = [cells[:, i : i + group].mean(dim=1) for i in range(0, cells.shape[1], group)]
-        lines = [f"step   {self.units[0].name} ... {self.units[-1].name}"]
+        names = dict.fromkeys((self.units[0].name, self.units[-1].name))
+        lines = [f"step   {' ... '.join(names)}"]
         for step in range(self.num_steps):
             row = "".join(_cell(float(column[step])) for column in columns)
             share = 100 * (1 - float(cells[step].mean()))

@@ -12,156 +12,38 @@ weights from the one to the other, and then run.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
+from diffuse_compress.caching.loop_recorder import LoopRecorder
 from diffuse_compress.caching.observing import Observer
 from diffuse_compress.caching.outputs import aligned
-from diffuse_compress.errors import ConfigError
 from diffuse_compress.families.base import Streams
 from diffuse_compress.logging import get_logger
 from diffuse_compress.runtime.steps import current
 
-__all__ = ["LoopRecorder", "StepErrors", "StepFitter", "error_weights", "even_steps", "fewest_error"]
+__all__ = [
+    "MOST_SEARCHED",
+    "StepErrors",
+    "StepFitter",
+    "error_weights",
+    "even_steps",
+    "fewest_error",
+    "first_steps",
+    "keeps_to",
+    "short_gaps",
+]
 
 _LOGGER = get_logger(__name__)
-_ELEMENTS = 2048
 # Pulls weights towards copying where trajectories do not tell them apart: relative to the power of the last output.
 _RIDGE = 1e-6
-# The table of errors grows with the cube of the steps.
-_MOST_SEARCHED = 100
+MOST_SEARCHED = 100
+"""The table of errors grows with the cube of the steps, and takes a quarter of a GiB here."""
 _SWEEPS = 40
-
-
-@dataclass
-class _Step:
-    """What the scheduler was given in a step, and by whom: samples of 1-D float64 on the CPU."""
-
-    output: torch.Tensor
-    sample: torch.Tensor
-    seen: torch.Tensor | None
-    component: str
-    timestep: Any
-    options: dict[str, Any]
-
-
-class LoopRecorder:
-    """Listens to the schedulers of a pipeline and to its denoisers.
-
-    Attributes:
-        trajectories: of each run so far, its steps.
-        scheduler: a copy from before the first step of the first run.
-        shape_like: dimensions of the samples.
-    """
-
-    def __init__(self) -> None:
-        self.trajectories: list[list[_Step]] = []
-        self.scheduler: Any = None
-        self.dimensions = 0
-        self._steps: list[_Step] = []
-        self._last: tuple[str, torch.Tensor] | None = None
-        self._indices: torch.Tensor | None = None
-
-    @contextlib.contextmanager
-    def listening(self, pipe: Any, models: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Inside, runs are recorded. The schedulers, which are the caller's copies, stay of a class that listens."""
-        handles = [
-            model.register_forward_pre_hook(functools.partial(self._called, name), with_kwargs=True)
-            for name, model in models.items()
-        ]
-        for part in [part for name, part in pipe.components.items() if name in vars(pipe)]:
-            if hasattr(part, "set_timesteps"):
-                part.__class__ = _listening(type(part), self)
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def end_run(self) -> None:
-        """A trajectory is over.
-
-        Raises:
-            ConfigError: its steps are not those of one scheduler, one after the other.
-        """
-        steps, self._steps, self._last = self._steps, [], None
-        if not steps or (self.trajectories and len(steps) != len(self.trajectories[0])):
-            raise ConfigError(
-                "cache calibration: the steps of this loop cannot be followed by its scheduler. "
-                'Use granularity="block".'
-            )
-        self.trajectories.append(steps)
-
-    @property
-    def components(self) -> list[str]:
-        """Name of the denoiser of each step."""
-        return [step.component for step in self.trajectories[0]]
-
-    def features(self) -> tuple[torch.Tensor, bool]:
-        """([2T, 2T] float64, products of outputs and, after them, of the samples that the denoisers were given, mean
-        over trajectories and elements; False if those samples are not known, and zero here)."""
-        known = all(step.seen is not None for steps in self.trajectories for step in steps)
-        total = torch.zeros(())
-        for steps in self.trajectories:
-            outputs = torch.stack([step.output for step in steps])
-            inputs = torch.zeros_like(outputs)
-            if known:
-                inputs = torch.stack([step.seen for step in steps if step.seen is not None])
-            rows = torch.cat([outputs, inputs])
-            total = total + rows @ rows.T / (rows.shape[1] * len(self.trajectories))
-        return total, known
-
-    def _called(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        value = args[0] if args else next(iter(kwargs.values()), None)
-        if current() is not None and isinstance(value, torch.Tensor):
-            self._last = name, value
-
-    def step(self, scheduler: Any, output: Any, timestep: Any, sample: Any, options: dict[str, Any]) -> None:
-        """The scheduler is about to take a step."""
-        if self._last is None or not isinstance(output, torch.Tensor) or not isinstance(sample, torch.Tensor):
-            return
-        if self.scheduler is None:
-            self.scheduler, self.dimensions = copy.deepcopy(scheduler), sample.ndim
-            self.scheduler.__class__ = type(scheduler).__mro__[1]
-        moved = aligned(output, sample.shape)
-        if moved is None:
-            return
-        component, given = self._last
-        seen = aligned(given, torch.Size([given.shape[0], *sample.shape[1:]]))
-        self._steps.append(
-            _Step(
-                self._taken(moved),
-                self._taken(sample),
-                None if seen is None or seen.shape[0] < sample.shape[0] else self._taken(seen[: sample.shape[0]]),
-                component,
-                timestep,
-                {name: value for name, value in options.items() if name not in ("generator", "return_dict")},
-            )
-        )
-
-    def _taken(self, value: torch.Tensor) -> torch.Tensor:
-        if self._indices is None or int(self._indices.max()) >= value.numel():
-            generator = torch.Generator().manual_seed(value.numel())
-            self._indices = torch.randint(value.numel(), (min(_ELEMENTS, value.numel()),), generator=generator)
-        return torch.take(value.detach(), self._indices.to(value.device)).double().cpu()
-
-
-def _listening(stock: type, recorder: LoopRecorder) -> type:
-    original: Any = stock.step  # type: ignore[attr-defined]
-
-    @functools.wraps(original)
-    def step(scheduler: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        recorder.step(scheduler, model_output, timestep, sample, kwargs)
-        return original(scheduler, model_output, timestep, sample, *args, **kwargs)
-
-    return type(stock.__name__, (stock,), {"step": step, "__module__": stock.__module__})
 
 
 # --- how much the error of a step counts ---------------------------------------------------------------------------
@@ -222,12 +104,14 @@ def _replayed(
     shape = (*[1] * (recorder.dimensions - 1), -1)
     sample = steps[0].sample
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+        # torch.manual_seed would seed GPUs, too.
+        torch.default_generator.manual_seed(0)
         for number, step in enumerate(steps):
             output = step.output + slopes[number] * (sample - step.sample)
             if number == disturbed:
                 output = output + disturbance
-            result = scheduler.step(output.view(shape), step.timestep, sample.view(shape), **step.options)
+            given = {"model_output": output.view(shape), "timestep": step.timestep, "sample": sample.view(shape)}
+            result = scheduler.step(**given, **step.options)
             following = result[0] if isinstance(result, tuple) else result.prev_sample
             sample = following.double().flatten()
     return sample
@@ -257,7 +141,7 @@ class StepErrors:
                 for other in [*earlier, self.steps]:
                     self._index[step, latest, other] = len(fits)
                     fits.append((step, [latest] if other == self.steps else [latest, other]))
-        self._first = torch.tensor([name not in components[:step] for step, name in enumerate(components)])
+        self._first = first_steps(components)
         self._history = history
         self._residuals = torch.zeros(len(fits), 2 * self.steps, dtype=torch.float64)
         if fits:
@@ -266,7 +150,7 @@ class StepErrors:
 
     @property
     def first(self) -> torch.Tensor:
-        """Bool [T]: the first step of a denoiser, which has nothing to make up for it."""
+        """Bool [T] of :func:`first_steps`, which have nothing to make up for them."""
         return self._first
 
     def of(self, masks: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -288,6 +172,11 @@ class StepErrors:
         total = torch.einsum("mt,mtp->mp", used, self._residuals[found])
         together = torch.einsum("mp,pq,mq->m", total, self.products, total)
         return torch.where(impossible, torch.inf, (apart + together) / 2)
+
+
+def first_steps(components: Sequence[str]) -> torch.Tensor:
+    """Bool [T]: the first step of each denoiser."""
+    return torch.tensor([name not in components[:step] for step, name in enumerate(components)])
 
 
 def _shifted(values: torch.Tensor, first: int) -> torch.Tensor:
@@ -350,20 +239,23 @@ class StepFitter(Observer):
         if context.run.number != self._run:
             self._run, self._past = context.run.number, {}
         past, output = self._past.setdefault(context.key, []), made["output"]
+        if past and past[0][0].shape != output.shape:
+            past.clear()
         given = aligned(streams["input"], output.shape) if "input" in streams else None
         if self._mask[context.row] or not past:
             past.insert(0, (output.clone(), None if given is None else given.clone()))
             del past[self._history :]
             return made
-        features = [value for value, _ in past]
+        features = [value for value, _ in past] + [None] * (self._history - len(past))
         if self._history > 1:
-            features += [value for value in (given, *(sample for _, sample in past)) if value is not None]
-        rows = torch.stack([value.flatten() for value in features]).double()
-        weights = self._fit(context.row, rows, output.flatten().double(), len(past))
+            features += [given, *(sample for _, sample in past)] + [None] * (self._history - len(past))
+        # What there is none of has a row of zeros, and no weight.
+        rows = torch.stack([torch.zeros_like(output) if v is None else v for v in features]).flatten(1).double()
+        weights = self._fit(context.row, rows, output.flatten().double())
         total: torch.Tensor = weights.to(rows.device) @ rows
         return {"output": total.to(output.dtype).view_as(output)}
 
-    def _fit(self, row: int, features: torch.Tensor, target: torch.Tensor, outputs: int) -> torch.Tensor:
+    def _fit(self, row: int, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         copying = torch.zeros(len(features), dtype=torch.float64)
         copying[0] = 1.0
         if self._history < 2:
@@ -374,12 +266,8 @@ class StepFitter(Observer):
         self._sums[row] = products
         ridge = _RIDGE * products[0][0, 0].clamp_min(1e-30)
         system = products[0] + ridge * torch.eye(len(copying), dtype=torch.float64)
-        weights = torch.linalg.solve(system, products[1] + ridge * copying)
-        placed = torch.zeros(2 * self._history + 1, dtype=torch.float64)
-        placed[:outputs] = weights[:outputs]
-        placed[self._history : self._history + len(weights) - outputs] = weights[outputs:]
-        self._weights[row] = placed
-        return weights
+        self._weights[row] = torch.linalg.solve(system, products[1] + ridge * copying)
+        return self._weights[row]
 
     @property
     def coefficients(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -415,6 +303,27 @@ def even_steps(first: torch.Tensor, computed: int, power: float = 1.0) -> torch.
     return mask
 
 
+def short_gaps(first: torch.Tensor, computed: int, longest: int) -> torch.Tensor | None:
+    """Bool [T]: so many steps, never more than ``longest`` left out in a row; None if that takes more."""
+    begins = [*first.nonzero().flatten().tolist(), len(first)]
+    lengths = [end - start for start, end in itertools.pairwise(begins)]
+    counts = [-(-length // (longest + 1)) for length in lengths]
+    if sum(counts) > computed:
+        return None
+    for _ in range(computed - sum(counts)):
+        widest = max(range(len(lengths)), key=lambda part: lengths[part] / counts[part])
+        counts[widest] += 1
+    mask = torch.zeros_like(first)
+    for start, length, count in zip(begins, lengths, counts, strict=False):
+        mask[[start + number * length // count for number in range(count)]] = True
+    return mask
+
+
+def keeps_to(mask: torch.Tensor, longest: int | None) -> bool:
+    """No more than so many steps are left out in a row."""
+    return longest is None or int(_longest_run(~mask[None])) <= longest
+
+
 def fewest_error(
     errors: StepErrors, weights: torch.Tensor, starts: Sequence[torch.Tensor], *, longest: int | None = None
 ) -> torch.Tensor:
@@ -424,7 +333,7 @@ def fewest_error(
         errors: of leaving out steps.
         weights: [T] of :func:`error_weights`.
         starts: masks of as many computed steps.
-        longest: most steps left out in a row.
+        longest: most steps left out in a row, to which the starts keep.
     """
     found = [_descended(errors, weights, start, longest) for start in starts]
     return min(found, key=lambda pair: pair[0])[1]
@@ -434,8 +343,6 @@ def _descended(
     errors: StepErrors, weights: torch.Tensor, mask: torch.Tensor, longest: int | None
 ) -> tuple[float, torch.Tensor]:
     best = float(errors.of(mask[None], weights)[0])
-    if errors.steps > _MOST_SEARCHED:
-        return best, mask
     for _ in range(_SWEEPS):
         gives = (mask & ~errors.first).nonzero().flatten()
         takes = (~mask).nonzero().flatten()

@@ -4,8 +4,9 @@ What is known of a call's row, strongest first: the timestep may be a view of ``
 offset says which element it is; the scheduler has a ``step_index``; the last ``step()`` was told its timestep;
 iterations can be counted. A number, or a tensor on the CPU, must also be the schedule's value at that row, in one of
 the forms that pipelines use, and it may tell where the loop starts. Tensors on a device are read before the scheduler's
-first step only, and only if nothing else tells where the loop starts. A start that nothing tells stays unknown until the scheduler's first step, and a call that contradicts the run makes the rest of it
-unknown: a loop that was restarted goes over other latents.
+first step only, and only if nothing else tells where the loop starts. A start that nothing tells stays unknown until
+the scheduler's first step, and a call that contradicts the run makes the rest of it unknown: a loop that was restarted
+goes over other latents.
 """
 
 from __future__ import annotations
