@@ -422,6 +422,9 @@ def test_steps_are_recorded_by_name_and_only_those_of_a_model_that_is_followed()
         assert torch.equal(step.output, outputs[step.row].take(chosen).double())
         assert torch.equal(step.sample, samples[step.row].take(chosen).double())
         assert torch.equal(step.seen, step.sample)
+    weights = error_weights(recorder, torch.linspace(0.9, 0.1, 9)[recorder.rows], 0.0)
+    assert bool(weights.isfinite().all())
+    assert not torch.equal(weights, torch.ones(5).double())
     with pytest.raises(ConfigError, match='granularity="block"'):
         recorder.end_run()
 

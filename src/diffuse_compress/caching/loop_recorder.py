@@ -140,7 +140,7 @@ class LoopRecorder:
                 None if seen is None or seen.shape[0] < sample.shape[0] else self._taken(seen[: sample.shape[0]]),
                 component,
                 timestep.cpu() if isinstance(timestep, torch.Tensor) else timestep,
-                {name: value for name, value in options.items() if name not in ("generator", "return_dict")},
+                {name: _plain(value) for name, value in options.items() if name not in ("generator", "return_dict")},
                 row,
             )
         )
@@ -151,6 +151,13 @@ class LoopRecorder:
             generator = torch.Generator().manual_seed(size)
             self._indices[size] = torch.randint(size, (min(_ELEMENTS, size),), generator=generator)
         return torch.take(value.detach(), self._indices[size].to(value.device)).double().cpu()
+
+
+def _plain(value: Any) -> Any:
+    """An argument of a step, where it is run over a few elements: tensors are of all of them, and left out."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return None if value.ndim else value.cpu()
 
 
 def _on_cpu(scheduler: Any) -> Any:
