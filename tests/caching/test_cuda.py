@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from torch._dynamo.utils import counters
 
+import diffuse_compress as dc
 import tiny
 from caching.loops import loop, random_mask, schedule_for
 from diffuse_compress.caching.call import NAME
@@ -20,6 +24,7 @@ from tolerance import KERNEL, assert_close
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_thread")]
 
 STEPS = 6
+REFERENCE_MODELS = Path(__file__).parents[2] / "examples" / "reference_models"
 CUDA = torch.device("cuda")
 OFFLOADS: dict[str, Callable[[Any], Any]] = {
     "model": lambda pipe: pipe.enable_model_cpu_offload(),
