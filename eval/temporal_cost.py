@@ -18,7 +18,8 @@ nothing is started after ``--minutes``. Parts, and their lines by ``what``:
                       (``allocated_bytes``). ``table`` is "none", or where the weights of the layers with tables stand
                       meanwhile: "device" or "cpu". Eager "none" is measured before the others and, with
                       ``again``, after them: what differs there is the machine. ``log``: warnings of the package, such
-                      as why a call was not recorded
+                      as why a call was not recorded. ``new_descriptors``: of the timed loop, matrices of quantized
+                      products that were at new addresses, which the host describes before it starts a kernel
     tables            every published denoiser in bfloat16, 16x16 latents, rows of ``--rows`` timesteps
         table         seconds that the first call takes longer than others, for a schedule and a request, and for a
                       further request; bytes by schedule and request; weights behind the tables
@@ -141,6 +142,7 @@ class Bench:
             self._wait()
             warm_up = time.perf_counter() - started
             clock, allocated = StepTimes(model, self.device), _Allocated(model, self.device)
+            described = _descriptors()
             self._reset_peak()
             with allocated.on(), clock.on():
                 started = time.perf_counter()
@@ -155,6 +157,7 @@ class Bench:
                 step_ms=statistics.median(clock.milliseconds()[1:]),
                 host_ms=statistics.median(host),
                 hooks_ms=statistics.median(hooks),
+                new_descriptors=_descriptors() - described,
                 loop_seconds=seconds,
                 warm_up_seconds=warm_up,
                 resident_bytes=_bytes_on(model, self.device) + (0 if table is None else _table_bytes(table)),
@@ -304,6 +307,12 @@ def _logged() -> Iterator[list[str]]:
         yield messages
     finally:
         get_logger().removeHandler(handler)
+
+
+def _descriptors() -> int:
+    """Of matrices, that plans of products hold by address."""
+    plans = sys.modules.get("diffuse_compress_kernels.triton_kernels.plans")
+    return 0 if plans is None else sum(len(plan.descriptors) for plan in plans.PLANS.values())
 
 
 class _Allocated:
