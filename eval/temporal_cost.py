@@ -10,11 +10,16 @@ nothing is started after ``--minutes``. Parts, and their lines by ``what``:
     flux, flux-w8a8   FLUX.1-dev, 1024x1024, 512 tokens of text, bfloat16 and "w8a8"
     sdxl              the UNet of SDXL, 1024x1024, guidance in one batch of two: float32, float16, bfloat16, "w8a8"
         step          milliseconds of the denoiser in a step of the custom pipeline (``step_ms``, a median; the hooks of
-                      the table included), seconds of the whole loop (``loop_seconds``: what is built for a request,
-                      and weights that come and go for it, too), and what stands on the device within the loop: bytes of
+                      the table included), of the host to start it (``host_ms``: where they are equal, the host is what
+                      takes so long) and of that in hooks before the forward (``hooks_ms``; a graph's copies and launch
+                      are no hooks), seconds of the whole loop (``loop_seconds``: what is built for a request, and
+                      weights that come and go for it, too), and what stands on the device within the loop: bytes of
                       weights and tables (``resident_bytes``) and what torch has allocated between two steps
                       (``allocated_bytes``). ``table`` is "none", or where the weights of the layers with tables stand
-                      meanwhile: "device" or "cpu"
+                      meanwhile: "device" or "cpu". Eager "none" is measured before the others and, with
+                      ``again``, after them: what differs there is the machine. ``log``: warnings of the package, such
+                      as why a call was not recorded. ``new_descriptors``: of the timed loop, matrices of quantized
+                      products that were at new addresses, which the host describes before it starts a kernel
     tables            every published denoiser in bfloat16, 16x16 latents, rows of ``--rows`` timesteps
         table         seconds that the first call takes longer than others, for a schedule and a request, and for a
                       further request; bytes by schedule and request; weights behind the tables
@@ -30,6 +35,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import statistics
 import sys
 import time
@@ -47,6 +53,7 @@ from diffuse_compress.evaluation.cost_lines import CostLines
 from diffuse_compress.evaluation.denoiser_inputs import denoiser_inputs, timestep_as_given
 from diffuse_compress.evaluation.true_shapes import ShapePipeline, StepTimes, random_denoiser
 from diffuse_compress.families.published import list_published, published_config
+from diffuse_compress.logging import get_logger
 from diffuse_compress.pipelines.mixin import CompressedPipelineMixin
 from diffuse_compress.temporal.config import TableConfig
 from diffuse_compress.temporal.table import TemporalTable, attach_table, detach_table, table_of
@@ -112,14 +119,20 @@ class Bench:
             for mode in (mode for mode in MODES if mode in self.options.modes):
                 if mode == "blocks" or (mode == "blocks-graph" and "blocks" not in self.options.modes):
                     subject.compile_blocks()
-                for place in (place for place in TABLES if place in self.options.tables):
+                places = [place for place in TABLES if place in self.options.tables]
+                turns = [{"table": place} for place in places]
+                if mode == "eager" and len(places) > 1 and "none" in places:
+                    turns.append({"table": "none", "again": True})
+                for turn in turns:
                     if self.lines.over:
                         return
-                    with self.lines.reported(**named, mode=mode, table=place):
-                        self._step(subject, mode, place, {**named, "mode": mode, "table": place})
+                    line = {**named, "mode": mode, **turn}
+                    with self.lines.reported(**line), _logged() as messages:
+                        self._step(subject, line, messages)
 
-    def _step(self, subject: ShapePipeline, mode: str, place: str, named: Mapping[str, str]) -> None:
-        model, graph, steps = subject.model, mode.endswith("graph"), self.options.steps
+    def _step(self, subject: ShapePipeline, named: Mapping[str, Any], messages: list[str]) -> None:
+        """One line, of what is named; ``messages`` are what was logged so far."""
+        model, graph, steps, place = subject.model, named["mode"].endswith("graph"), self.options.steps, named["table"]
         if place != "none":
             attach_table(model, TableConfig(weights=place))
         try:
@@ -129,6 +142,7 @@ class Bench:
             self._wait()
             warm_up = time.perf_counter() - started
             clock, allocated = StepTimes(model, self.device), _Allocated(model, self.device)
+            described = _descriptors()
             self._reset_peak()
             with allocated.on(), clock.on():
                 started = time.perf_counter()
@@ -136,10 +150,14 @@ class Bench:
                 self._wait()
                 seconds = time.perf_counter() - started
             table = table_of(model)
+            host, hooks = zip(*clock.host_milliseconds()[1:], strict=True)
             self.lines.write(
                 **named,
                 steps=steps,
                 step_ms=statistics.median(clock.milliseconds()[1:]),
+                host_ms=statistics.median(host),
+                hooks_ms=statistics.median(hooks),
+                new_descriptors=_descriptors() - described,
                 loop_seconds=seconds,
                 warm_up_seconds=warm_up,
                 resident_bytes=_bytes_on(model, self.device) + (0 if table is None else _table_bytes(table)),
@@ -151,6 +169,7 @@ class Bench:
                     for call in subject.pipe.compression_stats().components.values()
                     for name, found in call.methods.items()
                 },
+                log=list(dict.fromkeys(messages)),
             )
         finally:
             detach_table(model)
@@ -275,6 +294,25 @@ class TableSubject:
             for handle in handles:
                 handle.remove()
         return seen
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[list[str]]:
+    """What the package logs inside, warnings and worse."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    get_logger().addHandler(handler)
+    try:
+        yield messages
+    finally:
+        get_logger().removeHandler(handler)
+
+
+def _descriptors() -> int:
+    """Of matrices, that plans of products hold by address."""
+    plans = sys.modules.get("diffuse_compress_kernels.triton_kernels.plans")
+    return 0 if plans is None else sum(len(plan.descriptors) for plan in plans.PLANS.values())
 
 
 class _Allocated:

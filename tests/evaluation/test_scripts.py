@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from diffuse_compress.logging import get_logger
 
 EVAL = Path(__file__).resolve().parents[2] / "eval"
 PROMPTS = ["a red cat", "the blue moon", "a small house"]
@@ -197,6 +198,14 @@ def test_feature_cache_cost_rehearses_without_a_gpu(tmp_path: Path) -> None:
     assert len(out.read_text().splitlines()) == len(lines)
 
 
+def test_temporal_cost_tells_what_was_logged() -> None:
+    script = load_script("temporal_cost")
+    with script._logged() as messages:
+        get_logger("diffuse_compress.pipelines.graphs").warning("a call could not be recorded: %r", ValueError("why"))
+    get_logger().warning("afterwards")
+    assert messages == ["a call could not be recorded: ValueError('why')"]
+
+
 def test_temporal_cost_rehearses_without_a_gpu(tmp_path: Path) -> None:
     script, out = load_script("temporal_cost"), tmp_path / "bench" / "lines.jsonl"
     options = ["--tiny", "--device", "cpu", "--steps", "3", "--rows", "4", "--calls", "2", "--out", str(out)]
@@ -206,10 +215,14 @@ def test_temporal_cost_rehearses_without_a_gpu(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert not [line for line in lines if "error" in line]
     steps = [line for line in lines if line["what"] == "step"]
-    assert [line["table"] for line in steps] == ["none", "device", "cpu"] * 3
-    assert [line["scheme"] for line in steps[::3]] == ["bfloat16", "w8a8", "float32"]
-    for none, device, cpu in zip(steps[::3], steps[1::3], steps[2::3], strict=True):
-        assert all(line["step_ms"] > 0 for line in (none, device, cpu))
+    assert [(line["table"], "again" in line) for line in steps] == [
+        *[("none", False), ("device", False), ("cpu", False), ("none", True)] * 3
+    ]
+    assert [line["scheme"] for line in steps[::4]] == ["bfloat16", "w8a8", "float32"]
+    for none, device, cpu, again in zip(*(steps[first::4] for first in range(4)), strict=True):
+        assert all(line["step_ms"] > 0 and line["log"] == [] for line in (none, device, cpu))
+        assert all(0 < line["hooks_ms"] < line["host_ms"] for line in (none, device, cpu, again))
+        assert again["resident_bytes"] == none["resident_bytes"]
         assert cpu["resident_bytes"] < none["resident_bytes"] < device["resident_bytes"]
         assert device["table_bytes"]["weights"] - cpu["table_bytes"]["weights"] == cpu["table_bytes"]["parked"] > 0
         for line in (device, cpu):

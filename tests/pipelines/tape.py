@@ -20,7 +20,7 @@ class Tape:
     def serves(self, device: torch.device) -> bool:
         return True
 
-    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+    def record(self, run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], object], Any]:
         self.recorded += 1
         operations = _Operations()
         with operations:

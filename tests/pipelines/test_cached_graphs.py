@@ -26,6 +26,7 @@ from tolerance import KERNEL, assert_close
 STEPS = 6
 ON = {"cuda_graph": True, "steps": STEPS}
 CASES = [("pixart_alpha", "block"), ("flux", "branch"), ("wan", "block"), ("stable_diffusion", "block")]
+CASES += [("dit", "block")]
 
 
 def counted(pipe: Any, method: str = CONSUMER) -> tuple[int, dict[str, int]]:

@@ -132,7 +132,7 @@ def test_a_model_that_another_library_runs(pixart: Any) -> None:
 
 
 def test_what_cannot_be_recorded_is_computed(pixart: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Any, run: Any) -> Any:
+    def fail(self: Any, run: Any, device: torch.device) -> Any:
         run()
         raise RuntimeError("operation not permitted when stream is capturing")
 

@@ -197,18 +197,32 @@ class StepTimes:
     """Milliseconds of the denoiser in each step of a loop, its hooks included; on a GPU by its own clock."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._model, self._device, self._marks = model, device, list[list[Any]]()
+        self._model, self._device = model, device
+        self._marks = list[list[Any]]()
+        # Of the host: a call begins, its forward begins, the call is over.
+        self._hosts = list[list[float]]()
 
     @contextlib.contextmanager
     def on(self) -> Iterator[None]:
         """Inside, calls are timed."""
-        enter = self._model.register_forward_pre_hook(lambda *_: self._marks.append([self._mark()]), prepend=True)
-        leave = self._model.register_forward_hook(lambda *_: self._marks[-1].append(self._mark()))
+        handles = [
+            self._model.register_forward_pre_hook(lambda *_: self._enter(), prepend=True),
+            self._model.register_forward_pre_hook(lambda *_: self._hosts[-1].append(time.perf_counter())),
+            self._model.register_forward_hook(lambda *_: self._leave()),
+        ]
         try:
             yield
         finally:
-            enter.remove()
-            leave.remove()
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self) -> None:
+        self._hosts.append([time.perf_counter()])
+        self._marks.append([self._mark()])
+
+    def _leave(self) -> None:
+        self._marks[-1].append(self._mark())
+        self._hosts[-1].append(time.perf_counter())
 
     def _mark(self) -> Any:
         if self._device.type != "cuda":
@@ -223,3 +237,8 @@ class StepTimes:
             return [1000 * (after - before) for before, after in self._marks]
         torch.cuda.synchronize()
         return [before.elapsed_time(after) for before, after in self._marks]
+
+    def host_milliseconds(self) -> list[tuple[float, float]]:
+        """Of all calls, what the host took to start them, and how much of that hooks before the forward took: those
+        that were there when :meth:`on` began."""
+        return [(1000 * (over - begun), 1000 * (ready - begun)) for begun, ready, over in self._hosts]

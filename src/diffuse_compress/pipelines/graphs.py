@@ -360,7 +360,7 @@ class GraphedCalls:
 
         before = _counts()
         try:
-            replay, output = self._recorder.record(run)
+            replay, output = self._recorder.record(run, device)
         except Exception as error:  # whatever a forward does that no graph can hold: the call is computed
             _LOGGER.warning("%s: a call could not be recorded as a CUDA graph: %r", type(model).__name__, error)
             raise _Refused(FAILED) from error

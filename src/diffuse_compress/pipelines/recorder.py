@@ -19,28 +19,42 @@ class Recorder(Protocol):
     def serves(self, device: torch.device) -> bool:
         """Can it record there?"""
 
-    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
-        """Record ``run``: a function that does the same again, and what it writes to (nothing is written yet)."""
+    def record(self, run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], object], Any]:
+        """Record ``run`` on a device that it serves: a function that does the same again, and what it writes to
+        (nothing is written yet)."""
 
 
 class CudaRecorder:
-    """Graphs of one memory pool: they are replayed one after the other, and outputs are copied."""
+    """Graphs of one memory pool and one stream: they are replayed one after the other, and outputs are copied.
+
+    A pool ends with its last graph, and torch refuses its handle from then on while anything of it is in use. Graphs
+    that were recorded on one stream share cuBLAS's workspace, which goes with any of them: no one else may have it.
+    """
 
     def __init__(self) -> None:
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def serves(self, device: torch.device) -> bool:
         """True for a CUDA device."""
         return device.type == "cuda"
 
-    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+    def record(self, run: Callable[[], Any], device: torch.device) -> tuple[Callable[[], object], Any]:
         """See :class:`Recorder`."""
-        if self._pool is None:
+        if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()
+        if self._stream is None or self._stream.device != device:
+            self._stream = torch.cuda.Stream(device)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # A recording that fails leaves its stream behind as the current one. Others may use the device meanwhile.
+        with (
+            torch.cuda.device(device),
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             output = run()
+        self._graphs.add(graph)
         return graph.replay, output
 
 

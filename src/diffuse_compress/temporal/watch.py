@@ -22,14 +22,14 @@ class Watch:
 
     def __init__(self, model: nn.Module, lookups: Mapping[str, LayerLookup], layout: Layout) -> None:
         self._lookups = lookups
-        self._stamps: dict[str, Any] = {}
-        # (children of the layer's parent, name among them): where an adapter would stand.
-        self._slots: dict[str, tuple[dict[str, Any], str]] = {}
+        self._stamps: list[Any] | None = None
+        # (layer's name, its lookup, children of its parent, name among them): where an adapter would stand.
+        self._slots: list[tuple[str, LayerLookup, dict[str, Any], str]] = []
         self._attentions: dict[str, tuple[Any, frozenset[str]]] = {}
-        for name in lookups:
+        for name, lookup in lookups.items():
             parent, _, leaf = name.rpartition(".")
             module = model.get_submodule(parent)
-            self._slots[name] = (module._modules, leaf)
+            self._slots.append((name, lookup, module._modules, leaf))
             reader = layout.temporal.reader_of(name)
             if reader is not None and reader.processors:
                 self._attentions[name] = (module, reader.processors)
@@ -39,18 +39,20 @@ class Watch:
 
         Merging an adapter writes past torch's count of writes; :meth:`signature` sees it.
         """
-        adapted, changed = [], False
-        for name, lookup in self._lookups.items():
-            layer, (children, leaf) = lookup.layer, self._slots[name]
+        adapted: list[str] = []
+        stamps: list[Any] = []
+        for name, lookup, children, leaf in self._slots:
+            layer = lookup.layer
             if children.get(leaf) is not layer:
                 adapted.append(name)
             # Parked and offloaded parameters come and go; what changes the former shows when they leave.
             if lookup.parking is not None or "_hf_hook" in layer.__dict__:
                 continue
-            parameters = ((leaf, p) for leaf, p in layer._parameters.items() if p is not None)
-            stamp = [(id(p), p.data_ptr(), p._version, p.dtype) for leaf, p in parameters if leaf not in INPUT_QPARAMS]
-            changed = changed or self._stamps.get(name, stamp) != stamp
-            self._stamps[name] = stamp
+            for kind, p in layer._parameters.items():
+                if p is not None and kind not in INPUT_QPARAMS:
+                    stamps += (id(p), p.data_ptr(), p._version, p.dtype)
+        changed = self._stamps is not None and self._stamps != stamps
+        self._stamps = stamps
         return adapted, changed
 
     def strange_processors(self) -> list[str]:
