@@ -188,10 +188,11 @@ def test_feature_cache_cost_rehearses_without_a_gpu(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert not [line for line in lines if "error" in line]
     for scheme in ("bf16", "w8a8"):
-        step, *loops = (line for line in lines if line["scheme"] == scheme)
-        assert step["what"] == "step"
-        assert 0 < step["reused_ms"] < step["full_ms"]
-        assert [line["schedule"] for line in loops] == ["whole steps", "middle blocks", "scattered"]
+        steps = [line for line in lines if line["scheme"] == scheme and line["what"] == "step"]
+        loops = [line for line in lines if line["scheme"] == scheme and line["what"] == "loop"]
+        assert [line["schedule"] for line in steps] == ["all by model", "all"]
+        assert all(0 < line["reused_ms"] < line["full_ms"] for line in steps)
+        assert [line["schedule"] for line in loops] == ["by model", "whole steps", "middle blocks", "scattered"]
         assert all(0.2 < line["reused_share"] <= 0.56 for line in loops)
         assert all(line["real"] > 0 and line["kept_bytes"] > 0 for line in loops)
     assert script.main([*options, "--minutes", "0"]) == 0
