@@ -279,8 +279,8 @@ def _refuse_compilation() -> None:
     """Runs while Dynamo traces the model: an exception of traced code would make it run eagerly, without a word."""
     raise ModelStateError(
         "feature cache: a denoiser with a cache cannot be compiled as a whole, since every step would become a graph "
-        "of its own. Compile its blocks: model.compile_repeated_blocks(), or block.compile() each; under a schedule of "
-        "blocks or branches compile_variants(model)."
+        "of its own. Compile its blocks: model.compile_repeated_blocks(), or compile_variants(model) under a schedule "
+        "of blocks or branches, or block.compile() each."
     )
 
 
