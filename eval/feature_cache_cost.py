@@ -51,6 +51,7 @@ from diffuse_compress.caching.runtime import apply_cache, cache_of, compile_vari
 from diffuse_compress.caching.schedule import Schedule
 from diffuse_compress.caching.training import train_cache
 from diffuse_compress.caching.units import units_of
+from diffuse_compress.caching.whole_steps import even_steps
 from diffuse_compress.evaluation.cost_lines import CostLines
 from diffuse_compress.evaluation.true_shapes import ShapePipeline, StepTimes
 
@@ -114,13 +115,11 @@ def _by_model(model: nn.Module, full: Schedule) -> dict[str, Schedule]:
     """Schedules of the model as one unit, with a forecast of two outputs: all steps, and `REUSED_SHARE` of them."""
     cost = full.cost_ms.sum()[None] + full.other_ms
     one = Schedule.full(units_of(model, "model"), full.num_steps, full.model, cost_ms=cost)
-    computed = full.num_steps - int(REUSED_SHARE * full.num_steps + 1e-9)
-    found = {"all by model": torch.zeros_like(one.mask), "by model": torch.zeros_like(one.mask)}
-    found["by model"][[round(i * (full.num_steps - 1) / max(1, computed - 1)) for i in range(computed)]] = 1
+    first = torch.arange(full.num_steps) == 0
+    computed = even_steps(first, full.num_steps - int(REUSED_SHARE * full.num_steps + 1e-9))
+    found = {"all by model": first[:, None], "by model": computed[:, None]}
     outputs = torch.tensor([1.5, -0.5]).expand(full.num_steps, 1, 2)
     inputs = torch.tensor([0.1, -0.2, 0.1]).expand(full.num_steps, 3)
-    for mask in found.values():
-        mask[0] = 1
     return {name: one.with_mask(mask, outputs.contiguous(), inputs.contiguous()) for name, mask in found.items()}
 
 

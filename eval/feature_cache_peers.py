@@ -55,6 +55,7 @@ from diffuse_compress.caching.runtime import apply_cache, remove_cache
 from diffuse_compress.caching.schedule import Schedule
 from diffuse_compress.caching.training import train_cache
 from diffuse_compress.caching.units import Unit, sites_of
+from diffuse_compress.caching.whole_steps import even_steps
 from diffuse_compress.calls import Call
 from diffuse_compress.components import GROUPS, model_components
 from diffuse_compress.errors import DiffuseCompressError
@@ -220,7 +221,8 @@ class Bench:
         rehearsal.record(arguments_of_items(self.pipe, self.others, call, _TRAJECTORIES), None)
         full = rehearsal.full_schedule(self.name)
         reused = round(self.steps * (1 - float(found.mask.float().mean())))
-        whole = full.with_mask(_whole_steps(full.mask, reused))
+        computed = even_steps(torch.arange(self.steps) == 0, self.steps - reused)
+        whole = full.with_mask(computed[:, None].expand_as(full.mask))
         yield "whole steps (FORA)", lambda: self.scheduled(whole)
         trajectories = rehearsal.recorders[self.name].trajectories
         ahead = with_forecast(whole, sites_of(self.model, whole.units), trajectories)
@@ -388,14 +390,6 @@ class _Lines:
 
     def flush(self) -> None:
         """Nothing is held back."""
-
-
-def _whole_steps(mask: torch.Tensor, reused: int) -> torch.Tensor:
-    steps = len(mask)
-    computed = {round(i * (steps - 1) / max(1, steps - reused - 1)) for i in range(steps - reused)}
-    whole = torch.zeros_like(mask)
-    whole[sorted(computed | {0})] = 1
-    return whole
 
 
 def compare(bench: Bench, speedup: float, methods: Sequence[str], denoising_steps: int) -> None:

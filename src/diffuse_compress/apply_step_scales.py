@@ -80,7 +80,7 @@ def _see_recorded(ranges: StepRanges, model: nn.Module, name: str, calibration: 
             f'with components="{name}", or pass items.'
         )
     device = next(parameter.device for parameter in model.parameters())
-    see_samples(ranges, model, calibration.of(name, compute_dtype_of(model)), ranges.layers, device)
+    see_samples(ranges, model, calibration.of(name, compute_dtype_of(model)), device)
 
 
 def _see_trajectories(
@@ -111,5 +111,5 @@ def _see_trajectories(
 def _watched(models: Mapping[str, nn.Module], ranges: Mapping[str, StepRanges]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, own in ranges.items():
-            stack.enter_context(own.watching(models[name], own.layers))
+            stack.enter_context(own.watching(models[name]))
         yield

@@ -330,7 +330,7 @@ def test_weights_are_what_the_scheduler_makes_of_a_disturbance(scheduler: Any, m
         sample = replayed.step(output.view(1, 1, -1), t, sample.view(1, 1, -1), return_dict=False)[0].double().flatten()
     recorder.trajectories.append(found)
     levels = torch.linspace(1, 0.1, steps)
-    content, noise, between = (error_weights(recorder, levels, share) for share in (0.0, 1.0, 0.5))
+    content, noise, between = error_weights(recorder, levels, (0.0, 1.0, 0.5))
     assert_close(between.abs(), (content.abs() * noise.abs()).sqrt(), KERNEL[torch.float32])
     # A denoiser that sees an error takes it away: what is done early matters less.
     assert float(noise[0].abs()) < float(content[0].abs())
@@ -343,11 +343,11 @@ def test_weights_are_what_the_scheduler_makes_of_a_disturbance(scheduler: Any, m
         assert float((moved - sample).mean()) / 0.01 == pytest.approx(float(content[step]), rel=1e-2)
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
-    error_weights(recorder, levels, 0.5)
+    error_weights(recorder, levels, [0.5])
     assert not seeded
     broken = copy.copy(recorder)
     broken.scheduler = SimpleNamespace(step=None, config=None)
-    assert torch.equal(error_weights(broken, levels, 0.5), torch.ones(steps).double())
+    assert torch.equal(*error_weights(broken, levels, [0.5]), torch.ones(steps).double())
 
 
 def test_masks_keep_to_their_number_and_only_get_better() -> None:
@@ -422,7 +422,7 @@ def test_steps_are_recorded_by_name_and_only_those_of_a_model_that_is_followed()
         assert torch.equal(step.output, outputs[step.row].take(chosen).double())
         assert torch.equal(step.sample, samples[step.row].take(chosen).double())
         assert torch.equal(step.seen, step.sample)
-    weights = error_weights(recorder, torch.linspace(0.9, 0.1, 9)[recorder.rows], 0.0)
+    (weights,) = error_weights(recorder, torch.linspace(0.9, 0.1, 9)[recorder.rows], [0.0])
     assert bool(weights.isfinite().all())
     assert not torch.equal(weights, torch.ones(5).double())
     with pytest.raises(ConfigError, match='granularity="block"'):

@@ -53,6 +53,7 @@ _STEP_ORDER = (
 # How much more an error in the first step counts than one in the last.
 _SLOPES = {"even": 0.0, "early steps count more": 1.5}
 _INTERVAL = "whole steps"
+_Fitters = dict[str, StepFitter]
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def _by_step(
     config: FeatureCacheConfig,
     callback: Callback | None,
 ) -> tuple[list[Candidate], list[Candidate]]:
-    """([the schedule of whole steps that did best], all that were tried, each in a run that computes everything)."""
+    """([the schedule of whole steps that did best], the others), each tried in a run that computes everything."""
     plain, refined = max(1, len(given) // 4), len(given) // 4
     rehearsal.record(given[:plain], callback)
     full = {name: rehearsal.full_schedule(name) for name in rehearsal.recorders}
@@ -191,25 +192,18 @@ def _by_step(
     masks = dict(list(masks.items())[: max(1, len(given) - plain - refined)])
     tried: dict[str, tuple[float, _Fitters]] = {}
 
-    def fit(name: str, fitters: _Fitters, index: int) -> None:
-        output = rehearsal.observed_run(fitters, given[index], index)
-        if index == 0:
-            tried[name] = distance(output, rehearsal.references[0]), fitters
-
     for name, mask in progress(list(masks.items()), "Trying schedules", rehearsal.pipe, callback, {}):
-        fit(name, {part: StepFitter(mask, config.history) for part in full}, 0)
+        fitters = {part: StepFitter(mask, config.history) for part in full}
+        tried[name] = distance(rehearsal.observed_run(fitters, given[0], 0), rehearsal.references[0]), fitters
     best = min(tried, key=lambda name: tried[name][0])
     rest = range(plain, plain + refined) if config.history > 1 else range(0)
     for index in progress(list(rest), "Fitting the forecast", rehearsal.pipe, callback, {}):
-        fit(best, tried[best][1], index)
+        rehearsal.observed_run(tried[best][1], given[index], index)
     found = {
         name: Candidate(name, _by_component(full, loop, masks[name], fitters), error)
         for name, (error, fitters) in tried.items()
     }
     return [found[best]], [candidate for name, candidate in found.items() if name != best]
-
-
-_Fitters = dict[str, StepFitter]
 
 
 def _masks(loop: LoopRecorder, levels: torch.Tensor, config: FeatureCacheConfig) -> dict[str, torch.Tensor]:
@@ -227,8 +221,8 @@ def _masks(loop: LoopRecorder, levels: torch.Tensor, config: FeatureCacheConfig)
     masks: dict[str, torch.Tensor] = {}
     if steps <= MOST_SEARCHED:
         errors = StepErrors(*loop.features(), loop.components, config.history)
-        for name, share in _SEEN_AS_NOISE.items():
-            weights = error_weights(loop, levels[loop.rows], share)
+        shares = list(_SEEN_AS_NOISE.values())
+        for name, weights in zip(_SEEN_AS_NOISE, error_weights(loop, levels[loop.rows], shares), strict=True):
             masks[name] = fewest_error(errors, weights, list(plain.values()), longest=config.longest_reuse)
     masks |= plain
     different: dict[str, torch.Tensor] = {}

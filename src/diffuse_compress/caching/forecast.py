@@ -19,7 +19,7 @@ from diffuse_compress.caching.schedule import Schedule
 from diffuse_compress.caching.units import Site
 from diffuse_compress.errors import ConfigError
 
-__all__ = ["fit_forecast", "unit_forecast", "with_forecast"]
+__all__ = ["fit_forecast", "unit_forecast", "weights_near_copying", "with_forecast"]
 
 # Pulls weights towards copying where trajectories do not tell them apart: relative to the power of the last change.
 _RIDGE = 1e-4
@@ -116,10 +116,21 @@ def _fitted(trajectories: Sequence[Trajectory], fits: Sequence[_Fit], history: i
     target *= there
     copying = torch.zeros(history, dtype=torch.float64)
     copying[0] = 1.0
-    ridge = _RIDGE * gram[:, 0, 0]
-    known = ridge > 0.0
-    ridge = torch.where(known, ridge, 1.0)
-    # min |now - past c|^2 + ridge |c - copying|^2
-    system = gram + ridge[:, None, None] * torch.eye(history, dtype=torch.float64)
-    weights = torch.linalg.solve(system, target + ridge[:, None] * copying)
-    return torch.where(known[:, None], weights, copying).float()
+    known = gram[:, :1, 0] > 0.0
+    return torch.where(known, weights_near_copying(gram, target, _RIDGE), copying).float()
+
+
+def weights_near_copying(gram: torch.Tensor, target: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Weights [..., F] float64 of features, the first of which is the last output: those of
+    ``min |now - features c|^2 + ridge |feature_0|^2 |c - copying|^2``.
+
+    Args:
+        gram: [..., F, F] products of the features.
+        target: [..., F] products of the features and what they are to make up for.
+        ridge: pulls towards copying the first feature, where trajectories do not tell weights apart.
+    """
+    copying = torch.zeros(gram.shape[-1], dtype=torch.float64)
+    copying[0] = 1.0
+    pull = ridge * gram[..., 0, 0].clamp_min(1e-30)
+    system = gram + pull[..., None, None] * torch.eye(gram.shape[-1], dtype=torch.float64)
+    return torch.linalg.solve(system, target + pull[..., None] * copying)

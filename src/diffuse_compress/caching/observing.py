@@ -157,7 +157,7 @@ def observed(
             if site.modules:
                 continue
             module = model.get_submodule(site.block)
-            if not site.block:
+            if site.is_model:
                 own(module, OutputOption(observer, ModelBoundary(module)))
                 owned.append(module)
                 continue

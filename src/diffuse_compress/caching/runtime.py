@@ -122,7 +122,7 @@ class FeatureCache:
     @property
     def whole_steps(self) -> bool:
         """The one unit is the model."""
-        return _is_model(self.sites[0])
+        return self.sites[0].is_model
 
     @property
     def call(self) -> Call | None:
@@ -213,12 +213,8 @@ class FeatureCache:
             self.schedule.check(self.schedule.model, self.schedule.units, scheduler=name)
 
 
-def _is_model(site: Site) -> bool:
-    return not site.block
-
-
 def _boundary(module: nn.Module, site: Site) -> Boundary:
-    return ModelBoundary(module) if _is_model(site) else Boundary(module, known_kind(module))
+    return ModelBoundary(module) if site.is_model else Boundary(module, known_kind(module))
 
 
 class CacheOption(BlockOption):

@@ -82,6 +82,11 @@ class Site:
     modules: tuple[str, ...] = ()
 
     @property
+    def is_model(self) -> bool:
+        """The module is the denoiser itself."""
+        return not self.block
+
+    @property
     def owned(self) -> tuple[str, ...]:
         """Names of the modules that are run or left out."""
         return self.modules or (self.block,)

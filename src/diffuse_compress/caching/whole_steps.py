@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from diffuse_compress.caching.forecast import weights_near_copying
 from diffuse_compress.caching.loop_recorder import LoopRecorder
 from diffuse_compress.caching.observing import Observer
 from diffuse_compress.caching.outputs import aligned
@@ -49,21 +50,20 @@ _SWEEPS = 40
 # --- how much the error of a step counts ---------------------------------------------------------------------------
 
 
-def error_weights(recorder: LoopRecorder, levels: torch.Tensor, seen_as_noise: float) -> torch.Tensor:
-    """[T] float64: change of the last sample for a change of the output of each step.
+def error_weights(recorder: LoopRecorder, levels: torch.Tensor, seen_as_noise: Sequence[float]) -> list[torch.Tensor]:
+    """[T] float64 for each share: change of the last sample for a change of the output of each step.
 
     Args:
         recorder: of a loop.
         levels: [T] noise levels.
-        seen_as_noise: how much of an error in a sample the denoiser takes away: 0 nothing, 1 all; what lies between is
-            the geometric mean of the two.
+        seen_as_noise: shares of an error in a sample that the denoiser takes away: 0 nothing, 1 all; what lies between
+            is the geometric mean of the two, for which the scheduler need not be run again.
     """
-    extremes = [_responses(recorder, levels, share) for share in (0.0, 1.0)]
-    if any(found is None for found in extremes):
-        return torch.ones(len(levels), dtype=torch.float64)
-    nothing, everything = (found for found in extremes if found is not None)
-    size = nothing.abs().clamp_min(1e-12) ** (1 - seen_as_noise) * everything.abs().clamp_min(1e-12) ** seen_as_noise
-    return nothing.sign() * size
+    nothing, everything = (_responses(recorder, levels, share) for share in (0.0, 1.0))
+    if nothing is None or everything is None:
+        return [torch.ones(len(levels), dtype=torch.float64) for _ in seen_as_noise]
+    low, high = nothing.abs().clamp_min(1e-12), everything.abs().clamp_min(1e-12)
+    return [nothing.sign() * (low ** (1 - share) * high**share) for share in seen_as_noise]
 
 
 def _responses(recorder: LoopRecorder, levels: torch.Tensor, share: float) -> torch.Tensor | None:
@@ -128,6 +128,9 @@ class StepErrors:
         inputs: samples are known.
         components: name of the denoiser of each step; outputs of another are no help.
         history: outputs that a forecast is made of, at most 2 here; 1 copies.
+
+    Attributes:
+        first: bool [T] of :func:`first_steps`, which have nothing to make up for them.
     """
 
     def __init__(self, products: torch.Tensor, inputs: bool, components: Sequence[str], history: int) -> None:
@@ -141,17 +144,12 @@ class StepErrors:
                 for other in [*earlier, self.steps]:
                     self._index[step, latest, other] = len(fits)
                     fits.append((step, [latest] if other == self.steps else [latest, other]))
-        self._first = first_steps(components)
+        self.first = first_steps(components)
         self._history = history
         self._residuals = torch.zeros(len(fits), 2 * self.steps, dtype=torch.float64)
         if fits:
             self._residuals = _left(products, inputs, fits, min(history, 2))
         self._powers = torch.einsum("np,pq,nq->n", self._residuals, products, self._residuals).clamp_min(0.0)
-
-    @property
-    def first(self) -> torch.Tensor:
-        """Bool [T] of :func:`first_steps`, which have nothing to make up for them."""
-        return self._first
 
     def of(self, masks: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """[M] float64: error of each mask, bool [M, T]: the mean of how errors add up if they have nothing to do with
@@ -159,7 +157,7 @@ class StepErrors:
         numbers = torch.where(masks, torch.arange(self.steps), -1)
         latest = _shifted(numbers.cummax(dim=1).values, -1)
         # Of the step before a step's latest computation, the latest.
-        earlier = torch.where(latest > 0, _shifted(numbers.cummax(dim=1).values, -1).gather(1, latest.clamp_min(0)), -1)
+        earlier = torch.where(latest > 0, latest.gather(1, latest.clamp_min(0)), -1)
         earlier = torch.where((earlier >= 0) & (self._history > 1), earlier, self.steps)
         found = self._index[torch.arange(self.steps), latest.clamp_min(0), earlier]
         # Across two denoisers the earlier one is no help.
@@ -200,10 +198,7 @@ def _left(products: torch.Tensor, inputs: bool, fits: Sequence[tuple[int, list[i
     if history > 1:
         system = products[columns[:, :, None], columns[:, None, :]]
         system = torch.where(there[:, :, None] & there[:, None, :], system, 0.0)
-        ridge = _RIDGE * system[:, 0, 0].clamp_min(1e-30)
-        system = system + torch.diag_embed(torch.where(there, ridge[:, None], 1.0))
-        right = torch.where(there, products[columns, targets[:, None]], 0.0) + ridge[:, None] * weights
-        weights = torch.linalg.solve(system, right)
+        weights = weights_near_copying(system, torch.where(there, products[columns, targets[:, None]], 0.0), _RIDGE)
     left = torch.zeros(len(fits), len(products), dtype=torch.float64)
     left[torch.arange(len(fits)), targets] = 1.0
     return left.scatter_add_(1, columns, torch.where(there, -weights, 0.0))
@@ -256,17 +251,13 @@ class StepFitter(Observer):
         return {"output": total.to(output.dtype).view_as(output)}
 
     def _fit(self, row: int, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        copying = torch.zeros(len(features), dtype=torch.float64)
-        copying[0] = 1.0
         if self._history < 2:
-            return copying
+            return torch.ones(1, dtype=torch.float64)
         products = (features @ features.T / len(target)).cpu(), (features @ target / len(target)).cpu()
         if row in self._sums:
             products = products[0] + self._sums[row][0], products[1] + self._sums[row][1]
         self._sums[row] = products
-        ridge = _RIDGE * products[0][0, 0].clamp_min(1e-30)
-        system = products[0] + ridge * torch.eye(len(copying), dtype=torch.float64)
-        self._weights[row] = torch.linalg.solve(system, products[1] + ridge * copying)
+        self._weights[row] = weights_near_copying(*products, _RIDGE)
         return self._weights[row]
 
     @property

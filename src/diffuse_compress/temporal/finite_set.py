@@ -8,7 +8,7 @@ the timesteps and conditions, and no sample is needed for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,8 +58,8 @@ class StepRanges:
             seen[name].update(layer.prepared_input(x))
 
     @contextmanager
-    def watching(self, model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-        """Inside, calls of ``model`` with one timestep for all are seen by these layers, wherever they are made."""
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Inside, calls of ``model`` with one timestep for all are seen by the layers, wherever they are made."""
         order, timestep = arguments_of(model)
         now: list[float | None] = [None]
 
@@ -77,7 +77,7 @@ class StepRanges:
             return hook
 
         with calibrating(model), torch.no_grad():
-            handles = [self.layers[name].register_forward_pre_hook(see(name)) for name in names]
+            handles = [layer.register_forward_pre_hook(see(name)) for name, layer in self.layers.items()]
             handles += [
                 model.register_forward_pre_hook(enter, with_kwargs=True),
                 model.register_forward_hook(leave, always_call=True),
@@ -134,11 +134,9 @@ def see_path(
                 ranges.update(name, timestep, x)
 
 
-def see_samples(
-    ranges: StepRanges, model: nn.Module, samples: Sequence[Sample], names: Iterable[str], device: torch.device
-) -> None:
-    """What these layers are given when recorded calls are made again."""
-    with ranges.watching(model, names), outside_loops():
+def see_samples(ranges: StepRanges, model: nn.Module, samples: Sequence[Sample], device: torch.device) -> None:
+    """What the layers are given when recorded calls are made again."""
+    with ranges.watching(model), outside_loops():
         for sample in samples:
             call = sample.call.copied(device)
             model(*call.args, **call.kwargs)
