@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 from typing import Any
 
 import pytest
@@ -187,6 +190,33 @@ def test_what_a_cache_keeps_in_graphs_is_freed() -> None:
         sample(ours, **ON)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
+
+
+def test_cycles_are_not_collected_while_a_call_is_recorded() -> None:
+    """Among them may be other graphs, and what their end does to the device ends a recording."""
+    ours = built("pixart_alpha", None)
+    stock_forward = type(ours.transformer.proj_out).forward
+    other, ended = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(other):
+        torch.ones(2, device="cuda")
+    garbage = [other]
+    del other
+
+    def littering(x: torch.Tensor) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing() and garbage:
+            cycle: list[Any] = [garbage.pop()]
+            cycle.append(cycle)
+            weakref.finalize(cycle[0], lambda: ended.append(torch.cuda.is_current_stream_capturing()))
+            del cycle
+            assert len([[] for _ in range(100_000)]) == 100_000  # a few collections' worth
+        return stock_forward(ours.transformer.proj_out, x)
+
+    ours.transformer.proj_out.forward = littering
+    expected = sample(ours, steps=STEPS)
+    for _ in range(2):
+        close(sample(ours, **ON), expected)
+    gc.collect()
+    assert ended == [False]
 
 
 def test_a_call_that_waits_for_the_device_cannot_be_recorded() -> None:

@@ -82,7 +82,7 @@ class CacheCalibration:
         predicted_speedup: of the denoisers' part of the loop, from the profile.
         measured_speedup: of the same, wall time from the first call of a denoiser in the loop to the end of the loop:
             runs without a cache over runs with the schedules taken, of the first prompt. They take turns on a warm
-            model, as many as fit into ``MAX_CHECKS`` forwards; one of each if no more do.
+            model, as many as fit into ``MAX_CHECKS`` forwards; one of each if no more do, or if they take seconds.
         error: relative RMS distance of the output from that without a cache.
         candidates: all that were run.
         forwards: of the denoisers, spent on checking, runs without a cache included: at most ``MAX_CHECKS`` if two

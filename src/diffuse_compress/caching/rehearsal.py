@@ -41,6 +41,8 @@ __all__ = [
 MAX_CHECKS = 100
 """Forwards spent on checking schedules, as long as a run with and one without a cache fit in."""
 _MOST_TIMED = 6
+# What disturbs a short run is lost in one of seconds.
+_LONG_SECONDS = 5.0
 
 
 def arguments_of_items(
@@ -223,7 +225,7 @@ class Rehearsal:
         """Median time of the denoisers' part of runs without a cache over that of runs with these schedules.
 
         Runs without and with take turns, so that what else the machine does slows both alike. The models are warm:
-        they ran with and without a cache before.
+        they ran with and without a cache before. Long runs are not repeated.
 
         Args:
             schedules: by component.
@@ -235,7 +237,7 @@ class Rehearsal:
         without, cached = [self._timed_run(arguments, clock)[1]], []
         for number in range(1, _MOST_TIMED):
             next_one = self.forwards_of_a_run_with(schedules) if number % 2 else self.forwards_of_a_run
-            if self.forwards + next_one > MAX_CHECKS:
+            if self.forwards + next_one > MAX_CHECKS or cached and sum(without + cached) > _LONG_SECONDS:
                 break
             if number % 2:
                 cached.append(self.checked(schedules, arguments, clock)[1])

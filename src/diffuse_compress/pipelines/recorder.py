@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,6 +51,7 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         # A recording that fails leaves its stream behind as the current one. Others may use the device meanwhile.
         with (
+            _no_collection(),
             torch.cuda.device(device),
             torch.cuda.stream(torch.cuda.current_stream(device)),
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
@@ -56,6 +59,19 @@ class CudaRecorder:
             output = run()
         self._graphs.add(graph)
         return graph.replay, output
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Inside, cycles are not collected: what they end (other graphs, modules of compiled kernels) frees memory of the
+    device, and that ends a recording."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Input:
