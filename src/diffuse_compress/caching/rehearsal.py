@@ -237,7 +237,7 @@ class Rehearsal:
         without, cached = [self._timed_run(arguments, clock)[1]], []
         for number in range(1, _MOST_TIMED):
             next_one = self.forwards_of_a_run_with(schedules) if number % 2 else self.forwards_of_a_run
-            if self.forwards + next_one > MAX_CHECKS or cached and sum(without + cached) > _LONG_SECONDS:
+            if self.forwards + next_one > MAX_CHECKS or (cached and sum(without + cached) > _LONG_SECONDS):
                 break
             if number % 2:
                 cached.append(self.checked(schedules, arguments, clock)[1])
