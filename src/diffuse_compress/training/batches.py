@@ -19,7 +19,8 @@ from diffuse_compress.calibration.trees import hash_tensor, hash_tree
 from diffuse_compress.calls import Call, map_tensors
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.families.base import SAMPLE_NAMES, TIMESTEP_NAMES
-from diffuse_compress.training.noising import LossSpace, Noising
+from diffuse_compress.training.config import LossSpace
+from diffuse_compress.training.noising import Noising
 
 __all__ = ["Batch", "NoisedLatents", "RecordedCalls", "TrainingData", "collated", "sample_of", "timestep_of"]
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from diffuse_compress.errors import ConfigError, nearest
+from diffuse_compress.training.config import LossSpace
 
-__all__ = ["Density", "Levels", "LossSpace", "Noising"]
+__all__ = ["Density", "Levels", "Noising"]
 
 _LEAST = 1e-3  # of abar and sigma**2, where a weight divides by them
 
@@ -28,13 +29,6 @@ class Density(str, Enum):
 
     UNIFORM = "uniform"
     LOGIT_NORMAL = "logit_normal"
-
-
-class LossSpace(str, Enum):
-    """What student and teacher are compared in: the model's output, or the x0 that it stands for."""
-
-    OUTPUT = "output"
-    X0 = "x0"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffuse_compress.errors import MissingDependencyError
-from diffuse_compress.training.processes import is_sharded
+from diffuse_compress.training.sharding import is_sharded, whole
 
 __all__ = ["Average", "clip_gradients", "learning_rate_factor", "make_optimizer"]
 
@@ -53,16 +53,12 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> torch.Te
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros(())
-    squares = [_whole(torch.linalg.vector_norm(g.float())).square() for g in gradients]
+    squares = [whole(torch.linalg.vector_norm(g.float())).square() for g in gradients]
     norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
     factor = (limit / (norm + 1e-6)).clamp_max(1.0)
     for gradient in gradients:
         gradient.mul_(factor.to(gradient.device, gradient.dtype))
     return norm
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
 
 
 class Average:

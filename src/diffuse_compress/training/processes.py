@@ -14,20 +14,11 @@ import torch
 from torch import nn
 
 from diffuse_compress.errors import ConfigError
+from diffuse_compress.training.sharding import is_sharded, whole
 
-__all__ = ["Team", "full", "gathered", "is_sharded", "like", "placed", "unshard"]
+__all__ = ["Team", "gathered", "like", "placed", "unshard"]
 
 _BUCKET = 64 << 20
-
-
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether this process holds a part of it only."""
-    return hasattr(tensor, "full_tensor")
-
-
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor; every process has to call it."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
 
 
 class Team:
@@ -74,11 +65,11 @@ class Team:
         """Gradients of whole parameters become those of all processes' batches; sharded ones are that already."""
         if self.count == 1:
             return
-        whole = [p for p in parameters if not is_sharded(p) and p.requires_grad]
-        for parameter in whole:
+        own = [p for p in parameters if not is_sharded(p) and p.requires_grad]
+        for parameter in own:
             if parameter.grad is None:  # of no use in this process's batch
                 parameter.grad = torch.zeros_like(parameter)
-        for part in _buckets([p.grad for p in whole if p.grad is not None]):
+        for part in _buckets([p.grad for p in own if p.grad is not None]):
             flat = torch.cat([gradient.reshape(-1) for gradient in part])
             torch.distributed.all_reduce(flat)
             flat /= self.count
@@ -93,12 +84,12 @@ class Team:
             if not is_sharded(tensor):
                 torch.distributed.broadcast(tensor.detach(), src=0)
 
-    def shard(self, model: nn.Module, blocks: Sequence[nn.Module], whole: Iterable[nn.Parameter]) -> None:
-        """Shard the weights of a model, but for those that stay ``whole``, by block."""
+    def shard(self, model: nn.Module, blocks: Sequence[nn.Module], kept: Iterable[nn.Parameter]) -> None:
+        """Shard the weights of a model, but for those that are ``kept`` whole, by block."""
         from torch.distributed.fsdp import fully_shard
 
         plugin = getattr(self.state.state, "fsdp_plugin", None)
-        options: dict[str, Any] = {"ignored_params": set(whole)}
+        options: dict[str, Any] = {"ignored_params": set(kept)}
         if plugin is not None and isinstance(plugin.reshard_after_forward, bool):
             options["reshard_after_forward"] = plugin.reshard_after_forward
         for block in blocks:
@@ -123,7 +114,7 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 def gathered(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A dict with all of its tensors; every process has to call it."""
-    return {name: full(v.detach()) if isinstance(v, torch.Tensor) else v for name, v in tree.items()}
+    return {name: whole(v) if isinstance(v, torch.Tensor) else v for name, v in tree.items()}
 
 
 def placed(values: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,4 +138,4 @@ def unshard(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and is_sharded(parameter):
-                module._parameters[name] = nn.Parameter(full(parameter.detach()), requires_grad=parameter.requires_grad)
+                module._parameters[name] = nn.Parameter(whole(parameter), requires_grad=parameter.requires_grad)

@@ -34,8 +34,9 @@ from diffuse_compress.pipeline_call import (
 )
 from diffuse_compress.progress import Callback, track
 from diffuse_compress.training.batches import NoisedLatents, RecordedCalls, TrainingData, sample_of, timestep_of
+from diffuse_compress.training.config import LossSpace
 from diffuse_compress.training.media import Media, encoded, fitted, is_media, media_in, read_media
-from diffuse_compress.training.noising import Density, LossSpace, Noising
+from diffuse_compress.training.noising import Density, Noising
 from diffuse_compress.training.shards import INDEX, StoredItems, store_items
 
 __all__ = [
