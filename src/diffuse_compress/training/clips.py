@@ -22,7 +22,20 @@ from diffuse_compress.runtime import steps
 from diffuse_compress.runtime.timestep import TimestepArgument
 from diffuse_compress.training.layers import TrainedLinear
 
-__all__ = ["GroupFollower", "InputClips", "attach_clips", "clips_of", "detach_clips", "follow_groups"]
+__all__ = [
+    "CLIP_KIND",
+    "GroupFollower",
+    "InputClips",
+    "attach_clips",
+    "clips_of",
+    "clips_of_training",
+    "describe_clips",
+    "detach_clips",
+    "follow_groups",
+    "stop_following",
+]
+
+CLIP_KIND = "input_clips"
 
 
 @dataclass(frozen=True)
@@ -46,11 +59,6 @@ class InputClips:
         """G."""
         return self.values.shape[1]
 
-    def describe(self) -> str:
-        """In one line."""
-        groups = "one clip" if self.groups == 1 else f"a clip for each of {self.groups} groups of timesteps"
-        return f"{groups}, in {len(self.layers)} layers"
-
     def to_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors, JSON-able rest); :meth:`from_tensors` reads them."""
         return {"values": self.values}, {"layers": list(self.layers), "low": self.low, "high": self.high}
@@ -66,6 +74,12 @@ class InputClips:
                 "was changed: save it again from the trained model."
             )
         return cls(layers, values.float(), float(meta["low"]), float(meta["high"]))
+
+
+def describe_clips(groups: int, layers: int) -> str:
+    """In one line."""
+    each = "one clip" if groups == 1 else f"a clip for each of {groups} groups of timesteps"
+    return f"{each}, in {layers} layers"
 
 
 class GroupFollower:

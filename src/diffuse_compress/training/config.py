@@ -17,8 +17,8 @@ from diffuse_compress.quantization.scheme import (
     PerChannel,
     PerGroup,
     PerToken,
-    Scheme,
     ScaleRule,
+    Scheme,
     TwoLevel,
     WeightScheme,
 )

@@ -100,7 +100,9 @@ class FakeWeight:
     def integers(self) -> torch.Tensor:
         """int8 [N, K]: what an integer product multiplies."""
         codes, group_scale = self.codes(), self.qparams.group_scale
-        return codes if group_scale is None else per_group_(codes, group_scale, self.scheme.group_size, torch.Tensor.mul_)
+        return (
+            codes if group_scale is None else per_group_(codes, group_scale, self.scheme.group_size, torch.Tensor.mul_)
+        )
 
     def values(self) -> torch.Tensor:
         """fp32 [N, K]: what the codes stand for."""

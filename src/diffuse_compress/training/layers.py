@@ -21,6 +21,7 @@ from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.training.config import PhiInit, QVGenConfig, RangeInit, TrainingMethod
 from diffuse_compress.training.fake_quantize import stored_qparams, trained_product
 from diffuse_compress.training.rank_decay import core_svd, singular_values
+from diffuse_compress.training.sharding import whole, write_
 
 __all__ = ["TrainedLinear"]
 
@@ -197,7 +198,7 @@ class TrainedLinear(nn.Linear):
         """(up [N, r], down [r, K]) of the components in force, without their gates; None without any."""
         if self.phi_up is None or self.phi_down is None or self.rank == 0:
             return None
-        return self.phi_up[:, : self.rank], self.phi_down[: self.rank]
+        return whole(self.phi_up)[:, : self.rank], whole(self.phi_down)[: self.rank]
 
     def spectrum(self) -> torch.Tensor:
         """Singular values of the branch with its gates, fp32 [rank], descending."""
@@ -222,24 +223,23 @@ class TrainedLinear(nn.Linear):
             A, fp64 [rank, rank], with which ``up`` became ``up @ A`` and ``down`` ``inv(A) @ down``; None if nothing is
             left.
         """
-        branch = self.branch()
-        if branch is None or rank >= self.rank:
+        if self.rank == 0 or rank >= self.rank:
             return None
         assert self.phi_up is not None
         assert self.phi_down is not None
         assert self.gate is not None
-        up, down = (factor.detach().float() for factor in branch)
-        leaving = (up[:, rank:] * self.gate[rank : self.rank]) @ down[rank:]
+        all_up, all_down = whole(self.phi_up).float(), whole(self.phi_down).float()
+        up, down = all_up[:, :rank], all_down[:rank]
+        leaving = (all_up[:, rank : self.rank] * self.gate[rank : self.rank]) @ all_down[rank : self.rank]
         # In place: sharded and replicated optimizers hold on to the parameter.
-        self.weight.copy_(self.weight.float() + leaving)
+        write_(self.weight, whole(self.weight).float() + leaving)
         turn = None
-        self.phi_up.zero_()
-        self.phi_down.zero_()
+        new_up, new_down = torch.zeros_like(all_up), torch.zeros_like(all_down)
         if rank:
-            new_up, new_down, _ = core_svd(up[:, :rank], down[:rank])
-            self.phi_up[:, :rank] = new_up.to(self.phi_up.dtype)
-            self.phi_down[:rank] = new_down.to(self.phi_down.dtype)
-            turn = down[:rank].double() @ torch.linalg.pinv(new_down.double())
+            new_up[:, :rank], new_down[:rank], _ = core_svd(up, down)
+            turn = down.double() @ torch.linalg.pinv(new_down[:rank].double())
+        write_(self.phi_up, new_up)
+        write_(self.phi_down, new_down)
         self.rank = rank
         return turn
 

@@ -20,6 +20,7 @@ from diffuse_compress.training.clips import attach_clips, clips_of_training, fol
 from diffuse_compress.training.config import QVGenConfig, TrainingMethod
 from diffuse_compress.training.layers import TrainedLinear
 from diffuse_compress.training.rank_decay import RankDecay, turn_moments
+from diffuse_compress.training.sharding import is_sharded
 
 __all__ = ["Prepared", "prepare"]
 
@@ -294,5 +295,5 @@ def _share(layer: TrainedLinear) -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     for parameter in (layer.phi_up, layer.phi_down):
-        if parameter is not None:
+        if parameter is not None and not is_sharded(parameter):
             torch.distributed.broadcast(parameter.data, src=0)
