@@ -43,6 +43,7 @@ __all__ = [
     "denoiser_call",
     "encode_media",
     "load_data",
+    "own_items",
     "record_calls",
     "save_data",
     "synthetic_latents",
@@ -90,20 +91,26 @@ def training_data(
         return _of_samples(data.of(component, compute_dtype_of(model_components(target)[component])), target, space)
     if not is_pipeline(target):
         return _of_model(target, data)
-    items = _BUNDLED if data is None else data
-    if isinstance(items, int):
-        try:
-            items = bundled_items(target, items)
-        except CannotCallError as error:
-            raise ConfigError(f"training: data= is needed, a list of dicts of the call's arguments: {error}.") from None
-    items = list(items)
+    items = own_items(target) if data is None else list(data)
     if items and (isinstance(items[0], Media) or is_media(items[0])):
         return encode_media(target, items, component=component, space=space, seed=seed, callback=callback)
     return record_calls(target, items, component=component, space=space, seed=seed, callback=callback)
 
 
+def own_items(pipe: Any) -> list[Any]:
+    """Prompts, or what else the pipeline is asked for, of this package.
+
+    Raises:
+        ConfigError: the pipeline needs what there is none of.
+    """
+    try:
+        return bundled_items(pipe, _BUNDLED)
+    except CannotCallError as error:
+        raise ConfigError(f"training: data= is needed, a list of dicts of the call's arguments: {error}.") from None
+
+
 def _of_model(model: Any, data: Any) -> RecordedCalls:
-    if data is None or isinstance(data, int):
+    if data is None:
         raise ConfigError(
             f"training: data= is needed for a {type(model).__name__} without pipeline: texts, or dicts of its forward "
             "arguments."
