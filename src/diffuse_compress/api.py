@@ -156,15 +156,12 @@ def compress(
         target_size: "11GB" that the result may take; each layer gets its own format.
         target_bits: the same by average bits per weight.
         sensitivity: of the layers, if known.
-        data: of a training (QVGenConfig), see ``training.sources.training_data``: prompts, pictures or clips with
-            captions, a folder, ...; ``work_dir`` is for its checkpoints then.
+        data: of a training (QVGenConfig), see ``training_data``; ``work_dir`` is for its checkpoints then.
 
     Raises:
         DiffuseCompressError: see :func:`compression_plan`; also offload hooks, meta tensors, too little disk.
     """
-    _, training = training_among(target, methods)
-    if data is not None and not training:
-        raise ConfigError("compress: data= is of a training: compress(QVGenConfig(...), data=...). Others calibrate.")
+    training = training_among(target, methods, data)[1]
     plan = compression_plan(
         target,
         *methods,
@@ -181,10 +178,7 @@ def compress(
     )
     if training:
         todo = {name: config for name, config in training.items() if name in plan.components}
-        for config in dict.fromkeys(todo.values()):
-            names = [name for name, own in todo.items() if own == config]
-            data = calibration if data is None else data
-            train_models(target, config, data, components=names, work_dir=work_dir, callback=callback)
+        train_models(target, todo, calibration if data is None else data, work_dir=work_dir, callback=callback)
     elif plan.components or plan.methods:
         apply_plan(target, plan, device=device, callback=callback, work_dir=work_dir, preview=preview, measure=measure)
     return target

@@ -54,10 +54,9 @@ def mark_trained(prepared: Prepared) -> None:
 
 def train_models(
     target: Any,
-    config: QVGenConfig,
+    configs: Mapping[str, QVGenConfig],
     data: Any,
     *,
-    components: Sequence[str],
     work_dir: str | Path | None = None,
     options: TrainerOptions | None = None,
     callback: Callback | None = None,
@@ -66,9 +65,8 @@ def train_models(
 
     Args:
         target: a pipeline or model.
-        config: of each training.
+        configs: of each training, by component; "" for a bare model.
         data: see ``training_data``; of several experts each draws its own.
-        components: names; "" for a bare model.
         work_dir: for checkpoints, one folder for each component; a training that was stopped goes on from there.
         options: of the run; by default none but checkpoints every tenth of the training.
         callback: of progress.
@@ -78,12 +76,12 @@ def train_models(
     """
     models = model_components(target)
     with contextlib.ExitStack() as stack:
-        for name in components:
+        for name in configs:
             _, unmark = marks_of(models[name])
             spill = stack.enter_context(restored_on_failure(models[name], work_dir))
             keep(models[name], spill)
             spill.on_rollback(functools.partial(unmark, models[name]))
-        for name in components:
+        for name, config in configs.items():
             own = options or _default_options(config, work_dir, name)
             trainer = QATTrainer(target, config, data, component=name, options=own, callback=callback)
             trainer.train()
@@ -92,11 +90,13 @@ def train_models(
             mark_trained(trainer.prepared)
 
 
-def training_among(target: Any, methods: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, QVGenConfig]]:
+def training_among(
+    target: Any, methods: Sequence[Any], data: Any = None
+) -> tuple[tuple[Any, ...], dict[str, QVGenConfig]]:
     """(``methods`` with the formats that a training leads to in its place, {component: training asked for}).
 
     Raises:
-        ConfigError: a training beside other methods, or one that no layer of the model would take part in.
+        ConfigError: a training beside other methods, ``data`` without a training, or one that no layer of the model would take part in.
     """
     given = methods[0] if len(methods) == 1 and isinstance(methods[0], Mapping) else {"denoisers": None}
     alone = methods[0] if len(methods) == 1 and isinstance(methods[0], QVGenConfig) else None
@@ -107,6 +107,8 @@ def training_among(target: Any, methods: Sequence[Any]) -> tuple[tuple[Any, ...]
             raise ConfigError(
                 "compress: QVGenConfig trains by itself; call compress with it first, and with the other methods after."
             )
+        if data is not None:
+            raise ConfigError("compress: data= is of a training: compress(QVGenConfig(...), data=...). Others calibrate.")
         return tuple(methods), {}
     if any(value is not None and key not in trained for key, value in asked.items()):
         raise ConfigError("compress: a training is a call of its own: compress the other components after it.")

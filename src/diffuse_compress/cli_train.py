@@ -294,7 +294,7 @@ def _made(args: argparse.Namespace, target: Any, component: str, config: QVGenCo
     if not is_pipeline(target):
         return training_data(target, component, lines, space=config.loss_space, seed=config.seed)
     common: dict[str, Any] = {"component": component, "space": config.loss_space, "seed": config.seed}
-    sizes = {name: value for name, value in _sizes(args).items() if name in named_arguments(target)}
+    sizes: dict[str, Any] = {name: value for name, value in _sizes(args).items() if name in named_arguments(target)}
     if args.train_data_dir:
         sizes.pop("num_inference_steps", None)
         media = media_in(args.train_data_dir, args.caption_column, args.media_column)
@@ -304,4 +304,3 @@ def _made(args: argparse.Namespace, target: Any, component: str, config: QVGenCo
     if lines is None:
         lines = own_items(target)
     return record_calls(target, lines, num_samples=args.num_samples, **common, **sizes)
-

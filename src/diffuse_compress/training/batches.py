@@ -262,5 +262,3 @@ def _shape(tensor: torch.Tensor, rows: int, digest: Any) -> str:
     if tensor.ndim and tensor.shape[0] != rows:
         hash_tensor(digest, "", tensor)
     return f"{tensor.dtype} {list(tensor.shape)}"
-
-

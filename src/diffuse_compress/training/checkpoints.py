@@ -1,7 +1,7 @@
 """Checkpoints of a training: folders that appear under their name when they are whole.
 
-    checkpoint-<step>/training.safetensors   the layers' state, averages, and moments of the optimizer
-    checkpoint-<step>/state.json             where the training was, and what it is a training of
+checkpoint-<step>/training.safetensors   the layers' state, averages, and moments of the optimizer
+checkpoint-<step>/state.json             where the training was, and what it is a training of
 """
 
 from __future__ import annotations

@@ -46,8 +46,9 @@ def distance(student: torch.Tensor, teacher: torch.Tensor, batch: Batch, kind: s
     """Mean over the rows of the weighted error, a scalar in float32.
 
     Args:
-        student, teacher: outputs [rows, ...]; of language models logits [rows, tokens, vocabulary], of which padding (0
-            in a 2-d ``attention_mask``) does not count.
+        student: output [rows, ...]; of language models logits [rows, tokens, vocabulary], of which padding (0 in a 2-d
+            ``attention_mask``) does not count.
+        teacher: its like.
         batch: that they are for.
         kind: "mse", or "kl", the divergence of the student's next token from the teacher's.
     """

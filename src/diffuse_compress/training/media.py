@@ -48,7 +48,8 @@ def media_in(folder: str | Path, caption_column: str | None = None, media_column
 
     Args:
         folder: with pictures, clips, or folders of frames.
-        caption_column, media_column: of the metadata; the usual names by default.
+        caption_column: of the metadata; the usual names by default.
+        media_column: of the metadata, likewise.
 
     Raises:
         ConfigError: nothing there, or a file that the metadata names is missing.
@@ -189,7 +190,8 @@ def encoded(
     Args:
         pipe: with a ``vae``.
         content: of a :class:`Media`.
-        height, width: pixels are resized and cut to it; by default what there is, down to what the VAE divides.
+        height: pixels are resized and cut to it; by default what there is, down to what the VAE divides.
+        width: likewise.
         num_frames: at most so many; of a clip as many as the VAE takes.
 
     Raises:
@@ -197,12 +199,17 @@ def encoded(
     """
     vae = getattr(pipe, "vae", None)
     if vae is None:
-        raise ConfigError(f"training: {type(pipe).__name__} has no vae to encode pictures with. Give latents or prompts.")
+        raise ConfigError(
+            f"training: {type(pipe).__name__} has no vae to encode pictures with. Give latents or prompts."
+        )
     frames = frames_of(content)
     is_video = "num_frames" in inspect.signature(type(pipe).__call__).parameters
     processor = getattr(pipe, "video_processor", None) or getattr(pipe, "image_processor", None)
     step = int(getattr(processor, "config", {}).get("vae_scale_factor", 8)) * 2
-    size = [asked or max(step, int(have) // step * step) for asked, have in zip((height, width), frames.shape[-2:], strict=True)]
+    size = [
+        asked or max(step, int(have) // step * step)
+        for asked, have in zip((height, width), frames.shape[-2:], strict=True)
+    ]
     pixels = _resized(frames, size[0], size[1]) * 2 - 1
     call_size = {"height": size[0], "width": size[1]}
     if is_video:
@@ -236,8 +243,9 @@ def _normalization(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor | floa
     """(shift, scale): a denoiser knows ``(latents - shift) * scale``."""
     config = vae.config
     scaling = float(config.get("scaling_factor") or 1.0)
-    mean = config.get("latents_mean") if config.get("latents_mean") is not None else getattr(vae, "latents_mean", None)
-    std = config.get("latents_std") if config.get("latents_std") is not None else getattr(vae, "latents_std", None)
+    buffers = dict(vae.named_buffers(recurse=False))  # where LTX has them
+    found = [config.get(name) for name in ("latents_mean", "latents_std")]
+    mean, std = found if None not in found else [buffers.get(name) for name in ("latents_mean", "latents_std")]
     if mean is None or std is None:
         return float(config.get("shift_factor") or 0.0), scaling
     shape = (1, -1, *[1] * (latents.ndim - 2))

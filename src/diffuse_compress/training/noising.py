@@ -144,15 +144,11 @@ class Noising:
         times a factor of the level; it is weighted by ``1 / sigma**2`` (CogVideoX's 1 / (1 - abar)), with which the
         loss of a velocity is that of its output.
         """
-        if LossSpace(space) is LossSpace.OUTPUT:
+        is_velocity = self.prediction in ("flow_prediction", "v_prediction")
+        if LossSpace(space) is LossSpace.OUTPUT or is_velocity:
             return torch.ones_like(levels.sigma)
-        variance = levels.sigma.square().clamp_min(_LEAST)
-        factor = {
-            "flow_prediction": levels.sigma.square(),
-            "epsilon": levels.sigma.square() / levels.alpha.square().clamp_min(_LEAST),
-            "v_prediction": levels.sigma.square(),
-        }.get(self.prediction, torch.ones_like(variance))
-        return factor / variance
+        divisor = levels.alpha if self.prediction == "epsilon" else levels.sigma
+        return 1 / divisor.square().clamp_min(_LEAST)
 
     def to_dict(self) -> dict[str, Any]:
         """What decides the draws, JSON-able."""

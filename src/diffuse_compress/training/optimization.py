@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -31,12 +32,13 @@ def make_optimizer(
                 split.append({**group, "params": parameters, "initial_lr": group["lr"]})
     if in_8bit:
         try:
-            from bitsandbytes.optim import AdamW8bit
+            AdamW8bit = importlib.import_module("bitsandbytes.optim").AdamW8bit
         except ImportError as error:
             raise MissingDependencyError(
                 "training: moments in 8 bits need bitsandbytes: pip install bitsandbytes. Or leave use_8bit_adam out."
             ) from error
-        return AdamW8bit(split, betas=betas, eps=eps)  # type: ignore[no-any-return]
+        made: torch.optim.Optimizer = AdamW8bit(split, betas=betas, eps=eps)
+        return made
     return torch.optim.AdamW(split, betas=betas, eps=eps)
 
 

@@ -1,8 +1,9 @@
 """Training data of what users have: prompts, pictures or clips with captions, latents on disk, texts, or nothing.
 
 With prompts alone, the teacher's own trajectories are recorded: inputs as inference has them, no data set, as
-EfficientDM (He et al. 2023, arXiv 2310.03270) trains. For clean latents a pipeline is asked for one call of its denoiser
-for each caption, in which latents and timestep are replaced: rotary tables, masks and pooled texts are as it makes them.
+EfficientDM (He et al. 2023, arXiv 2310.03270) trains. For clean latents a pipeline is asked for one call of its
+denoiser for each caption, in which latents and timestep are replaced: rotary tables, masks and pooled texts are as it
+makes them.
 """
 
 from __future__ import annotations
@@ -270,7 +271,9 @@ def encode_media(
         space: of the loss.
         density: of t before the scheduler's shift.
         caption_dropout: share of the items whose caption is left out, for guidance at inference.
-        height, width, num_frames: of all; by default what each item has.
+        height: of all; by default what each item has.
+        width: likewise.
+        num_frames: likewise.
         seed: of the captions that are left out.
         folder: keep the latents there; from another call they are read again.
         callback: of progress.
@@ -345,9 +348,7 @@ def _described(call: Call) -> dict[str, Any]:
 def _noising(pipe: Any, component: str, mus: set[float | None], density: Density | str) -> Noising:
     known = sorted(mu for mu in mus if mu is not None)
     low, high = _shares(pipe, component)
-    return Noising(
-        pipe.scheduler, mu=known[len(known) // 2] if known else None, density=density, low=low, high=high
-    )
+    return Noising(pipe.scheduler, mu=known[len(known) // 2] if known else None, density=density, low=low, high=high)
 
 
 def _shares(pipe: Any, component: str) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from diffuse_compress.components import compute_dtype_of, is_pipeline, model_com
 from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.logging import get_logger
 from diffuse_compress.progress import Callback, bar
-from diffuse_compress.training.batches import Batch, RecordedCalls, TrainingData, collated
+from diffuse_compress.training.batches import Batch, RecordedCalls, collated
 from diffuse_compress.training.checkpoints import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from diffuse_compress.training.config import QVGenConfig
 from diffuse_compress.training.loss import distance, output_of, predicted
@@ -90,7 +90,7 @@ class QATTrainer:
         forward: ``forward(model, batch)``, the prediction that is learned; by default the tensor that the model returns
             (without the variance that some return beside it), or logits.
         loss: ``loss(student, teacher, batch)``, a scalar; by default that of ``options``.
-        teacher: another dense model to learn from; by default a frozen copy.
+        teacher: another dense model to learn from; or as in ``options``, by default a frozen copy.
         accelerator: accelerate's, of a run on several processes or with trackers of the caller's; one is made where
             a launcher has started several.
         callback: ``callback(stage, done, total, metrics)``; raising in it cancels and restores.
@@ -108,15 +108,19 @@ class QATTrainer:
         options: TrainerOptions | None = None,
         component: str | None = None,
         forward: Forward | None = None,
-        loss: Callable[[torch.Tensor, torch.Tensor, Batch], torch.Tensor] | None = None,
-        teacher: nn.Module | None = None,
+        loss: Callable[[torch.Tensor, torch.Tensor, Batch], torch.Tensor] | str | None = None,
+        teacher: nn.Module | str | None = None,
         accelerator: Any = None,
         callback: Callback | None = None,
         **named: Any,
     ) -> None:
+        self.target, self.config, self.callback = target, config, callback
+        if isinstance(teacher, str):
+            named["teacher"], teacher = teacher, None
+        if isinstance(loss, str):
+            named["loss"], loss = loss, None
         if options is not None and named:
             raise ConfigError(f"training: options= is complete: put {', '.join(named)} into it.")
-        self.target, self.config, self.callback = target, config, callback
         self.options = options or TrainerOptions(**named)
         self.component = component_of(target, component)
         self.model: nn.Module = model_components(target)[self.component]
@@ -220,9 +224,7 @@ class QATTrainer:
         self._team.same(self._parameters)
         if team.shards:
             groups = self._shard(groups)
-        self.optimizer = make_optimizer(
-            groups, betas=config.betas, eps=config.eps, in_8bit=self.options.optimizer_8bit
-        )
+        self.optimizer = make_optimizer(groups, betas=config.betas, eps=config.eps, in_8bit=self.options.optimizer_8bit)
         self.average = self._averaged()
         self._scaler = torch.amp.GradScaler(self._device.type) if self._precision is torch.float16 else None
         self._resume()
@@ -263,7 +265,9 @@ class QATTrainer:
         assert self.prepared is not None
         names = {id(p): name for name, p in self.model.named_parameters()}
         layers = self.prepared.layers
-        whole = [p for x in layers.values() for n, p in x.named_parameters(recurse=False) if n not in ("weight", "bias")]
+        whole = [
+            p for x in layers.values() for n, p in x.named_parameters(recurse=False) if n not in ("weight", "bias")
+        ]
         places = calibration_blocks(self.model, list(layers))
         self._team.shard(self.model, [self.model.get_submodule(n) for n in places if n not in layers], whole)
         now = dict(self.model.named_parameters())
@@ -450,7 +454,8 @@ class QATTrainer:
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def _save(self, step: int) -> None:
-        assert self.prepared is not None and self.options.output_dir is not None
+        assert self.prepared is not None
+        assert self.options.output_dir is not None
         state = self.optimizer.state
         content: dict[str, Any] = {
             "model": gathered(self.model.state_dict()),

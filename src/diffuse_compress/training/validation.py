@@ -49,9 +49,7 @@ def generated(pipe: Any, prompts: Sequence[Any], arguments: Mapping[str, Any], s
     return found
 
 
-def save_clip(
-    pipe: Any, prompt: Any, arguments: Mapping[str, Any], seed: int, path: Path
-) -> None:
+def save_clip(pipe: Any, prompt: Any, arguments: Mapping[str, Any], seed: int, path: Path) -> None:
     """Write what the pipeline makes of a prompt: a picture, or a clip as an animated one."""
     given = dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}
     output = pipe(**from_noise(pipe, {**arguments, **given, "output_type": "pil"}, seed, decode=True))
