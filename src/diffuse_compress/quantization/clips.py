@@ -48,7 +48,7 @@ class TimestepGroups:
     def see(self, timestep: Any) -> None:
         """Take the timestep of a call: a number, or a tensor of any device, scalar, [B], or [B, tokens], of which the
         noisiest counts; nothing is read from the device. Anything else is unknown."""
-        if isinstance(timestep, Real) and not isinstance(timestep, bool):
+        if isinstance(timestep, Real):
             timestep = torch.tensor([float(timestep)])
         if not isinstance(timestep, torch.Tensor) or timestep.numel() == 0:
             self.index = None

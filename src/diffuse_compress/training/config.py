@@ -240,7 +240,7 @@ class QVGenConfig(_Loop, _Branch, _Rounding):
             object.__setattr__(self, name, kind(value))
         for name in ("betas", "timestep_range"):
             object.__setattr__(self, name, _pair(name, getattr(self, name)))
-        skip = self.modules_to_not_convert
+        skip: Any = self.modules_to_not_convert
         if not isinstance(skip, str | Iterable):
             raise ConfigError(f"QVGenConfig: modules_to_not_convert must be patterns, got {skip!r}.")
         object.__setattr__(self, "modules_to_not_convert", (skip,) if isinstance(skip, str) else tuple(skip))

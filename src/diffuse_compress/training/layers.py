@@ -50,7 +50,8 @@ class TrainedLinear(nn.Linear):
     ``lora_up``        [N, R] as ``weight``       with ``lora_down`` [R, K]: EfficientDM's change of the weight
     =================  =========================  ==================================================================
 
-    Made by :meth:`from_dense`; :meth:`to_quantized` stores the codes, scales and zero points that forward computes with.
+    Made by :meth:`from_dense`. :meth:`to_quantized` stores the codes, scales and zero points that forward computes
+    with.
 
     Attributes:
         scheme: of the deployed layer.

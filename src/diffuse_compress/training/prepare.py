@@ -173,8 +173,8 @@ class Prepared:
         phase, _, gate = self.decay.at(step)
         if phase < self.phase:
             raise ModelStateError(
-                f"before_step: step {step} is of phase {phase} of the branch, and phase {self.phase} is in force. Prepare "
-                "the dense model again, or load the state of that step."
+                f"before_step: step {step} is of phase {phase} of the branch, and phase {self.phase} is in force. "
+                "Prepare the dense model again, or load the state of that step."
             )
         while self.phase < phase:
             self.phase += 1
