@@ -14,7 +14,7 @@ from diffuse_compress.calibration.engine import Quantized
 from diffuse_compress.calibration.items import pipeline_arguments
 from diffuse_compress.calibration.recording import items_of
 from diffuse_compress.components import is_pipeline
-from diffuse_compress.errors import ConfigError
+from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.families.base import Dependence
 from diffuse_compress.logging import get_logger
 from diffuse_compress.method_plan import MethodPlan
@@ -33,6 +33,7 @@ from diffuse_compress.temporal.maintenance import (
     rounded_outputs,
     set_maintained,
     table_config,
+    tables_of_rounded,
 )
 from diffuse_compress.temporal.persist import load_table_state, table_state
 from diffuse_compress.temporal.prepare import LoopCalls, calls_of_schedule, prepare_schedule
@@ -122,6 +123,8 @@ def temporal_work(
     looping = {name: config for name, config in configs.items() if name in tabled or config.scope is not None}
     calls = _calls_of_schedules(target, models, looping, calibration)
     for name, config in configs.items():
+        if config.maintenance is Maintenance.CACHE:
+            _measure(work[name], target, models[name], config, calls[name][:1])
         if config.scope is not None:
             seen = [
                 value for loop in (*calls[name], *work[name].loops) for value in loop.timesteps if value is not None
@@ -156,6 +159,19 @@ def _loops(target: Any, name: str, model: nn.Module, config: TFMQConfig, calibra
             )
         calls.append(found)
     return calls
+
+
+def _measure(work: TemporalWork, target: Any, model: nn.Module, config: TFMQConfig, loops: list[LoopCalls]) -> None:
+    """Add what tables keep of layers that are rounded, where the path can be looked at in these loops."""
+    layers = {**work.ready, **work.late}
+    if not layers or not loops or not loops[0].timesteps or None in loops[0].timesteps:
+        return
+    try:
+        path = path_of(layout_of(model, config.table), model, loops, None)
+    except ModelStateError as error:
+        _LOGGER.info("%s: features of the timestep are not measured: %s", type(target).__name__, error)
+        return
+    work.maintained = tables_of_rounded(path, layers, config)
 
 
 def _path(target: Any, model: nn.Module, config: TFMQConfig, loops: list[LoopCalls]) -> Path:

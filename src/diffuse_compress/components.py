@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,17 @@ from torch import nn
 
 from diffuse_compress.errors import ConfigError, nearest
 
-__all__ = ["GROUPS", "compute_dtype_of", "generates_text", "is_pipeline", "model_components", "resolve_names", "unwrap"]
+__all__ = [
+    "GROUPS",
+    "compute_dtype_of",
+    "diffusers_hooks",
+    "generates_text",
+    "groups_on_disk",
+    "is_pipeline",
+    "model_components",
+    "resolve_names",
+    "unwrap",
+]
 
 GROUPS: dict[str, re.Pattern[str]] = {
     "denoisers": re.compile(r"(?:transformer|unet|prior|decoder|denoiser|dit)(?:_\d+)?\Z|super_res_(?:first|last)\Z"),
@@ -103,3 +113,20 @@ def _empty_group(group: str, obj: Any, models: dict[str, nn.Module]) -> list[str
         f"{type(obj).__name__}: {what} found among its models ({', '.join(models) or 'none'}). "
         f'Name the components: compress({{"{next(iter(models), "transformer")}": "w8a8"}}).'
     )
+
+
+def diffusers_hooks(module: nn.Module) -> dict[str, Any]:
+    """Hooks of diffusers on a module, by name."""
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+    return hooks if isinstance(hooks, dict) else {}
+
+
+def groups_on_disk(model: nn.Module) -> Iterator[tuple[str, Iterable[torch.Tensor]]]:
+    """(qualified name, tensors) of modules whose group ``enable_group_offload(offload_to_disk_path=)`` put on disk.
+
+    Between calls these tensors are uninitialised memory of the right shape, and they are read from there for each.
+    """
+    for name, module in model.named_modules():
+        group = getattr(diffusers_hooks(module).get("group_offloading"), "group", None)
+        if getattr(group, "offload_to_disk_path", None) is not None:
+            yield name, getattr(group, "tensor_to_key", {})

@@ -262,7 +262,7 @@ def _component(name: str, part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _features(part: dict[str, Any]) -> dict[str, Any] | None:
-    """Plots of the temporal features and what became of each; None where none was learned."""
+    """Plots of the temporal features and what became of each; None where none was measured."""
     path = path_errors(part)
     if path is None:
         return None

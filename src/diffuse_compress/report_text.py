@@ -158,7 +158,7 @@ def timestep_errors(part: dict[str, Any]) -> list[tuple[str, float | None]]:
 
 
 def path_errors(part: dict[str, Any]) -> dict[str, Any] | None:
-    """Facts of the temporal features of a component whose timestep path was learned (``PathErrors.facts``), or None."""
+    """Facts of the temporal features of a component with a measured timestep path (``PathErrors.facts``), or None."""
     path: dict[str, Any] | None = part.get("methods", {}).get("temporal", {}).get("path")
     return path
 

@@ -18,6 +18,7 @@ from diffuse_compress.integrations.component import quantized_layers
 from diffuse_compress.pipeline_call import from_noise
 from diffuse_compress.quantization.numerics import qparams_from_range
 from diffuse_compress.temporal.features import relative_error
+from diffuse_compress.temporal.reasons import OFFLOADED
 from diffuse_compress.temporal.step_scales import (
     CONSUMER,
     StepQParams,
@@ -26,6 +27,7 @@ from diffuse_compress.temporal.step_scales import (
     step_scales_of,
 )
 from diffuse_compress.temporal.table import table_of
+from integration.test_offload import MODES
 
 MODELS = Path(__file__).resolve().parents[2] / "examples" / "reference_models"
 STEPS = 4
@@ -168,6 +170,21 @@ def naive(pipe: Any) -> Any:
 
     other.unet.register_forward_pre_hook(write)
     return other
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_offloaded_layers_have_the_scales_of_the_step_or_are_counted(all_layers, mode, tmp_path):
+    """What is loaded within a call, over the row that was put there before it, has the scales of all steps."""
+    pipe, plain = copy.deepcopy(all_layers), copy.deepcopy(all_layers)
+    within = mode == "sequential" or mode.endswith("disk")
+    if within:
+        detach_step_scales(plain.unet)
+    MODES[mode](pipe.unet, tmp_path)
+    for _ in range(2):
+        assert torch.equal(picture(pipe), picture(plain))
+    counted = pipe.compression_stats().components["unet"].methods[CONSUMER]
+    assert (counted.hits == 0) == within
+    assert [reason is OFFLOADED for reason in counted.misses] == [True] * within
 
 
 def test_recorded_calls_are_made_again_and_tables_stay(tmp_path):

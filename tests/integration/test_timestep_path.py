@@ -15,6 +15,7 @@ from diffuse_compress.cli import main
 from diffuse_compress.errors import CompressionConflictError, ConfigError
 from diffuse_compress.families.base import Dependence
 from diffuse_compress.integrations.component import quantized_layers
+from diffuse_compress.quantization.algorithms.brecq import BRECQConfig
 from diffuse_compress.temporal.config import TableConfig
 from diffuse_compress.temporal.layout import layout_of
 from diffuse_compress.temporal.maintenance import maintained_of
@@ -151,6 +152,26 @@ def test_the_report_draws_errors_and_mismatches_by_timestep(everything_tabled, t
     for name, (_, why) in maintained_of(pipe.unet).ways.items():
         assert f"<code>{name}</code>" in page
         assert why.replace("<", "&lt;") in page
+
+
+def test_what_tables_keep_of_rounded_layers_is_measured(tmp_path):
+    """Rows of the timestep alone are the dense ones; those of a condition are what the rounded weights give."""
+    pipe = tiny.build_pipeline("flux")
+    item = {key: value for key, value in tiny.call_kwargs(pipe, steps=STEPS).items() if key != "generator"}
+    embedder, modulation = "time_text_embed.timestep_embedder.linear_2", "transformer_blocks.0.norm1.linear"
+    weights = dc.QuantizationConfig(
+        "w4a8", BRECQConfig(iterations=1), overrides={embedder: "w4a16", modulation: "w4a16"}
+    )
+    pipe.compress(weights, config("cache"), calibration=[item], measure=False)
+    found = maintained_of(pipe.transformer)
+    error = {way: dict(zip(found.errors.layers, each, strict=True)) for way, each in found.errors.error.items()}
+    assert float(error["rtn"][embedder].min()) > 0.01
+    assert float(error["cache"][embedder].max()) == 0
+    assert 0.01 < float(error["cache"][modulation].mean()) < float(error["rtn"][modulation].mean())
+    again = reloaded(pipe, tmp_path)
+    assert torch.equal(picture(again), picture(pipe))
+    assert maintained_of(again.transformer).facts() == found.facts()
+    assert "tables" in str(dc.compression_report(again))
 
 
 def test_without_a_budget_to_speak_of_nothing_is_looked_up(tmp_path):

@@ -234,7 +234,7 @@ class Rehearsal:
             seconds: of an earlier run with these schedules, the only one if no other fits into ``MAX_CHECKS``.
         """
         # One without a cache, which comes first, is run in any case.
-        without, cached = [self._timed_run(arguments, clock)[1]], []
+        without, cached = [self._timed_run(arguments, clock)[1]], list[float]()
         for number in range(1, _MOST_TIMED):
             next_one = self.forwards_of_a_run_with(schedules) if number % 2 else self.forwards_of_a_run
             if self.forwards + next_one > MAX_CHECKS or (cached and sum(without + cached) > _LONG_SECONDS):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffuse_compress.components import diffusers_hooks, groups_on_disk
 from diffuse_compress.errors import CheckpointError, ModelStateError
 
 __all__ = ["require_bytes", "require_free", "require_memory", "require_own_weights"]
@@ -49,7 +50,7 @@ def require_own_weights(where: str, model: nn.Module, verb: str = "compress") ->
     """Raise ModelStateError if the weights are cast by hooks or fused: they are not what a checkpoint would hold."""
     for name, module in model.named_modules():
         place = f"{where}.{name}" if name else where
-        casting = [hook for hook in _hooks(module) if "casting" in hook]
+        casting = [hook for hook in diffusers_hooks(module) if "casting" in hook]
         if casting:
             raise ModelStateError(
                 f"{place}: {verb} needs the weights themselves, found them cast by the hook {casting[0]!r}. A "
@@ -72,14 +73,11 @@ def require_bytes(model: nn.Module) -> None:
                 "offloading; pipe.remove_all_hooks() undoes enable_sequential_cpu_offload(), and a model that a "
                 "device_map= put on disk is loaded without it."
             )
-    for layer, module in model.named_modules():
-        hook = _hooks(module).get("group_offloading")
-        if getattr(getattr(hook, "group", None), "offload_to_disk_path", None) is not None:
-            # Between calls such a group's tensors are uninitialised memory of the right shape.
-            raise CheckpointError(
-                f"{name}.{layer}: save_pretrained needs the weights in memory, found them offloaded to disk by "
-                "enable_group_offload(offload_to_disk_path=). Save before, or load the model anew and save it."
-            )
+    for layer, _ in groups_on_disk(model):
+        raise CheckpointError(
+            f"{name}.{layer}: save_pretrained needs the weights in memory, found them offloaded to disk by "
+            "enable_group_offload(offload_to_disk_path=). Save before, or load the model anew and save it."
+        )
 
 
 def require_memory(device_map: Any) -> None:
@@ -95,13 +93,8 @@ def require_memory(device_map: Any) -> None:
         )
 
 
-def _hooks(module: nn.Module) -> dict[str, Any]:
-    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
-    return hooks if isinstance(hooks, dict) else {}
-
-
 def _offload_hook(module: nn.Module) -> str | None:
-    return next((hook for hook in _hooks(module) if "offload" in hook), None)
+    return next((hook for hook in diffusers_hooks(module) if "offload" in hook), None)
 
 
 def _own_tensors(module: nn.Module) -> bool:

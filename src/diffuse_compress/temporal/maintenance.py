@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "rounded_outputs",
     "set_maintained",
     "table_config",
+    "tables_of_rounded",
 ]
 
 _ATTRIBUTE = "_diffuse_compress_maintained"
@@ -97,8 +99,8 @@ class Maintained:
         config: as asked for.
         learned: layers whose codes were learned on the timesteps.
         ways: "cache" or "tib" of each layer with a temporal feature, and why.
-        errors: measured when it was compressed: "rtn" (the same formats, rounded to nearest), "tib", "cache", and of
-            "auto" what was chosen.
+        errors: measured when it was compressed: "rtn" (the same formats, rounded to nearest), "tib" where codes were
+            learned, "cache" where there are tables, and of "auto" what was chosen.
         rows: bool [timesteps] of layers that have rows of the first schedule at some timesteps only: is there one?
     """
 
@@ -127,7 +129,8 @@ class Maintained:
         """In one line."""
         chosen = f", {len(self.cached)} of {len(self.ways)} features from tables" if self.cached else ""
         chosen += f" ({len(self.rows)} at some timesteps only)" if self.rows else ""
-        return f"{len(self.learned)} layers learned on the timesteps{chosen}; {self.errors.summary()}"
+        learned = f"{len(self.learned)} layers learned on the timesteps" if self.learned else "none learned"
+        return f"{learned}{chosen}; {self.errors.summary()}"
 
     def facts(self) -> dict[str, Any]:
         """JSON-able."""
@@ -190,11 +193,40 @@ def set_maintained(model: nn.Module, maintained: Maintained | None) -> None:
 
 def rounded_outputs(path: Path, schemes: Mapping[str, Scheme]) -> dict[str, torch.Tensor]:
     """Outputs of the path, whose block is still dense, with these layers rounded to nearest."""
-    dense = {name: path.block.get_submodule(path.block.relative(name)) for name in schemes}
-    try:
-        for name, scheme in schemes.items():
-            path.block.put(name, quantize_module(dense[name], scheme.with_dynamic_inputs(), RTNConfig(), name=name))
+    dense = dict(zip(path.block.names, path.block.layers, strict=True))
+    rounded = {
+        name: quantize_module(dense[name], scheme.with_dynamic_inputs(), RTNConfig(), name=name)
+        for name, scheme in schemes.items()
+    }
+    with _replaced(path, rounded):
         return path.block.outputs(path.given)
+
+
+def tables_of_rounded(path: Path, layers: Mapping[str, nn.Module], config: TFMQConfig) -> Maintained:
+    """What tables keep of a path, whose block is still dense, with these layers rounded to nearest.
+
+    A table of the timestep alone holds what dense layers give; rows of a condition are made of the rounded weights.
+    """
+    own = {name: layer for name, layer in layers.items() if name in path.kinds}
+    errors = PathErrors.none(path)
+    alone = {name: path.dense[name] for name in errors.layers if path.kinds[name] is Dependence.TIMESTEP}
+    rows = {name: row for part in store(alone, config.table.table) for name, row in part.rows().items()}
+    with _replaced(path, own):
+        errors.add("rtn", path.dense, path.block.outputs(path.given))
+        errors.add("cache", path.dense, path.block.outputs(path.given, rows))
+    why = {True: "as asked", False: "as asked; it depends on a condition: its rows are made of the quantized weights"}
+    ways = {name: (Maintenance.CACHE.value, why[name in alone]) for name in errors.layers}
+    return Maintained(config, (), ways, errors)
+
+
+@contextlib.contextmanager
+def _replaced(path: Path, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, these layers are in the places of the path's own."""
+    dense = {name: path.block.get_submodule(path.block.relative(name)) for name in layers}
+    try:
+        for name, layer in layers.items():
+            path.block.put(name, layer)
+        yield
     finally:
         for name, layer in dense.items():
             path.block.put(name, layer)
@@ -309,7 +341,7 @@ def _rows_within(
 def table_config(model: nn.Module, config: TFMQConfig, maintained: Maintained | None) -> TableConfig | None:
     """How a model's tables are kept: as asked for, without the layers of the timestep alone that are not to have one;
     None where no layer is left."""
-    if maintained is None:
+    if maintained is None or config.maintenance is Maintenance.CACHE:
         return config.table
     layers = layout_of(model, config.table).layers
     live = [name for name, kind in layers.items() if kind is Dependence.TIMESTEP and name not in maintained.cached]

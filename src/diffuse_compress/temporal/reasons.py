@@ -46,7 +46,7 @@ NOT_TRACKED = Reason("the model's place in the loop is not followed", "attach th
 NO_BATCH = Reason("the model was called without a sample tensor", "pass the sample as a tensor [batch, ...]")
 OFFLOADED = Reason(
     "input scales are not loaded before the call, so that those of all steps were used",
-    "use pipe.enable_model_cpu_offload(), or group offloading, instead of enable_sequential_cpu_offload()",
+    "use pipe.enable_model_cpu_offload(), or group offloading without offload_to_disk_path=",
 )
 ADAPTED = Reason(
     "an adapter (LoRA) is on the layer, or on one that it depends on",

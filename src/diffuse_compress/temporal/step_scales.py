@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffuse_compress.components import unwrap
+from diffuse_compress.components import groups_on_disk, unwrap
 from diffuse_compress.errors import CheckpointError, ModelStateError
 from diffuse_compress.quantization.layer_base import QuantizedLayer
 from diffuse_compress.runtime import steps
@@ -136,6 +136,7 @@ class StepScales:
         self._turns = Turns()
         self._row: int | torch.Tensor = 0
         self._stamps: list[Any] = []
+        self._out_of_reach: set[int] = set()
         self._tables: list[tuple[list[int], torch.Tensor]] = []
         self._bounds_there = torch.zeros(0)
 
@@ -172,7 +173,7 @@ class StepScales:
             if device is not None:
                 bring_weights(self.model, device)
             self._hold(self.place(given))
-            reason = OFFLOADED if any(p.is_meta for p in self._held) else None
+            reason = OFFLOADED if self._out_of_reach else None
         context = steps.current()
         if context is not None and context.tracker is steps.tracker_of(module):
             if reason is None:
@@ -249,11 +250,14 @@ class StepScales:
         if self._stamps and _stamps(held) == self._stamps:
             return
         count = len(self.qparams.layers)
+        from_disk = {id(tensor) for _, tensors in groups_on_disk(self.model) for tensor in tensors}
+        self._out_of_reach = {slot for slot, p in enumerate(held) if p.is_meta or id(p) in from_disk}
         if self._is_away and self._tables:
             # Moved in the middle of a call: what they hold is not what they hold between calls.
-            between = {slot: table[0, i] for slots, table in self._tables for i, slot in enumerate(slots)}
+            before = {slot: table[0, i] for slots, table in self._tables for i, slot in enumerate(slots)}
+            between = {slot: value for slot, value in before.items() if slot not in self._out_of_reach}
         else:
-            between = {slot: p.detach()[0] for slot, p in enumerate(held) if not p.is_meta}
+            between = {slot: p.detach()[0] for slot, p in enumerate(held) if slot not in self._out_of_reach}
         self._tables = []
         for device in dict.fromkeys(p.device for p in held if not p.is_meta):
             for first, end, known in ((0, count, self.qparams.scale), (count, len(held), self.qparams.zero_point)):

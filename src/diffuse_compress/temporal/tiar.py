@@ -101,21 +101,24 @@ def grid_of(calls: LoopCalls, timestep: Any, num_train_timesteps: int) -> list[f
     return list(dict.fromkeys((values.round() if whole else values).tolist()))
 
 
-def path_of(layout: Layout, model: nn.Module, calls: Sequence[LoopCalls], num_train_timesteps: int) -> Path:
+def path_of(layout: Layout, model: nn.Module, calls: Sequence[LoopCalls], num_train_timesteps: int | None) -> Path:
     """What the layers of the timestep path are given, at all timesteps and at those of the calls' schedule.
 
     Args:
         layout: of ``model``, which is dense.
         model: a denoiser.
         calls: of loops of one schedule, one for each condition; of several, the last is kept to be measured on.
-        num_train_timesteps: of the scheduler.
+        num_train_timesteps: of the scheduler; None where nothing is to be learned, and the schedule's timesteps are
+            enough.
 
     Raises:
         ModelStateError: no layer of the path can be run by itself.
     """
     found = [_call_of(model, call) for call in calls[: max(1, len(calls) - 1)]]
     first, timesteps = calls[0], _distinct(calls[0])
-    grid = grid_of(first, first.inputs[found[0].timestep], num_train_timesteps)
+    grid: Sequence[float] = timesteps
+    if num_train_timesteps is not None:
+        grid = grid_of(first, first.inputs[found[0].timestep], num_train_timesteps)
     parts = [grid[number :: len(found)] for number in range(len(found))]
     seen = [_observe(layout, call, part) for call, part in zip(found, parts, strict=True)]
     schedule = _observe(layout, _call_of(model, calls[-1]), timesteps)
