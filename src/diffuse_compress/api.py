@@ -147,8 +147,8 @@ def compress(
         seed: of algorithms that draw random numbers; global random states are never touched.
         generator: source of that seed.
         device: compute here, layer by layer; every layer returns to where it was.
-        work_dir: folder for what restores the model if the call fails, and for the finished blocks of one calibration,
-            from which the same call goes on after a crash (another is a ConfigError). Delete it at the end.
+        work_dir: folder for what restores the model if the call fails, and for finished blocks of one calibration or
+            checkpoints of one training, from which the same call goes on after a crash. Delete it at the end.
         preview: prompts (or dicts of pipeline arguments) to generate before and after, for the report.
         callback: ``callback(stage, done, total, metrics)``; raising in it cancels and restores.
         measure: run the denoiser at four timesteps before and after to report its output error.
@@ -156,29 +156,20 @@ def compress(
         target_size: "11GB" that the result may take; each layer gets its own format.
         target_bits: the same by average bits per weight.
         sensitivity: of the layers, if known.
-        data: of a training (QVGenConfig), see ``training_data``; ``work_dir`` is for its checkpoints then.
+        data: of a training (QVGenConfig); see ``training_data``.
 
     Raises:
         DiffuseCompressError: see :func:`compression_plan`; also offload hooks, meta tensors, too little disk.
     """
     training = training_among(target, methods, data)[1]
+    layers: Any = dict(modules_to_not_convert=modules_to_not_convert, overrides=overrides, algorithm=algorithm)
+    search: Any = dict(target_size=target_size, target_bits=target_bits, sensitivity=sensitivity)
+    source, seed = None if training else calibration, _seed_of(seed, generator)
     plan = compression_plan(
-        target,
-        *methods,
-        modules_to_not_convert=modules_to_not_convert,
-        overrides=overrides,
-        algorithm=algorithm,
-        seed=_seed_of(seed, generator),
-        device=device,
-        calibration=None if training else calibration,
-        target_size=target_size,
-        target_bits=target_bits,
-        sensitivity=sensitivity,
-        callback=callback,
+        target, *methods, **layers, **search, seed=seed, device=device, calibration=source, callback=callback
     )
     if training:
-        todo = {name: config for name, config in training.items() if name in plan.components}
-        train_models(target, todo, calibration if data is None else data, work_dir=work_dir, callback=callback)
+        train_models(target, plan, training, calibration if data is None else data, work_dir, callback)
     elif plan.components or plan.methods:
         apply_plan(target, plan, device=device, callback=callback, work_dir=work_dir, preview=preview, measure=measure)
     return target

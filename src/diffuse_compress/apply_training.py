@@ -16,6 +16,7 @@ from diffuse_compress.integrations.component import ComponentState, layer_entrie
 from diffuse_compress.integrations.doors import marks_of
 from diffuse_compress.integrations.origin import repository_of
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
+from diffuse_compress.plan import CompressionPlan
 from diffuse_compress.progress import Callback
 from diffuse_compress.training.config import QVGenConfig
 from diffuse_compress.training.options import TrainerOptions
@@ -54,17 +55,19 @@ def mark_trained(prepared: Prepared) -> None:
 
 def train_models(
     target: Any,
+    plan: CompressionPlan,
     configs: Mapping[str, QVGenConfig],
     data: Any,
-    *,
     work_dir: str | Path | None = None,
-    options: TrainerOptions | None = None,
     callback: Callback | None = None,
+    *,
+    options: TrainerOptions | None = None,
 ) -> None:
     """Train these models one after the other, and deploy them; if one fails, all are as they were.
 
     Args:
         target: a pipeline or model.
+        plan: whose components are trained; others are what they are to be already.
         configs: of each training, by component; "" for a bare model.
         data: see ``training_data``; of several experts each draws its own.
         work_dir: for checkpoints, one folder for each component; a training that was stopped goes on from there.
@@ -75,6 +78,7 @@ def train_models(
         DiffuseCompressError: see :class:`QATTrainer`.
     """
     models = model_components(target)
+    configs = {name: config for name, config in configs.items() if name in plan.components}
     with contextlib.ExitStack() as stack:
         for name in configs:
             _, unmark = marks_of(models[name])
@@ -108,7 +112,9 @@ def training_among(
                 "compress: QVGenConfig trains by itself; call compress with it first, and with the other methods after."
             )
         if data is not None:
-            raise ConfigError("compress: data= is of a training: compress(QVGenConfig(...), data=...). Others calibrate.")
+            raise ConfigError(
+                "compress: data= is of a training: compress(QVGenConfig(...), data=...). Others calibrate."
+            )
         return tuple(methods), {}
     if any(value is not None and key not in trained for key, value in asked.items()):
         raise ConfigError("compress: a training is a call of its own: compress the other components after it.")

@@ -20,6 +20,7 @@ import tiny
 from diffuse_compress.calls import Call
 from diffuse_compress.cli import main
 from diffuse_compress.errors import CheckpointError, ConfigError, MissingDependencyError, ModelStateError
+from diffuse_compress.training import trainer as trainer_module
 from diffuse_compress.training.batches import Batch, RecordedCalls
 from diffuse_compress.training.checkpoints import find_checkpoint
 from diffuse_compress.training.layers import TrainedLinear
@@ -233,13 +234,21 @@ def test_checkpoints_are_pruned_whole_and_of_one_training(tmp_path):
 # --- processes ----------------------------------------------------------------------------------------------------
 
 
-def _one_of_two(index: int, folder: Path, port: int) -> None:
+def _one_of_two(index: int, folder: Path, port: int, sharded: bool) -> None:
     torch.set_num_threads(1)
     place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
+    stock = trainer_module.Team
+
+    def team(state):  # accelerate knows no FSDP on a CPU
+        made = stock(state)
+        made.shards = sharded
+        return made
+
+    trainer_module.Team = team
     model = mlp()
     trainer = dc.QATTrainer(
         model, config(), calls(), accelerator=accelerator, output_dir=folder / "out", checkpointing_steps=6
@@ -249,12 +258,13 @@ def _one_of_two(index: int, folder: Path, port: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_are_one_with_twice_the_batch(tmp_path):
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_two_processes_are_one_with_twice_the_batch(sharded, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_one_of_two, args=(index, tmp_path, port)) for index in (0, 1)]
+    processes = [context.Process(target=_one_of_two, args=(index, tmp_path, port, sharded)) for index in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
