@@ -54,8 +54,8 @@ def _schemes() -> list[Scheme]:
 def test_number_of_legal_schemes() -> None:
     # Weights: 4 integer formats x 8 granularities x (3 symmetric rules + 2 asymmetric kinds), two-level, 2 float8.
     assert len(WEIGHTS) == 4 * 8 * 5 + 1 + 2
-    # Activations: 3 formats x (2 dynamic granularities + static per tensor), asymmetric static int8.
-    assert len(ACTIVATIONS) == 3 * 3 + 1
+    # Activations: 4 formats x (2 dynamic granularities + static per tensor), asymmetric static int8.
+    assert len(ACTIVATIONS) == 4 * 3 + 1
 
 
 def test_dict_through_json_gives_an_equal_scheme() -> None:
