@@ -100,7 +100,8 @@ def training_among(
     """(``methods`` with the formats that a training leads to in its place, {component: training asked for}).
 
     Raises:
-        ConfigError: a training beside other methods, ``data`` without a training, or one that no layer of the model would take part in.
+        ConfigError: a training beside other methods, ``data`` without a training, or one that no layer of the model
+            would take part in.
     """
     given = methods[0] if len(methods) == 1 and isinstance(methods[0], Mapping) else {"denoisers": None}
     alone = methods[0] if len(methods) == 1 and isinstance(methods[0], QVGenConfig) else None
