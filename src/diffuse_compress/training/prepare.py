@@ -22,7 +22,7 @@ from diffuse_compress.training.layers import TrainedLinear
 from diffuse_compress.training.rank_decay import RankDecay, turn_moments
 from diffuse_compress.training.sharding import is_sharded
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "planned_spec", "prepare"]
 
 _STATE_VERSION = 1
 # What decides on what is trained; the rest of a config may change between runs of one training.
@@ -79,6 +79,15 @@ def prepare(model: nn.Module, config: QVGenConfig, *, total_steps: int) -> Prepa
 
 
 _DENSE = ("weight", "bias")
+
+
+def planned_spec(model: nn.Module, config: QVGenConfig) -> QuantizationSpec:
+    """What ``model`` will be deployed as, with the layers it comes to; meta tensors will do.
+
+    Raises:
+        ConfigError: no layer would be trained, or a pattern matches nothing.
+    """
+    return config.spec.resolved(resolve_rules(_trained_layers(unwrap(model), config)))
 
 
 def _trained_layers(model: nn.Module, config: QVGenConfig) -> dict[str, LayerAssignment]:
