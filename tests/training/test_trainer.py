@@ -179,7 +179,7 @@ def test_checkpointed_blocks_accumulated_passes_and_cached_teachers_change_no_bi
 # --- going on -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", [2, 5, 8])
+@pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_resumed_training_gives_the_same_losses_across_phases(stop, tmp_path):
     """Phases of rank 4, 2 and 1 start at steps 0, 3 and 6, and the branch has left at 9."""
     settings: dict[str, Any] = {"output_dir": tmp_path, "checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
@@ -258,7 +258,7 @@ def _one_of_two(index: int, folder: Path, port: int, sharded: bool) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "sharded"])
 def test_two_processes_are_one_with_twice_the_batch(sharded, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
