@@ -24,9 +24,9 @@ def complete_save(obj: Any, staging: Path, target: Path) -> None:
     """Write them into ``staging``, whose files are about to be moved to ``target``; the user's own there stay.
 
     Schedules are written beside every pipeline that has some: what is saved of a dense one is the stock checkpoint, and
-    one in a format of others holds none of ours. No card or pipeline.py is written where no weights of ours are: adapters
-    are saved alone, for instance. After the save of a dense object, what an earlier save wrote is taken out of
-    ``target``.
+    one in a format of others holds none of ours. No card or pipeline.py is written where no weights of ours are:
+    adapters are saved alone, for instance. After the save of a dense object, what an earlier save wrote is taken out
+    of ``target``.
     """
     if is_pipeline(obj):
         schedules = schedules_of(obj)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AwqConfig, GPTQConfig
+from transformers import AwqConfig, CompressedTensorsConfig, GPTQConfig, LlamaForCausalLM
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import diffuse_compress as dc
@@ -38,7 +35,6 @@ from diffuse_compress.quantization.scheme import (
     WeightScheme,
 )
 
-ROOT = Path(__file__).parents[2]
 INT8, INT4, INT3, INT2 = NumberFormat.INT8, NumberFormat.INT4, NumberFormat.INT3, NumberFormat.INT2
 FP8 = NumberFormat.FLOAT8_E4M3
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -65,8 +61,8 @@ def asymmetric(fmt: NumberFormat, granularity: Any) -> WeightScheme:
 
 
 # Measured: 0 in float32 with inputs left alone. Dynamic int8 inputs, which compressed-tensors divides by amax / 127.5:
-# 1.5 % to 2.3 %; static ones 3e-7. float8 inputs, which we leave alone on a CPU: 4 % to 5 %. In bfloat16, to which the reader
-# rounds our scales, 0.9 %.
+# 1.5 % to 2.3 %; static ones 2e-7 in one layer, until a code flips. float8 inputs, which we leave alone on a CPU: 4 % to
+# 5 %. In bfloat16, to which the reader rounds our scales, 0.9 %.
 CASES = {
     "w4a16-group": Case(Scheme(WeightScheme(INT4, PerGroup(32))), "pack-quantized"),
     "w4a16-group-asymmetric": Case(Scheme(asymmetric(INT4, PerGroup(64))), "pack-quantized"),
@@ -85,29 +81,14 @@ CASES = {
     ),
     "fp8": Case(Scheme(WeightScheme(FP8), ActivationScheme(FP8)), "float-quantized", 0.2),
     "fp8-static": Case(
-        Scheme(WeightScheme(FP8, PerTensor()), ActivationScheme(FP8, PerTensor(), dynamic=False)), "float-quantized", 0.2
+        Scheme(WeightScheme(FP8, PerTensor()), ActivationScheme(FP8, PerTensor(), dynamic=False)),
+        "float-quantized",
+        0.2,
     ),
     "fp8-weight-only": Case(Scheme(WeightScheme(FP8)), "naive-quantized"),
 }
 # compressed-tensors 0.20 lays zero points out unpacked where transformers loads packed ones: read dense there.
 DENSE = ("w4a16-group-asymmetric", "w4a16-channel-asymmetric", "w2a16")
-
-READ = """
-import json, sys
-import torch, transformers
-folder, cases = sys.argv[1], json.loads(sys.argv[2])
-found, inputs = {}, torch.load(f"{folder}/inputs.pt")
-for case, (dtype, dense) in cases.items():
-    extra = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if dense else {}
-    dtype = getattr(torch, dtype)
-    model = transformers.LlamaForCausalLM.from_pretrained(f"{folder}/{case}", dtype=dtype, **extra)
-    with torch.no_grad():
-        logits = model(**inputs).logits
-    weights = {name: m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    found[case] = (weights, logits)
-assert "diffuse_compress" not in sys.modules
-torch.save(found, f"{folder}/found.pt")
-"""
 
 
 def output(model: torch.nn.Module) -> torch.Tensor:
@@ -167,28 +148,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
     return models, folder
 
 
-@pytest.fixture(scope="module")
-def read(saved: Any) -> dict[str, Any]:
-    """{case: (weights, logits)} of a process with transformers and compressed-tensors that does not import us."""
-    models, folder = saved
-    torch.save(tiny.inputs_for(models["w8a16"]), folder / "inputs.pt")
-    cases = {name: [str(case.dtype).removeprefix("torch."), name in DENSE] for name, case in CASES.items()}
-    command = [sys.executable, "-c", READ, str(folder), json.dumps(cases)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = torch.load(folder / "found.pt")
-    return found
-
-
 @needs_compressed_tensors
 @pytest.mark.parametrize("name", CASES)
-def test_transformers_reads_the_same_weights_and_logits(name: str, saved: Any, read: Any) -> None:
-    model, (weights, logits) = saved[0][name], read[name]
-    if CASES[name].dtype == FP32:  # a reader in bfloat16 rounds the scales first
+def test_transformers_reads_the_same_weights_and_logits(name: str, saved: Any) -> None:
+    model, dtype = saved[0][name], CASES[name].dtype
+    extra = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if name in DENSE else {}
+    stock = LlamaForCausalLM.from_pretrained(saved[1] / name, dtype=dtype, **extra)
+    if not extra:
+        assert type(stock.hf_quantizer).__name__ == "CompressedTensorsHfQuantizer"
+    assert relative(output(model), output(stock)) <= CASES[name].tolerance
+    if dtype == FP32:  # a reader in bfloat16 rounds the scales first
         for key, layer in quantized_layers(model).items():
-            assert torch.equal(dequantize(layer.quantized_weight()), weights[key]), key
-    assert torch.equal(model.lm_head.weight, weights["lm_head"])
-    assert relative(output(model), logits) <= CASES[name].tolerance
+            assert torch.equal(dequantize(layer.quantized_weight()), stock.get_submodule(key).weight), key
+    assert torch.equal(model.lm_head.weight, stock.lm_head.weight)
 
 
 @needs_compressed_tensors
@@ -204,7 +176,8 @@ def test_their_compressor_writes_the_same_file(name: str, saved: Any) -> None:
     again = compressor.compress(compressor.decompress(own, group), group)
     assert again.keys() == own.keys()
     for leaf, value in own.items():
-        assert torch.equal(again[leaf].view(torch.uint8), value.view(torch.uint8)), leaf
+        assert again[leaf].dtype == value.dtype, leaf
+        assert again[leaf].tolist() == value.tolist(), leaf
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -241,7 +214,7 @@ def test_every_layer_may_have_its_own_scheme(tmp_path: Path) -> None:
     again = dc.import_quantized(tmp_path)
     assert_same_codes_and_scales(model, again)
     assert torch.equal(output(again), output(model))
-    with pytest.raises(dc.ConfigError, match="cannot describe this model: GPTQ's format has one kind|needs layers that"):
+    with pytest.raises(dc.ConfigError, match="GPTQ's format does not have"):
         model.save_pretrained(tmp_path / "gptq", format=GPTQ)
 
 
@@ -270,8 +243,10 @@ def naive_weight(own: dict[str, torch.Tensor], config: dict[str, Any]) -> torch.
     bits = config["bits"]
     scales = own["scales"].float()
     groups, rows = scales.shape
-    columns = own["qweight"].shape[0] * (1 if config["quant_method"] == AWQ else 32) // (
-        1 if config["quant_method"] == AWQ else bits
+    columns = (
+        own["qweight"].shape[0]
+        * (1 if config["quant_method"] == AWQ else 32)
+        // (1 if config["quant_method"] == AWQ else bits)
     )
     size = columns // groups
     if config["quant_method"] == AWQ:
@@ -359,11 +334,12 @@ def test_transformers_configs_take_ours(tmp_path: Path) -> None:
     model.compress(dc.QuantizationConfig(scheme, overrides={"down_proj": None}), measure=False)
     model.save_pretrained(tmp_path / GPTQ, format=GPTQ)
     content = config_of(tmp_path / GPTQ)
+    places = [place for group in content.pop("modules_in_block_to_quantize") for place in group]
+    # With that entry transformers asks for optimum, without which it reads no GPTQ at all.
     config = GPTQConfig.from_dict(dict(content))
     assert (config.bits, config.group_size, config.sym, config.desc_act) == (4, 64, False, False)
-    assert config.checkpoint_format == "gptq_v2"
+    assert config.format == "gptq_v2"
     assert config.block_name_to_quantize == "model.layers"
-    places = [place for group in config.modules_in_block_to_quantize for place in group]
     assert "mlp.up_proj" in places
     assert "mlp.down_proj" not in places
     assert list(content["dynamic"]) == [r"-:model\.layers\.\d+\.mlp\.down_proj$"]
@@ -372,7 +348,7 @@ def test_transformers_configs_take_ours(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / AWQ, format=AWQ)
     content = config_of(tmp_path / AWQ)
     awq = AwqConfig.from_dict(dict(content))
-    assert (awq.bits, awq.group_size, awq.zero_point, awq.format.value) == (4, 64, True, "gemm")
+    assert (awq.bits, awq.group_size, awq.zero_point, str(awq.format)) == (4, 64, True, "gemm")
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             is_ours = isinstance(module, QuantizedLinear)
@@ -387,7 +363,12 @@ REFUSED: dict[str, tuple[str, Scheme, dict[str, Any], str]] = {
     "smoothed": (CT, PLAIN, {"act_pre_scale": torch.ones(128)}, "smoothing scale of its inputs"),
     "rotated": (CT, dataclasses.replace(PLAIN, input_rotation=128), {}, "rotated at run time"),
     "two levels": (CT, Scheme(WeightScheme(INT4, TwoLevel())), {}, "two levels of scales"),
-    "float zero points": (CT, Scheme(WeightScheme(INT4, PerGroup(32), False, float_zero_point=True)), {}, "no integers"),
+    "float zero points": (
+        CT,
+        Scheme(WeightScheme(INT4, PerGroup(32), False, float_zero_point=True)),
+        {},
+        "no integers",
+    ),
     "short group": (CT, Scheme(WeightScheme(INT4, PerGroup(128, pad=True))), {}, "a last group that is not full"),
     "three bits": (CT, Scheme(WeightScheme(INT3, PerGroup(32))), {}, "packing differs between releases"),
     "int4 inputs": (CT, Scheme(WeightScheme(INT8), ActivationScheme(INT4)), {}, "quantize no inputs to int4"),
@@ -422,7 +403,11 @@ WHOLE: dict[str, tuple[str, dict[str, Any], str]] = {
     "kinds": (GPTQ, {"down_proj": Scheme(WeightScheme(INT8))}, "one kind of weight in a file, found 2"),
     "head": (GPTQ, {"lm_head": PLAIN}, "in the blocks of one list, found others: lm_head"),
     "one block": (GPTQ, {"layers.0.mlp.up_proj": None}, r"stay dense: model.layers.0.mlp.up_proj"),
-    "awq sizes": (AWQ, {"down_proj": Scheme(WeightScheme(INT4, PerGroup(64)))}, "one group size in a file, found 32, 64"),
+    "awq sizes": (
+        AWQ,
+        {"down_proj": Scheme(WeightScheme(INT4, PerGroup(64)))},
+        "one group size in a file, found 32, 64",
+    ),
     "awq head": (AWQ, {"lm_head": PLAIN}, "leave the output layer dense"),
 }
 

@@ -1,7 +1,7 @@
 """``save_pretrained`` of compressed objects: written beside, synced, then moved into place file by file.
 
-``format=`` (a name, or ``{component or group: name}``) writes components in a format of others instead of ours: as torchao
-tensors, or language models as compressed-tensors, GPTQ or AWQ (``exports``).
+``format=`` (a name, or ``{component or group: name}``) writes components in a format of others instead of ours: as
+torchao tensors, or language models as compressed-tensors, GPTQ or AWQ (``exports``).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 
 from torch import nn
 
+from diffuse_compress.assignment import LayerAssignment
 from diffuse_compress.components import model_components, resolve_names
 from diffuse_compress.errors import CheckpointError, ConfigError, nearest
-from diffuse_compress.assignment import LayerAssignment
 from diffuse_compress.integrations.component import get_state, quantized_layers
 from diffuse_compress.integrations.exports.writing import LANGUAGE_FORMATS, written_as
 from diffuse_compress.integrations.exports.writing import require_exact as require_language_format

@@ -5,8 +5,8 @@ Source: github.com/vllm-project/compressed-tensors, release 0.20, whose formats 
 * ``pack-quantized``, integers of 2, 4 and 8 bits, inputs left alone: ``weight_packed`` int32 [N, ceil(K * bits / 32)],
   ``weight_scale`` [N, G], ``weight_shape`` int64 [2], and for asymmetric ones ``weight_zero_point``, packed alike along
   the rows: int32 [ceil(N * bits / 32), G];
-* ``int-quantized``, int8 with int8 inputs: ``weight`` int8 [N, K], ``weight_scale`` [N, G] or [1], ``weight_zero_point``
-  int8 of its shape, and for static inputs ``input_scale`` [1] and ``input_zero_point`` int8 [1];
+* ``int-quantized``, int8 with int8 inputs: ``weight`` int8 [N, K], ``weight_scale`` [N, G] or [1],
+  ``weight_zero_point`` int8 of its shape, and for static inputs ``input_scale`` [1] and ``input_zero_point`` int8 [1];
 * ``float-quantized``, float8 with float8 inputs: the same with float8_e4m3fn; ``naive-quantized`` without such inputs.
 
 Scales are defined in the model's dtype. Ours are fp32 and written so where rounding would change one: a reader that

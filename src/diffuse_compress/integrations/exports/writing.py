@@ -12,7 +12,7 @@ from torch import nn
 from diffuse_compress.assignment import LayerAssignment
 from diffuse_compress.errors import ConfigError, reasons_text
 from diffuse_compress.integrations.component import get_state, quantized_layers
-from diffuse_compress.integrations.doors import library_of
+from diffuse_compress.integrations.doors import door, library_of
 from diffuse_compress.integrations.exports.awq import AWQ
 from diffuse_compress.integrations.exports.base import LanguageFormat, LayerFacts, layout_of
 from diffuse_compress.integrations.exports.compressed_tensors import CompressedTensors
@@ -77,13 +77,11 @@ def require_exact(
 @contextmanager
 def written_as(model: Any, fmt: LanguageFormat) -> Iterator[None]:
     """While it lasts, the stock ``save_pretrained`` of ``model`` writes ``fmt``. The layers stay ours."""
-    from diffuse_compress.integrations.exports.quantizer import WritingQuantizer
-
     layout = layout_of(model, {name: layer.scheme for name, layer in quantized_layers(model).items()})
     config = fmt.config(layout)
     had, quantizer = "hf_quantizer" in model.__dict__, getattr(model, "hf_quantizer", None)
     ours = getattr(model.config, "quantization_config", None)
-    model.hf_quantizer = WritingQuantizer(lambda: _state_dict(model, fmt))
+    model.hf_quantizer = door(library_of(model)).WritingQuantizer(lambda: _state_dict(model, fmt))
     model.config.quantization_config = config
     try:
         yield
