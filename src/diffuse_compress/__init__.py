@@ -84,6 +84,9 @@ from diffuse_compress.recipe import Recipe
 from diffuse_compress.report import CompressionReport
 from diffuse_compress.runtime.stats import CompressionStats, PlanMissedError
 from diffuse_compress.temporal.config import TableConfig, TFMQConfig
+from diffuse_compress.training.config import QVGenConfig
+from diffuse_compress.training.options import TrainerOptions
+from diffuse_compress.training.trainer import QATTrainer, TrainingResult
 
 __version__ = "0.1.0.dev0"
 
@@ -118,6 +121,8 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "PlanMissedError",
+    "QATTrainer",
+    "QVGenConfig",
     "QuaRotConfig",
     "QuantizationConfig",
     "RTNConfig",
@@ -129,6 +134,8 @@ __all__ = [
     "SmoothQuantConfig",
     "TFMQConfig",
     "TableConfig",
+    "TrainerOptions",
+    "TrainingResult",
     "TwoLevel",
     "UnsupportedHardwareError",
     "WeightScheme",
