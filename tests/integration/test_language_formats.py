@@ -61,8 +61,8 @@ def asymmetric(fmt: NumberFormat, granularity: Any) -> WeightScheme:
 
 
 # Measured: 0 in float32 with inputs left alone. Dynamic int8 inputs, which compressed-tensors divides by amax / 127.5:
-# 1.5 % to 2.3 %; static ones 2e-7 in one layer, until a code flips. float8 inputs, which we leave alone on a CPU: 4 % to
-# 5 %. In bfloat16, to which the reader rounds our scales, 0.9 %.
+# 1.5 % to 2.3 %; static ones 2e-7 in one layer, until a code flips. float8 inputs, which we leave alone on a CPU: 4 %
+# to 5 %. In bfloat16, to which the reader rounds our scales, 0.9 %.
 CASES = {
     "w4a16-group": Case(Scheme(WeightScheme(INT4, PerGroup(32))), "pack-quantized"),
     "w4a16-group-asymmetric": Case(Scheme(asymmetric(INT4, PerGroup(64))), "pack-quantized"),
