@@ -28,8 +28,8 @@ from diffuse_compress.components import SELF, model_components
 from diffuse_compress.demo import PROMPTS, run_demo
 from diffuse_compress.errors import ConfigError, UnsupportedHardwareError
 from diffuse_compress.integrations.component import describe_methods, get_state, quantized_layers
-from diffuse_compress.integrations.saving import FORMATS, TORCHAO
-from diffuse_compress.integrations.torchao import require_exact
+from diffuse_compress.integrations.quantization_config import QUANT_METHOD
+from diffuse_compress.integrations.saving import FORMATS, require_format
 from diffuse_compress.method_presets import METHOD_PRESETS
 from diffuse_compress.plan import CompressionPlan, stored_bytes
 from diffuse_compress.plan_text import align, format_bytes
@@ -206,7 +206,8 @@ def _add_outputs(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--format",
         choices=FORMATS,
-        help="of --out and --push: torchao for plain diffusers and transformers, int8 and float8 only",
+        help="of --out and --push: torchao for plain diffusers and transformers, int8 and float8 only; the others for "
+        "language models, read by transformers, vLLM and SGLang",
     )
     verb.add_argument(
         "--push", metavar="REPO", help="push to this repository of the Hub (the token of `hf auth login`)"
@@ -238,11 +239,12 @@ def _compress(args: argparse.Namespace) -> None:
         "target_bits": args.target_bits,
     }
     searches = args.target_size is not None or args.target_bits is not None
-    target = _read(args, weights=searches or not (args.dry_run or args.format == TORCHAO))
-    if searches or args.dry_run or args.format == TORCHAO:
+    is_foreign = args.format not in (None, QUANT_METHOD)
+    target = _read(args, weights=searches or not (args.dry_run or is_foreign))
+    if searches or args.dry_run or is_foreign:
         plan = compression_plan(target, *methods, **options)
-        if args.format == TORCHAO:
-            _require_torchao(target, plan)
+        if is_foreign:
+            _require_format(args.format, target, plan)
         if args.dry_run:
             print(json.dumps(plan.to_dict(), indent=2) if args.json else plan)
             return
@@ -306,12 +308,12 @@ def _read(args: argparse.Namespace, *, weights: bool) -> Any:
     return load(folder, dtype, args.device) if weights else read_skeleton(folder, dtype)
 
 
-def _require_torchao(skeleton: Any, plan: CompressionPlan) -> None:
-    """Before minutes of work: will what comes out be something that torchao's tensors hold?"""
+def _require_format(format: str, skeleton: Any, plan: CompressionPlan) -> None:
+    """Before minutes of work: will what comes out be something that the format holds?"""
     for name, model in model_components(skeleton).items():
         part = plan.components.get(name)
         if part is not None or quantized_layers(model):
-            require_exact(name or type(model).__name__, model, part.assigned if part else None)
+            require_format(format, name or type(model).__name__, model, part.assigned if part else None)
 
 
 def _check_writable(out: str | None, report: str | None) -> None:

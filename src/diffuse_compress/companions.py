@@ -10,6 +10,7 @@ from diffuse_compress import model_card
 from diffuse_compress.caching.artefact import FILE_NAME, save_schedules, schedules_of
 from diffuse_compress.components import is_pipeline, model_components
 from diffuse_compress.integrations.component import get_state
+from diffuse_compress.integrations.exports.writing import LANGUAGE_FORMATS
 from diffuse_compress.integrations.hub import remote_text
 from diffuse_compress.integrations.origin import forget_local_paths
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
@@ -23,9 +24,9 @@ def complete_save(obj: Any, staging: Path, target: Path) -> None:
     """Write them into ``staging``, whose files are about to be moved to ``target``; the user's own there stay.
 
     Schedules are written beside every pipeline that has some: what is saved of a dense one is the stock checkpoint, and
-    one in torchao's format holds none of ours. No card or pipeline.py is written where no weights of ours are: adapters
-    are saved alone, for instance. After the save of a dense object, what an earlier save wrote is taken out of
-    ``target``.
+    one in a format of others holds none of ours. No card or pipeline.py is written where no weights of ours are:
+    adapters are saved alone, for instance. After the save of a dense object, what an earlier save wrote is taken out
+    of ``target``.
     """
     if is_pipeline(obj):
         schedules = schedules_of(obj)
@@ -43,7 +44,7 @@ def complete_save(obj: Any, staging: Path, target: Path) -> None:
     if card is None or model_card.is_ours(card):
         _write(
             staging / model_card.FILE_NAME,
-            model_card.model_card(obj, existing=card, native=native, variant=_variant_in(staging)),
+            model_card.model_card(obj, existing=card, reader=_reader_of(method), variant=_variant_in(staging)),
         )
     pipeline, there = shim.shim_for(obj), target / shim.FILE_NAME
     if native and there.is_file() and _may_replace(_text(there)):
@@ -74,9 +75,9 @@ def complete_upload(obj: Any, folder: Path, repo_id: str, *, subfolder: str, tok
     method = _method_in(folder)
     if method is None:
         return
-    native = method != QUANT_METHOD
     variant = _variant_in(folder)
-    card = model_card.model_card(obj, existing=existing, repo_id=repo_id, token=token, native=native, variant=variant)
+    reader = _reader_of(method)
+    card = model_card.model_card(obj, existing=existing, repo_id=repo_id, token=token, reader=reader, variant=variant)
     _write(readme, card)
     pipeline = folder / shim.FILE_NAME
     if pipeline.is_file() and not _may_replace(remote_text(repo_id, shim.FILE_NAME, token)):
@@ -107,12 +108,19 @@ def _take_out(obj: Any, folder: Path) -> None:
 
 
 def _method_in(folder: Path) -> str | None:
-    """Our ``quant_method`` if a model in ``folder`` has it, else another one that is there ("torchao"), else None."""
+    """Our ``quant_method`` if a model in ``folder`` has it, else another one that is there, else None."""
     found = set()
     for file in [folder / "config.json", *folder.glob("*/config.json")]:
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         found.add((config.get("quantization_config") or {}).get("quant_method"))
     return QUANT_METHOD if QUANT_METHOD in found else next((method for method in found if method), None)
+
+
+def _reader_of(method: str) -> str | None:
+    """Package that loads another format than ours, None for ours."""
+    if method == QUANT_METHOD:
+        return None
+    return LANGUAGE_FORMATS[method].package if method in LANGUAGE_FORMATS else method
 
 
 def _variant_in(folder: Path) -> str | None:

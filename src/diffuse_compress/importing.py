@@ -22,7 +22,7 @@ from diffuse_compress.integrations.component import (
     quantized_layers,
 )
 from diffuse_compress.integrations.doors import marks_of
-from diffuse_compress.integrations.imports import nunchaku
+from diffuse_compress.integrations.imports import language, nunchaku
 from diffuse_compress.integrations.imports.base import ForeignLayer, NotImportableError, as_linear, config_error
 from diffuse_compress.integrations.imports.components import SOURCES, dense_parameters, foreign_layers, marks_aside
 from diffuse_compress.integrations.peft import has_adapters
@@ -56,11 +56,13 @@ def import_quantized(target: _Target) -> Any:
             * a diffusers model loaded with ``GGUFQuantizationConfig``: Q8_0, Q4_0, Q4_1;
             * a diffusers model loaded with ``BFLQuantizationConfig``: fp8r;
             * the folder of a diffusers component in ``nunchaku_lite`` format (it holds ``config.json``), as a path: the
-              files are read here, for diffusers loads them on some GPUs only.
+              files are read here, for diffusers loads them on some GPUs only;
+            * the folder of a transformers model in compressed-tensors, GPTQ or AWQ format, as a path: read here without
+              the packages of these.
 
     Returns:
-        ``target`` itself, compressed; for a folder the model, in the checkpoint's compute dtype on the CPU, to be
-        handed to ``from_pretrained(..., transformer=model)``.
+        ``target`` itself, compressed; for a folder the model, in the checkpoint's compute dtype on the CPU (a diffusers
+        one to be handed to ``from_pretrained(..., transformer=model)``).
 
     Raises:
         ConfigError: neither of these, nothing here can be imported, or a layer is of a kind that our formats cannot
@@ -70,7 +72,7 @@ def import_quantized(target: _Target) -> Any:
 
     Cost:
         Old and new layers stand in memory together until all are converted. Those of torchao and BFL share their codes;
-        of GGUF the peak is twice the source's size.
+        of GGUF the peak is twice the source's size. A transformers folder passes through the folder of temporary files.
     """
     if isinstance(target, str | Path):
         return _from_folder(_component_folder(target))
@@ -99,8 +101,9 @@ def import_quantized(target: _Target) -> Any:
 def _component_folder(path: str | Path) -> Path:
     if not str(path) or not Path(path).is_dir():
         raise ConfigError(
-            f"import_quantized: a path must be the folder of a nunchaku_lite component, got {str(path)!r}, which "
-            "is no folder here. A repository of the Hub is fetched with huggingface_hub.snapshot_download(repo_id)."
+            "import_quantized: a path must be the folder of a nunchaku_lite component or of a quantized language "
+            f"model, got {str(path)!r}, which is no folder here. A repository of the Hub is fetched with "
+            "huggingface_hub.snapshot_download(repo_id)."
         )
     return Path(path)
 
@@ -116,6 +119,11 @@ def _models_of(target: Any) -> dict[str, nn.Module]:
 
 def _require_known(name: str, model: nn.Module, has_layers: bool) -> None:
     method = foreign_quantization(model)
+    if method in language.METHODS and not has_layers:
+        raise ConfigError(
+            f"{name or type(model).__name__}: import_quantized reads {method} from the folder of the model, got the "
+            "model, of which another library has made layers of its own. Hand over the path."
+        )
     if method is not None and not has_layers:
         raise ConfigError(
             f"{name or type(model).__name__}: import_quantized takes {SOURCES}, got a model quantized by {method}. "
@@ -222,6 +230,10 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
 
 def _from_folder(folder: Path) -> Any:
     config, quantization = _read_config(folder)
+    if quantization["quant_method"] in language.METHODS:
+        loaded, origin = language.load(folder, config, _read_tensors(folder))
+        _mark(loaded, origin)
+        return loaded
     import diffusers
     from accelerate import init_empty_weights
 
@@ -245,8 +257,6 @@ def _from_folder(folder: Path) -> Any:
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    if not usable("diffusers"):
-        raise ConfigError("import_quantized: a folder is read for diffusers, which cannot be imported.")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -257,11 +267,15 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ) from error
     quantization = config.get("quantization_config") or {}
     method = quantization.get("quant_method")
-    if method != nunchaku.METHOD:
+    if method not in (nunchaku.METHOD, *language.METHODS):
+        known = ", ".join(map(repr, (nunchaku.METHOD, *language.METHODS)))
         raise CheckpointError(
-            f"{folder / 'config.json'}: import_quantized reads files of quant_method {nunchaku.METHOD!r}, got "
-            f"{method!r}. Load other ones with from_pretrained, and hand over the model."
+            f"{folder / 'config.json'}: import_quantized reads files of quant_method {known}, got {method!r}. Load "
+            "other ones with from_pretrained, and hand over the model."
         )
+    library = "diffusers" if method == nunchaku.METHOD else "transformers"
+    if not usable(library):
+        raise ConfigError(f"import_quantized: this folder is read for {library}, which cannot be imported.")
     return config, quantization
 
 

@@ -46,7 +46,7 @@ def model_card(
     existing: str | None = None,
     repo_id: str | None = None,
     token: str | bool | None = None,
-    native: bool = False,
+    reader: str | None = None,
     variant: str | None = None,
 ) -> str:
     """Text of the card of a compressed object.
@@ -57,7 +57,7 @@ def model_card(
         repo_id: Hub id it is pushed to. The base model's card is fetched for its licence then; for a save on disk
             only one that is there already is read.
         token: for the base model's card.
-        native: it is in a format that the libraries load without this package.
+        reader: what the libraries need to load it, where it is in a format that they read without this package.
         variant: that of the weight files, which the load snippet must name.
     """
     card = _card(_without_form((existing or "").replace("\r\n", "\n")))
@@ -72,7 +72,7 @@ def model_card(
     title = _title(obj, bases, repo_id)
     results = card_results(obj, card.data.eval_results)
     _set_results(card.data, results, title)
-    card.text = _merged(card.text, _section(obj, bases, repo_id, native, variant, results_text(results)), title)
+    card.text = _merged(card.text, _section(obj, bases, repo_id, reader, variant, results_text(results)), title)
     return str(card)
 
 
@@ -144,7 +144,9 @@ def _title(obj: Any, bases: list[str], repo_id: str | None) -> str:
     return f"{bases[0].rpartition('/')[2]}, compressed" if bases else f"{_class_of(obj).__name__}, compressed"
 
 
-def _section(obj: Any, bases: list[str], repo_id: str | None, native: bool, variant: str | None, results: str) -> str:
+def _section(
+    obj: Any, bases: list[str], repo_id: str | None, reader: str | None, variant: str | None, results: str
+) -> str:
     report = report_of(obj).to_dict()
     origin = " and ".join(f"[{base}](https://huggingface.co/{base})" for base in bases)
     origin = f" of {origin}" if origin else ""
@@ -152,21 +154,21 @@ def _section(obj: Any, bases: list[str], repo_id: str | None, native: bool, vari
     for part in report["components"].values():
         versions.update(part["volatile"].get("versions", {}))
     made = ", ".join(f"{name} {version}" for name, version in versions.items())
-    if native:  # how our layers compute says nothing about it
+    if reader:  # how our layers compute says nothing about it
         report["components"] = {name: {**part, "compute": []} for name, part in report["components"].items()}
     # Prompts of a preview are the user's own.
     tables = render_markdown({**report, "preview": [], "hint": ""})
     blocks = [
         "## Compression",
         f"`{_class_of(obj).__name__}`{origin}, compressed with [diffuse_compress]({SOURCE}).",
-        _load_snippet(obj, repo_id or _UNKNOWN_REPO, native, variant),
+        _load_snippet(obj, repo_id or _UNKNOWN_REPO, reader, variant),
         f"{tables}\nMade with {made}.\n" if made else tables,
         results,
     ]
     return "\n\n".join(filter(None, blocks))
 
 
-def _load_snippet(obj: Any, where: str, native: bool, variant: str | None) -> str:
+def _load_snippet(obj: Any, where: str, reader: str | None, variant: str | None) -> str:
     is_modular = is_pipeline(obj) and stock_class_of(obj) is None and hasattr(obj, "load_components")
     if is_modular:
         library, cls, name = "diffusers", "ModularPipeline", "pipe"
@@ -176,16 +178,16 @@ def _load_snippet(obj: Any, where: str, native: bool, variant: str | None) -> st
         library, name = library_of(obj), "model"
         cls = next(base.__name__ for base in type(obj).__mro__ if base.__module__.partition(".")[0] == library)
     # What stays dense would be float32 in diffusers, and what torchao holds is not.
-    dtype = f", dtype={_dtype_of(obj)}" if native and library == "diffusers" else ""
+    dtype = f", dtype={_dtype_of(obj)}" if reader and library == "diffusers" else ""
     rest = f', variant="{variant}"' if variant else ""
     lines = [
         "```bash",
-        f"pip install {library} torchao" if native else INSTALL_COMMAND,
+        f"pip install {library} {reader}" if reader else INSTALL_COMMAND,
         "```",
         "",
         "```python",
         *(["import torch"] if dtype else []),
-        *([] if native else ["import diffuse_compress"]),
+        *([] if reader else ["import diffuse_compress"]),
         f"from {library} import {cls}",
         "",
         f'{name} = {cls}.from_pretrained("{where}"{rest}{dtype})',
@@ -194,7 +196,7 @@ def _load_snippet(obj: Any, where: str, native: bool, variant: str | None) -> st
     ]
     if type(obj) is not _class_of(obj):
         lines += ["", f"Its own class is `{type(obj).__name__}`, which this needs beside it."]
-    if not native and stock_class_of(obj) is not None:
+    if not reader and stock_class_of(obj) is not None:
         lines += [
             "",
             "Or, with the package installed and no import of it in your code: "

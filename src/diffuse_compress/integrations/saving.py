@@ -1,6 +1,7 @@
 """``save_pretrained`` of compressed objects: written beside, synced, then moved into place file by file.
 
-``format="torchao"`` (a name, or ``{component or group: name}``) writes components as torchao tensors instead of ours.
+``format=`` (a name, or ``{component or group: name}``) writes components in a format of others instead of ours: as
+torchao tensors, or language models as compressed-tensors, GPTQ or AWQ (``exports``).
 """
 
 from __future__ import annotations
@@ -16,11 +17,17 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from torch import nn
+
+from diffuse_compress.assignment import LayerAssignment
 from diffuse_compress.components import model_components, resolve_names
 from diffuse_compress.errors import CheckpointError, ConfigError, nearest
 from diffuse_compress.integrations.component import get_state, quantized_layers
+from diffuse_compress.integrations.exports.writing import LANGUAGE_FORMATS, written_as
+from diffuse_compress.integrations.exports.writing import require_exact as require_language_format
 from diffuse_compress.integrations.origin import forget_local_paths
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
 from diffuse_compress.integrations.torchao import require_exact, written_as_torchao
@@ -28,16 +35,16 @@ from diffuse_compress.integrations.variants import arguments_of, require_one_kin
 from diffuse_compress.integrations.wrapping import is_wrapped, wrapping
 from diffuse_compress.logging import get_logger
 
-__all__ = ["FORMATS", "TORCHAO", "publish", "wrap_push_to_hub", "wrap_save_pretrained"]
+__all__ = ["FORMATS", "publish", "require_format", "wrap_push_to_hub", "wrap_save_pretrained"]
 
 _logger = get_logger(__name__)
 _MODULAR_INDEX = "modular_model_index.json"
 # Written last: a reader that finds these finds everything they point to.
 _LAST = ("model_index.json", _MODULAR_INDEX)
 TORCHAO = "torchao"
-FORMATS = (QUANT_METHOD, TORCHAO)
-# ids of the models that the save in progress writes as torchao tensors.
-_as_torchao: ContextVar[frozenset[int]] = ContextVar("diffuse_compress_as_torchao", default=frozenset())
+FORMATS = (QUANT_METHOD, TORCHAO, *LANGUAGE_FORMATS)
+# {id of a model: format of others} that the save in progress writes it in.
+_formats: ContextVar[Mapping[int, str]] = ContextVar("diffuse_compress_formats", default=MappingProxyType({}))
 
 
 @dataclass(frozen=True)
@@ -169,18 +176,31 @@ def _requested(obj: Any, format: str | Mapping[str, str] | None) -> Iterator[Non
     if format is None:
         yield
         return
-    token = _as_torchao.set(frozenset(id(model) for model in _torchao_models(obj, format)))
+    token = _formats.set(_formats_of(obj, format))
     try:
         yield
     finally:
-        _as_torchao.reset(token)
+        _formats.reset(token)
 
 
-def _torchao_models(obj: Any, format: str | Mapping[str, str]) -> list[Any]:
-    """The models of ``obj`` to be written as torchao tensors, all of which can be.
+def require_format(
+    format: str, where: str, model: nn.Module, planned: Mapping[str, LayerAssignment] | None = None
+) -> None:
+    """Raise ConfigError if ``format``, one of ``FORMATS``, cannot hold the layers of ``model`` exactly.
+
+    ``planned`` is what is about to be done to its dense layers, on top of those that are quantized.
+    """
+    if format == TORCHAO:
+        require_exact(where, model, planned)
+    elif format != QUANT_METHOD:
+        require_language_format(where, model, LANGUAGE_FORMATS[format], planned)
+
+
+def _formats_of(obj: Any, format: str | Mapping[str, str]) -> dict[int, str]:
+    """{id: format} of the models of ``obj`` to be written in a format of others, all of which can be.
 
     Raises:
-        ConfigError: an unknown format or component, nothing compressed, or layers that torchao cannot hold exactly.
+        ConfigError: an unknown format or component, nothing compressed, or layers that a format cannot hold exactly.
     """
     models = model_components(obj)
     compressed = {name for name, model in models.items() if quantized_layers(model)}
@@ -192,20 +212,23 @@ def _torchao_models(obj: Any, format: str | Mapping[str, str]) -> list[Any]:
     for value in format.values() if isinstance(format, Mapping) else [format]:
         if value not in FORMATS:
             raise ConfigError(f"save_pretrained: format={value!r}: {nearest(str(value), FORMATS)}.")
-    chosen = [name for name, value in wanted if value == TORCHAO and name in compressed | named]
+    chosen = {name: value for name, value in wanted if value != QUANT_METHOD and name in compressed | named}
     dense = sorted(named - compressed) if compressed else [type(obj).__name__]
     if dense:
         raise ConfigError(
             f"save_pretrained: format= needs compressed components, got {', '.join(dense)}, which is dense. Leave it "
             "out, or compress it first."
         )
-    for name in chosen:
-        require_exact(name or type(models[name]).__name__, models[name])
-    return [models[name] for name in chosen]
+    for name, value in chosen.items():
+        require_format(value, name or type(models[name]).__name__, models[name])
+    return {id(models[name]): value for name, value in chosen.items()}
 
 
 def _written(obj: Any) -> AbstractContextManager[None]:
-    return written_as_torchao(obj) if id(obj) in _as_torchao.get() else nullcontext()
+    format = _formats.get().get(id(obj))
+    if format is None:
+        return nullcontext()
+    return written_as_torchao(obj) if format == TORCHAO else written_as(obj, LANGUAGE_FORMATS[format])
 
 
 def _is_compressed(obj: Any) -> bool:

@@ -7,7 +7,7 @@ package meets a shape it cannot accept and stops.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from diffuse_compress.integrations.peft import support_adapters
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
 from diffuse_compress.integrations.quantizer import QuantizerMixin
 
-__all__ = ["DiffuseCompressHfQuantizer", "mark_compressed", "register", "unmark"]
+__all__ = ["DiffuseCompressHfQuantizer", "WritingQuantizer", "mark_compressed", "register", "unmark"]
 
 
 class _DropLeadingAxis(ConversionOps):  # type: ignore[misc]
@@ -165,6 +165,25 @@ class DiffuseCompressHfQuantizer(QuantizerMixin, HfQuantizer):  # type: ignore[m
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+class WritingQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Stands in for a model's quantizer while it is saved in a format of others, whose package need not be there."""
+
+    requires_calibration = False
+
+    def __init__(self, state_dict: Callable[[], dict[str, torch.Tensor]]) -> None:
+        self._state_dict = state_dict
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        return self._state_dict(), {}
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
 
 
 def mark_compressed(model: Any, state: ComponentState) -> None:
