@@ -109,6 +109,7 @@ class DiffuseCompressHfQuantizer(QuantizerMixin, HfQuantizer):  # type: ignore[m
             self._await_dense_weights(model)
             return
         self._metadata = read_metadata(checkpoint_files)
+        self._files = [str(file) for file in checkpoint_files or ()]
         layers = layers_of_checkpoint(model, spec, self._metadata, model.dtype)
         self._layers = _matching_prefix(model, layers, self._base_model_prefix)
         install_placeholders(model, self._layers)
@@ -143,6 +144,7 @@ class DiffuseCompressHfQuantizer(QuantizerMixin, HfQuantizer):  # type: ignore[m
         if conversions is not None:
             model._weight_conversions = [item for item in conversions if not isinstance(item, _PackedWeights)]
         _mark(model, self, state)
+        self._restore_methods(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
