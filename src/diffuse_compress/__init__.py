@@ -50,7 +50,7 @@ from diffuse_compress.feature_cache import (
 )
 from diffuse_compress.importing import import_quantized
 from diffuse_compress.integrations.attach import attach, register_quantizers
-from diffuse_compress.integrations.compat import require
+from diffuse_compress.integrations.kv_cache import cache_class
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.layer_sensitivity import SensitivityReport
 from diffuse_compress.logging import (
@@ -168,10 +168,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # A subclass of transformers' cache: that library is imported where it is asked for, and need not be there.
     if name == "QuantizedKVCache":
-        require("transformers", "QuantizedKVCache")
-        from diffuse_compress.integrations.kv_layers import QuantizedKVCache
-
-        return QuantizedKVCache
+        return cache_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

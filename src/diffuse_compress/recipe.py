@@ -20,7 +20,7 @@ from diffuse_compress.temporal.config import TEMPORAL_KIND, TFMQConfig
 __all__ = ["MethodConfig", "Recipe", "as_recipe", "weights_among"]
 
 MethodConfig: TypeAlias = QuantizationConfig | TFMQConfig | CacheConfig | KIVIConfig
-"""Configuration of one method; each kind (weights, sparsity, temporal, cache, kv_cache, tokens) at most once a component."""
+"""Configuration of one method; each kind (weights, temporal, cache, kv_cache, ...) at most once a component."""
 DEFAULT_GROUP = "denoisers"
 _SCHEMA_VERSION = 1
 

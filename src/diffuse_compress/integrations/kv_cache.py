@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from torch import nn
 
 from diffuse_compress.errors import ConfigError
-from diffuse_compress.integrations.compat import NO_PATCH_VARIABLE, may_patch
+from diffuse_compress.integrations.compat import NO_PATCH_VARIABLE, may_patch, require
 from diffuse_compress.integrations.wrapping import is_wrapped, wrapping
 from diffuse_compress.quantization.kv_cache import KIVIConfig
 
-__all__ = ["attach_kv_cache", "detach_kv_cache", "kv_cache_extent", "kv_config_of"]
+__all__ = ["attach_kv_cache", "cache_class", "detach_kv_cache", "kv_cache_extent", "kv_config_of"]
 
 _MARK = "_diffuse_compress_kv_cache"
 _PREPARE = "_prepare_cache_for_generation"
 _NAMES = ("cache", "past_key_values")  # of the argument, since transformers 5.24 and before
+
+
+def cache_class() -> Any:
+    """QuantizedKVCache, a subclass of transformers' cache. Raises MissingDependencyError where that is not there."""
+    require("transformers", "QuantizedKVCache")
+    return import_module("diffuse_compress.integrations.kv_layers").QuantizedKVCache
 
 
 def kv_config_of(model: nn.Module) -> KIVIConfig | None:
@@ -44,10 +51,8 @@ def kv_cache_extent(where: str, model: nn.Module, config: KIVIConfig) -> str:
             f"{where}: {NO_PATCH_VARIABLE} is set, so generate() cannot be told to quantize its cache. Pass one: "
             "generate(..., past_key_values=QuantizedKVCache(model.config, KIVIConfig()))."
         )
-    from diffuse_compress.integrations.kv_layers import QuantizedKVCache, head_dim
-
-    cache = QuantizedKVCache(settings, config)
-    size = head_dim(settings, config)
+    cache = cache_class()(settings, config)
+    size = cache.head_dim
     bits = "" if size is None else f", {config.bits_per_element(size):.2f} bits an element"
     return f"{len(cache.quantized_layers)} of {len(cache.layers)} layers{bits}"
 
@@ -55,8 +60,8 @@ def kv_cache_extent(where: str, model: nn.Module, config: KIVIConfig) -> str:
 def attach_kv_cache(model: nn.Module, config: KIVIConfig) -> None:
     """From now on ``generate`` makes a QuantizedKVCache where it would make a DynamicCache.
 
-    A cache that the user passes, or another ``cache_implementation``, is used as ever. A model without ``generate`` (the
-    body of one) only carries the configuration.
+    A cache that the user passes, or another ``cache_implementation``, is used as ever. A model without ``generate``
+    (the body of one) only carries the configuration.
     """
     owner = next((cls for cls in type(model).__mro__ if _PREPARE in cls.__dict__), None)
     if owner is not None:
@@ -93,12 +98,10 @@ def _replace(
 ) -> None:
     from transformers import DynamicCache
 
-    from diffuse_compress.integrations.kv_layers import QuantizedKVCache
-
-    stock = model_kwargs.get(name)
+    stock: Any = model_kwargs.get(name)
     if type(stock) is not DynamicCache:
         return
-    cache = QuantizedKVCache(settings, config, offloading=stock.offloading)
+    cache = cache_class()(settings, config, offloading=stock.offloading)
     if getattr(generation_config, "is_assistant", False):
         cache.activate_past_recording()
     model_kwargs[name] = cache

@@ -205,6 +205,10 @@ class QuantizedKVCache(DynamicCache):  # type: ignore[misc]
         IncompatibleShapeError: groups do not fit the heads; from the first ``update`` where the configuration does not
             tell how wide they are.
 
+    Attributes:
+        kv: as given.
+        head_dim: channels of a head, None where the configuration does not tell.
+
     Source: Liu et al. 2024, arXiv 2402.02750.
     """
 
@@ -212,7 +216,7 @@ class QuantizedKVCache(DynamicCache):  # type: ignore[misc]
         if kv is not None and not isinstance(kv, KIVIConfig):
             raise ConfigError(f"QuantizedKVCache: needs a KIVIConfig, got {type(kv).__name__}.")
         self.kv = kv or KIVIConfig()
-        head_dim(config, self.kv)
+        self.head_dim = _head_dim(config, self.kv)
         super().__init__(config=config, offloading=offloading)
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
@@ -236,7 +240,7 @@ class QuantizedKVCache(DynamicCache):  # type: ignore[misc]
         return kept + sum(layer.nbytes for layer in self.quantized_layers)
 
 
-def head_dim(config: PreTrainedConfig, kv: KIVIConfig) -> int | None:
+def _head_dim(config: PreTrainedConfig, kv: KIVIConfig) -> int | None:
     """Channels of a head as the configuration tells them, to which ``kv`` fits; None where it does not tell."""
     text = config.get_text_config(decoder=True)
     found = getattr(text, "head_dim", None)

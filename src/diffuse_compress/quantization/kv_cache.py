@@ -152,8 +152,8 @@ class QuantizedStates:
 
     Attributes:
         codes: uint8 [B, H, N, g, D * bits / 8], see :func:`pack_codes`.
-        scale: of the groups: [B, H, N, 1, D] along tokens, [B, H, N, g, D / channels] along channels; fp16, or the bytes
-            of float8_e4m3fn as uint8 (few operations know that type).
+        scale: of the groups: [B, H, N, 1, D] along tokens, [B, H, N, g, D / channels] along channels; fp16, or the
+            bytes of float8_e4m3fn as uint8 (few operations know that type).
         minimum: likewise.
         factors: fp32 [2, B, N], what fp8 scales and minima are multiplied with; None for fp16.
     """
@@ -175,16 +175,20 @@ class QuantizedStates:
 
     def append(self, other: QuantizedStates) -> QuantizedStates:
         """These blocks and then ``other``'s."""
-        both = ((self.codes, other.codes), (self.scale, other.scale), (self.minimum, other.minimum))
         factors = None
         if self.factors is not None and other.factors is not None:
             factors = torch.cat([self.factors, other.factors], dim=2)
-        return QuantizedStates(*(torch.cat(pair, dim=2) for pair in both), factors)
+        return QuantizedStates(
+            torch.cat([self.codes, other.codes], dim=2),
+            torch.cat([self.scale, other.scale], dim=2),
+            torch.cat([self.minimum, other.minimum], dim=2),
+            factors,
+        )
 
     def map(self, on_sequences: Callable[[torch.Tensor], torch.Tensor]) -> QuantizedStates:
         """``on_sequences`` of every tensor, the sequences of the batch as its first axis."""
         factors = None if self.factors is None else on_sequences(self.factors.transpose(0, 1)).transpose(0, 1)
-        return QuantizedStates(*map(on_sequences, (self.codes, self.scale, self.minimum)), factors)
+        return QuantizedStates(on_sequences(self.codes), on_sequences(self.scale), on_sequences(self.minimum), factors)
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -197,7 +201,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if per_byte == 1:
         return codes.contiguous()
     runs = codes.unflatten(-1, (per_byte, codes.shape[-1] // per_byte))
-    packed = runs[..., 0, :].clone(memory_format=torch.contiguous_format)
+    packed: torch.Tensor = runs[..., 0, :].clone(memory_format=torch.contiguous_format)
     for i in range(1, per_byte):
         packed |= runs[..., i, :] << bits * i
     return packed
@@ -212,9 +216,11 @@ def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def quantize_states(states: torch.Tensor, config: KIVIConfig, *, per_channel: bool) -> QuantizedStates:
-    """Quantize states [B, H, T, D] of any float dtype, T a multiple of ``group_size``; computed in fp32.
+    """Quantize keys or values; computed in fp32.
 
     Args:
+        states: [B, H, T, D] of any float dtype, device and strides, T a multiple of ``group_size``; not modified.
+        config: how.
         per_channel: group along tokens, as keys; otherwise along channels, as values.
 
     Raises:
