@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import diffuse_compress as dc
 import tiny
+import tiny_vlm
 from diffuse_compress.integrations.kv_layers import QuantizedKVLayer
 from diffuse_compress.quantization.kv_cache import dequantize_states, quantize_states
 
@@ -98,29 +99,29 @@ def test_window_holds_what_it_should_at_every_length() -> None:
         fill(layer, [1], seed=length)
         assert layer.num_quantized == max(0, length - 2 - 8) // 8 * 8
         assert layer.get_seq_length() == length
-        assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes  # nothing quantized is held by a view
+        assert layer.window[0].untyped_storage().nbytes() == layer.window[0].nbytes  # no view of more
 
 
 def test_sequences_are_moved_with_all_that_is_theirs() -> None:
     for config in (SMALL, dc.KIVIConfig(2, 8, 8, scale_dtype="float8")):
         layer = QuantizedKVLayer(config)
         fill(layer, [45])
-        keys, values = layer.states()
+        keys, values = layer.keys, layer.values
         layer.reorder_cache(torch.tensor([1, 1]))
-        assert torch.equal(layer.states()[0], keys[[1, 1]])
-        assert torch.equal(layer.states()[1], values[[1, 1]])
+        assert torch.equal(layer.keys, keys[[1, 1]])
+        assert torch.equal(layer.values, values[[1, 1]])
         layer.batch_repeat_interleave(3)
-        assert torch.equal(layer.states()[0], keys[[1] * 6])
+        assert torch.equal(layer.keys, keys[[1] * 6])
         layer.batch_select_indices(torch.tensor([4]))
-        assert torch.equal(layer.states()[1], values[[1]])
+        assert torch.equal(layer.values, values[[1]])
         layer.offload()
         layer.prefetch()
-        assert torch.equal(layer.states()[1], values[[1]])
+        assert torch.equal(layer.values, values[[1]])
         layer.reset()
         assert layer.get_seq_length() == 0
         assert layer.nbytes == 0
         fill(layer, [45])
-        assert torch.equal(layer.states()[0], keys)
+        assert torch.equal(layer.keys, keys)
 
 
 def test_rolling_back() -> None:
@@ -134,14 +135,16 @@ def test_rolling_back() -> None:
         first = torch.Generator().manual_seed(seed)
         part = torch.randn(2, 2, 2, 9, 16, generator=first)[:, :, :, :3]
         straight.update(part[0], part[1])
-        assert torch.equal(layer.states()[0], straight.states()[0])
+        assert torch.equal(layer.keys, straight.keys)
     assert layer.num_quantized > 8
-    before = layer.states()[0]
+    before = layer.keys
     with pytest.raises(dc.ModelStateError, match="newest tokens are kept in full precision, cannot take back 30"):
         layer.crop(-30)
     with pytest.raises(ValueError, match="0 or minus"):
         layer.crop(3)
-    assert torch.equal(layer.states()[0], before)
+    with pytest.raises(dc.ModelStateError, match="read-only"):
+        layer.keys = before
+    assert torch.equal(layer.keys, before)
     layer.crop(-layer.get_seq_length())
     assert layer.get_seq_length() == 0
 
@@ -212,6 +215,16 @@ def test_beams_and_assistants() -> None:
     assert torch.equal(generate(model, **one), expected)
     assert torch.equal(generate(model, **exact), expected)
     assert torch.equal(generate(model, **one, assistant_model=build(num_hidden_layers=1).compress(SMALL)), expected)
+
+
+@pytest.mark.parametrize("name", ["llava", "mllama"])
+def test_vision_language_models(name: str) -> None:
+    """Keys of pictures are quantized as well; those of cross attention are read from the layer, not from update."""
+    model, call = tiny_vlm.build(name)
+    call = {"attention_mask": torch.ones_like(call["input_ids"]), **call}
+    model.generation_config.eos_token_id = None
+    expected = generate(model, past_key_values=simulated(model, SMALL), **call)
+    assert torch.equal(generate(model.compress(SMALL, measure=False), **call), expected)
 
 
 def test_sliding_windows_stay_dense() -> None:

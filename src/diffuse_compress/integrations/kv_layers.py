@@ -29,7 +29,9 @@ class QuantizedKVLayer(DynamicLayer):  # type: ignore[misc]
     all, and ``residual_length`` to ``residual_length + group_size - 1`` tokens remain in it.
 
     Attributes:
-        keys, values: the window, [B, H, t, D]; with the sink tokens as long as nothing is quantized.
+        keys, values: of all tokens, [B, H, T, D], dequantized at each access: some models read them past ``update``
+            (Llama 3.2 Vision's cross attention).
+        window: (keys, values) of the newest tokens [B, H, t, D]; with the sink tokens while nothing is quantized.
         sinks: (keys, values) [B, H, num_sink_tokens, D], once something is.
         packed: (keys, values) as codes, once there are some.
         record_past: nothing is quantized until the next ``crop``, which is therefore exact.
@@ -38,6 +40,7 @@ class QuantizedKVLayer(DynamicLayer):  # type: ignore[misc]
     is_croppable = True
 
     def __init__(self, config: KIVIConfig) -> None:
+        self.window: tuple[torch.Tensor, torch.Tensor] | None = None
         super().__init__()
         self.config = config
         self.sinks: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -51,8 +54,8 @@ class QuantizedKVLayer(DynamicLayer):  # type: ignore[misc]
         """Start empty. Raises IncompatibleShapeError if groups do not fit the heads."""
         for states in (key_states, value_states):
             self.config.value_group(states.shape[-1])
-        super().lazy_initialization(key_states, value_states)
-        self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        self.device, self.is_initialized = key_states.device, True
+        self.window = key_states[..., :0, :], value_states[..., :0, :]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -60,43 +63,66 @@ class QuantizedKVLayer(DynamicLayer):  # type: ignore[misc]
         """Take in keys and values [B, H, t, D] of new tokens; returns those of all tokens [B, H, T, D]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = torch.cat([self.keys, key_states], dim=-2)
-        self.values = torch.cat([self.values, value_states], dim=-2)
-        found = self.states()
+        keys, values = self._window
+        self.window = torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+        found = self._states(0), self._states(1)
         if not self.record_past:
             self._quantize_oldest()
         return found
 
-    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all tokens, [B, H, T, D]."""
+    @property
+    def _window(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.window is not None
+        return self.window
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return None if self.window is None else self._states(0)
+
+    @keys.setter
+    def keys(self, states: torch.Tensor | None) -> None:
+        self._forget(states)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return None if self.window is None else self._states(1)
+
+    @values.setter
+    def values(self, states: torch.Tensor | None) -> None:
+        self._forget(states)
+
+    def _forget(self, states: torch.Tensor | None) -> None:
+        # transformers' own layers set None, at the start and in reset.
+        if states is not None:
+            raise ModelStateError("QuantizedKVLayer: keys and values are read-only here; update() takes in new ones.")
+        self.window = None
+
+    def _states(self, which: int) -> torch.Tensor:
+        """Keys (0) or values (1) of all tokens, [B, H, T, D]."""
+        window = self._window[which]
         if self.packed is None:
-            return self.keys, self.values
-        past = [dequantize_states(part, self.config, self.keys.dtype) for part in self.packed]
-        first = [[]] * 2 if self.sinks is None else [[part] for part in self.sinks]
-        keys, values = (
-            torch.cat([*sink, middle, window], dim=-2)
-            for sink, middle, window in zip(first, past, (self.keys, self.values), strict=True)
-        )
-        return keys, values
+            return window
+        sinks = [] if self.sinks is None else [self.sinks[which]]
+        return torch.cat([*sinks, dequantize_states(self.packed[which], self.config, window.dtype), window], dim=-2)
 
     def _quantize_oldest(self) -> None:
         sinks = 0 if self.packed is not None else self.config.num_sink_tokens
-        count = self.keys.shape[-2] - sinks - self.config.residual_length
+        window = self._window
+        count = window[0].shape[-2] - sinks - self.config.residual_length
         count -= count % self.config.group_size
         if count <= 0:
             return
-        old = [part[..., sinks : sinks + count, :] for part in (self.keys, self.values)]
+        old = [part[..., sinks : sinks + count, :] for part in window]
         per_channel = self.config.method is KVMethod.KIVI
         keys = quantize_states(old[0], self.config, per_channel=per_channel)
         values = quantize_states(old[1], self.config, per_channel=False)
         if sinks:
-            self.sinks = self.keys[..., :sinks, :].clone(), self.values[..., :sinks, :].clone()
+            self.sinks = window[0][..., :sinks, :].clone(), window[1][..., :sinks, :].clone()
         self.packed = (
             (keys, values) if self.packed is None else (self.packed[0].append(keys), self.packed[1].append(values))
         )
         # Copies: a view would keep what was just quantized in memory.
-        self.keys = self.keys[..., sinks + count :, :].clone()
-        self.values = self.values[..., sinks + count :, :].clone()
+        self.window = window[0][..., sinks + count :, :].clone(), window[1][..., sinks + count :, :].clone()
 
     @property
     def num_quantized(self) -> int:
@@ -106,9 +132,7 @@ class QuantizedKVLayer(DynamicLayer):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Of everything kept."""
-        if not self.is_initialized:
-            return 0
-        dense = [self.keys, self.values, *(self.sinks or ())]
+        dense = [*(self.window or ()), *(self.sinks or ())]
         return sum(part.nbytes for part in dense) + self.quantized_nbytes
 
     @property
@@ -121,7 +145,7 @@ class QuantizedKVLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized:
             return 0
         sinks = 0 if self.sinks is None else self.sinks[0].shape[-2]
-        return sinks + self.num_quantized + int(self.keys.shape[-2])
+        return sinks + self.num_quantized + self._window[0].shape[-2]
 
     def activate_past_recording(self) -> None:
         """Quantize in ``crop`` from now on, not in ``update``: what is not yet accepted can be taken back exactly."""
@@ -138,16 +162,17 @@ class QuantizedKVLayer(DynamicLayer):  # type: ignore[misc]
             raise ValueError(f"crop: needs 0 or minus the number of tokens to remove, got {tokens_to_remove}.")
         if not self.is_initialized:
             return
-        left = self.keys.shape[-2] + tokens_to_remove
+        kept = self._window[0].shape[-2]
+        left = kept + tokens_to_remove
         if left < 0 and -tokens_to_remove < self.get_seq_length():
             raise ModelStateError(
-                f"crop: {self.keys.shape[-2]} newest tokens are kept in full precision, cannot take back "
+                f"crop: {kept} newest tokens are kept in full precision, cannot take back "
                 f"{-tokens_to_remove}: older ones are quantized. Call activate_past_recording() before these tokens, "
                 "take a larger residual_length, or start anew with reset()."
             )
         if left < 0:
             return self.reset()
-        self.keys, self.values = self.keys[..., :left, :], self.values[..., :left, :]
+        self.window = self._window[0][..., :left, :], self._window[1][..., :left, :]
         self._quantize_oldest()
 
     def reset(self) -> None:
@@ -158,7 +183,7 @@ class QuantizedKVLayer(DynamicLayer):  # type: ignore[misc]
     def _map(self, on_sequences: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if not self.is_initialized:
             return
-        self.keys, self.values = on_sequences(self.keys), on_sequences(self.values)
+        self.window = on_sequences(self._window[0]), on_sequences(self._window[1])
         if self.sinks is not None:
             self.sinks = on_sequences(self.sinks[0]), on_sequences(self.sinks[1])
         if self.packed is not None:
@@ -182,7 +207,7 @@ class QuantizedKVLayer(DynamicLayer):  # type: ignore[misc]
 
     def prefetch(self) -> None:
         """Everything back to the device of the layer."""
-        if self.is_initialized and self.keys.device != self.device:
+        if self.is_initialized and self._window[0].device != self.device:
             self._map(lambda part: part.to(self.device, non_blocking=True))
 
 
