@@ -88,6 +88,9 @@ from diffuse_compress.recipe import Recipe
 from diffuse_compress.report import CompressionReport
 from diffuse_compress.runtime.stats import CompressionStats, PlanMissedError
 from diffuse_compress.temporal.config import TableConfig, TFMQConfig
+from diffuse_compress.training.config import QVGenConfig
+from diffuse_compress.training.options import TrainerOptions
+from diffuse_compress.training.trainer import QATTrainer, TrainingResult
 
 if TYPE_CHECKING:
     from diffuse_compress.integrations.kv_layers import QuantizedKVCache
@@ -126,6 +129,8 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "PlanMissedError",
+    "QATTrainer",
+    "QVGenConfig",
     "QuaRotConfig",
     "QuantizationConfig",
     "QuantizedKVCache",
@@ -138,6 +143,8 @@ __all__ = [
     "SmoothQuantConfig",
     "TFMQConfig",
     "TableConfig",
+    "TrainerOptions",
+    "TrainingResult",
     "TwoLevel",
     "UnsupportedHardwareError",
     "WeightScheme",

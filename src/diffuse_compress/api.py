@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from diffuse_compress.apply import apply_plan, needs_calibration, require_consumer
+from diffuse_compress.apply_training import train_models, training_among
 from diffuse_compress.caching.config import CacheConfig
 from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.components import GROUPS, is_pipeline, model_components, resolve_names
@@ -34,6 +35,7 @@ from diffuse_compress.recipe import MethodConfig, Recipe, as_recipe
 from diffuse_compress.report import CompressionReport, report_of
 from diffuse_compress.runtime.stats import CompressionStats
 from diffuse_compress.runtime.steps import stats_of
+from diffuse_compress.training.clips import InputClips
 
 __all__ = [
     "METHODS",
@@ -89,7 +91,7 @@ def compression_plan(
     searches = _check_search(target_size, target_bits, sensitivity)
     if not methods and not searches:
         raise ConfigError(_choices(target))
-    methods = methods or (DEFAULT_FAMILY,)
+    methods, _ = training_among(target, methods or (DEFAULT_FAMILY,))
     plans = [m for m in methods if isinstance(m, CompressionPlan)]
     calibration = _for_target(target, plans[0].calibration if calibration is None and plans else calibration)
     # A plan is looked at again: the model may have changed since, or it was made on a meta-device twin.
@@ -131,6 +133,7 @@ def compress(
     target_size: str | int | None = None,
     target_bits: float | None = None,
     sensitivity: SensitivityReport | None = None,
+    data: Any = None,
 ) -> _Target:
     """Make a pipeline or model smaller and faster, in place, and return it; it saves and reloads as before.
 
@@ -144,8 +147,8 @@ def compress(
         seed: of algorithms that draw random numbers; global random states are never touched.
         generator: source of that seed.
         device: compute here, layer by layer; every layer returns to where it was.
-        work_dir: folder for what restores the model if the call fails, and for the finished blocks of one calibration,
-            from which the same call goes on after a crash (another is a ConfigError). Delete it at the end.
+        work_dir: folder for what restores the model if the call fails, and for finished blocks of one calibration or
+            checkpoints of one training, from which the same call goes on after a crash. Delete it at the end.
         preview: prompts (or dicts of pipeline arguments) to generate before and after, for the report.
         callback: ``callback(stage, done, total, metrics)``; raising in it cancels and restores.
         measure: run the denoiser at four timesteps before and after to report its output error.
@@ -153,25 +156,21 @@ def compress(
         target_size: "11GB" that the result may take; each layer gets its own format.
         target_bits: the same by average bits per weight.
         sensitivity: of the layers, if known.
+        data: of a training (QVGenConfig); see ``training_data``.
 
     Raises:
         DiffuseCompressError: see :func:`compression_plan`; also offload hooks, meta tensors, too little disk.
     """
+    training = training_among(target, methods, data)[1]
+    layers: Any = dict(modules_to_not_convert=modules_to_not_convert, overrides=overrides, algorithm=algorithm)
+    search: Any = dict(target_size=target_size, target_bits=target_bits, sensitivity=sensitivity)
+    source, seed = None if training else calibration, _seed_of(seed, generator)
     plan = compression_plan(
-        target,
-        *methods,
-        modules_to_not_convert=modules_to_not_convert,
-        overrides=overrides,
-        algorithm=algorithm,
-        seed=_seed_of(seed, generator),
-        device=device,
-        calibration=calibration,
-        target_size=target_size,
-        target_bits=target_bits,
-        sensitivity=sensitivity,
-        callback=callback,
+        target, *methods, **layers, **search, seed=seed, device=device, calibration=source, callback=callback
     )
-    if plan.components or plan.methods:
+    if training:
+        train_models(target, plan, training, calibration if data is None else data, work_dir, callback)
+    elif plan.components or plan.methods:
         apply_plan(target, plan, device=device, callback=callback, work_dir=work_dir, preview=preview, measure=measure)
     return target
 
@@ -302,8 +301,9 @@ def compression_recipe(target: Any) -> Recipe:
         weights: tuple[MethodConfig, ...] = ()
         if state is not None and not state.config.spec.is_dense:
             weights = (QuantizationConfig.from_spec(state.config.spec, state.config.compute_dtype),)
-        # A schedule that was given is no recipe: it was made for this very model.
-        others = (config for m in methods if (config := m.config_of(model)) and type(config) is not CacheConfig)
+        # A schedule that was given is no recipe: it was made for this very model, as clips are that were learned.
+        own = (CacheConfig, InputClips)
+        others = (config for m in methods if (config := m.config_of(model)) and type(config) not in own)
         configs = (*weights, *others)
         if configs:
             found[name or "denoisers"] = configs

@@ -1,4 +1,4 @@
-"""``diffuse-compress``: compress, info, demo, bench, eval."""
+"""``diffuse-compress``: compress, train, info, demo, bench, eval."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from diffuse_compress.caching.artefact import FILE_NAME, load_schedules
 from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.card_results import attach_results, require_results_of
 from diffuse_compress.cli_eval import add_eval
+from diffuse_compress.cli_train import add_train
 from diffuse_compress.components import SELF, model_components
 from diffuse_compress.demo import PROMPTS, run_demo
 from diffuse_compress.errors import ConfigError, UnsupportedHardwareError
@@ -132,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     _add_bench(verbs)
     add_eval(verbs)
+    add_train(verbs)
     for name, verb in verbs.choices.items():
         if name == "eval":
             continue  # its commands have the option

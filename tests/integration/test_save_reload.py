@@ -61,10 +61,9 @@ def test_reload_is_bit_identical(name: str, preset: str, dtype: torch.dtype, tmp
     assert get_state(reloaded).config == get_state(model).config
 
 
-@pytest.mark.parametrize("preset", ["w8a8", "w4a8"])
-def test_pipeline_reloads_in_a_new_process(preset: str, tmp_path: Path) -> None:
+def test_pipeline_reloads_in_a_new_process(tmp_path: Path) -> None:
     pipe = tiny.build_pipeline("pixart", dtype=torch.bfloat16)
-    pipe.compress({"transformer": preset, "text_encoder": "w8a16"})
+    pipe.compress({"transformer": "w4a8", "text_encoder": "w8a16"})
     kwargs = tiny.call_kwargs(pipe, output_type="pt")
     pipe.set_progress_bar_config(disable=True)
     torch.save(pipe(**kwargs).images, tmp_path / "expected.pt")

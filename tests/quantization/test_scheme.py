@@ -54,8 +54,8 @@ def _schemes() -> list[Scheme]:
 def test_number_of_legal_schemes() -> None:
     # Weights: 4 integer formats x 8 granularities x (3 symmetric rules + 2 asymmetric kinds), two-level, 2 float8.
     assert len(WEIGHTS) == 4 * 8 * 5 + 1 + 2
-    # Activations: 3 formats x (2 dynamic granularities + static per tensor), asymmetric static int8.
-    assert len(ACTIVATIONS) == 3 * 3 + 1
+    # Activations: 4 formats x (2 dynamic granularities + static per tensor), asymmetric static int8.
+    assert len(ACTIVATIONS) == 4 * 3 + 1
 
 
 def test_dict_through_json_gives_an_equal_scheme() -> None:
@@ -130,7 +130,7 @@ def test_from_dict_other_bad_input_is_refused() -> None:
             lambda: WeightScheme(NumberFormat.INT4, symmetric=False, float_zero_point=True, additive_zero_point=True),
             "additive_zero_point=True needs symmetric=False and float_zero_point=False",
         ),
-        (lambda: ActivationScheme(NumberFormat.INT3), "must be int8, int4 or float8_e4m3fn, got int3"),
+        (lambda: ActivationScheme(NumberFormat.INT2), "must be int8, int4, int3 or float8_e4m3fn, got int2"),
         (lambda: ActivationScheme(NumberFormat.INT8, PerChannel()), "must be PerTensor or PerToken"),
         (lambda: ActivationScheme(NumberFormat.INT8, PerToken(), dynamic=False), "static scales are per tensor"),
         (lambda: ActivationScheme(NumberFormat.INT8, PerTensor(), symmetric=False), "needs dynamic=False"),

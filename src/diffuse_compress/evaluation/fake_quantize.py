@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffuse_compress.quantization.clips import clip_of_rows
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
-from diffuse_compress.quantization.numerics import dequantize, fake_quantize_activation
+from diffuse_compress.quantization.numerics import choose_activation_qparams, dequantize, fake_quantize_activation
 from diffuse_compress.quantization.rotation import rotate
 from diffuse_compress.quantization.scheme import ActivationScheme
 
@@ -35,6 +36,7 @@ class FakeQuantizedLayer(nn.Module):
     input_zero_point: torch.Tensor | None
     low_rank_down: torch.Tensor | None
     low_rank_up: torch.Tensor | None
+    input_clip: torch.Tensor | None
 
     def __init__(self, layer: QuantizedLinear | QuantizedConv2d, quantize_input: bool = True) -> None:
         super().__init__()
@@ -46,7 +48,8 @@ class FakeQuantizedLayer(nn.Module):
         self.activation: ActivationScheme | None = layer.scheme.activation if quantize_input else None
         self.feature_dims = 3 if isinstance(dense, nn.Conv2d) else 1
         self.input_rotation = layer.scheme.input_rotation
-        for name in ("act_pre_scale", "input_scale", "input_zero_point", "low_rank_down", "low_rank_up"):
+        self.timestep_groups = layer.timestep_groups
+        for name in ("act_pre_scale", "input_scale", "input_zero_point", "low_rank_down", "low_rank_up", "input_clip"):
             value = getattr(layer, name)
             self.register_buffer(name, None if value is None else value.detach().clone(), persistent=False)
 
@@ -59,13 +62,19 @@ class FakeQuantizedLayer(nn.Module):
         if self.input_rotation is not None:
             inputs = rotate(inputs, self.input_rotation)
         if self.activation is not None:
-            inputs = fake_quantize_activation(
-                inputs, self.activation, self.input_scale, self.input_zero_point, self.feature_dims
-            )
+            scale = self.input_scale if self.input_clip is None else self._clipped_scale(inputs, self.activation)
+            inputs = fake_quantize_activation(inputs, self.activation, scale, self.input_zero_point, self.feature_dims)
         y = self.dense(inputs)
         if self.low_rank_down is not None and self.low_rank_up is not None:
             y = y + self._low_rank(values, self.low_rank_up.float() @ self.low_rank_down.float())
         return y.to(x.dtype)
+
+    def _clipped_scale(self, x: torch.Tensor, activation: ActivationScheme) -> torch.Tensor:
+        assert self.input_clip is not None
+        groups, lead = self.timestep_groups, x.shape[:-1]
+        clip = clip_of_rows(self.input_clip, None if groups is None else groups.index, lead)
+        clip = clip if clip.numel() == 1 else clip.reshape(*lead, 1)
+        return choose_activation_qparams(x, activation, clip=clip.reshape(1) if clip.numel() == 1 else clip).scale
 
     def _low_rank(self, x: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
         if isinstance(self.dense, nn.Conv2d):

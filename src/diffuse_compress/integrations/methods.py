@@ -34,10 +34,19 @@ from diffuse_compress.temporal.maintenance import Maintained, maintained_of, set
 from diffuse_compress.temporal.persist import load_table_state, table_state
 from diffuse_compress.temporal.step_scales import StepQParams, attach_step_scales, detach_step_scales, step_scales_of
 from diffuse_compress.temporal.table import attach_table, detach_table, table_of
+from diffuse_compress.training.clips import (
+    CLIP_KIND,
+    InputClips,
+    attach_clips,
+    clips_of,
+    describe_clips,
+    detach_clips,
+)
 
 __all__ = [
     "KINDS",
     "CacheMethod",
+    "ClipMethod",
     "KVCacheMethod",
     "Method",
     "Stored",
@@ -307,6 +316,43 @@ class CacheMethod(Method):
         return summary
 
 
+class ClipMethod(Method):
+    """Clips of dynamic inputs that a training has learned (``training/clips.py``): nothing that can be asked for."""
+
+    kind, title = CLIP_KIND, "learned input clips"
+
+    def config_of(self, model: nn.Module) -> InputClips | None:
+        return clips_of(model)
+
+    def is_embedded(self, model: nn.Module) -> bool:
+        return True
+
+    def store(self, model: nn.Module) -> Stored:
+        clips = clips_of(model)
+        assert clips is not None
+        tensors, meta = clips.to_tensors()
+        return Stored({"groups": clips.groups, "layers": len(clips.layers)}, meta, tensors)
+
+    def restore(self, model: nn.Module, stored: Stored) -> None:
+        attach_clips(model, InputClips.from_tensors(stored.tensors, stored.meta))
+
+    def remove(self, model: nn.Module) -> None:
+        detach_clips(model)
+
+    def describe(self, config: Mapping[str, Any], stored: Stored | None) -> str:
+        return describe_clips(config["groups"], config["layers"])
+
+    def facts(self, model: nn.Module) -> dict[str, Any]:
+        clips = clips_of(model)
+        assert clips is not None
+        return {
+            "summary": self._described(model),
+            "groups": clips.groups,
+            "timesteps": [clips.low, clips.high],
+            "mean": float(clips.values.mean()),
+        }
+
+
 class KVCacheMethod(Method):
     """Quantized keys and values of ``generate`` (``kv_cache.py``): a configuration, no tensors."""
 
@@ -336,7 +382,9 @@ class KVCacheMethod(Method):
         return KIVIConfig.from_dict(config).summary
 
 
-KINDS: dict[str, Method] = {method.kind: method for method in (TemporalMethod(), CacheMethod(), KVCacheMethod())}
+KINDS: dict[str, Method] = {
+    method.kind: method for method in (ClipMethod(), TemporalMethod(), CacheMethod(), KVCacheMethod())
+}
 """By kind, in the order in which they are put on a model."""
 
 
@@ -399,7 +447,7 @@ def is_method_key(key: str) -> bool:
 
 
 def restore_methods(model: nn.Module, stored: Mapping[str, Stored]) -> None:
-    """Put the methods of a checkpoint on a model; where the classes of diffusers are to be left alone, none.
+    """Put the methods of a checkpoint on a model; where the libraries' classes are to be left alone, none.
 
     Raises:
         CheckpointError: one of them does not fit the model.

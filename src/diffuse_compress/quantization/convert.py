@@ -175,6 +175,8 @@ def requantize(
         assert isinstance(dense, nn.Conv2d)
         made = QuantizedConv2d.from_dense(dense, quantized, layer.scheme, **given)
     made.folded = layer.folded
+    if layer.input_clip is not None:
+        made.set_input_clip(layer.input_clip, layer.timestep_groups)
     return made
 
 

@@ -62,6 +62,7 @@ __all__ = [
     "dense_weight",
     "linear",
     "per_column",
+    "product_dtype",
     "require_device",
 ]
 
@@ -101,11 +102,13 @@ class InputQuantization:
         scale: fp32 [1], static activations only.
         zero_point: int8 [1], asymmetric static activations only.
         pre_scale: fp32 [K] (convolutions: [C]) that multiplies the input before it is quantized.
+        clip: fp32 [M, 1] or [1, 1] that multiplies the measured scales, dynamic activations of linear layers only.
     """
 
     scale: torch.Tensor | None = None
     zero_point: torch.Tensor | None = None
     pre_scale: torch.Tensor | None = None
+    clip: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -293,9 +296,9 @@ def _integer_linear(
     if source.is_cuda and (not packed or _has_fast_int4(x.device)) and scheme.weight.format.bits in (4, 8):
 
         def quantize() -> tuple[torch.Tensor, torch.Tensor]:
-            return quantize_rows(x, qmin, qmax, scale, zero_point, inputs.pre_scale)
+            return _row_codes(x, scheme.activation, scale, inputs)
 
-        own = scale is not None or inputs.pre_scale is not None
+        own = scale is not None or inputs.pre_scale is not None or inputs.clip is not None
         codes, code_scale = quantize() if own else quantized_once(source, weight.qweight, (qmin, qmax), quantize)
         if packed:
             group_scale = weight.group_scale
@@ -305,7 +308,7 @@ def _integer_linear(
         return int8_linear_codes(codes, code_scale, zero_point, weight.qweight, weight.scale, bias, x.dtype)
     outputs = weight.qweight.shape[0]
     blocks = list(_row_blocks(outputs, weight.in_features)) if scheme.weight.format.bits != 8 else [slice(0, outputs)]
-    if len(blocks) == 1:
+    if len(blocks) == 1 and inputs.clip is None:
         return int8_linear(
             x,
             integer_weight(weight),
@@ -317,7 +320,7 @@ def _integer_linear(
             input_zero_point=inputs.zero_point,
             pre_scale=inputs.pre_scale,
         )
-    codes, code_scale = quantize_rows(x, qmin, qmax, scale, inputs.zero_point, inputs.pre_scale)
+    codes, code_scale = _row_codes(x, scheme.activation, scale, inputs)
     parts = [
         int8_linear_codes(
             codes,
@@ -330,7 +333,18 @@ def _integer_linear(
         )
         for block in blocks
     ]
-    return torch.cat(parts, dim=1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _row_codes(
+    x: torch.Tensor, act: ActivationScheme | None, scale: torch.Tensor | None, inputs: InputQuantization
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [M, K] and the fp32 scale, [M, 1] or given as [1, 1]."""
+    if inputs.clip is None:
+        return quantize_rows(x, *_code_range(act), scale, inputs.zero_point, inputs.pre_scale)
+    assert act is not None
+    codes, scale, _ = quantize_activation(_scaled(x, inputs.pre_scale), act, clip=inputs.clip)
+    return codes, scale
 
 
 def _fp8_linear(
@@ -360,7 +374,7 @@ def _dequantized_linear(
     inputs: InputQuantization,
     path: str,
 ) -> torch.Tensor:
-    dtype = _product_dtype(x)
+    dtype = product_dtype(x)
     values, pre_scale = _dequantized_input(x, scheme, inputs, path, dtype)
     if bias is not None:
         bias = bias.to(dtype)
@@ -452,7 +466,7 @@ def conv2d(
             input_zero_point=inputs.zero_point,
             pre_scale=inputs.pre_scale,
         )
-    dtype = _product_dtype(x)
+    dtype = product_dtype(x)
     values, pre_scale = _dequantized_input(x, scheme, inputs, path, dtype)
     folded = None if pre_scale is None else per_column(pre_scale, geometry, weight.qweight.shape[0])
     kernel = _dense_rows(weight, dtype, folded, None).view(-1, x.shape[1] // geometry.groups, *geometry.kernel)
@@ -504,7 +518,7 @@ def _dequantized_input(
     feature_dims = 3 if x.dim() == 4 else 1
     values = _scaled(x, inputs.pre_scale)
     codes, scale, zero_point = quantize_activation(
-        values, scheme.activation, inputs.scale, inputs.zero_point, feature_dims
+        values, scheme.activation, inputs.scale, inputs.zero_point, feature_dims, inputs.clip
     )
     return dequantize_activation(codes, scale, zero_point, dtype), None
 
@@ -519,7 +533,7 @@ def _multiplies_natively(dtype: torch.dtype) -> bool:
 _multiplies_natively = torch.compiler.assume_constant_result(_multiplies_natively)
 
 
-def _product_dtype(x: torch.Tensor) -> torch.dtype:
+def product_dtype(x: torch.Tensor) -> torch.dtype:
     """Dtype of the dense product: that of x, or float32 on a CPU that would only emulate it."""
     if x.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and not _multiplies_natively(x.dtype):
         return torch.float32

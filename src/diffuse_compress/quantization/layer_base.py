@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from diffuse_compress.errors import ConfigError, IncompatibleShapeError, ModelStateError
+from diffuse_compress.quantization.clips import TimestepGroups, clip_of_rows
 from diffuse_compress.quantization.dispatch import ComputePath, InputQuantization, dense_weight
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.packing import packed_columns
 from diffuse_compress.quantization.rotation import rotate, rotate_back
-from diffuse_compress.quantization.scheme import PerGroup, PerTensor, Scheme, TwoLevel, WeightScheme
+from diffuse_compress.quantization.scheme import PerGroup, PerTensor, PerToken, Scheme, TwoLevel, WeightScheme
 
 __all__ = ["INPUT_QPARAMS", "LowRank", "QuantizedLayer", "cast_for_autocast", "check_given", "empty_tensors", "fill"]
 
@@ -106,6 +107,9 @@ class QuantizedLayer(nn.Module):
     low_rank_up: nn.Parameter | None
     scheme: Scheme
     compute_dtype: torch.dtype
+    input_clip: torch.Tensor | None
+    timestep_groups: TimestepGroups | None = None
+    """Of a layer whose ``input_clip`` depends on the timestep: which groups the current call is in."""
     folded = False
     """Whether its input or output is scaled inside other weights: adapters of the model as it was do not fit here."""
 
@@ -116,6 +120,25 @@ class QuantizedLayer(nn.Module):
         for name in PARAMETERS:
             tensor = tensors.get(name)
             self.register_parameter(name, None if tensor is None else _parameter(tensor))
+        self.register_buffer("input_clip", None, persistent=False)
+
+    def set_input_clip(self, values: torch.Tensor | None, groups: TimestepGroups | None = None) -> None:
+        """Clip dynamic inputs by ``values``, fp32 [G] for the groups of timesteps, from now on; None does not.
+
+        They are no part of the state dict: ``training/clips.py`` keeps them for the whole model.
+
+        Raises:
+            ModelStateError: inputs are not quantized, by integers, per token and dynamically, or no linear's.
+        """
+        act = self.scheme.activation
+        dynamic = act is not None and act.dynamic and act.format.is_integer and isinstance(act.granularity, PerToken)
+        if values is not None and not (dynamic and isinstance(self, nn.Linear)):
+            raise ModelStateError(
+                f"set_input_clip: needs a linear layer with dynamic integer inputs, one scale per token, found "
+                f"{type(self).__name__} of {self.scheme.name}."
+            )
+        self.input_clip = None if values is None else values.detach().to(self.qweight.device, torch.float32)
+        self.timestep_groups = None if values is None else groups
 
     # --- reading ------------------------------------------------------------------------------------------------
 
@@ -157,8 +180,15 @@ class QuantizedLayer(nn.Module):
             return x
         return x.float() * (scale.view(-1, 1, 1) if isinstance(self, nn.Conv2d) else scale)
 
-    def _inputs(self, pre_scale: torch.Tensor | None) -> InputQuantization:
-        return InputQuantization(self.input_scale, self.input_zero_point, pre_scale)
+    def _inputs(self, pre_scale: torch.Tensor | None, x: torch.Tensor | None = None) -> InputQuantization:
+        return InputQuantization(self.input_scale, self.input_zero_point, pre_scale, self._clip(x))
+
+    def _clip(self, x: torch.Tensor | None) -> torch.Tensor | None:
+        """``input_clip`` for every row of an input [..., K]."""
+        if self.input_clip is None or x is None:
+            return None
+        groups = self.timestep_groups
+        return clip_of_rows(self.input_clip, None if groups is None else groups.index, x.shape[:-1])
 
     def _flat_weight(self) -> torch.Tensor:
         """Dense equivalent [N, K] in the compute dtype; rotation, smoothing and low-rank branch are folded in."""
@@ -225,6 +255,7 @@ class QuantizedLayer(nn.Module):
         """Do nothing: codes are not drawn at random."""
 
     def _describe(self) -> str:
+        clipped = [] if self.input_clip is None else [f"input_clip={self.input_clip.numel()}"]
         parts = [f"scheme={self.scheme.name}", f"compute_dtype={str(self.compute_dtype).removeprefix('torch.')}"]
         if self.act_pre_scale is not None:
             parts.append("act_pre_scale=True")
@@ -234,7 +265,7 @@ class QuantizedLayer(nn.Module):
             parts.append(f"input_rotation={self.scheme.input_rotation}")
         if self.low_rank_down is not None:
             parts.append(f"low_rank={self.low_rank_down.shape[0]}")
-        return ", ".join(parts)
+        return ", ".join(parts + clipped)
 
     def _needs_grad(self, x: torch.Tensor) -> bool:
         if not torch.is_grad_enabled():
@@ -247,7 +278,7 @@ class QuantizedLayer(nn.Module):
         """Let ``fn`` move every tensor but cast only those in the compute dtype."""
         kept = [
             parameter
-            for name, parameter in self._parameters.items()
+            for name, parameter in [*self._parameters.items(), *self._buffers.items()]
             if parameter is not None and name not in _IN_COMPUTE_DTYPE
         ]
 

@@ -14,6 +14,8 @@ parameter              shape, dtype                           meaning
 ``input_scale``        [1] fp32                               static activations
 ``input_zero_point``   [1] int8                               static asymmetric activations
 ``low_rank_down``      [r, K], compute dtype                  with ``low_rank_up`` [N, r]: a dense branch
+``input_clip``         [G] fp32, a buffer outside the state   dynamic inputs with learned clips (``clips.py``)
+                       dict
 =====================  =====================================  =================================================
 
 and computes, with Q the quantizer of the input (the identity in weight-only layers)::
@@ -155,12 +157,13 @@ class _LinearFunction(torch.autograd.Function):
         pre_scale: torch.Tensor | None,
         input_scale: torch.Tensor | None,
         input_zero_point: torch.Tensor | None,
+        clip: torch.Tensor | None,
         scheme: Scheme,
     ) -> torch.Tensor:
         ctx.save_for_backward(qweight, scale, zero_point, group_scale, pre_scale)
         ctx.weight_scheme, ctx.columns = scheme.weight, x.shape[-1]
         weight = QuantizedWeight(qweight, scale, zero_point, group_scale, x.shape[-1], scheme.weight)
-        return linear(x, weight, scheme, bias, InputQuantization(input_scale, input_zero_point, pre_scale))
+        return linear(x, weight, scheme, bias, InputQuantization(input_scale, input_zero_point, pre_scale, clip))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -172,7 +175,7 @@ class _LinearFunction(torch.autograd.Function):
             grad_x = grad @ dense_weight(weight, grad.dtype, pre_scale)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
-        return grad_x, grad_bias, *(None,) * 8
+        return grad_x, grad_bias, *(None,) * 9
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
@@ -314,11 +317,12 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
                     pre_scale,
                     self.input_scale,
                     self.input_zero_point,
+                    self._clip(x),
                     self.scheme,
                 ),
             )
         else:
-            y = linear(rotated, self.quantized_weight(), self.scheme, self.bias, self._inputs(pre_scale))
+            y = linear(rotated, self.quantized_weight(), self.scheme, self.bias, self._inputs(pre_scale, x))
         low_rank = self._low_rank
         if low_rank is not None:
             y = y + F.linear(F.linear(x, low_rank[0].to(x.dtype)), low_rank[1].to(x.dtype))

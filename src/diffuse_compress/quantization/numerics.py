@@ -280,27 +280,27 @@ def _rows_of(qparams: QParams, scheme: WeightScheme, rows: slice | None) -> QPar
 
 def _round_to_codes(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -> torch.Tensor:
     """Codes [N, K] of a weight, not packed: int8, or float8 for fp8 weights."""
-    steps = _in_steps(weight, scheme, qparams)
+    steps = weight_steps(weight, scheme, qparams)
     if not scheme.format.is_integer:
         return steps.clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
     return steps.clamp_(*scheme.range).to(torch.int8)
 
 
-def _in_steps(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -> torch.Tensor:
+def weight_steps(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -> torch.Tensor:
     """fp32 codes before clamping: round(w / scale) + zero_point (float8: w / scale, not rounded)."""
     size = scheme.group_size
     steps = weight.detach().to(torch.float32, copy=True)
     if scheme.additive_zero_point and qparams.zero_point is not None:
-        _per_group_(steps, qparams.zero_point, size, torch.Tensor.sub_)
-        return _per_group_(steps, qparams.scale, size, torch.Tensor.div_).round_()
-    _per_group_(steps, effective_scale(qparams), size, torch.Tensor.div_)
+        per_group_(steps, qparams.zero_point, size, torch.Tensor.sub_)
+        return per_group_(steps, qparams.scale, size, torch.Tensor.div_).round_()
+    per_group_(steps, effective_scale(qparams), size, torch.Tensor.div_)
     if not scheme.format.is_integer:
         return steps
     if qparams.zero_point is None:
         return steps.round_()
     if not scheme.float_zero_point:
         steps.round_()
-    _per_group_(steps, qparams.zero_point.float(), size, torch.Tensor.add_)
+    per_group_(steps, qparams.zero_point.float(), size, torch.Tensor.add_)
     return steps.round_() if scheme.float_zero_point else steps
 
 
@@ -309,7 +309,7 @@ def effective_scale(qparams: QParams) -> torch.Tensor:
     return qparams.scale if qparams.group_scale is None else qparams.scale * qparams.group_scale.float()
 
 
-def _per_group_(values: torch.Tensor, factor: torch.Tensor, group_size: int | None, operation: Any) -> torch.Tensor:
+def per_group_(values: torch.Tensor, factor: torch.Tensor, group_size: int | None, operation: Any) -> torch.Tensor:
     """Apply ``operation`` in place to values [N, K] with one operand per element of the granularity."""
     if group_size is None:
         return operation(values, factor)  # type: ignore[no-any-return]
@@ -353,7 +353,7 @@ def integer_weight(weight: QuantizedWeight, rows: slice | None = None) -> torch.
     if weight.group_scale is None:
         return codes
     group_scale = weight.group_scale if rows is None else weight.group_scale[rows]
-    return _per_group_(codes, group_scale, scheme.group_size, torch.Tensor.mul_)
+    return per_group_(codes, group_scale, scheme.group_size, torch.Tensor.mul_)
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32, rows: slice | None = None) -> torch.Tensor:
@@ -371,21 +371,21 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32, rows
         One fp32 tensor of the result's shape.
     """
     qparams = _rows_of(QParams(weight.scale, weight.zero_point, weight.group_scale), weight.scheme, rows)
-    return _codes_to_values(unpacked_codes(weight, rows), weight.scheme, qparams).to(dtype)
+    return codes_to_values(unpacked_codes(weight, rows), weight.scheme, qparams).to(dtype)
 
 
-def _codes_to_values(codes: torch.Tensor, scheme: WeightScheme, qparams: QParams) -> torch.Tensor:
+def codes_to_values(codes: torch.Tensor, scheme: WeightScheme, qparams: QParams) -> torch.Tensor:
     """fp32 values of codes [N, K]; two-level codes are overwritten."""
     size = scheme.group_size
     if qparams.group_scale is not None:
-        return _per_group_(codes, qparams.group_scale, size, torch.Tensor.mul_).float().mul_(qparams.scale)
+        return per_group_(codes, qparams.group_scale, size, torch.Tensor.mul_).float().mul_(qparams.scale)
     values = codes.to(torch.float32)
     if scheme.additive_zero_point and qparams.zero_point is not None:
-        _per_group_(values, qparams.scale, size, torch.Tensor.mul_)
-        return _per_group_(values, qparams.zero_point, size, torch.Tensor.add_)
+        per_group_(values, qparams.scale, size, torch.Tensor.mul_)
+        return per_group_(values, qparams.zero_point, size, torch.Tensor.add_)
     if qparams.zero_point is not None:
-        _per_group_(values, qparams.zero_point.float(), size, torch.Tensor.sub_)
-    return _per_group_(values, qparams.scale, size, torch.Tensor.mul_)
+        per_group_(values, qparams.zero_point.float(), size, torch.Tensor.sub_)
+    return per_group_(values, qparams.scale, size, torch.Tensor.mul_)
 
 
 def _not_clamped(steps: torch.Tensor, low: float, high: float) -> torch.Tensor:
@@ -432,18 +432,20 @@ def fake_quantize(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams |
     """
     if qparams is None:
         qparams = qparams_from_weight_range(*weight_range(weight, scheme), scheme)
-    steps = _in_steps(weight, scheme, qparams)
+    steps = weight_steps(weight, scheme, qparams)
     low, high = scheme.range if scheme.format.is_integer else (-FLOAT8_MAX, FLOAT8_MAX)
     inside = _not_clamped(steps, low, high)
     codes = steps.clamp_(low, high).to(torch.int8 if scheme.format.is_integer else FLOAT8)
-    values = _codes_to_values(codes, scheme, qparams).to(weight.dtype)
+    values = codes_to_values(codes, scheme, qparams).to(weight.dtype)
     return _straight_through(weight, values, inside)
 
 
 # --- activations ------------------------------------------------------------------------------------------------
 
 
-def choose_activation_qparams(x: torch.Tensor, scheme: ActivationScheme, feature_dims: int = 1) -> QParams:
+def choose_activation_qparams(
+    x: torch.Tensor, scheme: ActivationScheme, feature_dims: int = 1, clip: torch.Tensor | None = None
+) -> QParams:
     """Scale and zero point of an input from its own range.
 
     Args:
@@ -451,6 +453,8 @@ def choose_activation_qparams(x: torch.Tensor, scheme: ActivationScheme, feature
         scheme: symmetric schemes divide the largest magnitude by 127 (int8), 7 (int4) or 448 (float8).
         feature_dims: trailing dimensions that share a scale under PerToken: 1 for linear inputs [..., K],
             3 for the input [B, C, H, W] of a convolution.
+        clip: fp32, broadcastable to the scale, in (0, 1]: the share of each range that codes cover (``clips.py``);
+            symmetric schemes only.
 
     Returns:
         scale fp32: [..., 1] under PerToken (``feature_dims`` ones at the end), [1] under PerTensor. A row of zeros
@@ -467,7 +471,8 @@ def choose_activation_qparams(x: torch.Tensor, scheme: ActivationScheme, feature
     elif scheme.symmetric:
         high = x.abs().amax(dim=dims).float().reshape(shape)
         # By a tensor: CUDA divides by a Python number through its reciprocal, which is not the CPU's quotient.
-        return QParams((high / torch.full_like(high, _activation_max(scheme))).clamp_(min=MIN_SCALE))
+        high = high / torch.full_like(high, _activation_max(scheme))
+        return QParams((high if clip is None else high * clip).clamp_(min=MIN_SCALE))
     else:
         low = x.amin(dim=dims).float().clamp_(max=0).reshape(shape)
         high = x.amax(dim=dims).float().clamp_(min=0).reshape(shape)
@@ -480,6 +485,7 @@ def quantize_activation(
     scale: torch.Tensor | None = None,
     zero_point: torch.Tensor | None = None,
     feature_dims: int = 1,
+    clip: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Codes of an input: round half to even of ``x / scale``, plus ``zero_point``, clamped; float8 saturates.
 
@@ -489,13 +495,14 @@ def quantize_activation(
         scale: fp32, broadcastable to ``x`` (static scales); None measures it.
         zero_point: int8 of ``scale``'s shape; asymmetric schemes only.
         feature_dims: as in :func:`choose_activation_qparams`.
+        clip: likewise; measured scales only.
 
     Returns:
         codes [..., K] int8 (int4 codes too) or float8_e4m3fn; scale fp32; zero_point or None.
     """
-    measured = scale is None
+    measured = scale is None and clip is None
     if scale is None:
-        qparams = choose_activation_qparams(x, scheme, feature_dims)
+        qparams = choose_activation_qparams(x, scheme, feature_dims, clip)
         scale, zero_point = qparams.scale, qparams.zero_point
     steps = _activation_steps(x, scheme, scale, zero_point)
     # A scale measured from x clips no integer, and the pass over x is saved.

@@ -221,7 +221,7 @@ class ActivationScheme:
     """How a layer's input is quantized.
 
     Args:
-        format: int8, int4 (held in an int8 container at run time) or float8_e4m3fn.
+        format: int8, int4 or int3 (held in an int8 container at run time) or float8_e4m3fn.
         granularity: PerTensor or PerToken.
         dynamic: True measures the scale on every call; False stores ``input_scale`` [1] (PerTensor only).
         symmetric: False adds ``input_zero_point``; static int8 only.
@@ -234,8 +234,10 @@ class ActivationScheme:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", NumberFormat(self.format))
-        if self.format not in (NumberFormat.INT8, NumberFormat.INT4, NumberFormat.FLOAT8_E4M3):
-            raise ConfigError(f"ActivationScheme: format must be int8, int4 or float8_e4m3fn, got {self.format.value}.")
+        if self.format is NumberFormat.INT2:
+            raise ConfigError(
+                f"ActivationScheme: format must be int8, int4, int3 or float8_e4m3fn, got {self.format.value}."
+            )
         if not isinstance(self.granularity, PerTensor | PerToken):
             raise ConfigError("ActivationScheme: granularity must be PerTensor or PerToken.")
         if not self.dynamic and not isinstance(self.granularity, PerTensor):

@@ -16,7 +16,6 @@ Whenever the place is unknown the context has a ``problem``, and whoever reads i
 from __future__ import annotations
 
 import contextlib
-import inspect
 import threading
 import weakref
 from collections import Counter
@@ -30,7 +29,6 @@ from torch.utils.hooks import RemovableHandle
 
 from diffuse_compress.components import unwrap
 from diffuse_compress.errors import MissingDependencyError
-from diffuse_compress.families.base import TIMESTEP_NAMES
 from diffuse_compress.runtime import events
 from diffuse_compress.runtime.run import START_UNKNOWN, Run
 from diffuse_compress.runtime.sampling import SamplingSettings
@@ -43,6 +41,7 @@ from diffuse_compress.runtime.stats import (
     missed_message,
     warn,
 )
+from diffuse_compress.runtime.timestep import TimestepArgument
 
 __all__ = [
     "GRADIENT",
@@ -346,7 +345,7 @@ class StepTracker:
         self.last_owner: weakref.ref[Any] | None = None
         self._warned: set[str] = set()
         self._warned_of_settings: set[str] = set()
-        self._position: tuple[str, int] | None = None
+        self._argument: TimestepArgument | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepTracker:
         return StepTracker(self.model, self.consumers)
@@ -449,18 +448,9 @@ class StepTracker:
             )
 
     def _timestep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._position is None:
-            # The first parameter is the module itself, whatever it is called.
-            parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-            names = [parameter.name for parameter in parameters]
-            name = next((name for name in TIMESTEP_NAMES if name in names), "")
-            hidden = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
-            self._position = name, names.index(name) if name else 1 if hidden else -1
-        name, position = self._position
-        for key in (name,) if name else TIMESTEP_NAMES:
-            if key in kwargs:
-                return kwargs[key]
-        return args[position] if 0 <= position < len(args) else None
+        if self._argument is None:
+            self._argument = TimestepArgument.of(module)
+        return self._argument.read(args, kwargs)
 
 
 def _unpickled(model: str, consumers: dict[str, Consumer], next_hook: int) -> StepTracker:

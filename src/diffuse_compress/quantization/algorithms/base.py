@@ -228,6 +228,7 @@ _MODULES: dict[str, str] = {
     "rtn": "diffuse_compress.quantization.algorithms.rtn",
     "smoothquant": "diffuse_compress.quantization.algorithms.smoothquant",
     "svdquant": "diffuse_compress.quantization.algorithms.svdquant",
+    "trained": "diffuse_compress.quantization.algorithms.trained",
 }
 _REGISTRY: dict[type[AlgorithmConfig], WeightQuantizer] = {}
 _BLOCK_REGISTRY: dict[type[AlgorithmConfig], BlockCalibrator] = {}
