@@ -14,8 +14,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 import diffuse_compress as dc
 import tiny
 import tiny_vlm
+from diffuse_compress.integrations.component import quantized_layers
 from diffuse_compress.integrations.kv_layers import QuantizedKVLayer
 from diffuse_compress.quantization.kv_cache import dequantize_states, quantize_states
+from diffuse_compress.training.clips import InputClips, attach_clips, clips_of
 
 SMALL = dc.KIVIConfig(bits=2, group_size=8, residual_length=8, num_sink_tokens=2)
 NEW_TOKENS = 24
@@ -259,3 +261,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_touched(monkeypatch: py
     monkeypatch.setenv("DIFFUSE_COMPRESS_NO_PATCH", "1")
     with pytest.raises(dc.ConfigError, match="DIFFUSE_COMPRESS_NO_PATCH is set"):
         build().compress(SMALL)
+
+
+def test_tensors_of_another_method_come_back_beside_it(tmp_path: Path) -> None:
+    model = build().compress("w8a8", SMALL, measure=False)
+    layers = tuple(quantized_layers(model))
+    clips = InputClips(layers, torch.full((len(layers), 1), 0.9), 0.0, 1000.0)
+    attach_clips(model, clips)
+    model.save_pretrained(tmp_path)
+    again, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["unexpected_keys"]
+    found = clips_of(again)
+    assert found is not None
+    assert torch.equal(found.values, clips.values)
+    assert torch.equal(generate(again), generate(model))
