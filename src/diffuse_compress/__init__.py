@@ -9,6 +9,8 @@ lets plain ``from_pretrained`` load what they saved. The same verbs are function
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from diffuse_compress.api import (
     METHODS,
     compress,
@@ -48,6 +50,7 @@ from diffuse_compress.feature_cache import (
 )
 from diffuse_compress.importing import import_quantized
 from diffuse_compress.integrations.attach import attach, register_quantizers
+from diffuse_compress.integrations.kv_cache import cache_class
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.layer_sensitivity import SensitivityReport
 from diffuse_compress.logging import (
@@ -67,6 +70,7 @@ from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig
 from diffuse_compress.quantization.algorithms.svdquant import SVDQuantConfig
+from diffuse_compress.quantization.kv_cache import KIVIConfig
 from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
@@ -87,6 +91,9 @@ from diffuse_compress.temporal.config import TableConfig, TFMQConfig
 from diffuse_compress.training.config import QVGenConfig
 from diffuse_compress.training.options import TrainerOptions
 from diffuse_compress.training.trainer import QATTrainer, TrainingResult
+
+if TYPE_CHECKING:
+    from diffuse_compress.integrations.kv_layers import QuantizedKVCache
 
 __version__ = "0.1.0.dev0"
 
@@ -111,6 +118,7 @@ __all__ = [
     "HQQConfig",
     "HarmoniCaConfig",
     "IncompatibleShapeError",
+    "KIVIConfig",
     "MissingDependencyError",
     "ModelStateError",
     "NumberFormat",
@@ -125,6 +133,7 @@ __all__ = [
     "QVGenConfig",
     "QuaRotConfig",
     "QuantizationConfig",
+    "QuantizedKVCache",
     "RTNConfig",
     "Recipe",
     "SVDQuantConfig",
@@ -161,6 +170,14 @@ __all__ = [
     "set_verbosity_info",
     "set_verbosity_warning",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # A subclass of transformers' cache: that library is imported where it is asked for, and need not be there.
+    if name == "QuantizedKVCache":
+        return cache_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 set_verbosity_from_environment()
 

@@ -21,12 +21,14 @@ from diffuse_compress.calibration.recording import items_of
 from diffuse_compress.components import compute_dtype_of
 from diffuse_compress.integrations.component import ComponentState, get_state
 from diffuse_compress.integrations.doors import marks_of
+from diffuse_compress.integrations.kv_cache import attach_kv_cache, detach_kv_cache
 from diffuse_compress.integrations.methods import live_methods
 from diffuse_compress.integrations.origin import repository_of
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.logging import get_logger
 from diffuse_compress.method_plan import MethodPlan
 from diffuse_compress.progress import Callback
+from diffuse_compress.quantization.kv_cache import KIVIConfig
 from diffuse_compress.quantization.spec import QuantizationSpec
 from diffuse_compress.temporal.config import TFMQConfig
 from diffuse_compress.transaction import Transaction
@@ -65,6 +67,10 @@ def apply_methods(
             schedule = replace(schedule, details={**schedule.details, **measured})
             spill.on_rollback(functools.partial(remove_cache, models[name]))
             apply_cache(models[name], schedule, config)
+    for plan in plans:
+        if isinstance(plan.config, KIVIConfig):
+            spill.on_rollback(functools.partial(detach_kv_cache, models[plan.component]))
+            attach_kv_cache(models[plan.component], plan.config)
     for name in dict.fromkeys(plan.component for plan in plans):
         _mark_dense(models[name], spill)
 

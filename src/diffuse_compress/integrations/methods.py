@@ -25,8 +25,10 @@ from diffuse_compress.errors import (
     MissingDependencyError,
     ModelStateError,
 )
-from diffuse_compress.integrations.compat import may_patch
+from diffuse_compress.integrations.compat import NO_PATCH_VARIABLE, may_patch
+from diffuse_compress.integrations.kv_cache import attach_kv_cache, detach_kv_cache, kv_config_of
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
+from diffuse_compress.quantization.kv_cache import KV_KIND, KIVIConfig
 from diffuse_compress.temporal.config import TEMPORAL_KIND, TableConfig, TFMQConfig
 from diffuse_compress.temporal.maintenance import Maintained, maintained_of, set_maintained, table_config
 from diffuse_compress.temporal.persist import load_table_state, table_state
@@ -45,6 +47,7 @@ __all__ = [
     "KINDS",
     "CacheMethod",
     "ClipMethod",
+    "KVCacheMethod",
     "Method",
     "Stored",
     "TemporalMethod",
@@ -350,7 +353,38 @@ class ClipMethod(Method):
         }
 
 
-KINDS: dict[str, Method] = {method.kind: method for method in (ClipMethod(), TemporalMethod(), CacheMethod())}
+class KVCacheMethod(Method):
+    """Quantized keys and values of ``generate`` (``kv_cache.py``): a configuration, no tensors."""
+
+    kind, title = KV_KIND, "KV cache"
+
+    def config_of(self, model: nn.Module) -> KIVIConfig | None:
+        return kv_config_of(model)
+
+    def is_embedded(self, model: nn.Module) -> bool:
+        return True
+
+    def store(self, model: nn.Module) -> Stored:
+        config = kv_config_of(model)
+        assert config is not None
+        return Stored(config.to_dict(), {}, {})
+
+    def restore(self, model: nn.Module, stored: Stored) -> None:
+        attach_kv_cache(model, KIVIConfig.from_dict(stored.config))
+
+    def remove(self, model: nn.Module) -> None:
+        detach_kv_cache(model)
+
+    def facts(self, model: nn.Module) -> dict[str, Any]:
+        return {"summary": self._described(model)}
+
+    def describe(self, config: Mapping[str, Any], stored: Stored | None) -> str:
+        return KIVIConfig.from_dict(config).summary
+
+
+KINDS: dict[str, Method] = {
+    method.kind: method for method in (ClipMethod(), TemporalMethod(), CacheMethod(), KVCacheMethod())
+}
 """By kind, in the order in which they are put on a model."""
 
 
@@ -413,15 +447,15 @@ def is_method_key(key: str) -> bool:
 
 
 def restore_methods(model: nn.Module, stored: Mapping[str, Stored]) -> None:
-    """Put the methods of a checkpoint on a model; where the classes of diffusers are to be left alone, none.
+    """Put the methods of a checkpoint on a model; where the libraries' classes are to be left alone, none.
 
     Raises:
         CheckpointError: one of them does not fit the model.
     """
     if stored and not may_patch():
         warnings.warn(
-            f"{type(model).__name__}: its {' and '.join(KINDS[kind].title for kind in stored)} stay off, since nothing "
-            "may follow the steps of a scheduler here.",
+            f"{type(model).__name__}: its {' and '.join(KINDS[kind].title for kind in stored)} stay off, since "
+            f"{NO_PATCH_VARIABLE} leaves the libraries' classes alone.",
             DiffuseCompressWarning,
             stacklevel=2,
         )

@@ -25,6 +25,7 @@ from diffuse_compress.integrations.component import (
     read_metadata,
     require_keys,
 )
+from diffuse_compress.integrations.methods import method_keys
 from diffuse_compress.integrations.peft import support_adapters
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD, QuantizationConfig
 from diffuse_compress.integrations.quantizer import QuantizerMixin
@@ -109,6 +110,10 @@ class DiffuseCompressHfQuantizer(QuantizerMixin, HfQuantizer):  # type: ignore[m
             self._await_dense_weights(model)
             return
         self._metadata = read_metadata(checkpoint_files)
+        self._files = [str(file) for file in checkpoint_files or ()]
+        if (self._metadata or {}).get("methods"):  # their tensors are read past the loader
+            ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+            model._keys_to_ignore_on_load_unexpected = {*ignored, rf"{QUANT_METHOD}\."}
         layers = layers_of_checkpoint(model, spec, self._metadata, model.dtype)
         self._layers = _matching_prefix(model, layers, self._base_model_prefix)
         install_placeholders(model, self._layers)
@@ -143,13 +148,16 @@ class DiffuseCompressHfQuantizer(QuantizerMixin, HfQuantizer):  # type: ignore[m
         if conversions is not None:
             model._weight_conversions = [item for item in conversions if not isinstance(item, _PackedWeights)]
         _mark(model, self, state)
+        self._restore_methods(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         state_dict = model.state_dict()
         for name in quantized_layers(model):
             state_dict[f"{name}.weight"] = state_dict.pop(f"{name}.qweight").unsqueeze(0)
-        return state_dict, metadata_of(self.state) if self.state is not None else {}
+        if self.state is None:
+            return state_dict, {}
+        return {**state_dict, **method_keys(self.state.stored)}, metadata_of(self.state)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         self._restore_dense_layers(model)
