@@ -8,8 +8,8 @@ docs/training.md.
 
 All arms quantize the same layers of emoji_wan (64x64, 9 frames) to the same formats, and start from the same ranges:
 
-- start: nothing is trained: rounded to nearest within ranges of least error, with the clips that trainings begin with;
-- lsq: learns the clips that the teacher draws without guidance, noised, and not the teacher's outputs (LSQ's task loss);
+- start: not trained: rounded to nearest within ranges of least error, with the clips that trainings begin with;
+- lsq: learns clips, noised, that the teacher draws without guidance, and not its outputs (the task loss, as LSQ);
 - kd: learns the teacher's outputs, without a branch (as Q-DM);
 - efficientdm: the same, weights frozen, a low-rank change of them trained;
 - qvgen: the same as kd with the branch, which has left after ``--decay-fraction`` of the steps; an arm for each.
@@ -86,6 +86,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--inference-steps", type=int, default=20, help="of trajectories and clips")
     parser.add_argument("--count", type=int, default=128, help="clips of each arm")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--minutes", type=float, help="start no arm after that time; call again to go on")
     parser.add_argument("--out", type=Path, help="results as JSON; a file that is there is completed")
     parser.add_argument("--table", type=Path, nargs="+", help="print the table of these results and stop")
     parser.add_argument("--rehearse", action="store_true", help="one format and seed, and few of everything")
@@ -305,7 +306,7 @@ def write(path: Path, content: Any, indent: int | None = 1) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """{"settings", "environments", "teacher", "arms": {"format/arm/seed": what was measured}}."""
-    settings = {key: getattr(options, key) for key in SETTINGS}
+    began, settings = time.monotonic(), {key: getattr(options, key) for key in SETTINGS}
     results: dict[str, Any] = {"settings": settings, "environments": [], "arms": {}}
     curves: dict[str, Any] = {}
     aside = None if options.out is None else options.out.with_suffix(".curves.json")
@@ -327,6 +328,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     left = [one for one in wanted if f"{one[1]}/{one[2]}/{one[0]}" not in results["arms"]]
     bench = Bench(options) if left else None
     for seed, form, arm in left:
+        if options.minutes is not None and time.monotonic() >= began + 60 * options.minutes:
+            break
         assert bench is not None
         key = f"{form}/{arm}/{seed}"
         results["teacher"] = bench.teacher
