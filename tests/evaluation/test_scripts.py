@@ -393,3 +393,84 @@ def test_against_llmcompressor_gives_back_dense_weights_of_the_scheme(tmp_path: 
     lines = script.table(made).splitlines()
     assert lines[-2].endswith("| 6.600 (6.500-6.700) | 6.600 (6.500-6.700) | 3.0 (2.0-4.0) | 3.0 (2.0-4.0) | 1.00 |")
     assert lines[-1].endswith("| 6.600 (6.500-6.700) |  | 3.0 (2.0-4.0) |  |  |")
+
+
+def test_qat_quality_splits_prompts_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load_script("qat_quality")
+    assert not set(script.prompts(128, training=True)) & set(script.prompts(128, training=False))
+    options = script.parse_arguments(["--decay-fraction", "0.5", "1"])
+    assert script.arms_of(options) == ["start", "lsq", "kd", "efficientdm", "qvgen-0.5", "qvgen-1"]
+    assert script.config_of("qvgen-0.5", "w3a3", 1, options).decay_fraction == 0.5
+    assert not script.config_of("start", "w4a4", 0, options).has_phi
+    arm = {"loss": 0.5, "psnr": 20.0, "motion_error": 0.25, "top1": 1.0, "moved": 1.0, "both": 1.0}
+    arms = {"w3a3/start/0": arm, "w4a4/kd/0": arm, "w4a4/kd/1": {**arm, "loss": 0.7, "grad_norm": 3.0}}
+    for place, key in enumerate(arms):
+        (tmp_path / f"{place}.json").write_text(json.dumps({"teacher": {"top1": 0.9}, "arms": {key: arms[key]}}))
+    script.main(["--table", *(str(path) for path in sorted(tmp_path.iterdir()))])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| | teacher | |  |  |  | 0.9 |  |  |  |"
+    assert (
+        lines[3]
+        == "| w4a4 | kd | 2 | 0.6 (0.5-0.7) | 20 (20-20) | 0.25 (0.25-0.25) | 1 (1-1) | 1 (1-1) | 1 (1-1) | 3 |"
+    )
+    assert lines[4].startswith("| w3a3 | start | 1 | 0.5 | 20 |")
+
+
+@pytest.mark.slow  # draws clips of emoji_wan, and trains it
+def test_qat_quality_rehearses_and_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, out = load_script("qat_quality"), tmp_path / "results" / "qat.json"
+    script.main(["--rehearse", "--out", str(out)])
+    printed, results = capsys.readouterr().out, json.loads(out.read_text())
+    assert list(results["arms"]) == [f"w4a4/{arm}/0" for arm in ("start", "lsq", "kd", "efficientdm", "qvgen-0.8")]
+    assert all(0 < arm["loss"] < 1 and arm["psnr"] > 10 and arm["motion_error"] > 0 for arm in results["arms"].values())
+    curves = json.loads(out.with_suffix(".curves.json").read_text())
+    assert [len(curve.get("grad_norm", ())) for curve in curves.values()] == [0, 8, 8, 8, 8]
+    ranks = [len(next(iter(layers.values()))) for layers in curves["w4a4/qvgen-0.8/0"]["spectrum"].values()]
+    assert ranks[0] == 4
+    assert ranks[-1] == 0
+    assert ranks == sorted(ranks, reverse=True)
+    monkeypatch.setattr(script, "Bench", None)  # every arm is there already
+    script.main(["--rehearse", "--out", str(out)])
+    assert capsys.readouterr().out == printed
+    with pytest.raises(SystemExit, match="its arms were run with"):
+        script.main(["--rehearse", "--out", str(out), "--learning-rate", "1e-3"])
+
+
+def test_qat_cost_layers_are_the_released_ones(tmp_path: Path) -> None:
+    script, out = load_script("qat_cost"), tmp_path / "bench" / "lines.jsonl"
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(64, 32), torch.randn(1, 9, 64, requires_grad=True)
+    nested = script.NestedLinear(linear, (8, 8))
+    with torch.no_grad():
+        for logits in (nested.upper, nested.lower):
+            logits.fill_(20.0)
+        wanted = torch.nn.functional.linear(x * 0.95, linear.weight + nested.up @ nested.down, linear.bias)
+    found = nested(x)
+    assert 0 < (found - wanted).abs().max() < 0.2
+    found.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in (*nested.parameters(), x))
+    options = ["--tiny", "--device", "cpu", "--repeats", "1", "--parts", "layer", "--out", str(out)]
+    assert script.main(options) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["arm"] for line in lines] == [arm for arm in script.ARMS for _ in range(3)]
+    assert all(line["forward_ms"] > 0 < line["backward_ms"] for line in lines)
+    assert script.main([*options, "--minutes", "0"]) == 0
+    assert len(out.read_text().splitlines()) == len(lines)
+
+
+@pytest.mark.slow  # trains the first layers of Wan at their width of text and feed-forward
+def test_qat_cost_rehearses_without_a_gpu(tmp_path: Path) -> None:
+    script, out = load_script("qat_cost"), tmp_path / "lines.jsonl"
+    options = ["--tiny", "--device", "cpu", "--repeats", "1", "--parts", "model", "boundary"]
+    assert script.main([*options, "--weights", "float32", "--out", str(out)]) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["what"] for line in lines] == ["step"] * 4 + ["ratio", "boundary"]
+    assert [line["arm"] for line in lines[:4]] == list(script.ARMS)
+    for line in lines[:4]:
+        parts = ("teacher_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds")
+        assert sum(line[part] for part in parts) == pytest.approx(line["seconds"])
+    assert lines[4]["seconds"] == pytest.approx(lines[1]["seconds"] / lines[2]["seconds"])
+    assert lines[5]["ours"] > 0 < lines[5]["released"]
+    assert sum(lines[5]["layers"].values()) == lines[2]["layers"]
