@@ -189,7 +189,8 @@ CALL: dict[str, Any] = {
 }
 
 
-def test_calibration_of_a_trained_model_meets_its_budget(pipe, untouched_rng):
+def test_calibration_of_a_trained_model_meets_its_budget(pipe, untouched_rng, monkeypatch):
+    monkeypatch.setattr("diffuse_compress.caching.rehearsal._LONG_SECONDS", math.inf)  # on a slow machine, too
     model = pipe.transformer
     seen: list[tuple[str, int, int]] = []
     prompts = (prompt for prompt in ("red heart", "teddy bear", "never used"))
