@@ -446,6 +446,8 @@ def test_qat_cost_layers_are_the_released_ones(tmp_path: Path) -> None:
     with torch.no_grad():
         for logits in (nested.upper, nested.lower):
             logits.fill_(20.0)
+        nested.up.mul_(10)
+        nested.down.mul_(10)
         wanted = torch.nn.functional.linear(x * 0.95, linear.weight + nested.up @ nested.down, linear.bias)
     found = nested(x)
     assert 0 < (found - wanted).abs().max() < 0.2
