@@ -39,8 +39,9 @@ from diffuse_compress.calibration.work_folder import write_whole
 from diffuse_compress.errors import CheckpointError, ConfigError, ModelStateError
 from diffuse_compress.pipeline_call import from_noise, outputs_of, seeded, untouched
 from diffuse_compress.progress import Callback, bar
+from diffuse_compress.runtime.processes import Processes
 
-__all__ = ["Processes", "RouterTrainer", "schedulers_of"]
+__all__ = ["RouterTrainer", "schedulers_of"]
 
 _STATE = "router.safetensors"
 _STAGE = "Training a router"
@@ -51,29 +52,6 @@ _PRICE_RATE = 2.0
 def schedulers_of(pipe: Any) -> dict[str, Any]:
     """Components that a training can listen to, by name."""
     return {n: part for n, part in pipe.components.items() if n in vars(pipe) and hasattr(part, "set_timesteps")}
-
-
-class Processes:
-    """The processes that train one table."""
-
-    def __init__(self, state: Any) -> None:
-        self._state = state
-        self.count = 1 if state is None else int(state.num_processes)
-        self.index = 0 if state is None else int(state.process_index)
-
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean over the processes of a float64 tensor on the CPU."""
-        if self.count == 1:
-            return values
-        from accelerate.utils import reduce
-
-        found: torch.Tensor = reduce(values.to(self._state.device), reduction="mean")
-        return found.cpu()
-
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.count > 1:
-            self._state.wait_for_everyone()
 
 
 class RouterTrainer:

@@ -31,10 +31,11 @@ from diffuse_compress.caching.rehearsal import (
     loop_speedup,
 )
 from diffuse_compress.caching.schedule import Schedule
-from diffuse_compress.caching.trainer import Processes, RouterTrainer, schedulers_of
+from diffuse_compress.caching.trainer import RouterTrainer, schedulers_of
 from diffuse_compress.calibration.work_folder import WorkFolder, digest_of_items, digest_of_weights
 from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.progress import Callback
+from diffuse_compress.runtime.processes import Processes
 from diffuse_compress.versions import installed_versions
 
 __all__ = ["RouterTraining", "train_cache"]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from diffuse_compress.errors import ConfigError
+from diffuse_compress.runtime.processes import Processes
 from diffuse_compress.training.sharding import is_sharded, whole
 
 __all__ = ["Team", "gathered", "like", "placed", "unshard"]
@@ -21,7 +22,7 @@ __all__ = ["Team", "gathered", "like", "placed", "unshard"]
 _BUCKET = 64 << 20
 
 
-class Team:
+class Team(Processes):
     """The processes of a training.
 
     Args:
@@ -32,9 +33,7 @@ class Team:
     """
 
     def __init__(self, state: Any = None) -> None:
-        self.state = state
-        self.count = 1 if state is None else int(state.num_processes)
-        self.index = 0 if state is None else int(state.process_index)
+        super().__init__(state)
         kind = "" if state is None else str(getattr(state, "distributed_type", "")).rpartition(".")[2]
         if kind in ("DEEPSPEED", "MEGATRON_LM"):
             raise ConfigError(
@@ -47,19 +46,6 @@ class Team:
     def is_first(self) -> bool:
         """The process that writes."""
         return self.index == 0
-
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.count > 1:
-            self.state.wait_for_everyone()
-
-    def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """Over the processes."""
-        if self.count > 1:
-            value = value.clone()
-            torch.distributed.all_reduce(value)
-            value /= self.count
-        return value
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Gradients of whole parameters become those of all processes' batches; sharded ones are that already."""
