@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 __all__ = [
     "CheckpointError",
@@ -15,6 +17,7 @@ __all__ = [
     "MissingDependencyError",
     "ModelStateError",
     "UnsupportedHardwareError",
+    "known_fields",
     "nearest",
     "reasons_text",
 ]
@@ -62,6 +65,15 @@ def nearest(word: str, choices: Iterable[str], limit: int = 3) -> str:
     close = difflib.get_close_matches(word.lower(), known, n=limit, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(name) for name in close)}? " if close else ""
     return f"{hint}Available: {', '.join(known)}"
+
+
+def known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values``, arguments of a dataclass; raises ConfigError for one that it does not have."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    unknown = next((name for name in values if name not in names), None)
+    if unknown is not None:
+        raise ConfigError(f"{cls.__name__}: unknown field {unknown!r}; {nearest(unknown, names)}")
+    return dict(values)
 
 
 def reasons_text(reasons: Mapping[str, str]) -> str:

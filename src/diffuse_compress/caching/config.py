@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ import torch
 from diffuse_compress.caching.schedule import CachePoint
 from diffuse_compress.caching.store import Placement
 from diffuse_compress.caching.units import Granularity
-from diffuse_compress.errors import ConfigError, nearest
+from diffuse_compress.errors import ConfigError, known_fields, nearest
 
 __all__ = [
     "CACHE_KIND",
@@ -292,11 +292,7 @@ def cache_config_from_dict(data: Mapping[str, Any]) -> CacheConfig:
     if method not in _METHODS:
         raise ConfigError(f"feature cache: unknown method {method!r}; {nearest(str(method), list(_METHODS))}")
     cls = _METHODS[method]
-    names = [each.name for each in fields(cls)]
-    unknown = next((name for name in values if name not in names), None)
-    if unknown is not None:
-        raise ConfigError(f"{cls.__name__}: unknown field {unknown!r}; {nearest(unknown, names)}")
-    return cls(**values)
+    return cls(**known_fields(cls, values))
 
 
 def too_few_steps(steps: int) -> ConfigError:

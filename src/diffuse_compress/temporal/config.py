@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from diffuse_compress.errors import ConfigError, nearest
+from diffuse_compress.errors import ConfigError, known_fields, nearest
 
 __all__ = ["TEMPORAL_KIND", "Maintenance", "Scope", "TFMQConfig", "TableConfig", "TableFormat", "WeightPlace"]
 
@@ -157,7 +157,7 @@ class TFMQConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.table, Mapping):
-            object.__setattr__(self, "table", TableConfig(**_known(TableConfig, self.table)))
+            object.__setattr__(self, "table", TableConfig(**known_fields(TableConfig, self.table)))
         if not isinstance(self.table, TableConfig):
             raise ConfigError(f"TFMQConfig: table is a TableConfig, got {type(self.table).__name__}.")
         steps: Any = self.num_inference_steps
@@ -234,15 +234,7 @@ class TFMQConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TFMQConfig:
         """Read a :meth:`to_dict`. Raises ConfigError for an unknown field."""
-        return cls(**_known(cls, data))
-
-
-def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    names = [item.name for item in fields(cls)]  # type: ignore[arg-type]
-    unknown = next((name for name in values if name not in names), None)
-    if unknown is not None:
-        raise ConfigError(f"{cls.__name__}: unknown field {unknown!r}; {nearest(unknown, names)}")
-    return dict(values)
+        return cls(**known_fields(cls, data))
 
 
 def _member(name: str, kind: type[Enum], value: object, where: str = "TableConfig") -> Enum:

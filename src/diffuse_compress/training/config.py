@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
-from diffuse_compress.errors import ConfigError, nearest
+from diffuse_compress.errors import ConfigError, known_fields, nearest
 from diffuse_compress.quantization.algorithms.trained import TrainedConfig
 from diffuse_compress.quantization.presets import PRESETS, resolve_preset
 from diffuse_compress.quantization.scheme import (
@@ -344,11 +344,7 @@ class QVGenConfig(_Loop, _Branch, _Rounding):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QVGenConfig:
         """Read :meth:`to_dict`. Raises ConfigError for an unknown field."""
-        names = [each.name for each in fields(cls)]
-        unknown = next((name for name in data if name not in names), None)
-        if unknown is not None:
-            raise ConfigError(f"QVGenConfig: unknown field {unknown!r}; {nearest(unknown, names)}")
-        return cls(**data)
+        return cls(**known_fields(cls, data))
 
 
 def _pair(name: str, value: Any) -> tuple[float, float]:
