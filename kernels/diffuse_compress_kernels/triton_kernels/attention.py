@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from diffuse_compress_kernels.triton_kernels.attention_codes import KeyValueCodes, floored
+from diffuse_compress_kernels.triton_kernels.attention_codes import KeyValueCodes, floored, largest_along, quotients, to_float8
 from diffuse_compress_kernels.triton_kernels.attention_tables import KEY_BLOCK, AttentionTile, columns_of
 from diffuse_compress_kernels.triton_kernels.divide import larger
 from diffuse_compress_kernels.triton_kernels.plans import plan_for, start_and_keep
@@ -39,9 +39,9 @@ FLOAT8_SHIFT = tl.constexpr(8.0)
 
 
 @triton.jit
-def _float8_operand(p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _float8_operand(p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COMPILED: tl.constexpr):
     """Columns of every 16 in the order of ``key_at``: no data moves, every thread keeps what it holds."""
-    p = tl.reshape(p.to(tl.float8e4nv), (BLOCK_M, BLOCK_N // 16, 2, 4, 2))
+    p = tl.reshape(to_float8(p, COMPILED), (BLOCK_M, BLOCK_N // 16, 2, 4, 2))
     return tl.reshape(tl.permute(p, (0, 1, 3, 2, 4)), (BLOCK_M, BLOCK_N))
 
 
@@ -71,7 +71,7 @@ def _step(
     stride_ks, stride_vs, stride_mm, stride_mn,
     HEAD: tl.constexpr, MORE: tl.constexpr, V_MORE: tl.constexpr, EVEN: tl.constexpr, FLOAT8: tl.constexpr,
     MASKED: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):  # fmt: skip
     """Keys start to start + BLOCK_N."""
     n = start + tl.arange(0, BLOCK_N)
@@ -104,7 +104,7 @@ def _step(
     total = total * alpha + tl.sum(p, 1)
     e = HEAD + tl.arange(0, V_MORE if V_MORE else 16)
     if FLOAT8:
-        p = _float8_operand(p, BLOCK_M, BLOCK_N)
+        p = _float8_operand(p, BLOCK_M, BLOCK_N, COMPILED)
         v = tl.load(v_ptr + d[:, None] * stride_vs + n[None, :])
         acc = acc * alpha[:, None] + tl.dot(p, tl.trans(v))
         if V_MORE:
@@ -113,14 +113,14 @@ def _step(
     else:
         p = p.to(v_ptr.dtype.element_ty)
         # The interpreter multiplies bits of bf16.
-        p = p.to(tl.float32) if UPCAST else p
+        p = p.to(tl.float32) if not COMPILED else p
         v_places = v_ptr + n[:, None] * stride_vs
         v = _load_values(v_places + d[None, :], (n < length)[:, None], (d < D)[None, :], MASKED, EVEN or MORE > 0)
-        v = v.to(tl.float32) if UPCAST else v
+        v = v.to(tl.float32) if not COMPILED else v
         acc = tl.dot(p, v, acc * alpha[:, None])
         if V_MORE:
             v = _load_values(v_places + e[None, :], (n < length)[:, None], (e < D)[None, :], MASKED, EVEN)
-            v = v.to(tl.float32) if UPCAST else v
+            v = v.to(tl.float32) if not COMPILED else v
             acc_more = tl.dot(p, v, acc_more * alpha[:, None])
     return acc, acc_more, total, new, q_scale
 
@@ -139,20 +139,19 @@ def _load_values(places, rows, columns, MASKED: tl.constexpr, EVEN: tl.constexpr
 
 
 @triton.jit
-def _code_queries(values, scale):
-    return (tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape)) + ROUNDING_MAGIC).to(
-        tl.int32, bitcast=True
-    ).to(tl.int8)  # fmt: skip
+def _code_queries(values, scale, COMPILED: tl.constexpr):
+    steps = quotients(values, scale[:, None], COMPILED)
+    return (steps + ROUNDING_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit(do_not_specialize=["SQ", "SK"])
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, k_scale_ptr, v_scale_ptr, mask_ptr, lengths_ptr,
-    SQ, SK, D, group,
+    SQ, SK, eighths, group,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_mb, stride_mh, stride_mm, stride_mn, k_blocks, logit_scale,
     HEAD: tl.constexpr, MORE: tl.constexpr, V_MORE: tl.constexpr, EVEN: tl.constexpr, FLOAT8: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """A program per block of queries, head and batch; ``group`` heads of queries share one of keys and values.
 
@@ -163,22 +162,24 @@ def attention_kernel(
         # Those with most keys begin first.
         block = tl.num_programs(0) - 1 - block
     kv_head = head // group
+    # A multiple of 8, or loads would go by single elements.
+    D = eighths * 8
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, HEAD)
     rows = (m < SQ)[:, None]
     q_places = q_ptr + batch * stride_qb + head * stride_qh + m[:, None] * stride_qs
     q_mask = rows if MORE or (EVEN and not V_MORE) else rows & (d < D)[None, :]
     q = tl.load(q_places + d[None, :], mask=q_mask, other=0.0).to(tl.float32)
-    largest = tl.reduce(tl.abs(q), 1, larger)
+    largest = largest_along(q, 1)
     q_more = q
     if MORE:
         d_more = HEAD + tl.arange(0, MORE)
         q_more = tl.load(q_places + d_more[None, :], mask=rows & (d_more < D)[None, :], other=0.0).to(tl.float32)
-        largest = larger(largest, tl.reduce(tl.abs(q_more), 1, larger))
+        largest = larger(largest, largest_along(q_more, 1))
     q_scale = floored(largest / 127.0)
-    q = _code_queries(q, q_scale)
+    q = _code_queries(q, q_scale, COMPILED)
     if MORE:
-        q_more = _code_queries(q_more, q_scale)
+        q_more = _code_queries(q_more, q_scale, COMPILED)
     q_scale *= logit_scale * LOG2_E
 
     length = SK
@@ -206,30 +207,30 @@ def attention_kernel(
             acc, acc_more, total, largest, q_scale = _step(
                 acc, acc_more, total, largest, q, q_more, q_scale, k_ptr, v_ptr, k_scale_ptr, mask_ptr, start, m,
                 length, D, stride_ks, stride_vs, stride_mm, stride_mn,
-                HEAD, MORE, V_MORE, EVEN, FLOAT8, False, MASK, CAUSAL, BLOCK_M, BLOCK_N, UPCAST,
+                HEAD, MORE, V_MORE, EVEN, FLOAT8, False, MASK, CAUSAL, BLOCK_M, BLOCK_N, COMPILED,
             )  # fmt: skip
     for start in tl.range(whole, end, BLOCK_N, num_stages=1 if MASK == "none" else None):
         acc, acc_more, total, largest, q_scale = _step(
             acc, acc_more, total, largest, q, q_more, q_scale, k_ptr, v_ptr, k_scale_ptr, mask_ptr, start, m,
             length, D, stride_ks, stride_vs, stride_mm, stride_mn,
-            HEAD, MORE, V_MORE, EVEN, FLOAT8, True, MASK, CAUSAL, BLOCK_M, BLOCK_N, UPCAST,
+            HEAD, MORE, V_MORE, EVEN, FLOAT8, True, MASK, CAUSAL, BLOCK_M, BLOCK_N, COMPILED,
         )  # fmt: skip
 
     inverse = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
     out_places = out_ptr + batch * stride_ob + head * stride_oh + m[:, None] * stride_os
-    _store(out_places, acc * inverse, v_scale_ptr, (batch * (tl.num_programs(1) // group) + kv_head) * (HEAD + V_MORE),
-           d, rows, D, FLOAT8)  # fmt: skip
+    if FLOAT8:
+        v_scale_ptr += (batch * (tl.num_programs(1) // group) + kv_head) * (HEAD + V_MORE)
+    _store(out_places, acc * inverse, v_scale_ptr, d, rows, D, FLOAT8, EVEN or V_MORE > 0)
     if V_MORE:
-        _store(out_places, acc_more * inverse, v_scale_ptr,
-               (batch * (tl.num_programs(1) // group) + kv_head) * (HEAD + V_MORE), HEAD + tl.arange(0, V_MORE),
-               rows, D, FLOAT8)  # fmt: skip
+        _store(out_places, acc_more * inverse, v_scale_ptr, HEAD + tl.arange(0, V_MORE), rows, D, FLOAT8, EVEN)
 
 
 @triton.jit
-def _store(places, out, v_scale_ptr, scales, d, rows, D, FLOAT8: tl.constexpr):
+def _store(places, out, v_scale_ptr, d, rows, D, FLOAT8: tl.constexpr, EVEN: tl.constexpr):
     if FLOAT8:
-        out *= tl.load(v_scale_ptr + scales + d)[None, :]
-    tl.store(places + d[None, :], out.to(places.dtype.element_ty), mask=rows & (d < D)[None, :])
+        out *= tl.load(v_scale_ptr + d)[None, :]
+    mask = rows if EVEN else rows & (d < D)[None, :]
+    tl.store(places + d[None, :], out.to(places.dtype.element_ty), mask=mask)
 
 
 def attend(
@@ -266,7 +267,7 @@ def attend(
     group, keys = heads // codes.keys.shape[1], value.shape[2]
     pointers = (query, codes.keys, values, out, codes.key_scale, codes.value_scale, mask, lengths)
     strides = (*query.stride()[:3], *codes.keys.stride()[:3], *values.stride()[:3], *out.stride()[:3])
-    numbers = (queries, keys, depth, group, *strides, *mask_strides, codes.key_scale.shape[2], float(scale))
+    numbers = (queries, keys, depth // 8, group, *strides, *mask_strides, codes.key_scale.shape[2], float(scale))
     absent = (mask is None or mask.dtype, lengths is None, query.dtype, values.dtype)
     key = ("attention", batch, heads, numbers, absent, causal, tile, query.device.index)
     plan = plan_for(key, query.device)
@@ -283,7 +284,7 @@ def attend(
         "CAUSAL": causal,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "UPCAST": INTERPRETED,
+        "COMPILED": not INTERPRETED,
     }
     chosen = variant(
         attention_kernel, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True, **constants

@@ -12,7 +12,7 @@ as tensor cores read 8-bit operands along the summed dimension, and keys of ever
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,13 +22,16 @@ from diffuse_compress_kernels.triton_kernels.attention_tables import KEY_BLOCK, 
 from diffuse_compress_kernels.triton_kernels.divide import larger
 from diffuse_compress_kernels.triton_kernels.plans import plan_for, start_and_keep
 from diffuse_compress_kernels.triton_kernels.rows import MIN_SCALE, ROUNDING_MAGIC
-from diffuse_compress_kernels.triton_kernels.start import variant
+from diffuse_compress_kernels.triton_kernels.start import INTERPRETED, variant
 
-__all__ = ["KeyValueCodes", "codes_kernel", "floored", "key_at", "quantize_keys_values", "statistics_kernel"]
+__all__ = ["KeyValueCodes", "codes_kernel", "floored", "key_at", "largest_along", "quantize_keys_values", "quotients", "statistics_kernel", "to_float8"]
 
 BLOCK_S = 64
 MAX_CHUNKS = 32
 FLOAT8_MAX = tl.constexpr(448.0)
+LEAST_NORMAL = tl.constexpr(2.0**-6)
+# Numbers this large are multiples of 2**-9, as float8 below its least normal number.
+SUBNORMAL_MAGIC = tl.constexpr(1.5 * 2.0**14)
 
 
 class KeyValueCodes(NamedTuple):
@@ -57,6 +60,38 @@ def key_at(place):
 
 
 @triton.jit
+def largest_along(values, AXIS: tl.constexpr):
+    """Largest magnitudes, of a NaN if there is one: as integers of their bits, which order as the floats do."""
+    return tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_float8(values, COMPILED: tl.constexpr):
+    """e4m3 of magnitudes up to 448. The interpreter loses the carry into the next power of two: round before."""
+    if not COMPILED:
+        bits = values.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        small = (values + SUBNORMAL_MAGIC) - SUBNORMAL_MAGIC
+        values = tl.where(tl.abs(values) < LEAST_NORMAL, small, bits.to(tl.float32, bitcast=True))
+    return values.to(tl.float8e4nv)
+
+
+@triton.jit
+def quotients(values, scale, COMPILED: tl.constexpr):
+    """values / scale of one shape, or to be broadcast: rounds to the code that the IEEE quotient does (``divide.py``).
+
+    Without its way for tiny scales, which are those of a head of zeros; not COMPILED: the interpreter fuses nothing.
+    """
+    scale = tl.broadcast_to(scale, values.shape)
+    if COMPILED:
+        inverse = 1.0 / scale
+        result = values * inverse
+        return tl.fma(tl.fma(-scale, result, values), inverse, result)
+    else:
+        return tl.div_rn(values, scale)
+
+
+@triton.jit
 def floored(scale):
     """A scale to divide by: never 0, and NaN stays, so that it shows in the output."""
     return tl.where(scale < MIN_SCALE, MIN_SCALE, scale)
@@ -65,7 +100,7 @@ def floored(scale):
 @triton.jit(do_not_specialize=["S"])
 def statistics_kernel(
     k_ptr, v_ptr, sums_ptr, maxima_ptr, lengths_ptr,
-    S, D, chunk,
+    S, eighths, chunk,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +110,8 @@ def statistics_kernel(
     if lengths_ptr is not None:
         length = tl.minimum(S, tl.load(lengths_ptr + batch).to(tl.int32))
     d = tl.arange(0, BLOCK_D)
-    inside = (d < D)[None, :]
+    # A multiple of 8, or loads would go by single elements.
+    inside = (d < eighths * 8)[None, :]
     k_ptr += batch * stride_kb + head.to(tl.int64) * stride_kh
     total = tl.zeros((BLOCK_D,), tl.float32)
     largest = tl.zeros((BLOCK_D,), tl.float32)
@@ -87,7 +123,7 @@ def statistics_kernel(
         total += tl.sum(tl.load(k_ptr + n[:, None] * stride_ks + d[None, :], mask=mask, other=0.0).to(tl.float32), 0)
         if v_ptr is not None:
             values = tl.load(v_ptr + n[:, None] * stride_vs + d[None, :], mask=mask, other=0.0).to(tl.float32)
-            largest = larger(largest, tl.reduce(tl.abs(values), 0, larger))
+            largest = larger(largest, largest_along(values, 0))
     place = ((batch * tl.num_programs(1) + head) * tl.num_programs(0) + part) * BLOCK_D + d
     tl.store(sums_ptr + place, total)
     if v_ptr is not None:
@@ -97,18 +133,19 @@ def statistics_kernel(
 @triton.jit(do_not_specialize=["S", "chunks"])
 def codes_kernel(
     k_ptr, v_ptr, sums_ptr, maxima_ptr, lengths_ptr, k_codes_ptr, k_scale_ptr, v_codes_ptr, v_scale_ptr,
-    S, D, heads, chunks,
-    stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, k_columns, v_columns, places,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    S, eighths, heads, chunks,
+    stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_cn, v_columns, stride_cd,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """A program per block of tokens, head (of keys, then of values) and batch; ``places`` is S'."""
+    """A program per block of tokens, head (of keys, then of values) and batch; ``stride_cd`` is S', ``stride_cn`` D'."""
     block, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     head = tl.program_id(1) % heads
     length = S
     if lengths_ptr is not None:
         length = tl.minimum(S, tl.load(lengths_ptr + batch).to(tl.int32))
     d = tl.arange(0, BLOCK_D)
-    inside = (d < D)[None, :]
+    # A multiple of 8, or loads would go by single elements.
+    inside = (d < eighths * 8)[None, :]
     row = batch * heads + head
     statistics = row * chunks * BLOCK_D + d
     j = block * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -116,30 +153,33 @@ def codes_kernel(
         total = tl.zeros((BLOCK_D,), tl.float32)
         for part in range(chunks):
             total += tl.load(sums_ptr + statistics + part * BLOCK_D)
-        mean = total / tl.maximum(length, 1).to(tl.float32)
+        count = tl.maximum(length, 1).to(tl.float32)
+        mean = tl.div_rn(total, tl.broadcast_to(count, total.shape))
         mask = (j < length)[:, None] & inside
         places_k = k_ptr + batch * stride_kb + head.to(tl.int64) * stride_kh + j[:, None] * stride_ks + d[None, :]
         keys = tl.load(places_k, mask=mask, other=0.0).to(tl.float32)
         keys = tl.where(mask, keys - mean[None, :], 0.0)
-        scale = floored(tl.reduce(tl.reduce(tl.abs(keys), 1, larger), 0, larger) / 127.0)
-        codes = (tl.div_rn(keys, scale) + ROUNDING_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+        largest = tl.max(largest_along(keys, 1).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
+        scale = floored(tl.div_rn(largest, 127.0))
+        codes = (quotients(keys, scale, COMPILED) + ROUNDING_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
         tl.store(k_scale_ptr + row * tl.num_programs(0) + block, scale)
-        to = k_codes_ptr + (row * places + j[:, None]) * k_columns + d[None, :]
-        tl.store(to, codes, mask=(d < k_columns)[None, :])
+        to = k_codes_ptr + (row * stride_cd + j[:, None]) * stride_cn + d[None, :]
+        tl.store(to, codes, mask=(d < stride_cn)[None, :])
     else:
-        largest = tl.zeros((BLOCK_D,), tl.float32)
+        most = tl.zeros((BLOCK_D,), tl.float32)
         for part in range(chunks):
-            largest = larger(largest, tl.load(maxima_ptr + statistics + part * BLOCK_D))
-        scale = floored(largest / FLOAT8_MAX)
+            most = larger(most, tl.load(maxima_ptr + statistics + part * BLOCK_D))
+        v_scale = floored(tl.div_rn(most, tl.full((BLOCK_D,), FLOAT8_MAX, tl.float32)))
         n = key_at(j)
-        mask = (n < length)[:, None] & inside
+        v_mask = (n < length)[:, None] & inside
         places_v = v_ptr + batch * stride_vb + head.to(tl.int64) * stride_vh + n[:, None] * stride_vs + d[None, :]
-        values = tl.load(places_v, mask=mask, other=0.0).to(tl.float32)
-        codes = tl.div_rn(values, tl.broadcast_to(scale[None, :], values.shape))
-        codes = tl.clamp(codes, -FLOAT8_MAX, FLOAT8_MAX).to(tl.float8e4nv)
+        values = tl.load(places_v, mask=v_mask, other=0.0).to(tl.float32)
+        v_codes = quotients(values, v_scale[None, :], COMPILED)
+        v_codes = to_float8(tl.clamp(v_codes, -FLOAT8_MAX, FLOAT8_MAX), COMPILED)
         column = (d < v_columns)[None, :]
-        tl.store(v_codes_ptr + (row * v_columns + d[None, :]) * places + j[:, None], codes, mask=column)
-        tl.store(v_scale_ptr + row * v_columns + d, scale, mask=(d < v_columns) & (block == 0))
+        tl.store(v_codes_ptr + (row * v_columns + d[None, :]) * stride_cd + j[:, None], v_codes, mask=column)
+        if block == 0:
+            tl.store(v_scale_ptr + row * v_columns + d, v_scale, mask=d < v_columns)
 
 
 @lru_cache(maxsize=1024)
@@ -177,12 +217,13 @@ def quantize_keys_values(
     strides = (*key.stride()[:3], *value.stride()[:3])
     signature = (key.shape, key.dtype, strides, lengths is None, fp8_values, device.index)
     pointers: tuple[torch.Tensor | None, ...] = (key, read, sums, maxima, lengths)
-    numbers: tuple[int, ...] = (tokens, depth, chunk, *strides)
-    _start(("attention statistics", *signature), statistics_kernel, (chunks, heads, batch), pointers, numbers, BLOCK_S)
+    numbers: tuple[int, ...] = (tokens, depth // 8, chunk, *strides)
+    _start(("attention statistics", *signature), statistics_kernel, (chunks, heads, batch), pointers, numbers, BLOCK_S=BLOCK_S)
     pointers = (*pointers, keys, key_scale, values, value_scale)
-    numbers = (tokens, depth, heads, chunks, *strides, k_columns, v_columns, places)
+    numbers = (tokens, depth // 8, heads, chunks, *strides, k_columns, v_columns, places)
     grid = (blocks, heads * (1 + fp8_values), batch)
-    _start(("attention codes", *signature), codes_kernel, grid, pointers, numbers, KEY_BLOCK)
+    _start(("attention codes", *signature), codes_kernel, grid, pointers, numbers, BLOCK_S=KEY_BLOCK,
+           COMPILED=not INTERPRETED, num_warps=8)  # fmt: skip
     return KeyValueCodes(keys, key_scale, values, value_scale)
 
 
@@ -192,7 +233,7 @@ def _start(
     grid: tuple[int, int, int],
     pointers: tuple[torch.Tensor | None, ...],
     numbers: tuple[int, ...],
-    rows: int,
+    **constants: Any,
 ) -> None:
     keys = pointers[0]
     assert keys is not None
@@ -201,5 +242,5 @@ def _start(
         return
     first, second, _ = columns_of(keys.shape[-1])
     block_d = triton.next_power_of_2(first + second)
-    chosen = variant(kernel, BLOCK_S=rows, BLOCK_D=block_d, num_warps=8 if rows == KEY_BLOCK else 4)
+    chosen = variant(kernel, BLOCK_D=block_d, **constants)
     start_and_keep(key, chosen, keys.device, grid, pointers, numbers)
