@@ -6,6 +6,7 @@ Needs torch alone; with triton installed, CUDA devices of compute capability 8.0
 Importing registers the operators and initialises no device.
 """
 
+from diffuse_compress_kernels.attention import attention_obstacle, int8_attention
 from diffuse_compress_kernels.fp8_linear import fp8_linear, fp8_linear_codes, has_fp8_matmul, quantize_rows_fp8
 from diffuse_compress_kernels.int4_linear import has_fast_int4, w4a8_linear, w4a8_linear_codes, w4a16_linear
 from diffuse_compress_kernels.int8_conv2d import int8_conv2d
@@ -22,6 +23,7 @@ from diffuse_compress_kernels.weight_only import can_expand, expand_weight, w8a1
 
 __all__ = [
     "activation_quantize",
+    "attention_obstacle",
     "can_expand",
     "expand_weight",
     "fp8_linear",
@@ -29,6 +31,7 @@ __all__ = [
     "has_fast_int4",
     "has_fast_int8",
     "has_fp8_matmul",
+    "int8_attention",
     "int8_conv2d",
     "int8_linear",
     "int8_linear_codes",

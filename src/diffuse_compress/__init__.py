@@ -50,6 +50,7 @@ from diffuse_compress.feature_cache import (
 )
 from diffuse_compress.importing import import_quantized
 from diffuse_compress.integrations.attach import attach, register_quantizers
+from diffuse_compress.integrations.attention import set_attention
 from diffuse_compress.integrations.kv_cache import cache_class
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.layer_sensitivity import SensitivityReport
@@ -70,6 +71,8 @@ from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig
 from diffuse_compress.quantization.algorithms.svdquant import SVDQuantConfig
+from diffuse_compress.quantization.attention import AttentionFormat
+from diffuse_compress.quantization.fused_attention import AttentionStats, attention_stats, reset_attention_stats
 from diffuse_compress.quantization.kv_cache import KIVIConfig
 from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.scheme import (
@@ -101,6 +104,8 @@ __all__ = [
     "AWQConfig",
     "ActivationScheme",
     "AdaRoundConfig",
+    "AttentionFormat",
+    "AttentionStats",
     "BRECQConfig",
     "CacheConfig",
     "CacheSchedule",
@@ -149,6 +154,7 @@ __all__ = [
     "UnsupportedHardwareError",
     "WeightScheme",
     "attach_results",
+    "attention_stats",
     "cache_disabled",
     "cache_summary",
     "compare",
@@ -163,8 +169,10 @@ __all__ = [
     "import_quantized",
     "load_cache",
     "push_cache_to_hub",
+    "reset_attention_stats",
     "save_cache",
     "sensitivity",
+    "set_attention",
     "set_verbosity_debug",
     "set_verbosity_error",
     "set_verbosity_info",

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from diffuse_compress.integrations.attention import register_diffusers_backends, register_transformers_backends
 from diffuse_compress.integrations.casting import wrap_casts, wrap_from_pipe
 from diffuse_compress.integrations.compat import NO_PATCH_VARIABLE, may_patch, usable
 from diffuse_compress.integrations.component import get_state
@@ -21,6 +22,9 @@ from diffuse_compress.integrations.stock_caches import wrap_cache_mixin
 from diffuse_compress.integrations.wrapping import is_wrapped, mark_wrapped
 
 __all__ = ["NO_PATCH_VARIABLE", "attach", "register_quantizers"]
+
+
+_BACKENDS = {"diffusers": register_diffusers_backends, "transformers": register_transformers_backends}
 
 
 def register_quantizers() -> None:
@@ -47,6 +51,9 @@ def attach(
     """
     if not may_patch():
         return
+    for library, register in _BACKENDS.items():
+        if usable(library):
+            register()
     for cls in _classes():
         own = methods if cls.__name__ == "PreTrainedModel" else {**methods, **cache_methods}
         for name, function in own.items():

@@ -56,8 +56,9 @@ class QuantizationConfig(*mixin_bases()):  # type: ignore[misc]
             Scheme or its dict; None keeps them dense.
         split_skips: quantize convolutions that read hidden states and a UNet's skip connection in two parts, each with
             scales of its own; models that concatenate nothing have none.
-        attention: "int8" also quantizes queries, keys, values and probabilities of attention's products. Without a
-            fused kernel this takes time and memory; None leaves them.
+        attention: "int8_qk" computes attention's logits on int8 codes in a fused kernel, "fp8_pv" also its output in
+            float8; "int8" has queries, keys, values and probabilities on int8 codes, as TFMQ-DM evaluates them, which
+            takes time and memory; None leaves them.
 
     Attributes:
         calibration: what a compressed component was calibrated on (``Calibration.settings_of``), or None.

@@ -17,14 +17,14 @@ for a block of queries at a time, so this costs time where the stock product wou
 from __future__ import annotations
 
 import math
+from enum import Enum
 
 import torch
 import torch.nn.functional as F
 
 from diffuse_compress.errors import ConfigError, nearest
-from diffuse_compress.quantization.scheme import NumberFormat
 
-__all__ = ["attention_format", "quantized_attention"]
+__all__ = ["AttentionFormat", "attention_format", "quantized_attention"]
 
 _SIGNED, _UNSIGNED = 127, 255
 _EXACT = 1 << 24
@@ -33,13 +33,28 @@ _BLOCK = 1 << 24
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
-def attention_format(value: str | NumberFormat | None) -> NumberFormat | None:
-    """The format of attention's products that ``value`` names. Raises ConfigError for any but int8."""
+class AttentionFormat(str, Enum):
+    """What attention's two products are computed in.
+
+    INT8: both on int8 codes, as TFMQ-DM evaluates it (this module); slower than the stock product.
+    INT8_QK: queries by keys on int8 codes, probabilities by values in the model's dtype (``fused_attention.py``).
+    FP8_PV: the same, and probabilities by values in float8.
+    """
+
+    INT8 = "int8"
+    INT8_QK = "int8_qk"
+    FP8_PV = "fp8_pv"
+
+
+def attention_format(value: str | None) -> AttentionFormat | None:
+    """The format of attention's products that ``value`` names. Raises ConfigError for what is none."""
     if value is None:
         return None
-    if value not in ("int8", NumberFormat.INT8):
-        raise ConfigError(f"attention: {nearest(str(value), ['int8'])}, or None; got {value!r}.")
-    return NumberFormat.INT8
+    name = value.value if isinstance(value, Enum) else value
+    names = [form.value for form in AttentionFormat]
+    if name not in names:
+        raise ConfigError(f"attention: {nearest(str(name), names)}, or None; got {name!r}.")
+    return AttentionFormat(name)
 
 
 def quantized_attention(

@@ -12,7 +12,7 @@ import torch
 from diffuse_compress.errors import CheckpointError, ConfigError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, algorithm_from_dict, algorithm_to_dict
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
-from diffuse_compress.quantization.attention import attention_format
+from diffuse_compress.quantization.attention import AttentionFormat, attention_format
 from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.presets import resolve_preset
 from diffuse_compress.quantization.scheme import NumberFormat, Scheme
@@ -53,7 +53,7 @@ class QuantizationSpec:
         end_scheme: format of the first and last layers (embedders, ``conv_in``, ``conv_out``, ``proj_out``); None
             keeps them dense.
         split_skips: convolutions over hidden states and a skip connection become one for each (``split.py``).
-        attention: format of queries, keys, values and probabilities in attention's two products; None leaves them.
+        attention: what attention's two products are computed in; None leaves them.
     """
 
     scheme: Scheme | None
@@ -67,7 +67,7 @@ class QuantizationSpec:
     observer: ObserverConfig = field(default_factory=ObserverConfig)
     end_scheme: Scheme | None = None
     split_skips: bool = False
-    attention: NumberFormat | None = None
+    attention: AttentionFormat | None = None
 
     @classmethod
     def build(
@@ -82,7 +82,7 @@ class QuantizationSpec:
         observer: ObserverConfig | str | Mapping[str, Any] | None = None,
         end_scheme: str | Scheme | Mapping[str, Any] | None = None,
         split_skips: bool = False,
-        attention: str | NumberFormat | None = None,
+        attention: str | None = None,
     ) -> QuantizationSpec:
         """Resolve a user's request.
 
