@@ -120,7 +120,6 @@ def test_configuration_saves_and_loads_it(tmp_path):
     loaded = type(model).from_pretrained(tmp_path)
     assert loaded.config.quantization_config.spec.attention is dc.AttentionFormat.INT8_QK
     assert torch.equal(loaded(**pixart_inputs()).sample, found)
-    assert "int8_qk" in model.compression_report().to_markdown() or dc.attention_stats().fused["int8_qk"] == 2
 
 
 @torch.no_grad()

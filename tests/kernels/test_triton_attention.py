@@ -44,7 +44,14 @@ def test_kernels_in_the_interpreter() -> None:
 
 
 def compile_attention(
-    depth: int, tile: AttentionTile, capability: int, folder: Path, *, fast: bool, mask: str = "none", causal: bool = False
+    depth: int,
+    tile: AttentionTile,
+    capability: int,
+    folder: Path,
+    *,
+    fast: bool,
+    mask: str = "none",
+    causal: bool = False,
 ) -> Code:
     first, second, third = columns_of(depth)
     kind = {"q_ptr": "*bf16", "k_ptr": "*i8", "v_ptr": "*fp8e4nv" if fast else "*bf16", "out_ptr": "*bf16"}
@@ -58,9 +65,7 @@ def compile_attention(
         "HEAD": first, "MORE": second, "V_MORE": third, "EVEN": depth == first + third, "FLOAT8": fast, "MASK": mask,
         "CAUSAL": causal, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "COMPILED": True,
     }  # fmt: skip
-    return compile_kernel(
-        attention_kernel, signature, constants, capability, tile.num_warps, tile.num_stages, folder
-    )
+    return compile_kernel(attention_kernel, signature, constants, capability, tile.num_warps, tile.num_stages, folder)
 
 
 def chosen(depth: int, capability: int, *, fast: bool, queries: int = 4096) -> AttentionTile:
@@ -105,9 +110,7 @@ def test_probabilities_become_an_8_bit_operand_where_they_are(tmp_path: Path) ->
     assert not re.search(r"\bSTS\b", loop)
 
 
-@pytest.mark.parametrize(
-    ("depth", "fast", "capability"), [(128, False, 80), (72, True, 89), (128, True, 120)], ids=str
-)
+@pytest.mark.parametrize(("depth", "fast", "capability"), [(128, False, 80), (72, True, 89), (128, True, 120)], ids=str)
 def test_other_architectures_use_tensor_cores_and_fit(depth: int, fast: bool, capability: int, tmp_path: Path) -> None:
     code = compile_attention(depth, chosen(depth, capability, fast=fast), capability, tmp_path, fast=fast)
     assert re.search(r"mma\.sync\.aligned\.m16n8k32\S*s32\.s8\.s8", code.ptx)
@@ -130,7 +133,9 @@ def test_every_tile_fits(depth: int, fast: bool, capability: int, tmp_path: Path
 
 def test_codes_move_16_bytes_a_thread(tmp_path: Path) -> None:
     def compiled(kernel: Any, kind: dict[str, str], warps: int, **constants: Any) -> Code:
-        sizes = [name for name in kernel.arg_names if name.startswith("stride") or name in ("S", "eighths", "chunk", "heads")]
+        sizes = [
+            name for name in kernel.arg_names if name.startswith("stride") or name in ("S", "eighths", "chunk", "heads")
+        ]
         kind |= dict.fromkeys((*sizes, "chunks", "v_columns"), "i32")
         signature = {name: kind[name] for name in kernel.arg_names if name in kind}
         return compile_kernel(kernel, signature, {"BLOCK_D": 128, **constants}, 90, warps, 1, tmp_path)

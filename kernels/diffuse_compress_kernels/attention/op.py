@@ -130,19 +130,20 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         query, key, value, mask, lengths = ctx.saved_tensors
+        causal = ctx.causal
         if lengths is not None:
-            keep = keep_mask(query.shape[2], key.shape[2], lengths, ctx.causal, query.device)
-            mask = keep if mask is None else mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, -1e9)
+            keep = keep_mask(query.shape[2], key.shape[2], lengths, causal, query.device)
+            assert keep is not None
+            causal = False
+            if mask is None:
+                mask = keep
+            else:
+                mask = mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, torch.finfo(mask.dtype).min)
         with torch.enable_grad():
-            given = [x.detach().requires_grad_() for x in (query, key, value)]
-            output = F.scaled_dot_product_attention(
-                *given,
-                attn_mask=mask,
-                is_causal=ctx.causal and lengths is None,
-                scale=ctx.scale,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-            found = torch.autograd.grad(output, given, gradients[0])
+            q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+            shared = query.shape[1] != key.shape[1]
+            output = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=ctx.scale, enable_gqa=shared)
+            found = torch.autograd.grad(output, (q, k, v), gradients[0])
         return (*found, None, None, None, None, None)
 
 
@@ -178,7 +179,7 @@ def int8_attention(
     _check(query, key, value, mask, lengths, scale, causal)
     arguments = (query, key, value, mask, lengths, scale, causal, fp8_values)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-        result: torch.Tensor = _Differentiable.apply(*arguments)  # type: ignore[no-untyped-call]
+        result: torch.Tensor = _Differentiable.apply(*arguments)
         return result
     if is_plain(query):
         return _attention_now(*arguments)

@@ -23,7 +23,13 @@ import torch
 import triton
 import triton.language as tl
 
-from diffuse_compress_kernels.triton_kernels.attention_codes import KeyValueCodes, floored, largest_along, quotients, to_float8
+from diffuse_compress_kernels.triton_kernels.attention_codes import (
+    KeyValueCodes,
+    floored,
+    largest_along,
+    quotients,
+    to_float8,
+)
 from diffuse_compress_kernels.triton_kernels.attention_tables import KEY_BLOCK, AttentionTile, columns_of
 from diffuse_compress_kernels.triton_kernels.divide import larger
 from diffuse_compress_kernels.triton_kernels.plans import plan_for, start_and_keep

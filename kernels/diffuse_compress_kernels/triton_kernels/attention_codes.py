@@ -24,7 +24,17 @@ from diffuse_compress_kernels.triton_kernels.plans import plan_for, start_and_ke
 from diffuse_compress_kernels.triton_kernels.rows import MIN_SCALE, ROUNDING_MAGIC
 from diffuse_compress_kernels.triton_kernels.start import INTERPRETED, variant
 
-__all__ = ["KeyValueCodes", "codes_kernel", "floored", "key_at", "largest_along", "quantize_keys_values", "quotients", "statistics_kernel", "to_float8"]
+__all__ = [
+    "KeyValueCodes",
+    "codes_kernel",
+    "floored",
+    "key_at",
+    "largest_along",
+    "quantize_keys_values",
+    "quotients",
+    "statistics_kernel",
+    "to_float8",
+]
 
 BLOCK_S = 64
 MAX_CHUNKS = 32
@@ -137,7 +147,7 @@ def codes_kernel(
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_cn, v_columns, stride_cd,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
-    """A program per block of tokens, head (of keys, then of values) and batch; ``stride_cd`` is S', ``stride_cn`` D'."""
+    """A program per block of tokens, head (of keys, then of values) and batch; stride_cd is S', stride_cn D'."""
     block, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     head = tl.program_id(1) % heads
     length = S
@@ -218,7 +228,14 @@ def quantize_keys_values(
     signature = (key.shape, key.dtype, strides, lengths is None, fp8_values, device.index)
     pointers: tuple[torch.Tensor | None, ...] = (key, read, sums, maxima, lengths)
     numbers: tuple[int, ...] = (tokens, depth // 8, chunk, *strides)
-    _start(("attention statistics", *signature), statistics_kernel, (chunks, heads, batch), pointers, numbers, BLOCK_S=BLOCK_S)
+    _start(
+        ("attention statistics", *signature),
+        statistics_kernel,
+        (chunks, heads, batch),
+        pointers,
+        numbers,
+        BLOCK_S=BLOCK_S,
+    )
     pointers = (*pointers, keys, key_scale, values, value_scale)
     numbers = (tokens, depth // 8, heads, chunks, *strides, k_columns, v_columns, places)
     grid = (blocks, heads * (1 + fp8_values), batch)

@@ -36,8 +36,8 @@ def set_attention(model: nn.Module, form: str | None) -> None:
     """Let the attention modules of a model of diffusers compute their products in this format; idempotent.
 
     Args:
-        model: compressed or not. Unlike ``set_attention_backend`` this reaches processors without a backend, as those of
-            PixArt and of UNets are; that of a compressed model is part of its configuration, and saved with it.
+        model: compressed or not. Unlike ``set_attention_backend`` this reaches processors without a backend, which
+            PixArt and UNets have; ``QuantizationConfig(attention=...)`` is saved with a model, and this is not.
         form: "int8_qk", "fp8_pv" or "int8" (an :class:`AttentionFormat`); None goes back to what the class does.
 
     Raises:
@@ -67,12 +67,12 @@ def require_attention(model: nn.Module) -> None:
         code = getattr(stock.__call__, "__code__", None)
         if isinstance(module.processor, nn.Module) or code is None or not _PRODUCTS & set(code.co_names):
             raise ConfigError(
-                f'{type(model).__name__}: attention= needs processors that call scaled_dot_product_attention, '
+                f"{type(model).__name__}: attention= needs processors that call scaled_dot_product_attention, "
                 f"got {stock.__name__}. Call set_default_attn_processor(), or leave attention= out."
             )
     if not found:
         raise ConfigError(
-            f'{type(model).__name__}: attention= is for denoisers of diffusers with attention processors, and this '
+            f"{type(model).__name__}: attention= is for denoisers of diffusers with attention processors, and this "
             "model has none. Leave it out; a language model takes "
             f'set_attn_implementation("{BACKEND_PREFIX}{AttentionFormat.INT8_QK.value}").'
         )

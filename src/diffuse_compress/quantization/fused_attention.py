@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffuse_compress_kernels import attention_obstacle, int8_attention
 
 from diffuse_compress.errors import DiffuseCompressWarning
 from diffuse_compress.quantization.attention import AttentionFormat
+from diffuse_compress_kernels import attention_obstacle, int8_attention
 
 __all__ = ["AttentionStats", "attention_stats", "fused_attention", "reset_attention_stats"]
 

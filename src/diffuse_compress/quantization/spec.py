@@ -15,7 +15,7 @@ from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.attention import AttentionFormat, attention_format
 from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.presets import resolve_preset
-from diffuse_compress.quantization.scheme import NumberFormat, Scheme
+from diffuse_compress.quantization.scheme import Scheme
 
 __all__ = ["SCHEMA_VERSION", "QuantizationSpec", "resolve_scheme"]
 
