@@ -42,6 +42,8 @@ SEEN_QUERIES = 256
 STOCK = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 VARIANTS = {"accurate": False, "fast": True}
 
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -60,13 +62,14 @@ class Case:
         """Of both products; half of them under causality."""
         return 4.0 * self.batch * self.heads * self.queries * self.keys * self.depth / (1 + self.causal)
 
-    def tensors(self, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def tensors(self, device: str, dtype: torch.dtype) -> Tensors:
         """query, key, value of N(0, 1), [B, H, S, D] views of [B, S, H, D]."""
         kv_heads = self.kv_heads or self.heads
         shapes = ((self.queries, self.heads), (self.keys, kv_heads), (self.keys, kv_heads))
-        return tuple(
+        query, key, value = (
             torch.randn(self.batch, s, h, self.depth, device=device, dtype=dtype).transpose(1, 2) for s, h in shapes
         )
+        return query, key, value
 
 
 # The most telling ones first. Wan-14B has 40 heads, of which 8 keep a large GPU as busy.
@@ -85,7 +88,7 @@ CASES: dict[str, Case] = {
 
 
 def _run_tile(
-    tensors: tuple[torch.Tensor, ...],
+    tensors: Tensors,
     tile: AttentionTile,
     fast: bool,
     causal: bool,
@@ -140,13 +143,13 @@ def _checks(device: str, every: bool) -> list[Check]:
 # --- timing -----------------------------------------------------------------------------------------------------
 
 
-def _stock(backend: SDPBackend, tensors: tuple[torch.Tensor, ...], causal: bool) -> torch.Tensor:
+def _stock(backend: SDPBackend, tensors: Tensors, causal: bool) -> torch.Tensor:
     shared = tensors[0].shape[1] != tensors[1].shape[1]
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(*tensors, is_causal=causal, enable_gqa=shared)
 
 
-def _arms(case: Case, sets: list[tuple[torch.Tensor, ...]], verdicts: dict[str, str], every: bool) -> dict[str, Arm]:
+def _arms(case: Case, sets: list[Tensors], verdicts: dict[str, str], every: bool) -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
     for name, backend in STOCK.items():
         arms[name] = lambda i, backend=backend: _stock(backend, sets[i], case.causal)  # type: ignore[misc]
@@ -166,7 +169,7 @@ def _arms(case: Case, sets: list[tuple[torch.Tensor, ...]], verdicts: dict[str, 
     return arms
 
 
-def _errors(case: Case, tensors: tuple[torch.Tensor, ...]) -> dict[str, float]:
+def _errors(case: Case, tensors: Tensors) -> dict[str, float]:
     """Frobenius errors against float64, of the last queries of a head."""
     query, key, value = (x[:1, :1] for x in tensors)
     rows = slice(-SEEN_QUERIES, None)
@@ -222,6 +225,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps(here), flush=True)
     todo = [check for check in _checks(device, options.tiles) if record["checks"].get(check[0]) != "ok"]
     record["checks"].update(run_checks(todo, device))
+    if options.dry_run:
+        print(json.dumps(record["checks"], indent=1))
     done = {shape["label"] for shape in record["shapes"]}
     for label, case in CASES.items():
         if options.dry_run or label in done:
