@@ -66,6 +66,9 @@ from diffuse_compress.quantization.algorithms.awq import AWQConfig
 from diffuse_compress.quantization.algorithms.brecq import BRECQConfig
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig
 from diffuse_compress.quantization.algorithms.hqq import HQQConfig
+from diffuse_compress.quantization.algorithms.norm_tweaking import NormTweakingConfig
+from diffuse_compress.quantization.algorithms.omniquant import OmniQuantConfig
+from diffuse_compress.quantization.algorithms.osplus import OSPlusConfig
 from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig
@@ -121,8 +124,11 @@ __all__ = [
     "KIVIConfig",
     "MissingDependencyError",
     "ModelStateError",
+    "NormTweakingConfig",
     "NumberFormat",
+    "OSPlusConfig",
     "ObserverConfig",
+    "OmniQuantConfig",
     "PairedComparison",
     "PerChannel",
     "PerGroup",

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from diffuse_compress.calibration.engine import calibration_blocks
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.families.registry import family_of, residual_stream_of
 from diffuse_compress.families.roles import LayerRole, layer_roles
@@ -135,7 +136,8 @@ def _layers_of(model: nn.Module, splits: Mapping[str, int]) -> dict[str, nn.Modu
 
 
 def _require_work(model: nn.Module, decided: Mapping[str, LayerAssignment], spec: QuantizationSpec) -> None:
-    """Raise ConfigError if one of the algorithms is for quantized inputs and no layer has such."""
+    """Raise ConfigError if one of the algorithms is for quantized inputs and no layer has such, or finds nothing to do
+    in the blocks that hold the layers."""
     schemes = [item.scheme for item in decided.values() if item.scheme is not None]
     idle = [step for step in steps_of(spec.algorithm) if step.needs_quantized_inputs]
     if idle and all(scheme.activation is None for scheme in schemes):
@@ -144,6 +146,15 @@ def _require_work(model: nn.Module, decided: Mapping[str, LayerAssignment], spec
             f"{type(model).__name__}: {type(idle[0]).__name__} is for quantized inputs, got none ({found}). Leave it "
             'out, or take a format that quantizes inputs, such as "w8a8".'
         )
+    names = [name for name, item in decided.items() if item.scheme is not None]
+    blocks = [name for name in calibration_blocks(model, names) if name not in decided]
+    for step in steps_of(spec.algorithm):
+        reason = step.idle_in([model.get_submodule(name) for name in blocks])
+        if reason is not None:
+            raise ConfigError(
+                f"{type(model).__name__}: {type(step).__name__} has nothing to do: {reason}. Leave it out, or use it "
+                "where there are such."
+            )
 
 
 def unsupported_kind(module: nn.Module, parameter: torch.Tensor) -> str | None:

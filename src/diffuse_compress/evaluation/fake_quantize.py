@@ -20,10 +20,20 @@ from diffuse_compress.quantization.scheme import ActivationScheme
 
 __all__ = ["FakeQuantizedLayer", "to_fake_quantized"]
 
+_TENSORS = (
+    "act_pre_shift",
+    "act_pre_scale",
+    "input_scale",
+    "input_zero_point",
+    "low_rank_down",
+    "low_rank_up",
+    "input_clip",
+)
+
 
 class FakeQuantizedLayer(nn.Module):
-    """What a quantized layer stands for, in float32: ``y = dense(Q(x * act_pre_scale)) + low-rank branch``, with the
-    rotation of the scheme before Q.
+    """What a quantized layer stands for, in float32: ``y = dense(Q(u * act_pre_scale)) + low-rank branch``, with
+    ``u = x - act_pre_shift`` and the rotation of the scheme before Q.
 
     Args:
         layer: a QuantizedLinear or QuantizedConv2d; its codes, scales and bias are copied in float32.
@@ -31,6 +41,7 @@ class FakeQuantizedLayer(nn.Module):
     """
 
     dense: Any
+    act_pre_shift: torch.Tensor | None
     act_pre_scale: torch.Tensor | None
     input_scale: torch.Tensor | None
     input_zero_point: torch.Tensor | None
@@ -44,18 +55,22 @@ class FakeQuantizedLayer(nn.Module):
         with torch.no_grad():
             # to_dense folds smoothing and the low-rank branch into the weight; here they stay apart.
             dense.weight.copy_(dequantize(layer.quantized_weight(), torch.float32).view_as(dense.weight))
+            if dense.bias is not None:
+                dense.bias.copy_(layer.bias)
         self.dense = dense.requires_grad_(False)
         self.activation: ActivationScheme | None = layer.scheme.activation if quantize_input else None
         self.feature_dims = 3 if isinstance(dense, nn.Conv2d) else 1
         self.input_rotation = layer.scheme.input_rotation
         self.timestep_groups = layer.timestep_groups
-        for name in ("act_pre_scale", "input_scale", "input_zero_point", "low_rank_down", "low_rank_up", "input_clip"):
+        for name in _TENSORS:
             value = getattr(layer, name)
             self.register_buffer(name, None if value is None else value.detach().clone(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y in the dtype of x; shapes as in the stock layer."""
         values = x.float()
+        if self.act_pre_shift is not None:
+            values = (values - self.act_pre_shift).to(x.dtype).float()
         inputs = values
         if self.act_pre_scale is not None:
             inputs = values * (self.act_pre_scale.view(-1, 1, 1) if self.feature_dims == 3 else self.act_pre_scale)

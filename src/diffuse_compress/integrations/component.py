@@ -50,7 +50,7 @@ ASK_THE_MODEL = ""
 # What torch's own CPU allocations are aligned to, and what vectorised products expect.
 _ALIGNMENT = 64
 # Kept in fp32 whatever the model's dtype: rounding them to bf16 would cost 0.4 % of every weight.
-FP32_PARAMETER_NAMES = ("scale", "input_scale", "zero_point", "act_pre_scale")
+FP32_PARAMETER_NAMES = ("scale", "input_scale", "zero_point", "act_pre_shift", "act_pre_scale")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class LayerEntry:
         low_rank: rank of its low-rank branch, 0 for none.
         folded: a smoothing scale of its input or output is inside other weights.
         part_channels: input channels of a part of a convolution that is split (``split.py``); 0 for a whole layer.
+        act_pre_shift: it has a shift of its input.
+        gained_bias: it has a bias, which the dense layer has not.
     """
 
     scheme: Scheme
@@ -72,6 +74,8 @@ class LayerEntry:
     low_rank: int = 0
     folded: bool = False
     part_channels: int = 0
+    act_pre_shift: bool = False
+    gained_bias: bool = False
 
 
 @dataclass
@@ -133,6 +137,8 @@ def layer_entries(model: nn.Module) -> dict[str, LayerEntry]:
             0 if low_rank is None else low_rank.shape[0],
             layer.folded,
             _part_channels(model, name),
+            layer.act_pre_shift is not None,
+            layer.gained_bias,
         )
     return entries
 
@@ -195,6 +201,10 @@ def metadata_of(state: ComponentState) -> dict[str, str]:
             extra["folded"] = True
         if entry.part_channels:
             extra["part_channels"] = entry.part_channels
+        if entry.act_pre_shift:
+            extra["act_pre_shift"] = True
+        if entry.gained_bias:
+            extra["gained_bias"] = True
         layers[name] = [label, extra] if extra else [label]
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -296,6 +306,8 @@ def install_placeholders(model: nn.Module, layers: Mapping[str, LayerEntry]) -> 
                 compute_dtype=entry.compute_dtype,
                 act_pre_scale=entry.act_pre_scale,
                 low_rank=entry.low_rank,
+                act_pre_shift=entry.act_pre_shift,
+                bias=entry.gained_bias,
             )
             layer.folded = entry.folded
         except (AttributeError, DiffuseCompressError, TypeError) as error:

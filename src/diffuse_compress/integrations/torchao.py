@@ -79,6 +79,7 @@ def _reason_of_layer(layer: QuantizedLinear | QuantizedConv2d) -> str | None:
         is_smoothed=layer.act_pre_scale is not None,
         is_low_rank=layer.low_rank_down is not None,
         is_clipped=layer.input_clip is not None,
+        is_shifted=layer.act_pre_shift is not None or layer.gained_bias,
     )
 
 
@@ -91,6 +92,7 @@ def _reason(
     is_smoothed: bool = False,
     is_low_rank: bool = False,
     is_clipped: bool = False,
+    is_shifted: bool = False,
 ) -> str | None:
     """Why no torchao tensor holds a layer of this format exactly; None if one does.
 
@@ -102,11 +104,14 @@ def _reason(
         is_smoothed: it has an ``act_pre_scale``.
         is_low_rank: it has a low-rank branch.
         is_clipped: its inputs have learned clips.
+        is_shifted: a shift of its input is with it, or has given it a bias.
     """
     if is_convolution:
         return "a convolution; torchao's loaders know linear layers only"
     if is_low_rank:
         return f"{scheme.name} with a low-rank branch, which torchao's tensors do not have"
+    if is_shifted:
+        return f"{scheme.name} with a shift of its inputs, which torchao's tensors do not have"
     if is_clipped:
         return f"{scheme.name} with learned clips of its inputs, which torchao's tensors do not have"
     if scheme.input_rotation is not None:

@@ -123,8 +123,12 @@ def placeholder_for(
     device: torch.device | str = "meta",
     act_pre_scale: bool = False,
     low_rank: int = 0,
+    act_pre_shift: bool = False,
+    bias: bool = False,
 ) -> QuantizedLinear | QuantizedConv2d:
     """An empty quantized layer of the size of ``module``, to be filled from a checkpoint.
+
+    ``act_pre_shift`` and ``bias``, of a layer that had none, are for linears.
 
     Raises:
         ConfigError: the module cannot be converted.
@@ -141,6 +145,8 @@ def placeholder_for(
             device=device,
             act_pre_scale=act_pre_scale,
             low_rank=low_rank,
+            act_pre_shift=act_pre_shift,
+            bias=bias,
         )
     assert isinstance(module, nn.Conv2d)
     return QuantizedConv2d.placeholder_like(
@@ -170,7 +176,9 @@ def requantize(
     made: QuantizedLinear | QuantizedConv2d
     if isinstance(layer, QuantizedLinear):
         assert isinstance(dense, nn.Linear)
-        made = QuantizedLinear.from_dense(dense, quantized, layer.scheme, **given)
+        shift = layer.act_pre_shift
+        made = QuantizedLinear.from_dense(dense, quantized, layer.scheme, act_pre_shift=shift, **given)
+        made.gained_bias = layer.gained_bias
     else:
         assert isinstance(dense, nn.Conv2d)
         made = QuantizedConv2d.from_dense(dense, quantized, layer.scheme, **given)

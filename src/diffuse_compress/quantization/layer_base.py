@@ -24,6 +24,7 @@ PARAMETERS = (
     "scale",
     "zero_point",
     "group_scale",
+    "act_pre_shift",
     "act_pre_scale",
     "input_scale",
     "input_zero_point",
@@ -53,6 +54,7 @@ def empty_tensors(
     bias: bool,
     compute_dtype: torch.dtype,
     device: torch.device | str,
+    act_pre_shift: bool,
     act_pre_scale: bool,
     low_rank: int,
 ) -> dict[str, torch.Tensor]:
@@ -62,6 +64,8 @@ def empty_tensors(
     if bias:
         shapes["bias"] = ((outputs,), compute_dtype)
     shapes.update(_weight_shapes(weight, outputs, columns))
+    if act_pre_shift:
+        shapes["act_pre_shift"] = ((channels,), torch.float32)
     if act_pre_scale:
         shapes["act_pre_scale"] = ((channels,), torch.float32)
     if act is not None and not act.dynamic:
@@ -100,6 +104,7 @@ class QuantizedLayer(nn.Module):
     scale: nn.Parameter
     zero_point: nn.Parameter | None
     group_scale: nn.Parameter | None
+    act_pre_shift: nn.Parameter | None
     act_pre_scale: nn.Parameter | None
     input_scale: nn.Parameter | None
     input_zero_point: nn.Parameter | None
@@ -111,7 +116,10 @@ class QuantizedLayer(nn.Module):
     timestep_groups: TimestepGroups | None = None
     """Of a layer whose ``input_clip`` depends on the timestep: which groups the current call is in."""
     folded = False
-    """Whether its input or output is scaled inside other weights: adapters of the model as it was do not fit here."""
+    """Whether its input or output is scaled or shifted inside other weights: adapters of the model as it was do not fit
+    here."""
+    gained_bias = False
+    """Whether the dense layer had no bias: what a shift of the input amounts to needs a place."""
 
     def _setup(self, tensors: dict[str, torch.Tensor], scheme: Scheme, compute_dtype: torch.dtype) -> None:
         self.scheme = scheme
@@ -168,14 +176,19 @@ class QuantizedLayer(nn.Module):
             scheme=self.scheme.weight,
         )
 
+    def _shifted(self, x: torch.Tensor) -> torch.Tensor:
+        """The input less ``act_pre_shift``, subtracted in fp32, in its dtype."""
+        return x if self.act_pre_shift is None else (x.float() - self.act_pre_shift).to(x.dtype)
+
     def _rotated(self, x: torch.Tensor) -> tuple[torch.Tensor, nn.Parameter | None]:
-        """The input as it is quantized, but for the scale [K] that is still to multiply it: rotations come after it."""
+        """The input, shifted already, as it is quantized, but for the scale [K] that is still to multiply it: rotations
+        come after it."""
         size = self.scheme.input_rotation
         return (x, self.act_pre_scale) if size is None else (rotate(x, size, self.act_pre_scale), None)
 
     def prepared_input(self, x: torch.Tensor) -> torch.Tensor:
-        """The input as it is quantized: rotated, and multiplied by ``act_pre_scale`` in fp32."""
-        x, scale = self._rotated(x)
+        """The input as it is quantized: shifted, rotated, and multiplied by ``act_pre_scale`` in fp32."""
+        x, scale = self._rotated(self._shifted(x))
         if scale is None:
             return x
         return x.float() * (scale.view(-1, 1, 1) if isinstance(self, nn.Conv2d) else scale)
@@ -229,9 +242,27 @@ class QuantizedLayer(nn.Module):
             self.bias.data = (self.bias.detach().float() * rows.squeeze(1)).to(self.bias.dtype)
         self.folded = True
 
+    def shift_outputs(self, values: torch.Tensor) -> None:
+        """Add ``values``, fp32 [N], to what the layer returns, in its bias.
+
+        Raises:
+            ModelStateError: it has none.
+        """
+        if self.bias is None:
+            raise ModelStateError(f"shift_outputs: needs a layer with a bias, found {type(self).__name__} without one.")
+        self.bias.data = (self.bias.detach().float() + values.to(self.bias.device)).to(self.bias.dtype)
+        self.folded = True
+
+    def fold_pre_shift(self) -> None:
+        """Drop ``act_pre_shift``, which whatever precedes the layer subtracts from now on."""
+        self.act_pre_shift = None
+        self.folded = True
+
     def fold_pre_scale(self) -> None:
         """Drop ``act_pre_scale``, which whatever precedes the layer multiplies by from now on."""
         scale = self._column_scale
+        if self.act_pre_shift is not None and self.act_pre_scale is not None:
+            self.act_pre_shift.data = self.act_pre_shift.detach() * self.act_pre_scale.detach()
         if scale is not None and self.low_rank_down is not None:
             self.low_rank_down.data = (self.low_rank_down.detach().float() / scale).to(self.low_rank_down.dtype)
         self.act_pre_scale = None
@@ -257,6 +288,8 @@ class QuantizedLayer(nn.Module):
     def _describe(self) -> str:
         clipped = [] if self.input_clip is None else [f"input_clip={self.input_clip.numel()}"]
         parts = [f"scheme={self.scheme.name}", f"compute_dtype={str(self.compute_dtype).removeprefix('torch.')}"]
+        if self.act_pre_shift is not None:
+            parts.append("act_pre_shift=True")
         if self.act_pre_scale is not None:
             parts.append("act_pre_scale=True")
         if self.folded:

@@ -10,6 +10,7 @@ parameter              shape, dtype                           meaning
 ``scale``              [1, 1], [N, 1] or [N, G] fp32          of the weight
 ``zero_point``         as ``scale``, int8 or fp32             asymmetric weights
 ``group_scale``        [N, G] int8                            two-level scales
+``act_pre_shift``      [K] fp32, linear layers only           is subtracted from the input, in fp32
 ``act_pre_scale``      [K] or [C] fp32                        multiplies the input, in fp32, before it is quantized
 ``input_scale``        [1] fp32                               static activations
 ``input_zero_point``   [1] int8                               static asymmetric activations
@@ -20,9 +21,13 @@ parameter              shape, dtype                           meaning
 
 and computes, with Q the quantizer of the input (the identity in weight-only layers)::
 
-    y = Q(x * act_pre_scale) @ dequantize(qweight, ...).T + bias + (x @ low_rank_down.T) @ low_rank_up.T
+    u = x - act_pre_shift
+    y = Q(u * act_pre_scale) @ dequantize(qweight, ...).T + bias + (u @ low_rank_down.T) @ low_rank_up.T
 
-Where the scheme has an ``input_rotation``, a linear layer rotates ``x * act_pre_scale`` before Q; the rotation follows
+Where there is a shift, the bias holds what it takes from the dense layer's output, ``weight @ act_pre_shift``; a layer
+that had no bias then gets one. Convolutions have no shift: it would not be one at their padding.
+
+Where the scheme has an ``input_rotation``, a linear layer rotates ``u * act_pre_scale`` before Q; the rotation follows
 from its size alone (``rotation.py``), so it has no tensor. The low-rank branch reads the input as it comes, *before*
 ``act_pre_scale``: an algorithm that factors the smoothed weight multiplies the columns of ``low_rank_down`` by
 ``act_pre_scale`` once, and no second copy of x is made.
@@ -117,19 +122,27 @@ def _tensors_from_dense(
     input_scale: torch.Tensor | None,
     input_zero_point: torch.Tensor | None,
     low_rank: LowRank | None,
+    act_pre_shift: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Parameters of the ``cls`` that replaces ``dense``, checked against its placeholder."""
     check_given(scheme, input_scale, input_zero_point)
+    bias = dense.bias if bias is None else bias
+    options: dict[str, Any] = {} if act_pre_shift is None else {"act_pre_shift": True}
+    if bias is not None and dense.bias is None:
+        options["bias"] = True
     expected = cls.placeholder_like(
         dense,
         scheme,
         compute_dtype=dtype,
         act_pre_scale=act_pre_scale is not None,
         low_rank=0 if low_rank is None else low_rank[0].shape[0],
+        **options,
     )
     down, up = low_rank or (None, None)
     given = {
-        "bias": dense.bias,
+        "bias": bias,
+        "act_pre_shift": act_pre_shift,
         "act_pre_scale": act_pre_scale,
         "input_scale": input_scale,
         "input_zero_point": input_zero_point,
@@ -203,6 +216,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         *,
         compute_dtype: torch.dtype,
         device: torch.device | str = "meta",
+        act_pre_shift: bool = False,
         act_pre_scale: bool = False,
         low_rank: int = 0,
     ) -> QuantizedLinear:
@@ -220,6 +234,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             bias=bias,
             compute_dtype=compute_dtype,
             device=device,
+            act_pre_shift=act_pre_shift,
             act_pre_scale=act_pre_scale,
             low_rank=low_rank,
         )
@@ -233,20 +248,25 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         *,
         compute_dtype: torch.dtype,
         device: torch.device | str = "meta",
+        act_pre_shift: bool = False,
         act_pre_scale: bool = False,
         low_rank: int = 0,
+        bias: bool = False,
     ) -> QuantizedLinear:
-        """:meth:`placeholder` of the size of a dense layer, in its training mode."""
+        """:meth:`placeholder` of the size of a dense layer, in its training mode; with ``bias`` also where that has
+        none."""
         layer = cls.placeholder(
             module.in_features,
             module.out_features,
-            module.bias is not None,
+            bias or module.bias is not None,
             scheme,
             compute_dtype=compute_dtype,
             device=device,
+            act_pre_shift=act_pre_shift,
             act_pre_scale=act_pre_scale,
             low_rank=low_rank,
         )
+        layer.gained_bias = bias and module.bias is None
         return layer.train(module.training)
 
     @classmethod
@@ -261,6 +281,8 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         input_scale: torch.Tensor | None = None,
         input_zero_point: torch.Tensor | None = None,
         low_rank: LowRank | None = None,
+        act_pre_shift: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
     ) -> QuantizedLinear:
         """The layer that replaces ``linear``, on the device of ``quantized``.
 
@@ -274,15 +296,21 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             input_scale: one number, static activations only.
             input_zero_point: one number, static asymmetric activations only.
             low_rank: (down [r, K], up [N, r]) on the input before ``act_pre_scale``.
+            act_pre_shift: [K]; the bias then is that of ``linear`` and ``linear.weight @ act_pre_shift``.
+            bias: [N], instead of these.
 
         Raises:
             ConfigError: static qparams are missing or not wanted.
             IncompatibleShapeError: a tensor's shape is not what the scheme asks for.
         """
         dtype = compute_dtype or linear.weight.dtype
-        given = (act_pre_scale, input_scale, input_zero_point, low_rank)
+        if act_pre_shift is not None and bias is None:
+            bias = _bias_of_shift(linear, act_pre_shift)
+        given = (act_pre_scale, input_scale, input_zero_point, low_rank, act_pre_shift, bias)
         tensors = _tensors_from_dense(cls, linear, quantized, scheme, dtype, *given)
-        return cls(linear.in_features, linear.out_features, tensors, scheme, dtype).train(linear.training)
+        layer = cls(linear.in_features, linear.out_features, tensors, scheme, dtype).train(linear.training)
+        layer.gained_bias = layer.bias is not None and linear.bias is None
+        return layer
 
     @property
     def _columns(self) -> int:
@@ -294,7 +322,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """Dense equivalent [N, K] in the compute dtype: ``F.linear(x, layer.weight, layer.bias)`` without Q.
+        """Dense equivalent [N, K] in the compute dtype: ``F.linear(u, layer.weight, layer.bias)`` without Q.
 
         Computed on every access; smoothing and low-rank branch are folded in.
         """
@@ -302,7 +330,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """y [..., N] in the dtype of the input, [..., K]; the equation is in the module docstring."""
-        x = cast_for_autocast(input)
+        x = self._shifted(cast_for_autocast(input))
         rotated, pre_scale = self._rotated(x)
         if self._needs_grad(x):
             y = cast(
@@ -334,9 +362,16 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         return self._with_branch(compute_path(self.scheme, device, dtype, outputs=self.out_features))
 
     def to_dense(self) -> nn.Linear:
-        """A stock layer with the weight rounded to the grid, same device, compute dtype and training mode."""
+        """A stock layer with the weight rounded to the grid, same device, compute dtype and training mode.
+
+        Of a shift, its bias tells what is not the same without: one that had none keeps the bias that it has gained.
+        """
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta", self.compute_dtype)
-        return _finish_dense(dense, self.weight, self.bias, self.training)
+        weight, bias = self.weight, self.bias
+        if self.act_pre_shift is not None:
+            bias = bias.detach().float() - weight.float() @ self.act_pre_shift.detach()
+            bias = nn.Parameter(bias.to(self.compute_dtype), requires_grad=False)
+        return _finish_dense(dense, weight, bias, self.training)
 
     def extra_repr(self) -> str:
         """Sizes, scheme and dtype."""
@@ -347,6 +382,12 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
 
 _Dense = TypeVar("_Dense", nn.Linear, nn.Conv2d)
+
+
+def _bias_of_shift(linear: nn.Linear, shift: torch.Tensor) -> torch.Tensor:
+    """fp32 [N]: bias with which ``linear`` returns the same for an input less ``shift``."""
+    moved = linear.weight.detach().float() @ shift.to(linear.weight.device, torch.float32)
+    return moved if linear.bias is None else linear.bias.detach().float() + moved
 
 
 def _finish_dense(dense: _Dense, weight: torch.Tensor, bias: nn.Parameter | None, training: bool) -> _Dense:
@@ -446,6 +487,7 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
             bias=module.bias is not None,
             compute_dtype=compute_dtype,
             device=device,
+            act_pre_shift=False,
             act_pre_scale=act_pre_scale,
             low_rank=low_rank,
         )

@@ -28,6 +28,7 @@ class LayerFacts:
         is_convolution: it is no linear layer.
         is_smoothed: it has an ``act_pre_scale``.
         is_low_rank: it has a low-rank branch.
+        is_shifted: a shift of its input is with it, or has given it a bias.
         weight: codes and scales; None for a layer that is not quantized yet.
     """
 
@@ -37,6 +38,7 @@ class LayerFacts:
     is_smoothed: bool = False
     is_low_rank: bool = False
     weight: QuantizedWeight | None = None
+    is_shifted: bool = False
 
     @classmethod
     def of(cls, layer: QuantizedLinear | QuantizedConv2d) -> LayerFacts:
@@ -49,6 +51,7 @@ class LayerFacts:
             layer.act_pre_scale is not None,
             layer.low_rank_down is not None,
             weight,
+            layer.act_pre_shift is not None or layer.gained_bias,
         )
 
 
@@ -89,6 +92,11 @@ class LanguageFormat(ABC):
             return f"{scheme.name} with a low-rank branch, which {self.title} does not have"
         if scheme.input_rotation is not None:
             return f"{scheme.name} of inputs that are rotated at run time, which {self.title}'s readers do not do"
+        if facts.is_shifted:
+            return (
+                f"{scheme.name} with a shift of its inputs, or a bias that came of one, for which {self.title} has no "
+                "place: use shift=False"
+            )
         if facts.is_smoothed:
             return (
                 f"{scheme.name} with a smoothing scale of its inputs, which {self.title} does not have: use fold=True, "

@@ -48,6 +48,7 @@ __all__ = [
     "SoftRounding",
     "aim_of",
     "first_rounding",
+    "of_each_weight",
     "round_adaptively",
 ]
 
@@ -159,10 +160,10 @@ class SoftRounding:
 
     def __init__(self, weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -> None:
         self.scheme, self.qparams = scheme, qparams
-        self._scale = _per_column(effective_scale(qparams), weight.shape, scheme)
+        self._scale = of_each_weight(effective_scale(qparams), weight.shape, scheme)
         self._zero: torch.Tensor | None = None
         if qparams.zero_point is not None:
-            self._zero = _per_column(qparams.zero_point.float(), weight.shape, scheme)
+            self._zero = of_each_weight(qparams.zero_point.float(), weight.shape, scheme)
         steps = self._in_steps(weight)
         self._floor = steps.floor()
         self.v = torch.logit(((steps - self._floor) - _LOW) / (_HIGH - _LOW))
@@ -229,7 +230,7 @@ class SoftRounding:
         return found.mul_((h > 0) & (h < 1)).mul_(s * (1 - s) * (_HIGH - _LOW))
 
 
-def _per_column(values: torch.Tensor, shape: torch.Size, scheme: WeightScheme) -> torch.Tensor:
+def of_each_weight(values: torch.Tensor, shape: torch.Size, scheme: WeightScheme) -> torch.Tensor:
     """Qparams [1, 1], [N, 1] or [N, G] for each element of a weight [N, K]."""
     size = scheme.group_size
     wide = values if size is None or values.shape[1] == 1 else values.repeat_interleave(size, dim=1)

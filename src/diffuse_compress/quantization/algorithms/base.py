@@ -12,7 +12,7 @@ import dataclasses
 import importlib
 import itertools
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -28,6 +28,7 @@ __all__ = [
     "SequenceConfig",
     "algorithm_from_dict",
     "algorithm_to_dict",
+    "bytes_of_shift",
     "calibrate_with",
     "quantize_with",
     "register",
@@ -48,7 +49,8 @@ class AlgorithmConfig:
     nothing to do where inputs stay as they are, ``needs_reference`` whether it also wants the block and its inputs as
     they are in the model before any change, ``adds_branch`` whether layers get a dense branch beside their codes: it
     makes 4-bit inputs usable where a layer cannot be rotated, and takes time, ``reconstructs_blocks`` whether it learns
-    the layers of a block together, so that the block's output on the samples stays.
+    the layers of a block together, so that the block's output on the samples stays, ``follows_codes`` whether it works
+    on blocks whose layers are quantized: in a sequence it comes after what chooses the codes.
     """
 
     kind: ClassVar[str]
@@ -60,6 +62,7 @@ class AlgorithmConfig:
     needs_quantized_inputs: ClassVar[bool] = False
     adds_branch: ClassVar[bool] = False
     reconstructs_blocks: ClassVar[bool] = False
+    follows_codes: ClassVar[bool] = False
 
     @property
     def rotates_residual(self) -> bool:
@@ -93,6 +96,14 @@ class AlgorithmConfig:
         """Whether it may give a linear or convolution a smoothing scale of its input (``act_pre_scale``)."""
         return False
 
+    def shift_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        """Bytes of the shift of its input (``act_pre_shift``) that it may give a layer, and of the bias that needs."""
+        return 0
+
+    def idle_in(self, blocks: Sequence[nn.Module]) -> str | None:
+        """Why the dense blocks that hold the layers leave it nothing to do; None if they do not."""
+        return None
+
     def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
         """Bytes of the low-rank branch that it stores with a layer."""
         return 0
@@ -104,16 +115,26 @@ class AlgorithmConfig:
     def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
         """Bytes that are stored with a layer beside its codes and their scales, at most.
 
-        Only the data tell whether a smoothing scale is folded into what precedes the layer, or changes nothing.
+        Only the data tell whether a smoothing scale or a shift is folded into what precedes the layer, or changes
+        nothing.
         """
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        return self.branch_bytes(layer, scheme) + (4 * weight.shape[1] if self.scales_input(layer, scheme) else 0)
+        scale = 4 * weight.shape[1] if self.scales_input(layer, scheme) else 0
+        return self.branch_bytes(layer, scheme) + scale + self.shift_bytes(layer, scheme)
 
 
 def takes_scale(layer: nn.Module) -> bool:
     """Whether a layer can have a smoothing scale of its input: linears and ungrouped convolutions can."""
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+
+
+def bytes_of_shift(layer: nn.Module) -> int:
+    """Bytes of a shift of a layer's input, and of a bias if it has none; 0 where it can have no shift."""
+    if not isinstance(layer, nn.Linear):
+        return 0
+    gained = layer.out_features * layer.weight.element_size() if layer.bias is None else 0
+    return 4 * layer.in_features + gained
 
 
 BlockCalibrator = Callable[[Any, Any], None]
@@ -126,7 +147,8 @@ class SequenceConfig(AlgorithmConfig):
     """Several algorithms, each building on what the ones before it decided: smoothing, then GPTQ.
 
     Args:
-        algorithms: configs, at most one of each class; the last chooses the codes.
+        algorithms: configs, at most one of each class: what prepares layers, then what chooses the codes, then what
+            follows the codes.
     """
 
     algorithms: tuple[AlgorithmConfig, ...]
@@ -140,13 +162,15 @@ class SequenceConfig(AlgorithmConfig):
                 "algorithm: a sequence holds two or more different algorithms, got "
                 f"[{', '.join(kind.__name__ for kind in kinds)}]."
             )
-        choosing = [config.chooses_codes for config in self.algorithms]
-        if choosing != sorted(choosing):
-            late = kinds[choosing.index(False, choosing.index(True))]
-            raise ConfigError(
-                f"algorithm: {late.__name__} prepares layers for the choice of codes, and must come before it, got "
-                f"[{', '.join(kind.__name__ for kind in kinds)}]."
-            )
+        stages = [_stage(config) for config in self.algorithms]
+        for (index, earlier), (other, later) in itertools.combinations(enumerate(stages), 2):
+            if earlier <= later:
+                continue
+            early, late = kinds[index].__name__, kinds[other].__name__
+            reason = f"{late} prepares layers for the choice of codes, and must come before it"
+            if earlier == _FOLLOWS:
+                reason = f"{early} works on layers that have their codes, and must come after {late}"
+            raise ConfigError(f"algorithm: {reason}, got [{', '.join(kind.__name__ for kind in kinds)}].")
         for earlier, later in itertools.combinations(self.algorithms, 2):
             reason = later.idle_after(earlier)
             if reason is not None:
@@ -202,11 +226,25 @@ class SequenceConfig(AlgorithmConfig):
     def scales_input(self, layer: nn.Module, scheme: Scheme) -> bool:
         return any(config.scales_input(layer, scheme) for config in self.algorithms)
 
+    def shift_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        return max(config.shift_bytes(layer, scheme) for config in self.algorithms)
+
     def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
         return sum(config.branch_bytes(layer, scheme) for config in self.algorithms)
 
     def for_search(self) -> AlgorithmConfig:
-        return SequenceConfig(tuple(config.for_search() for config in self.algorithms))
+        # What follows the codes is for the last of them only.
+        steps = tuple(config.for_search() for config in self.algorithms if not config.follows_codes)
+        return steps[0] if len(steps) == 1 else SequenceConfig(steps)
+
+
+_PREPARES, _CHOOSES, _FOLLOWS = range(3)
+
+
+def _stage(config: AlgorithmConfig) -> int:
+    if config.follows_codes:
+        return _FOLLOWS
+    return _CHOOSES if config.chooses_codes else _PREPARES
 
 
 def steps_of(config: AlgorithmConfig) -> tuple[AlgorithmConfig, ...]:
@@ -224,6 +262,9 @@ _MODULES: dict[str, str] = {
     "brecq": "diffuse_compress.quantization.algorithms.brecq",
     "gptq": "diffuse_compress.quantization.algorithms.gptq",
     "hqq": "diffuse_compress.quantization.algorithms.hqq",
+    "norm_tweaking": "diffuse_compress.quantization.algorithms.norm_tweaking",
+    "omniquant": "diffuse_compress.quantization.algorithms.omniquant",
+    "osplus": "diffuse_compress.quantization.algorithms.osplus",
     "quarot": "diffuse_compress.quantization.algorithms.quarot",
     "rtn": "diffuse_compress.quantization.algorithms.rtn",
     "smoothquant": "diffuse_compress.quantization.algorithms.smoothquant",
@@ -280,7 +321,7 @@ def quantize_with(
     Raises:
         ConfigError: no algorithm is registered for the class, or it cannot reach ``scheme``.
     """
-    config = steps_of(config)[-1]
+    config = next((step for step in reversed(steps_of(config)) if not step.follows_codes), config)
     if type(config) not in _REGISTRY:
         raise ConfigError(f"algorithm: no quantizer for {type(config).__name__}. Available: {', '.join(_kinds())}")
     return _REGISTRY[type(config)](weight, scheme, config, generator)

@@ -17,16 +17,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
-from diffuse_compress.calls import autocast_as
 from diffuse_compress.errors import ConfigError
-from diffuse_compress.failures import is_out_of_memory
 from diffuse_compress.quantization.algorithms.adaround import (
     Aim,
     Annealing,
@@ -37,8 +32,10 @@ from diffuse_compress.quantization.algorithms.adaround import (
     round_adaptively,
 )
 from diffuse_compress.quantization.algorithms.base import register_block
-from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, as_rows, as_the_layer_sees_it
+from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
 from diffuse_compress.quantization.algorithms.gptq import HessianCollector, collected
+from diffuse_compress.quantization.algorithms.reconstruction import block_loss, gradients_explained, targets_of
+from diffuse_compress.quantization.algorithms.simulation import seen_as_quantized
 
 __all__ = ["BRECQConfig"]
 
@@ -115,19 +112,19 @@ def _begin(
     round_adaptively(rounding, aim, config)
     codes = rounding.hard()
     rounding.begin_at(codes, aim.downhill(codes))
-    stack.enter_context(_seen_as_quantized(layer, codes))
+    stack.enter_context(seen_as_quantized(layer, codes))
     return _Learned(layer, aim, rounding, float(aim.cost(codes).sum()))
 
 
 def _reconstruct(work: BlockWork, learned: Sequence[_Learned], config: BRECQConfig) -> None:
     """Learn roundings so that ``|block(call) - unchanged(reference)|^2``, weighted and summed, is small."""
-    targets = _targets(work)
+    targets = targets_of(work)
     roundings = [one.rounding for one in learned]
 
     def error_of_codes() -> float:
         weights = _weights(learned, [rounding.hard() for rounding in roundings])
         with torch.no_grad():
-            return sum(float(_loss(work, weights, index, targets)) for index in range(len(targets)))
+            return sum(float(block_loss(work, weights, index, targets)) for index in range(len(targets)))
 
     error, start = error_of_codes(), [rounding.v.clone() for rounding in roundings]
     if error <= 0:
@@ -143,8 +140,8 @@ def _reconstruct(work: BlockWork, learned: Sequence[_Learned], config: BRECQConf
         weights = _weights(learned, values)
         leaves = [weight.requires_grad_() for weight in weights.values()]
         for index in torch.randperm(len(targets), generator=generator)[:batch].tolist():
-            with _gradients_explained(work), torch.enable_grad():
-                loss = _loss(work, weights, index, targets) * (size * len(targets) / batch / error)
+            with gradients_explained(work, "BRECQ", "AdaRoundConfig() needs none"), torch.enable_grad():
+                loss = block_loss(work, weights, index, targets) * (size * len(targets) / batch / error)
                 slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
             for total, found in zip(gradients, slopes, strict=True):
                 if found is not None:
@@ -157,35 +154,6 @@ def _reconstruct(work: BlockWork, learned: Sequence[_Learned], config: BRECQConf
             rounding.v = v
 
 
-@contextlib.contextmanager
-def _gradients_explained(work: BlockWork) -> Iterator[None]:
-    """A block may compute, and yet have no gradients: one that changes in place what they are computed from."""
-    try:
-        yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise ConfigError(
-            f"{work.name}: BRECQ needs gradients of the block, and they cannot be computed ({error}). "
-            "AdaRoundConfig() needs none."
-        ) from error
-
-
-def _targets(work: BlockWork) -> list[list[torch.Tensor]]:
-    """For each call the floating-point tensors that the unchanged block gives, kept where the call is."""
-    found = []
-    with torch.no_grad():
-        for call in work.reference_calls:
-            home = next((leaf.device for leaf in tree_leaves((call.args, dict(call.kwargs))) if _is_float(leaf)), None)
-            output = work.forward(work.reference_block, call)
-            found.append([leaf if home is None else leaf.to(home) for leaf in tree_leaves(output) if _is_float(leaf)])
-    return found
-
-
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-
-
 def _weights(learned: Sequence[_Learned], values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """The block's parameters that stand for these weights [N, K], by name."""
     layers = (one.layer for one in learned)
@@ -193,56 +161,3 @@ def _weights(learned: Sequence[_Learned], values: Sequence[torch.Tensor]) -> dic
         f"{layer.name}.weight".lstrip("."): value.to(layer.dense.weight.dtype).reshape(layer.dense.weight.shape)
         for layer, value in zip(layers, values, strict=True)
     }
-
-
-def _loss(
-    work: BlockWork, weights: dict[str, torch.Tensor], index: int, targets: Sequence[Sequence[torch.Tensor]]
-) -> torch.Tensor:
-    """Squared error of the rows of the block's output on a call that count, times the call's weight; fp32 scalar."""
-    call = work.here(work.calls[index])
-    with autocast_as(work.autocast):
-        output = functional_call(work.block, weights, call.args, dict(call.kwargs))
-    pairs = zip([leaf for leaf in tree_leaves(output) if _is_float(leaf)], targets[index], strict=True)
-    differences = [found.float() - target.to(found.device).float() for found, target in pairs]
-    errors = [work.counted(difference, index).square().sum() for difference in differences]
-    return torch.stack(errors).sum() * work.weight(index)
-
-
-@contextlib.contextmanager
-def _seen_as_quantized(layer: LayerWork, value: torch.Tensor) -> Iterator[None]:
-    """Inside, a dense layer computes as its quantized form will, with a weight ``value`` [N, K]: it smooths and rounds
-    its input, and adds its low-rank branch."""
-    given: list[torch.Tensor] = []
-    handles = [layer.dense.register_forward_pre_hook(_enter(layer, given))]
-    if layer.low_rank is not None:
-        handles.append(layer.dense.register_forward_hook(_leave(layer, given)))
-    weight = layer.dense.weight.data
-    try:
-        layer.dense.weight.data = value.to(weight.dtype).reshape(weight.shape)
-        yield
-    finally:
-        layer.dense.weight.data = weight
-        for handle in handles:
-            handle.remove()
-
-
-def _enter(layer: LayerWork, given: list[torch.Tensor]) -> Any:
-    def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        if layer.low_rank is not None:
-            given.append(args[0])
-        return (as_the_layer_sees_it(args[0], layer), *args[1:])
-
-    return enter
-
-
-def _leave(layer: LayerWork, given: list[torch.Tensor]) -> Any:
-    def leave(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        assert layer.low_rank is not None
-        down, up = (part.to(output.dtype) for part in layer.low_rank)
-        branch = as_rows(layer.dense, given.pop()) @ down.t() @ up.t()
-        if output.dim() == 4 and isinstance(layer.dense, nn.Conv2d):
-            batch, channels = output.shape[:2]
-            branch = branch.reshape(batch, -1, channels).transpose(1, 2)
-        return output + branch.reshape(output.shape)
-
-    return leave
