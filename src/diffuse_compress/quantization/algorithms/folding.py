@@ -313,11 +313,12 @@ def _takes_shift(work: BlockWork, fold: Fold) -> bool:
     if bias is None or not all(isinstance(layer.dense, nn.Linear) for layer in layers):
         return False
     expected = _outputs(work, layers)
-    shift = torch.randn(bias.shape, generator=torch.Generator().manual_seed(0)).to(bias)
-    moved = {"bias": bias.detach() - shift}
+    wanted = torch.randn(bias.shape, generator=torch.Generator().manual_seed(0)).to(bias)
+    moved = {"bias": bias.detach() - wanted}
+    shift = bias.detach() - moved["bias"]  # as the bias holds it
     with _replaced(producer, moved), contextlib.ExitStack() as stack:
         for layer in layers:
-            taken = nn.functional.linear((bias.detach() - moved["bias"]), layer.dense.weight.detach())
+            taken = nn.functional.linear(shift, layer.dense.weight.detach())
             handle = layer.dense.register_forward_hook(lambda module, args, output, taken=taken: output + taken)
             stack.callback(handle.remove)
         found = _outputs(work, layers)

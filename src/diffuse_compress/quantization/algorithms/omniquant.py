@@ -12,7 +12,7 @@ All layers that share an input have an s, not only those behind a norm; what pre
 (``folding.py``), elsewhere it stays with them. The scale between q and k is left out: with a scale for each row of a
 weight it changes no code, and their product is not quantized in here. Scales start at SmoothQuant's or at what came
 before in the sequence (AWQ), clips at the ranges of least squares or of what came before. What was learned is kept only
-if the error on all samples is lower than at the start. Scales of static inputs are not learned: their ranges are chosen.
+if the error on all samples is lower than at the start. Scales of static inputs are not learned: their ranges are there.
 """
 
 from __future__ import annotations

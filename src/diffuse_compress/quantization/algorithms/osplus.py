@@ -1,9 +1,9 @@
 """OS+: shift channels of the inputs to the middle of their ranges, and scale down those that are still wide.
 
 Wei et al. 2023, "Outlier Suppression+: Accurate quantization of large language models by equivalent and effective
-shifting and scaling", arXiv 2304.09145, equations 2 to 7. Input ``x`` becomes ``(x - z) / s`` with ``z = (max + min) /
-2`` of each channel and ``s = max(1, (max - min) / 2t)``; columns of the weight are multiplied by s, and ``W z`` goes into
-the bias. The threshold t is the one whose rounded weights and inputs change the output least.
+shifting and scaling", arXiv 2304.09145, equations 2 to 7. Input ``x`` becomes ``(x - z) / s``, with ``z`` the middle of
+each channel's range and ``s = max(1, (max - min) / 2t)``; columns of the weight are multiplied by s, and ``W z`` goes
+into the bias. The threshold t is the one whose rounded weights and inputs change the output least.
 
 Deviations: thresholds are spaced evenly in their logarithm, from the widest channel to the median one (the authors' end
 at 1, whatever the unit of the inputs); a threshold is tried once more without the shift, and nothing at all is tried
