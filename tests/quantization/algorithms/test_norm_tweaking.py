@@ -80,14 +80,16 @@ def test_the_rate_grows_with_the_depth() -> None:
     dense = NormedBlock(offset=1.0)
     config = NormTweakingConfig(learning_rate=1e-4, gamma=1.0, epochs=1, batch_size=4)
     first, later = (tweaked(dense, config, depth=depth) for depth in (0.0, 0.5))
-    steps = [float((block.norm1.weight - dense.norm1.weight).abs().median()) for block in (first, later)]
+    steps = [float((block.norm1.weight - dense.norm1.weight).detach().abs().median()) for block in (first, later)]
     assert steps[0] == pytest.approx(1e-4, rel=0.01)
     assert steps[1] == pytest.approx(1.5e-4, rel=0.01)
 
 
 def test_it_comes_after_the_codes() -> None:
     for late in (GPTQConfig(), AWQConfig()):
-        with pytest.raises(ConfigError, match=f"NormTweakingConfig works on layers .* must come after {type(late).__name__}"):
+        with pytest.raises(
+            ConfigError, match=f"NormTweakingConfig works on layers .* must come after {type(late).__name__}"
+        ):
             SequenceConfig((NormTweakingConfig(), late))
     sequence = SequenceConfig((AWQConfig(), GPTQConfig(), NormTweakingConfig(epochs=3)))
     assert algorithm_from_dict(algorithm_to_dict(sequence)) == sequence

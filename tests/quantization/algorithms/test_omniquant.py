@@ -50,7 +50,7 @@ INT4, INT2 = NumberFormat.INT4, NumberFormat.INT2
 WEIGHTS = {
     "channel": WeightScheme(INT4, PerChannel()),
     "tensor": WeightScheme(INT4, PerTensor(), symmetric=False),
-    "group": WeightScheme(NumberFormat.INT3, PerGroup(48, pad=True), symmetric=False),
+    "group": WeightScheme(NumberFormat.INT3, PerGroup(64, pad=True), symmetric=False),
     "float-zero": WeightScheme(INT4, PerGroup(32), symmetric=False, float_zero_point=True),
     "additive": WeightScheme(INT4, PerGroup(32), symmetric=False, additive_zero_point=True),
     "two-level": PRESETS["w4a8"].scheme.weight,
@@ -91,15 +91,17 @@ def test_gradients_of_clips_are_those_of_finite_differences(name: str) -> None:
 
     With code ``q`` the value is ``step * q``; straight through, ``d value / d step`` is ``q - w / step`` inside.
     """
-    scheme, weight = WEIGHTS[name], torch.randn(6, 96, generator=torch.Generator().manual_seed(1))
-    of_value = torch.randn(6, 96, generator=torch.Generator().manual_seed(2))
+    scheme, weight = WEIGHTS[name], torch.randn(6, 160, generator=torch.Generator().manual_seed(1))
+    of_value = torch.randn(6, 160, generator=torch.Generator().manual_seed(2))
     logits = torch.full_like(clipped_range(weight, scheme, None, None)[0], 0.5).requires_grad_()
 
     def step_and_zero(logit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         ends = clipped_range(weight, scheme, torch.sigmoid(logit), torch.sigmoid(logit))
         qparams = omniquant.qparams_from_range(*(end.clone() for end in ends), scheme)
-        zero = None if qparams.zero_point is None else omniquant.of_each_weight(
-            qparams.zero_point.float(), weight.shape, scheme
+        zero = (
+            None
+            if qparams.zero_point is None
+            else omniquant.of_each_weight(qparams.zero_point.float(), weight.shape, scheme)
         )
         return omniquant.of_each_weight(qparams.scale, weight.shape, scheme), zero
 
@@ -168,13 +170,13 @@ def test_without_steps_it_is_where_it_starts(first: AlgorithmConfig, config: Alg
 
 @pytest.mark.parametrize(
     ("start", "scheme", "factor"),
-    [((), W2, 0.8), ((), W4A4, 0.8), ((AWQConfig(num_ratios=4),), W3, 0.9)],
-    ids=["w2", "w4a4", "awq-w3"],
+    [((), W2, 0.95), ((), W4A4, 0.8), ((AWQConfig(num_ratios=4),), W2, 0.97)],
+    ids=["w2", "w4a4", "awq-w2"],
 )
 def test_the_block_comes_nearer_than_where_it_starts(start: Any, scheme: Scheme, factor: float) -> None:
     torch.manual_seed(3)
     dense = NormedBlock(offset=1.0)
-    steps = [*start, OmniQuantConfig(epochs=5)]
+    steps = [*start, OmniQuantConfig(epochs=10)]
     ours = quantized_by(dense, SequenceConfig(tuple(steps)) if start else steps[0], scheme)
     first = start[0] if start else RTNConfig()
     plain = quantized_by(dense, first, scheme)
@@ -221,7 +223,8 @@ def test_codes_of_others_build_on_it_and_it_on_rotations_and_static_inputs() -> 
     torch.manual_seed(3)
     dense = NormedBlock(offset=1.0)
     static = Scheme(
-        WeightScheme(NumberFormat.INT8), ActivationScheme(NumberFormat.INT8, PerTensor(), dynamic=False, symmetric=False)
+        WeightScheme(NumberFormat.INT8),
+        ActivationScheme(NumberFormat.INT8, PerTensor(), dynamic=False, symmetric=False),
     )
     short = OmniQuantConfig(epochs=1)
     for config, scheme in (

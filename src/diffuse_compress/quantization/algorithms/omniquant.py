@@ -71,8 +71,9 @@ from diffuse_compress.quantization.scheme import (
 
 __all__ = ["OmniQuantConfig", "clipped_range", "soft_input", "soft_weight"]
 
-# Largest and smallest logit that a range starts at: 0.982, as the authors', and 0.05.
-_FIRST, _NARROWEST = 4.0, -3.0
+# Largest and smallest logit that a range starts at: 0.982, as the authors', and 0.05. Of 8 bits that would cut off two
+# steps: 0.9975.
+_FIRST, _FIRST_OF_8_BITS, _NARROWEST = 4.0, 6.0, -3.0
 
 
 @dataclass(frozen=True)
@@ -324,7 +325,8 @@ def _first_logits(layer: LayerWork, target: torch.Tensor) -> torch.Tensor:
         largest = torch.maximum(-whole[0], whole[1])
         amax = torch.maximum(-found[0], found[1])
         ends = [torch.where(largest == 0, 1.0, amax / largest)]
-    return torch.stack([torch.logit(end.clamp(1e-4, 1 - 1e-4)).clamp(_NARROWEST, _FIRST) for end in ends])
+    widest = _FIRST if scheme.format.bits < 8 else _FIRST_OF_8_BITS
+    return torch.stack([torch.logit(end.clamp(1e-4, 1 - 1e-4)).clamp(_NARROWEST, widest) for end in ends])
 
 
 def _range(weight: torch.Tensor, scheme: WeightScheme) -> tuple[torch.Tensor, torch.Tensor]:
