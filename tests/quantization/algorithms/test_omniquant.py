@@ -169,14 +169,14 @@ def test_without_steps_it_is_where_it_starts(first: AlgorithmConfig, config: Alg
 
 
 @pytest.mark.parametrize(
-    ("start", "scheme", "factor"),
-    [((), W2, 0.95), ((), W4A4, 0.8), ((AWQConfig(num_ratios=4),), W2, 0.97)],
+    ("start", "scheme", "factor", "epochs"),
+    [((), W2, 0.95, 10), ((), W4A4, 0.8, 10), ((AWQConfig(num_ratios=4),), W2, 0.97, 40)],
     ids=["w2", "w4a4", "awq-w2"],
 )
-def test_the_block_comes_nearer_than_where_it_starts(start: Any, scheme: Scheme, factor: float) -> None:
+def test_the_block_comes_nearer_than_where_it_starts(start: Any, scheme: Scheme, factor: float, epochs: int) -> None:
     torch.manual_seed(3)
     dense = NormedBlock(offset=1.0)
-    steps = [*start, OmniQuantConfig(epochs=10)]
+    steps = [*start, OmniQuantConfig(epochs=epochs)]
     ours = quantized_by(dense, SequenceConfig(tuple(steps)) if start else steps[0], scheme)
     first = start[0] if start else RTNConfig()
     plain = quantized_by(dense, first, scheme)

@@ -253,7 +253,7 @@ class _Soft:
         layer: its work.
         move: of its input, shared with others; None leaves it.
         clip: fp32 [2, elements], logits of the shares of low and high ends ([1, elements] where they are alike); None
-            leaves the ranges.
+            keeps those that it starts at.
         first: fp32 [N, K], the weight that it has before anything is learned.
     """
 
@@ -265,22 +265,23 @@ class _Soft:
             self.first = fake_quantize(target, scheme, choose_qparams(layer.ranges, scheme))
         else:
             self.first = dequantize(quantize(target, scheme, RTNConfig()))
-        self.clip = _first_logits(layer, target).requires_grad_() if clip else None
+        self._logits = _first_logits(layer, target).requires_grad_(clip)
+        self.clip = self._logits if clip else None
 
     def weight(self) -> torch.Tensor:
         """fp32 [N, K] on its grid, for the input as it meets the codes."""
+        if self.move is None and self.clip is None:
+            return self.first
         scheme = self.layer.scheme.weight
-        return soft_weight(self._exact(), scheme, *self._shares(scheme))
+        return soft_weight(self._exact(), scheme, *self._shares())
 
     def _exact(self) -> torch.Tensor:
         if self.move is None:
             return self._fixed
         return self._fixed / self.layer.per_column(self.move.scale())
 
-    def _shares(self, scheme: WeightScheme) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        if self.clip is None:
-            return None, None
-        shares = torch.sigmoid(self.clip)
+    def _shares(self) -> tuple[torch.Tensor, torch.Tensor]:
+        shares = torch.sigmoid(self._logits)
         return shares[0], shares[-1]
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
@@ -298,12 +299,10 @@ class _Soft:
 
     def finish(self) -> None:
         """Write the ranges, of the scale that the layer has now."""
-        if self.clip is None:
-            # Learned scales alone: ranges that came before are those of other columns.
-            self.layer.ranges = None if self.move is not None else self.layer.ranges
+        if self.move is None and self.clip is None:
             return
         scheme, weight = self.layer.scheme.weight, self.layer.target()
-        low, high = clipped_range(weight, scheme, *self._shares(scheme))
+        low, high = clipped_range(weight, scheme, *self._shares())
         self.layer.ranges = weight.clamp(
             of_each_weight(low, weight.shape, scheme), of_each_weight(high, weight.shape, scheme)
         )
