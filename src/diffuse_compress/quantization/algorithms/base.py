@@ -12,7 +12,7 @@ import dataclasses
 import importlib
 import itertools
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -21,7 +21,7 @@ from torch import nn
 
 from diffuse_compress.errors import ConfigError, nearest
 from diffuse_compress.quantization.packed import QuantizedWeight
-from diffuse_compress.quantization.scheme import Scheme, WeightScheme
+from diffuse_compress.quantization.scheme import PerInputGroup, Scheme, WeightScheme
 
 __all__ = [
     "AlgorithmConfig",
@@ -48,7 +48,9 @@ class AlgorithmConfig:
     nothing to do where inputs stay as they are, ``needs_reference`` whether it also wants the block and its inputs as
     they are in the model before any change, ``adds_branch`` whether layers get a dense branch beside their codes: it
     makes 4-bit inputs usable where a layer cannot be rotated, and takes time, ``reconstructs_blocks`` whether it learns
-    the layers of a block together, so that the block's output on the samples stays.
+    the layers of a block together, so that the block's output on the samples stays, ``chooses_formats`` whether the
+    data may change the granularity of a layer's weight, ``rounds_input_groups`` whether it works on weights with groups
+    of rows (``PerInputGroup``).
     """
 
     kind: ClassVar[str]
@@ -60,6 +62,8 @@ class AlgorithmConfig:
     needs_quantized_inputs: ClassVar[bool] = False
     adds_branch: ClassVar[bool] = False
     reconstructs_blocks: ClassVar[bool] = False
+    chooses_formats: ClassVar[bool] = False
+    rounds_input_groups: ClassVar[bool] = False
 
     @property
     def rotates_residual(self) -> bool:
@@ -74,9 +78,23 @@ class AlgorithmConfig:
     def check(self, scheme: WeightScheme) -> None:
         """Raise ConfigError if this algorithm cannot reach ``scheme``; asked before any weight is touched."""
 
+    def idle_with(self, schemes: Sequence[Scheme]) -> tuple[str, str] | None:
+        """What it is for and a preset that has such, if ``schemes`` of all layers leave it nothing to do; else None."""
+        if self.needs_quantized_inputs and all(scheme.activation is None for scheme in schemes):
+            return "quantized inputs", "w8a8"
+        return None
+
     def idle_after(self, earlier: AlgorithmConfig) -> str | None:
         """Why ``earlier`` in a sequence leaves it nothing to do; None if it does not."""
         return "both choose the codes, and the first has" if self.chooses_codes and earlier.chooses_codes else None
+
+    def check_granularity(self, scheme: WeightScheme) -> None:
+        """Raise ConfigError if ``scheme`` has groups of rows and it cannot work on such."""
+        if isinstance(scheme.granularity, PerInputGroup) and not self.rounds_input_groups:
+            raise ConfigError(
+                f"{type(self).__name__}: looks at weights row by row, got groups of rows (PerInputGroup). Use "
+                "RTNConfig() or GPTQConfig() for these, or PerGroup()."
+            )
 
     def unsupported(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """Why a linear or convolution, dense and perhaps on the meta device, cannot be taken; None if it can."""
@@ -97,6 +115,10 @@ class AlgorithmConfig:
         """Bytes of the low-rank branch that it stores with a layer."""
         return 0
 
+    def format_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        """Bytes by which another granularity that it may choose is larger than that of ``scheme``, at most."""
+        return 0
+
     def for_search(self) -> AlgorithmConfig:
         """What a search judges formats by, one after the other: itself, or what comes near it in much less time."""
         return self
@@ -104,11 +126,13 @@ class AlgorithmConfig:
     def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
         """Bytes that are stored with a layer beside its codes and their scales, at most.
 
-        Only the data tell whether a smoothing scale is folded into what precedes the layer, or changes nothing.
+        Only the data tell whether a smoothing scale is folded into what precedes the layer, or changes nothing, and
+        which granularity is chosen.
         """
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        return self.branch_bytes(layer, scheme) + (4 * weight.shape[1] if self.scales_input(layer, scheme) else 0)
+        scale = 4 * weight.shape[1] if self.scales_input(layer, scheme) else 0
+        return self.branch_bytes(layer, scheme) + scale + self.format_bytes(layer, scheme)
 
 
 def takes_scale(layer: nn.Module) -> bool:
@@ -148,6 +172,14 @@ class SequenceConfig(AlgorithmConfig):
                 f"[{', '.join(kind.__name__ for kind in kinds)}]."
             )
         for earlier, later in itertools.combinations(self.algorithms, 2):
+            if earlier.chooses_formats and (
+                later.chooses_scales or (later.chooses_codes and not later.rounds_input_groups)
+            ):
+                raise ConfigError(
+                    f"algorithm: {type(later).__name__} cannot follow {type(earlier).__name__}, which may give layers "
+                    "groups of rows: what chooses scales comes before it, and RTNConfig() or GPTQConfig() after it, "
+                    f"got [{', '.join(kind.__name__ for kind in kinds)}]."
+                )
             reason = later.idle_after(earlier)
             if reason is not None:
                 raise ConfigError(
@@ -187,6 +219,10 @@ class SequenceConfig(AlgorithmConfig):
         for config in self.algorithms:
             config.check(scheme)
 
+    def check_granularity(self, scheme: WeightScheme) -> None:
+        for config in self.algorithms:
+            config.check_granularity(scheme)
+
     def unsupported(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """The first reason; what prepares layers has none to keep one dense that gets a branch."""
         reasons = [(config, config.unsupported(layer, scheme)) for config in self.algorithms]
@@ -205,6 +241,9 @@ class SequenceConfig(AlgorithmConfig):
     def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
         return sum(config.branch_bytes(layer, scheme) for config in self.algorithms)
 
+    def format_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        return sum(config.format_bytes(layer, scheme) for config in self.algorithms)
+
     def for_search(self) -> AlgorithmConfig:
         return SequenceConfig(tuple(config.for_search() for config in self.algorithms))
 
@@ -219,15 +258,19 @@ _Quantizer = TypeVar("_Quantizer", bound=WeightQuantizer)
 
 # Modules that register an algorithm when they are imported: listing the kinds imports nothing.
 _MODULES: dict[str, str] = {
+    "adadim": "diffuse_compress.quantization.algorithms.adadim",
     "adaround": "diffuse_compress.quantization.algorithms.adaround",
     "awq": "diffuse_compress.quantization.algorithms.awq",
     "brecq": "diffuse_compress.quantization.algorithms.brecq",
+    "dgq": "diffuse_compress.quantization.algorithms.dgq",
     "gptq": "diffuse_compress.quantization.algorithms.gptq",
     "hqq": "diffuse_compress.quantization.algorithms.hqq",
     "quarot": "diffuse_compress.quantization.algorithms.quarot",
     "rtn": "diffuse_compress.quantization.algorithms.rtn",
     "smoothquant": "diffuse_compress.quantization.algorithms.smoothquant",
+    "spinquant": "diffuse_compress.quantization.algorithms.spinquant",
     "svdquant": "diffuse_compress.quantization.algorithms.svdquant",
+    "tesseraq": "diffuse_compress.quantization.algorithms.tesseraq",
     "trained": "diffuse_compress.quantization.algorithms.trained",
 }
 _REGISTRY: dict[type[AlgorithmConfig], WeightQuantizer] = {}
