@@ -101,8 +101,8 @@ def scheme_labels(schemes: Sequence[Scheme]) -> dict[Scheme, str]:
         labels[scheme] = scheme.name
         if len({other.weight for other in alike}) > 1:
             granularity = scheme.weight.granularity
-            rows = isinstance(granularity, PerInputGroup)
-            labels[scheme] += f" g{granularity.rows} of rows" if rows else f" g{scheme.weight.group_size}"
+            size = f"{granularity.rows} of rows" if isinstance(granularity, PerInputGroup) else scheme.weight.group_size
+            labels[scheme] += f" g{size}"
         if len({other.input_rotation for other in alike}) > 1:
             labels[scheme] += f" rotated by {scheme.input_rotation}" if scheme.input_rotation else " not rotated"
     return labels

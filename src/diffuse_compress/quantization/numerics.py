@@ -276,7 +276,7 @@ def row_chunks(weight: torch.Tensor) -> Iterator[slice]:
 
 
 def rows_of(qparams: QParams, scheme: WeightScheme, rows: slice | None, total: int) -> QParams:
-    """Qparams of some of ``total`` rows; per tensor they are those of the whole, of runs of rows one for each weight."""
+    """Qparams of some of ``total`` rows: per tensor those of the whole, of runs of rows one for each weight."""
     zero_point, group_scale = qparams.zero_point, qparams.group_scale
     if isinstance(scheme.granularity, PerInputGroup):
         groups = torch.arange(total, device=qparams.scale.device)[rows or slice(None)] // scheme.granularity.rows

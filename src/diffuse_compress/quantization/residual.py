@@ -109,7 +109,8 @@ def hadamard_rotations(stream: ResidualStream, generator: torch.Generator) -> Ro
 
 def by_heads(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Every run of ``head_dim`` columns of ``rows`` [..., K] times ``matrix`` [head_dim, head_dim]."""
-    return (rows.unflatten(-1, (-1, matrix.shape[0])) @ matrix).flatten(-2)
+    turned: torch.Tensor = rows.unflatten(-1, (-1, matrix.shape[0])) @ matrix
+    return turned.flatten(-2)
 
 
 def rotate_residual(

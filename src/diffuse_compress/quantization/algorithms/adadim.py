@@ -1,28 +1,32 @@
-"""AdaDim: for each layer, groups along its inputs or along its outputs, whichever leaves less error in its output.
+"""AdaDim: for each layer, groups along its inputs or along its outputs, whichever leaves less error.
 
 Heo et al. 2023, "Rethinking Channel Dimensions to Isolate Outliers for Low-bit Weight Quantization of Large Language
 Models", arXiv 2309.15531, section 3.2. A few input channels with large activations (or weights of another size) are
 columns of the weight. Groups within a row (:class:`PerGroup`) spread their error over the neighbours in every row;
 groups within a column (:class:`PerInputGroup`) keep it there.
 
-Deviations: the error is that of the output on all calibration rows, from the second moments of the inputs, with the
-ranges that rounding to nearest will choose; layers that take the scale of another's input in their rows
+Deviations: the error is that of the block's output, not the layer's own. Where output channels differ in size, groups
+of rows spoil the small ones, which a sum over a layer's outputs does not see and the layer behind them does. Ranges are
+those that rounding to nearest will choose. Layers that take the scale of another's input in their rows
 (``folding.py``) keep their groups, for a row must have scales of its own for that.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError
+from diffuse_compress.quantization.algorithms.awq import output_distance
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
-from diffuse_compress.quantization.algorithms.gptq import collected
+from diffuse_compress.quantization.algorithms.brecq import seen_as_quantized
 from diffuse_compress.quantization.numerics import choose_qparams, fake_quantize
 from diffuse_compress.quantization.observers import weight_qparams
 from diffuse_compress.quantization.scheme import GROUP_SIZES, PerGroup, PerInputGroup, Scheme, WeightScheme
@@ -32,7 +36,7 @@ __all__ = ["AdaDimConfig", "output_error"]
 
 @dataclass(frozen=True)
 class AdaDimConfig(AlgorithmConfig):
-    """Groups of columns or groups of rows, chosen for each layer by its output error. Needs calibration data.
+    """Groups of columns or groups of rows, chosen for each layer by the error of its block. Needs calibration data.
 
     It looks at layers whose weights are in groups (:class:`PerGroup`), and leaves the others alone. Codes are then
     rounded to nearest, or chosen by what follows in a sequence. There is no kernel for groups of rows: such layers are
@@ -84,30 +88,36 @@ class AdaDimConfig(AlgorithmConfig):
 @register_block
 def calibrate(work: BlockWork, config: AdaDimConfig) -> None:
     """Choose the groups of every layer of a block that has none of its own yet."""
-    work.observe_inputs()
     producers = {fold.producer for fold in work.folded.values()}
-    for names in work.subsets:
-        chosen = [name for name in names if name not in producers and config.turned(work.layers[name].scheme.weight)]
-        for name, collector in collected(work, chosen, pairs=False).items():
-            layer = work.layers[name]
-            turned, hessian = config.turned(layer.scheme.weight), collector.hessian()
-            assert turned is not None
-            if output_error(layer, turned, hessian) < output_error(layer, layer.scheme.weight, hessian):
-                layer.scheme = layer.scheme.replace(weight=turned)
+    chosen = [work.layers[name] for names in work.subsets for name in names if name not in producers]
+    chosen = [layer for layer in chosen if layer.quantized is None and config.turned(layer.scheme.weight) is not None]
+    if not chosen:
+        return
+    work.observe_inputs()
+    outputs = [Call((output,)).copied(None).args[0] for output in work.run()]
+    for layer in chosen:
+        turned = config.turned(layer.scheme.weight)
+        assert turned is not None
+        if output_error(work, layer, turned, outputs) < output_error(work, layer, layer.scheme.weight, outputs):
+            layer.scheme = layer.scheme.replace(weight=turned)
 
 
-def output_error(layer: LayerWork, scheme: WeightScheme, hessian: torch.Tensor) -> float:
-    """Squared error of a layer's output if its weight is rounded to nearest in ``scheme``.
+def output_error(work: BlockWork, layer: LayerWork, scheme: WeightScheme, outputs: Sequence[Any]) -> float:
+    """Squared error of the block's output if the weight of one layer is rounded to nearest in ``scheme``.
 
     Args:
-        layer: without codes.
+        work: the block.
+        layer: without codes; the others stay as they are.
         scheme: to be tried.
-        hessian: fp32 [K, K], second moments of what the codes are multiplied with.
+        outputs: of the block as it is, for each call.
     """
     weight = layer.target()
     if layer.ranges is None:
         qparams = weight_qparams(weight, scheme, "mse")
     else:
         qparams = choose_qparams(layer.ranges, scheme)
-    missed = fake_quantize(weight, scheme, qparams) - weight
-    return float(((missed @ hessian) * missed).sum(dtype=torch.float64))
+    with seen_as_quantized(layer, fake_quantize(weight, scheme, qparams)):
+        return sum(
+            output_distance(found, output, functools.partial(work.counted, index=index))
+            for index, (found, output) in enumerate(zip(work.run(), outputs, strict=True))
+        )

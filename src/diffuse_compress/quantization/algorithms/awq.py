@@ -36,7 +36,7 @@ from diffuse_compress.quantization.numerics import QParams, choose_qparams, dequ
 from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.scheme import PerTensor, Scheme, TwoLevel, WeightScheme
 
-__all__ = ["AWQConfig", "AbsMeanCollector", "RowCollector", "best_scale", "clip_weight"]
+__all__ = ["AWQConfig", "AbsMeanCollector", "RowCollector", "best_scale", "clip_weight", "output_distance"]
 
 _SMALLEST_SCALE = 1e-4
 _CHUNK_ELEMENTS = 1 << 24
@@ -200,7 +200,7 @@ def best_scale(work: BlockWork, layers: Sequence[LayerWork], candidates: Iterabl
     for scale in candidates:
         with _tried(layers, weights, scale, given, work.observer), torch.no_grad():
             error = sum(
-                _distance(
+                output_distance(
                     work.forward(parent, call.copied(None) if changing else call),
                     output,
                     functools.partial(work.counted, index=index),
@@ -351,15 +351,15 @@ def _scaled(layer: LayerWork) -> Any:
     return enter
 
 
-def _distance(a: Any, b: Any, counted: Callable[[torch.Tensor], torch.Tensor]) -> float:
+def output_distance(a: Any, b: Any, counted: Callable[[torch.Tensor], torch.Tensor]) -> float:
     """Summed squared difference of the rows that count in all floating tensors of two outputs."""
     if isinstance(a, torch.Tensor):
         difference = counted(a.float() - b.float()) if a.is_floating_point() else torch.zeros(1)
         return float(difference.square().sum(dtype=torch.float64))
     if isinstance(a, dict):
-        return sum(_distance(a[key], b[key], counted) for key in a)
+        return sum(output_distance(a[key], b[key], counted) for key in a)
     if isinstance(a, tuple | list):
-        return sum(_distance(x, y, counted) for x, y in zip(a, b, strict=True))
+        return sum(output_distance(x, y, counted) for x, y in zip(a, b, strict=True))
     return 0.0
 
 

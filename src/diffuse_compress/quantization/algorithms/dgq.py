@@ -62,8 +62,8 @@ class DGQConfig(AlgorithmConfig):
     Layers of other formats are rounded to nearest.
 
     Args:
-        outlier_shares: of the input channels, that are tried to be brought down to the largest of the others; () smooths
-            nothing.
+        outlier_shares: of the input channels, tried one after the other, that are brought down to the largest of the
+            others; () smooths nothing.
         group_steps: scales that are tried for each group.
         row_steps: scales that are tried for each row. Each costs a product of the weight with the second moments.
         fold: as in :class:`SmoothQuantConfig`.

@@ -6,8 +6,8 @@ moved on the Stiefel manifold, down the slope of the loss of the model with quan
 transforms (Li et al. 2020, arXiv 2002.01113, eq. 4). Then they are folded as QuaRot's are (``residual.py``), and down
 projections rotate their input at run time (the paper's R4).
 
-Where it starts is what ``QuaRotConfig(residual=True)`` takes with the same seed. In the loop weights have the ranges that
-rounding to nearest chooses at the start, relative to their largest values, and inputs are dynamic.
+Where it starts is what ``QuaRotConfig(residual=True)`` takes with the same seed. In the loop weights have the ranges
+that rounding to nearest chooses at the start, relative to their largest values, and inputs are dynamic.
 
 Deviations: the Cayley transform is solved exactly, in float64, not by fixed-point iteration; a step is as long as the
 rate or as leaves the matrices near enough for their gradients to hold, whichever is less, as in Li et al.; nothing is
@@ -118,7 +118,7 @@ def calibrate(work: BlockWork, config: SpinQuantConfig) -> None:
 def cayley_step(matrix: torch.Tensor, gradient: torch.Tensor, rate: float) -> torch.Tensor:
     """An orthogonal matrix, moved down a gradient on the manifold of orthogonal matrices.
 
-    ``(I + A/2)^-1 (I - A/2) X`` with A the skew part ``t (G X^T - X G^T)`` and t the rate, or less (:data:`_LONGEST_STEP`).
+    ``(I + A/2)^-1 (I - A/2) X`` with A the skew part ``t (G X^T - X G^T) / 2``, t the rate or what makes A's norm 1.
 
     Args:
         matrix: X, float64 [n, n], orthogonal.

@@ -1,16 +1,16 @@
 """TesseraQ: learn the rounding of a block, harden it step by step, and learn the scales beside it.
 
 Li and Panda 2024, "TesseraQ: Ultra Low-Bit LLM Post-Training Quantization with Block Reconstruction", arXiv
-2410.19103, algorithm 1. It starts from the scales and ranges that AWQ (or what else stands before it) chose. Progressive
-adaptive rounding: every weight has a rectified sigmoid h(v) as in AdaRound; instead of a regulariser, after each stage
-of Adam those nearest to 0 or 1 are set to it and stay, until none is soft. Meanwhile, and after the last, every scale is
-multiplied by ``2 sigmoid(u)`` with a learned u, which starts at 1.
+2410.19103, algorithm 1. It starts from the scales and ranges that AWQ (or what else stands before it) chose.
+Progressive adaptive rounding: every weight has a rectified sigmoid h(v) as in AdaRound; instead of a regulariser, after
+each stage of Adam those nearest to 0 or 1 are set to it and stay, until none is soft. Meanwhile, and after the last,
+every scale is multiplied by ``2 sigmoid(u)`` with a learned u, a factor of 1 at first.
 
 The block, its samples and its aim are BRECQ's (``brecq.py``): it runs on the outputs of the quantized blocks before it
 and aims at what it gives in the unchanged model, and the errors of the layers are added to the block's.
 
-Deviations: that addition; the stages are as many as the authors' but shorter, at a higher rate; a stage hardens after it
-learned, not before, so that the first choice is one of learned variables too; the share that stays soft falls
+Deviations: that addition; the stages are as many as the authors' but shorter, at a higher rate; a stage hardens after
+it learned, not before, so that the first choice is one of learned variables too; the share that stays soft falls
 geometrically; the codes may start from GPTQ's (``start="gptq"``), as the other learned roundings here do.
 """
 
