@@ -1,5 +1,7 @@
 """What the algorithms make of 4-bit weights and inputs on the reference models; the command of docs/calibration.md.
 
+``--format`` takes another format, each into a file of its own.
+
     python eval/four_bits.py --model examples/reference_models/emoji_pixart --out pixart.json
     python eval/four_bits.py --model examples/reference_models/python_llama --out llama.json
     python eval/four_bits.py --model examples/reference_models/emoji_sd --out sd.json
@@ -21,6 +23,7 @@ import json
 import math
 import random
 import statistics
+import sys
 import sysconfig
 import time
 from collections.abc import Callable
@@ -50,6 +53,23 @@ ALGORITHMS: dict[str, Any] = {
     "QuaRot, SVDQuant": [dc.QuaRotConfig(), dc.SVDQuantConfig()],
     "QuaRot residual": dc.QuaRotConfig(residual=True),
     "QuaRot residual, GPTQ": [dc.QuaRotConfig(residual=True), dc.GPTQConfig()],
+    "SpinQuant residual": dc.SpinQuantConfig(),
+}
+OTHERS: dict[str, Any] = {
+    "AWQ": dc.AWQConfig(),
+    "GPTQ": dc.GPTQConfig(),
+    "DGQ": dc.DGQConfig(),
+    "AdaDim": dc.AdaDimConfig(),
+    "AdaDim, GPTQ": [dc.AdaDimConfig(), dc.GPTQConfig()],
+    "TesseraQ": dc.TesseraQConfig(iterations=10, stages=10),
+    "AWQ, TesseraQ": [dc.AWQConfig(), dc.TesseraQConfig(iterations=10, stages=10)],
+}
+"""For ``--arms``: of use in other formats."""
+FORMATS: dict[str, Any] = {
+    "w4a4": "w4a4",
+    "w4a8": "w4a8",
+    "w4g128": dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT4, dc.PerGroup(128), symmetric=False)),
+    "w3g64": dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT3, dc.PerGroup(64), symmetric=False)),
 }
 CALIBRATION_PROMPTS, JUDGED_PROMPTS, PICTURES, STEPS, GUIDANCE = 8, 16, 4, 20, 3.0
 CALIBRATION_TEXTS, TEXT_CHARACTERS, JUDGED_TOKENS = 16, 1500, 8192
@@ -135,12 +155,12 @@ class Text:
         return {"perplexity": math.exp(nats / JUDGED_TOKENS)}
 
 
-def run_arm(case: Pictures | Text, name: str) -> dict[str, float]:
+def run_arm(case: Pictures | Text, name: str, form: str) -> dict[str, float]:
     """Compress a fresh model and judge it."""
-    target, algorithm = case.target(), ALGORITHMS[name]
+    target, algorithm = case.target(), {**ALGORITHMS, **OTHERS}[name]
     started = time.perf_counter()
     if algorithm is not None:
-        config = dc.QuantizationConfig("w4a4", algorithm=algorithm, seed=case.seed)
+        config = dc.QuantizationConfig(FORMATS[form], algorithm=algorithm, seed=case.seed)
         needs = config.spec.algorithm.needs_calibration
         given = {"calibration": case.calibration(target)} if needs else {}
         started = time.perf_counter()
@@ -163,7 +183,7 @@ def run(options: argparse.Namespace, save: Callable[[dict[str, Any]], None], res
             case = kind(options.model, seed, outliers)
             for name, key in arms.items():
                 if key not in results["arms"]:
-                    results["arms"][key] = run_arm(case, name)
+                    results["arms"][key] = run_arm(case, name, options.format)
                     save(results)
 
 
@@ -173,8 +193,11 @@ def table(results: dict[str, Any]) -> str:
     metrics = [name for name in ("error", "psnr", "perplexity") if name in next(iter(arms.values()))]
     kinds = [kind for kind in ("plain", "outliers") if any(f"/{kind}/" in key for key in arms)]
     heads = [f"{metric}, {kind}" for kind in kinds for metric in metrics]
-    lines = [" | ".join(["", "w4a4", *heads, "bytes", "s", ""]).strip(), "|---" * (len(heads) + 3) + "|"]
-    for name in ALGORITHMS:
+    lines = [
+        " | ".join(["", results["environment"].get("format", "w4a4"), *heads, "bytes", "s", ""]).strip(),
+        "|---" * (len(heads) + 3) + "|",
+    ]
+    for name in (*ALGORITHMS, *OTHERS):
         cells = []
         for kind in kinds:
             found = [arm for key, arm in arms.items() if key.rsplit("/", 1)[0] == f"{name}/{kind}"]
@@ -192,7 +215,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a reference model")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--arms", nargs="+", choices=list(ALGORITHMS), help="run these alone")
+    parser.add_argument("--format", default="w4a4", choices=list(FORMATS))
+    parser.add_argument("--arms", nargs="+", choices=[*ALGORITHMS, *OTHERS], help="run these alone")
     parser.add_argument("--out", type=Path, default=Path("four_bits.json"))
     parser.add_argument("--table", type=Path, nargs="*", metavar="RESULTS", help="only print these results")
     options = parser.parse_args()
@@ -205,7 +229,8 @@ def main() -> None:
         "device": device_name("cpu"),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "command": command_line("python eval/four_bits.py", ["--model", str(options.model), "--out", options.out.name]),
+        "format": options.format,
+        "command": command_line("python eval/four_bits.py", sys.argv[1:]),
     }
     run(options, lambda found: options.out.write_text(json.dumps(found, indent=1)), results)
     print(table(results))
