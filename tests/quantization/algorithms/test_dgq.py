@@ -96,8 +96,11 @@ def test_only_the_largest_channels_are_brought_down() -> None:
 def test_beats_rounding_on_inputs_that_were_not_seen_and_smooths_outliers_alone() -> None:
     torch.manual_seed(3)
     dense = Block()
+    with torch.no_grad():  # a large input meets small weights, as in large models
+        for layer in (dense.to_q, dense.to_k, dense.to_v, dense.up):
+            layer.weight[:, 5] /= 60
     ours, plain, unsmoothed = (copy.deepcopy(dense) for _ in range(3))
-    calls = inputs(8)
+    calls = inputs(4)
     for call in calls:
         call.args[0][..., 5] *= 60
     fresh = inputs(2, seed=1)
