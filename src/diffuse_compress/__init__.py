@@ -61,9 +61,11 @@ from diffuse_compress.logging import (
     set_verbosity_warning,
 )
 from diffuse_compress.plan import CompressionPlan
+from diffuse_compress.quantization.algorithms.adadim import AdaDimConfig
 from diffuse_compress.quantization.algorithms.adaround import AdaRoundConfig
 from diffuse_compress.quantization.algorithms.awq import AWQConfig
 from diffuse_compress.quantization.algorithms.brecq import BRECQConfig
+from diffuse_compress.quantization.algorithms.dgq import DGQConfig
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig
 from diffuse_compress.quantization.algorithms.hqq import HQQConfig
 from diffuse_compress.quantization.algorithms.norm_tweaking import NormTweakingConfig
@@ -72,7 +74,9 @@ from diffuse_compress.quantization.algorithms.osplus import OSPlusConfig
 from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig
+from diffuse_compress.quantization.algorithms.spinquant import SpinQuantConfig
 from diffuse_compress.quantization.algorithms.svdquant import SVDQuantConfig
+from diffuse_compress.quantization.algorithms.tesseraq import TesseraQConfig
 from diffuse_compress.quantization.kv_cache import KIVIConfig
 from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.scheme import (
@@ -80,6 +84,7 @@ from diffuse_compress.quantization.scheme import (
     NumberFormat,
     PerChannel,
     PerGroup,
+    PerInputGroup,
     PerTensor,
     PerToken,
     ScaleRule,
@@ -103,6 +108,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "AWQConfig",
     "ActivationScheme",
+    "AdaDimConfig",
     "AdaRoundConfig",
     "BRECQConfig",
     "CacheConfig",
@@ -114,6 +120,7 @@ __all__ = [
     "CompressionReport",
     "CompressionStats",
     "ConfigError",
+    "DGQConfig",
     "DiffuseCompressError",
     "DiffuseCompressWarning",
     "FeatureCacheConfig",
@@ -132,6 +139,7 @@ __all__ = [
     "PairedComparison",
     "PerChannel",
     "PerGroup",
+    "PerInputGroup",
     "PerTensor",
     "PerToken",
     "PlanMissedError",
@@ -147,8 +155,10 @@ __all__ = [
     "Scheme",
     "SensitivityReport",
     "SmoothQuantConfig",
+    "SpinQuantConfig",
     "TFMQConfig",
     "TableConfig",
+    "TesseraQConfig",
     "TrainerOptions",
     "TrainingResult",
     "TwoLevel",

@@ -106,6 +106,7 @@ def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAs
     for item in decided.values():
         if item.scheme is not None:
             try:
+                spec.algorithm.check_granularity(item.scheme.weight)
                 spec.algorithm.check(item.scheme.weight)
             except ConfigError as error:
                 raise ConfigError(f"{item.name}: {item.scheme.name}: {error}") from error
@@ -136,16 +137,18 @@ def _layers_of(model: nn.Module, splits: Mapping[str, int]) -> dict[str, nn.Modu
 
 
 def _require_work(model: nn.Module, decided: Mapping[str, LayerAssignment], spec: QuantizationSpec) -> None:
-    """Raise ConfigError if one of the algorithms is for quantized inputs and no layer has such, or finds nothing to do
-    in the blocks that hold the layers."""
+    """Raise ConfigError if one of the algorithms is for formats that no layer has, or finds nothing to do in the
+    blocks that hold the layers."""
     schemes = [item.scheme for item in decided.values() if item.scheme is not None]
-    idle = [step for step in steps_of(spec.algorithm) if step.needs_quantized_inputs]
-    if idle and all(scheme.activation is None for scheme in schemes):
-        found = ", ".join(sorted({scheme.name for scheme in schemes}))
-        raise ConfigError(
-            f"{type(model).__name__}: {type(idle[0]).__name__} is for quantized inputs, got none ({found}). Leave it "
-            'out, or take a format that quantizes inputs, such as "w8a8".'
-        )
+    for step in steps_of(spec.algorithm):
+        idle = step.idle_with(schemes)
+        if idle is not None:
+            purpose, preset = idle
+            found = ", ".join(sorted({scheme.name for scheme in schemes}))
+            raise ConfigError(
+                f"{type(model).__name__}: {type(step).__name__} is for {purpose}, got none ({found}). Leave it out, or "
+                f'take a format that has such, like "{preset}".'
+            )
     names = [name for name, item in decided.items() if item.scheme is not None]
     blocks = [name for name in calibration_blocks(model, names) if name not in decided]
     for step in steps_of(spec.algorithm):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from diffuse_compress.components import GROUPS, SELF
 from diffuse_compress.quantization.dispatch import compute_path
+from diffuse_compress.quantization.scheme import PerInputGroup
 
 if TYPE_CHECKING:
     from diffuse_compress.plan import ComponentPlan, CompressionPlan, PlanRow
@@ -99,7 +100,9 @@ def scheme_labels(schemes: Sequence[Scheme]) -> dict[Scheme, str]:
         alike = [other for other in schemes if other.name == scheme.name]
         labels[scheme] = scheme.name
         if len({other.weight for other in alike}) > 1:
-            labels[scheme] += f" g{scheme.weight.group_size}"
+            granularity = scheme.weight.granularity
+            size = f"{granularity.rows} of rows" if isinstance(granularity, PerInputGroup) else scheme.weight.group_size
+            labels[scheme] += f" g{size}"
         if len({other.input_rotation for other in alike}) > 1:
             labels[scheme] += f" rotated by {scheme.input_rotation}" if scheme.input_rotation else " not rotated"
     return labels

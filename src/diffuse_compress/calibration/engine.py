@@ -164,7 +164,7 @@ class _Run:
         if stored is not None:
             for short, name in names.items():
                 self.model.get_submodule(name).to(self.home)
-                convert = functools.partial(_restored, scheme=self.layers[name], stored=stored.layers[short])
+                convert = functools.partial(_restored, stored=stored.layers[short])
                 self.replace(name, convert).to(self.there)
             for name, value in stored.parameters.items():
                 changes.set(name, value)
@@ -173,7 +173,7 @@ class _Run:
             work.unchanged = unchanged
             calibrate_block(work, self.algorithm)
             if self.finished is not None:
-                modules = {short: self.model.get_submodule(name) for short, name in names.items()}
+                modules: dict[str, Any] = {short: self.model.get_submodule(name) for short, name in names.items()}
                 self.finished.save(found.name, modules, changes.made)
         self.done.update(names.values())
 
@@ -398,10 +398,10 @@ def quantized_layer(layer: LayerWork) -> Quantized:
     return _layer_like(layer.dense, layer.quantized, layer.scheme, **given)
 
 
-def _restored(dense: nn.Module, *, scheme: Scheme, stored: FinishedLayer) -> Quantized:
+def _restored(dense: nn.Module, *, stored: FinishedLayer) -> Quantized:
     """The module that a :class:`FinishedBlocks` kept."""
     assert isinstance(dense, nn.Linear | nn.Conv2d)
-    found = {name: tensor.to(dense.weight.device) for name, tensor in stored.tensors.items()}
+    found, scheme = {name: tensor.to(dense.weight.device) for name, tensor in stored.tensors.items()}, stored.scheme
     quantized = QuantizedWeight(
         qweight=found["qweight"],
         scale=found["scale"],
@@ -411,8 +411,6 @@ def _restored(dense: nn.Module, *, scheme: Scheme, stored: FinishedLayer) -> Qua
         scheme=scheme.weight,
     )
     low_rank = (found["low_rank_down"], found["low_rank_up"]) if "low_rank_down" in found else None
-    if "input_scale" not in found:  # of a layer in the block that no sample reached
-        scheme = scheme.with_dynamic_inputs()
     given = {name: found.get(name) for name in ("act_pre_scale", "input_scale", "input_zero_point")}
     if isinstance(dense, nn.Linear):  # as it was: a shift may be in it, with or without one that is left
         given |= {"act_pre_shift": found.get("act_pre_shift"), "bias": found.get("bias")}

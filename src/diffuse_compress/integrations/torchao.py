@@ -26,6 +26,7 @@ from diffuse_compress.quantization.scheme import (
     NumberFormat,
     PerChannel,
     PerGroup,
+    PerInputGroup,
     PerTensor,
     PerToken,
     Scheme,
@@ -131,6 +132,8 @@ def _int8_reason(scheme: Scheme, shape: Sequence[int], is_smoothed: bool) -> str
         return f"{scheme.name} with zero points, which torchao's int8 products ignore"
     if scheme.activation is not None and scheme.activation.format is not NumberFormat.INT8:
         return f"{scheme.name}; torchao quantizes no inputs to {scheme.activation.format.value}"
+    if isinstance(weight.granularity, PerInputGroup):
+        return f"{scheme.name} with groups of rows, which torchao does not have"
     if isinstance(weight.granularity, PerGroup):
         if scheme.activation is not None:
             return f"{scheme.name} with a scale per group; torchao's product of int8 inputs takes one per row"

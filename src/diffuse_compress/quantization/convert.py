@@ -14,7 +14,7 @@ from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear, supports
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.rotation import rotate
-from diffuse_compress.quantization.scheme import PerTensor, Scheme
+from diffuse_compress.quantization.scheme import PerInputGroup, PerTensor, Scheme
 
 __all__ = ["module_aliases", "placeholder_for", "quantize_module", "replace_module", "requantize"]
 
@@ -48,7 +48,7 @@ def quantize_module(
         ModelStateError: the weight is on the meta device, or holds inf or nan.
 
     Cost:
-        Rows go to ``device`` in blocks of at most 64 MiB of fp32 (per-tensor schemes: the whole weight).
+        Rows go to ``device`` in blocks of at most 64 MiB of fp32 (where rows share scales: the whole weight).
     """
     label = name or type(module).__name__
     reason = supports(module, scheme)
@@ -80,7 +80,8 @@ def _quantize(
 ) -> QuantizedWeight:
     """Quantize by blocks of rows, which data-free algorithms treat independently, and collect at home."""
     rows, columns = weight.shape
-    step = rows if isinstance(scheme.weight.granularity, PerTensor) else max(1, ROW_BLOCK_BYTES // (4 * columns))
+    whole = isinstance(scheme.weight.granularity, PerTensor | PerInputGroup)
+    step = rows if whole else max(1, ROW_BLOCK_BYTES // (4 * columns))
     parts = []
     for start in range(0, rows, step):
         block = weight[start : start + step]

@@ -33,7 +33,14 @@ from diffuse_compress.quantization.numerics import (
     quantize_activation,
 )
 from diffuse_compress.quantization.packed import QuantizedWeight
-from diffuse_compress.quantization.scheme import ActivationScheme, NumberFormat, PerTensor, Scheme, TwoLevel
+from diffuse_compress.quantization.scheme import (
+    ActivationScheme,
+    NumberFormat,
+    PerInputGroup,
+    PerTensor,
+    Scheme,
+    TwoLevel,
+)
 from diffuse_compress_kernels import (
     can_expand,
     expand_weight,
@@ -222,16 +229,19 @@ def _kind_of_path(
 
 
 def _suits_int4(scheme: Scheme, dtype: torch.dtype) -> bool:
-    """True for weight-only int4 with integer zero points and 16-bit inputs."""
+    """True for weight-only int4 with integer zero points, scales by row and 16-bit inputs."""
     weight = scheme.weight
     if weight.format is not NumberFormat.INT4 or weight.stores_float_zero_point:
         return False
-    return not isinstance(weight.granularity, TwoLevel) and dtype in (torch.bfloat16, torch.float16)
+    has_kernel = not isinstance(weight.granularity, TwoLevel | PerInputGroup)
+    return has_kernel and dtype in (torch.bfloat16, torch.float16)
 
 
 def _suits_w8a16(scheme: Scheme, dtype: torch.dtype) -> bool:
-    """True for weight-only 8-bit codes and 16-bit inputs."""
+    """True for weight-only 8-bit codes, scales by row and 16-bit inputs."""
     weight = scheme.weight
+    if isinstance(weight.granularity, PerInputGroup):
+        return False
     return weight.format.bits == 8 and not weight.additive_zero_point and dtype in (torch.bfloat16, torch.float16)
 
 
@@ -393,6 +403,7 @@ def _dense_rows(
         return (_dense_rows(weight, torch.float32, None, rows) * pre_scale).to(dtype)
     scheme = weight.scheme
     simple = scheme.format.bits in (4, 8) and weight.group_scale is None and not scheme.additive_zero_point
+    simple = simple and not isinstance(scheme.granularity, PerInputGroup)
     if not simple or not can_expand(weight.qweight):
         return dequantize(weight, dtype, rows)
     qweight, scale, zero_point = weight.qweight, weight.scale, weight.zero_point

@@ -14,7 +14,7 @@ from diffuse_compress.quantization.dispatch import ComputePath, InputQuantizatio
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.packing import packed_columns
 from diffuse_compress.quantization.rotation import rotate, rotate_back
-from diffuse_compress.quantization.scheme import PerGroup, PerTensor, PerToken, Scheme, TwoLevel, WeightScheme
+from diffuse_compress.quantization.scheme import PerInputGroup, PerToken, Scheme, TwoLevel, WeightScheme
 
 __all__ = ["INPUT_QPARAMS", "LowRank", "QuantizedLayer", "cast_for_autocast", "check_given", "empty_tensors", "fill"]
 
@@ -83,8 +83,7 @@ def _weight_shapes(scheme: WeightScheme, outputs: int, columns: int) -> dict[str
     code_dtype = torch.int8 if scheme.format.is_integer else torch.float8_e4m3fn
     stored = columns if bits == 8 else packed_columns(columns, bits)
     groups = scheme.num_groups(columns)
-    per_row = isinstance(scheme.granularity, PerGroup)
-    scale_shape = (1, 1) if isinstance(scheme.granularity, PerTensor) else (outputs, groups if per_row else 1)
+    scale_shape = scheme.scale_shape((outputs, columns))
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "qweight": ((outputs, stored), code_dtype),
         "scale": (scale_shape, torch.float32),
@@ -230,10 +229,11 @@ class QuantizedLayer(nn.Module):
         """Multiply what the layer returns by ``factors``, fp32 [N], in its scales, bias and branch; codes stay.
 
         Raises:
-            ModelStateError: one scale stands for all rows.
+            ModelStateError: one scale stands for several rows.
         """
         rows = factors.to(self.scale.device).reshape(-1, 1)
-        if self.scale.shape[0] != rows.shape[0]:
+        by_row = not isinstance(self.scheme.weight.granularity, PerInputGroup)
+        if not by_row or self.scale.shape[0] != rows.shape[0]:
             raise ModelStateError(
                 f"scale_outputs: needs a scale for each of {rows.shape[0]} rows, found {self.scheme.name} with "
                 f"{self.scale.shape[0]}. Use PerChannel() or PerGroup()."

@@ -7,7 +7,7 @@ parameter              shape, dtype                           meaning
 =====================  =====================================  =================================================
 ``bias``               [N], compute dtype                     as in the dense layer
 ``qweight``            see :class:`QuantizedWeight`           codes, packed below 8 bits
-``scale``              [1, 1], [N, 1] or [N, G] fp32          of the weight
+``scale``              [1, 1], [N, 1], [N, G] or [K, G] fp32  of the weight
 ``zero_point``         as ``scale``, int8 or fp32             asymmetric weights
 ``group_scale``        [N, G] int8                            two-level scales
 ``act_pre_shift``      [K] fp32, linear layers only           is subtracted from the input, in fp32

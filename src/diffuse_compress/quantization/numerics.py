@@ -2,7 +2,8 @@
 
 All arithmetic is IEEE float32 whatever the input's dtype, rounding is half to even, and every function is
 deterministic. Weights are [N, K]; each scale belongs to one *element* of the granularity: the tensor, a row, or a
-run of ``group_size`` columns of a row, so qparams have shape [1, 1], [N, 1] or [N, G]. The equations are
+run of ``group_size`` columns of a row, so qparams have shape [1, 1], [N, 1] or [N, G]; where runs of rows of a column
+share one (``PerInputGroup``), it is [K, G], that of the transposed weight. The equations are
 
     q = clamp(round(w / scale) + zero_point),    w = scale * (q - zero_point)
 
@@ -26,6 +27,7 @@ from diffuse_compress.quantization.packing import pack, packed_columns, unpack
 from diffuse_compress.quantization.scheme import (
     TWO_LEVEL_MAX_GROUP_SCALE,
     ActivationScheme,
+    PerInputGroup,
     PerTensor,
     PerToken,
     ScaleRule,
@@ -92,7 +94,7 @@ def choose_qparams(
             None keeps the full range. For two-level scales it shrinks the range of the row.
 
     Returns:
-        scale [1, 1], [N, 1] or [N, G] fp32; zero_point and group_scale as the scheme has them.
+        scale [1, 1], [N, 1], [N, G] or [K, G] fp32; zero_point and group_scale as the scheme has them.
 
     Raises:
         IncompatibleShapeError: not a matrix, or K does not fit the group size.
@@ -116,8 +118,13 @@ def weight_range(weight: torch.Tensor, scheme: WeightScheme) -> tuple[torch.Tens
 
 
 def split_groups(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
-    """View of a weight [N, K] as [rows, elements per row, columns per element]; the last group is padded by zeros."""
+    """View of a weight [N, K] as [rows, elements per row, columns per element]; the last group is padded by zeros.
+
+    Of runs of rows, as [columns, elements per column, rows per element].
+    """
     weight = weight.detach()
+    if scheme.transposed is not None:
+        return split_groups(weight.t(), scheme.transposed)
     rows, cols = weight.shape
     size = scheme.group_size
     if size is not None:
@@ -132,6 +139,8 @@ def valid_columns(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor | 
 
     Padding costs no error where 0 is exact; a float zero point does not keep it so.
     """
+    if scheme.transposed is not None:
+        return valid_columns(weight.t(), scheme.transposed)
     size, cols = scheme.group_size, weight.shape[1]
     if size is None or cols % size == 0:
         return None
@@ -246,7 +255,7 @@ def quantize_weight(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams
         device=weight.device,
     )
     for part in row_chunks(weight):
-        codes = _round_to_codes(weight[part], scheme, _rows_of(qparams, scheme, part))
+        codes = _round_to_codes(weight[part], scheme, rows_of(qparams, scheme, part, rows))
         qweight[part] = codes if bits == 8 else pack(codes, bits)
     return QuantizedWeight(
         qweight=qweight,
@@ -266,11 +275,15 @@ def row_chunks(weight: torch.Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, weight.shape[0]))
 
 
-def _rows_of(qparams: QParams, scheme: WeightScheme, rows: slice | None) -> QParams:
-    """Qparams of some rows; per tensor they are those of the whole."""
+def rows_of(qparams: QParams, scheme: WeightScheme, rows: slice | None, total: int) -> QParams:
+    """Qparams of some of ``total`` rows: per tensor those of the whole, of runs of rows one for each weight."""
+    zero_point, group_scale = qparams.zero_point, qparams.group_scale
+    if isinstance(scheme.granularity, PerInputGroup):
+        groups = torch.arange(total, device=qparams.scale.device)[rows or slice(None)] // scheme.granularity.rows
+        wide = None if zero_point is None else zero_point.t()[groups]
+        return QParams(qparams.scale.t()[groups], wide)
     if rows is None or isinstance(scheme.granularity, PerTensor):
         return qparams
-    zero_point, group_scale = qparams.zero_point, qparams.group_scale
     return QParams(
         qparams.scale[rows],
         None if zero_point is None else zero_point[rows],
@@ -287,7 +300,10 @@ def _round_to_codes(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams
 
 
 def weight_steps(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -> torch.Tensor:
-    """fp32 codes before clamping: round(w / scale) + zero_point (float8: w / scale, not rounded)."""
+    """fp32 codes before clamping: round(w / scale) + zero_point (float8: w / scale, not rounded).
+
+    ``qparams`` are those of these rows (:func:`rows_of`).
+    """
     size = scheme.group_size
     steps = weight.detach().to(torch.float32, copy=True)
     if scheme.additive_zero_point and qparams.zero_point is not None:
@@ -344,7 +360,7 @@ def integer_weight(weight: QuantizedWeight, rows: slice | None = None) -> torch.
         ConfigError: the scale varies along K or there is a zero point, so no such matrix exists.
     """
     scheme = weight.scheme
-    per_row = weight.group_scale is not None or scheme.group_size is None
+    per_row = weight.group_scale is not None or (scheme.group_size is None and scheme.transposed is None)
     if not (scheme.format.is_integer and scheme.symmetric and per_row):
         raise ConfigError(
             f"integer_weight: need a symmetric integer weight with one scale per row, got {scheme}. Use dequantize."
@@ -370,12 +386,13 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32, rows
     Cost:
         One fp32 tensor of the result's shape.
     """
-    qparams = _rows_of(QParams(weight.scale, weight.zero_point, weight.group_scale), weight.scheme, rows)
+    qparams = QParams(weight.scale, weight.zero_point, weight.group_scale)
+    qparams = rows_of(qparams, weight.scheme, rows, weight.qweight.shape[0])
     return codes_to_values(unpacked_codes(weight, rows), weight.scheme, qparams).to(dtype)
 
 
 def codes_to_values(codes: torch.Tensor, scheme: WeightScheme, qparams: QParams) -> torch.Tensor:
-    """fp32 values of codes [N, K]; two-level codes are overwritten."""
+    """fp32 values of codes [N, K]; two-level codes are overwritten. ``qparams`` are those of these rows."""
     size = scheme.group_size
     if qparams.group_scale is not None:
         return per_group_(codes, qparams.group_scale, size, torch.Tensor.mul_).float().mul_(qparams.scale)
@@ -432,6 +449,7 @@ def fake_quantize(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams |
     """
     if qparams is None:
         qparams = qparams_from_weight_range(*weight_range(weight, scheme), scheme)
+    qparams = rows_of(qparams, scheme, None, weight.shape[0])
     steps = weight_steps(weight, scheme, qparams)
     low, high = scheme.range if scheme.format.is_integer else (-FLOAT8_MAX, FLOAT8_MAX)
     inside = _not_clamped(steps, low, high)

@@ -246,6 +246,10 @@ class MSEObserver:
             return full
         if isinstance(scheme.granularity, PerTensor):
             return self._search(weight)
+        if scheme.transposed is not None:
+            turned = MSEObserver(scheme.transposed, self.norm, self.num_ratios, self.min_ratio)
+            turned.update(weight.t())
+            return turned.qparams()
         search = self._search_two_level if isinstance(scheme.granularity, TwoLevel) else self._search
         parts = [search(weight[rows]) for rows in row_chunks(weight)]
         return QParams(

@@ -3,13 +3,14 @@
 A :class:`Scheme` says how a layer's weight is stored and, if its inputs are quantized too, how. It knows no
 tensor, no device and no model; ``to_dict`` is the vocabulary of compressed-tensors' ``QuantizationScheme``
 ("weights", "input_activations", "num_bits", "strategy", ...) with additions of ours, each under its own key:
-``scale_rule``, ``pad``, ``float_zero_point``, ``additive_zero_point``, ``input_rotation`` and the strategy
-``two_level``.
+``scale_rule``, ``pad``, ``float_zero_point``, ``additive_zero_point``, ``input_rotation`` and the strategies
+``two_level`` and ``input_group`` (with ``rows``).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeAlias
@@ -23,6 +24,7 @@ __all__ = [
     "NumberFormat",
     "PerChannel",
     "PerGroup",
+    "PerInputGroup",
     "PerTensor",
     "PerToken",
     "ScaleRule",
@@ -110,6 +112,22 @@ class PerGroup:
 
 
 @dataclass(frozen=True)
+class PerInputGroup:
+    """One scale per input channel and ``rows`` consecutive output rows: scale [K, ceil(N / rows)].
+
+    A column whose weights are larger or smaller than the others' has scales of its own, where PerGroup makes it share
+    them with its neighbours. The last group may be shorter. Source: Heo et al. 2023, "Rethinking Channel Dimensions to
+    Isolate Outliers for Low-bit Weight Quantization of Large Language Models", arXiv 2309.15531, section 3.
+    """
+
+    rows: int = 128
+
+    def __post_init__(self) -> None:
+        if self.rows not in GROUP_SIZES:
+            raise ConfigError(f"PerInputGroup: rows must be one of {GROUP_SIZES}, got {self.rows}.")
+
+
+@dataclass(frozen=True)
 class TwoLevel:
     """fp32 scale per row times an integer 1..16 per 128 columns; int8 arithmetic stays exact.
 
@@ -126,12 +144,13 @@ class TwoLevel:
             raise ConfigError(f"TwoLevel: group_size must be {TWO_LEVEL_GROUP_SIZE}, got {self.group_size}.")
 
 
-Granularity: TypeAlias = PerTensor | PerChannel | PerGroup | PerToken | TwoLevel
+Granularity: TypeAlias = PerTensor | PerChannel | PerGroup | PerInputGroup | PerToken | TwoLevel
 
 _STRATEGY: dict[type, str] = {
     PerTensor: "tensor",
     PerChannel: "channel",
     PerGroup: "group",
+    PerInputGroup: "input_group",
     PerToken: "token",
     TwoLevel: "two_level",
 }
@@ -143,7 +162,7 @@ class WeightScheme:
 
     Args:
         format: element type.
-        granularity: PerTensor, PerChannel, PerGroup or TwoLevel.
+        granularity: PerTensor, PerChannel, PerGroup, PerInputGroup or TwoLevel.
         symmetric: False stores a ``zero_point`` of ``scale``'s shape; ``w = scale * (q - zero_point)``.
         scale_rule: the symmetric rule; asymmetric, float8 and two-level formats have one rule and refuse another.
         float_zero_point: keep ``zero_point`` in fp32 instead of rounding it to int8 (HQQ).
@@ -163,9 +182,10 @@ class WeightScheme:
         object.__setattr__(self, "scale_rule", ScaleRule(self.scale_rule))
         if isinstance(self.granularity, PerToken):
             raise ConfigError("WeightScheme: a weight has no tokens; use PerTensor, PerChannel, PerGroup or TwoLevel.")
+        grouped = isinstance(self.granularity, PerGroup | PerInputGroup)
         if isinstance(self.granularity, TwoLevel) and (self.format is not NumberFormat.INT4 or not self.symmetric):
             raise ConfigError(f"WeightScheme: TwoLevel needs symmetric int4, got {self.format.value}.")
-        if not self.format.is_integer and (not self.symmetric or isinstance(self.granularity, PerGroup)):
+        if not self.format.is_integer and (not self.symmetric or grouped):
             raise ConfigError("WeightScheme: float8 weights are symmetric, per tensor or per channel.")
         if self.scale_rule is not ScaleRule.AMAX_OVER_QMAX and (
             not self.format.is_integer or not self.symmetric or isinstance(self.granularity, TwoLevel)
@@ -188,8 +208,24 @@ class WeightScheme:
         return self.float_zero_point or self.additive_zero_point
 
     @property
+    def transposed(self) -> WeightScheme | None:
+        """Of PerInputGroup, the scheme in which the transposed weight [K, N] has the same scales; else None."""
+        if not isinstance(self.granularity, PerInputGroup):
+            return None
+        return dataclasses.replace(self, granularity=PerGroup(self.granularity.rows, pad=True))
+
+    def scale_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Of the scales of a weight [N, K]."""
+        rows, columns = shape
+        if isinstance(self.granularity, PerInputGroup):
+            return columns, -(-rows // self.granularity.rows)
+        if isinstance(self.granularity, PerTensor):
+            return 1, 1
+        return rows, self.num_groups(columns) if isinstance(self.granularity, PerGroup) else 1
+
+    @property
     def group_size(self) -> int | None:
-        """Columns per scale, or None when a whole row (or the tensor) shares one."""
+        """Columns per scale, or None when it is not a run of columns that shares one."""
         return getattr(self.granularity, "group_size", None)
 
     def num_groups(self, in_features: int) -> int:
@@ -317,9 +353,7 @@ class Scheme:
         bits = weight.format.bits
         stored_row = cols if bits == 8 else -(-cols // 128) * 16 * bits
         gran = weight.granularity
-        num_scales = 1 if isinstance(gran, PerTensor) else rows
-        if isinstance(gran, PerGroup):
-            num_scales = rows * weight.num_groups(cols)
+        num_scales = math.prod(weight.scale_shape(shape))
         total = rows * stored_row + 4 * num_scales
         if isinstance(gran, TwoLevel):
             total += rows * weight.num_groups(cols)
@@ -382,6 +416,8 @@ def _args_to_dict(fmt: NumberFormat, granularity: Granularity, symmetric: bool, 
     }
     if isinstance(granularity, PerGroup | TwoLevel):
         args["group_size"] = granularity.group_size
+    if isinstance(granularity, PerInputGroup):
+        args["rows"] = granularity.rows
     if isinstance(granularity, PerGroup) and granularity.pad:
         args["pad"] = True
     return args
@@ -414,7 +450,7 @@ def _args_from_dict(args: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"Scheme.from_dict: unknown strategy {strategy!r}; {nearest(str(strategy), by_name)}")
     kind = by_name[strategy]
     # compressed-tensors writes group_size=None where a strategy has none.
-    options = {key: args.pop(key) for key in ("group_size", "pad") if key in args}
+    options = {key: args.pop(key) for key in ("group_size", "pad", "rows") if key in args}
     options = {key: value for key, value in options.items() if value is not None}
     unfit = set(options) - {field.name for field in dataclasses.fields(kind)}
     if unfit:

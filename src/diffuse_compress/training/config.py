@@ -16,6 +16,7 @@ from diffuse_compress.quantization.scheme import (
     NumberFormat,
     PerChannel,
     PerGroup,
+    PerInputGroup,
     PerToken,
     ScaleRule,
     Scheme,
@@ -374,6 +375,8 @@ def _check_trainable(name: str, scheme: Scheme) -> None:
         problem = "integer weights, whose step is learned"
     elif weight.additive_zero_point:
         problem = "zero points among the codes (additive_zero_point=False)"
+    elif isinstance(weight.granularity, PerInputGroup):
+        problem = "scales that rows do not share: PerChannel() or PerGroup()"
     elif scheme.input_rotation is not None:
         problem = "inputs that are not rotated (input_rotation=None)"
     elif act is not None and not (act.dynamic and isinstance(act.granularity, PerToken)):

@@ -12,7 +12,7 @@ from torch import nn
 
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
 from diffuse_compress.quantization.packed import QuantizedWeight
-from diffuse_compress.quantization.scheme import PerGroup, Scheme, TwoLevel
+from diffuse_compress.quantization.scheme import PerGroup, PerInputGroup, Scheme, TwoLevel
 from diffuse_compress.quantization.word_packing import unsigned_codes
 
 __all__ = ["LanguageFormat", "LayerFacts", "Layout", "layout_of", "stored_scale"]
@@ -104,6 +104,8 @@ class LanguageFormat(ABC):
             )
         if isinstance(granularity, TwoLevel):
             return f"{scheme.name} with two levels of scales, which {self.title} does not have: use PerGroup(128)"
+        if isinstance(granularity, PerInputGroup):
+            return f"{scheme.name} with groups of rows, which {self.title} does not have: use PerGroup(128)"
         if scheme.weight.stores_float_zero_point:
             return f"{scheme.name} with zero points that are no integers, which {self.title} does not have"
         if isinstance(granularity, PerGroup) and facts.shape[1] % granularity.group_size:

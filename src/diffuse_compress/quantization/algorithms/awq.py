@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,7 +37,15 @@ from diffuse_compress.quantization.numerics import QParams, choose_qparams, dequ
 from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.scheme import PerTensor, Scheme, TwoLevel, WeightScheme
 
-__all__ = ["AWQConfig", "AbsMeanCollector", "Candidates", "RowCollector", "clip_weight"]
+__all__ = [
+    "AWQConfig",
+    "AbsMeanCollector",
+    "Candidates",
+    "RowCollector",
+    "best_scale",
+    "clip_weight",
+    "output_distance",
+]
 
 _SMALLEST_SCALE = 1e-4
 _CHUNK_ELEMENTS = 1 << 24
@@ -167,26 +175,42 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
     if inputs is None or not inputs.any():
         return
     reached = inputs > 0
-    candidates = Candidates(work, layers)
-    magnitude = _relative_magnitude(layers, candidates.weights)
-    best, best_error = None, float("inf")
-    for step in range(config.num_ratios):
-        ratio = step / config.num_ratios
-        scale = inputs**ratio / (magnitude ** (1 - ratio) if config.duo_scaling else 1.0)
-        scale = scale.clamp(min=_SMALLEST_SCALE)
-        # A channel that was never seen keeps its weights: as small as its inputs they would all be rounded to 0.
-        scale = torch.where(reached, scale / (scale[reached].max() * scale[reached].min()).sqrt(), 1.0)
-        if step == 0:
-            scale = torch.ones_like(scale)  # the candidate that changes nothing is always among them
-        error = candidates.error(scale)
-        if error < best_error:
-            best, best_error = scale, error
-    if best is not None and not torch.equal(best, torch.ones_like(best)):
+    magnitude = _relative_magnitude(layers, [layer.rest() for layer in layers])
+
+    def candidates() -> Iterator[torch.Tensor]:
+        yield torch.ones_like(inputs)  # the candidate that changes nothing is always among them
+        for step in range(1, config.num_ratios):
+            ratio = step / config.num_ratios
+            scale = inputs**ratio / (magnitude ** (1 - ratio) if config.duo_scaling else 1.0)
+            scale = scale.clamp(min=_SMALLEST_SCALE)
+            # A channel that was never seen keeps its weights: as small as its inputs they would all be rounded to 0.
+            yield torch.where(reached, scale / (scale[reached].max() * scale[reached].min()).sqrt(), 1.0)
+
+    best = best_scale(work, layers, candidates())
+    if not torch.equal(best, torch.ones_like(best)):
         set_scale(work, layers, 1.0 / best, config.fold)
         for layer in layers:
             # A least-squares range would clip the very channels that were scaled up because they matter. Two-level
             # scales are searched together, and tried so.
             layer.ranges = None if _is_two_level(layer.scheme.weight) else layer.target()
+
+
+def best_scale(work: BlockWork, layers: Sequence[LayerWork], candidates: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Of some scales of the input that ``layers`` share, the one that changes least of what their parent returns.
+
+    Args:
+        work: the block, in which the layers are dense.
+        layers: without codes and scales.
+        candidates: fp32 [C], one at least; inputs are divided by them, and weights multiplied and rounded to nearest.
+    """
+    judged = Candidates(work, layers)
+    best, best_error = None, float("inf")
+    for scale in candidates:
+        error = judged.error(scale)
+        if best is None or error < best_error:
+            best, best_error = scale, error
+    assert best is not None
+    return best
 
 
 class Candidates:
@@ -212,7 +236,7 @@ class Candidates:
         tried = _tried(self._layers, self.weights, scale, shift, self._given, work.observer)
         with tried, torch.no_grad():
             return sum(
-                _distance(
+                output_distance(
                     work.forward(self._parent, call.copied(None) if self._changing else call),
                     output,
                     functools.partial(work.counted, index=index),
@@ -345,15 +369,15 @@ def _is_two_level(scheme: WeightScheme) -> bool:
     return isinstance(scheme.granularity, TwoLevel)
 
 
-def _distance(a: Any, b: Any, counted: Callable[[torch.Tensor], torch.Tensor]) -> float:
+def output_distance(a: Any, b: Any, counted: Callable[[torch.Tensor], torch.Tensor]) -> float:
     """Summed squared difference of the rows that count in all floating tensors of two outputs."""
     if isinstance(a, torch.Tensor):
         difference = counted(a.float() - b.float()) if a.is_floating_point() else torch.zeros(1)
         return float(difference.square().sum(dtype=torch.float64))
     if isinstance(a, dict):
-        return sum(_distance(a[key], b[key], counted) for key in a)
+        return sum(output_distance(a[key], b[key], counted) for key in a)
     if isinstance(a, tuple | list):
-        return sum(_distance(x, y, counted) for x, y in zip(a, b, strict=True))
+        return sum(output_distance(x, y, counted) for x, y in zip(a, b, strict=True))
     return 0.0
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from diffuse_compress.errors import ConfigError, nearest
 from diffuse_compress.quantization.packed import QuantizedWeight
-from diffuse_compress.quantization.scheme import Scheme, WeightScheme
+from diffuse_compress.quantization.scheme import PerInputGroup, Scheme, WeightScheme
 
 __all__ = [
     "AlgorithmConfig",
@@ -50,7 +50,9 @@ class AlgorithmConfig:
     they are in the model before any change, ``adds_branch`` whether layers get a dense branch beside their codes: it
     makes 4-bit inputs usable where a layer cannot be rotated, and takes time, ``reconstructs_blocks`` whether it learns
     the layers of a block together, so that the block's output on the samples stays, ``follows_codes`` whether it works
-    on blocks whose layers are quantized: in a sequence it comes after what chooses the codes.
+    on blocks whose layers are quantized: in a sequence it comes after what chooses the codes, ``chooses_formats``
+    whether the data may change the granularity of a layer's weight, ``rounds_input_groups`` whether it works on weights
+    with groups of rows (``PerInputGroup``).
     """
 
     kind: ClassVar[str]
@@ -63,6 +65,8 @@ class AlgorithmConfig:
     adds_branch: ClassVar[bool] = False
     reconstructs_blocks: ClassVar[bool] = False
     follows_codes: ClassVar[bool] = False
+    chooses_formats: ClassVar[bool] = False
+    rounds_input_groups: ClassVar[bool] = False
 
     @property
     def rotates_residual(self) -> bool:
@@ -77,9 +81,23 @@ class AlgorithmConfig:
     def check(self, scheme: WeightScheme) -> None:
         """Raise ConfigError if this algorithm cannot reach ``scheme``; asked before any weight is touched."""
 
+    def idle_with(self, schemes: Sequence[Scheme]) -> tuple[str, str] | None:
+        """What it is for and a preset that has such, if ``schemes`` of all layers leave it nothing to do; else None."""
+        if self.needs_quantized_inputs and all(scheme.activation is None for scheme in schemes):
+            return "quantized inputs", "w8a8"
+        return None
+
     def idle_after(self, earlier: AlgorithmConfig) -> str | None:
         """Why ``earlier`` in a sequence leaves it nothing to do; None if it does not."""
         return "both choose the codes, and the first has" if self.chooses_codes and earlier.chooses_codes else None
+
+    def check_granularity(self, scheme: WeightScheme) -> None:
+        """Raise ConfigError if ``scheme`` has groups of rows and it cannot work on such."""
+        if isinstance(scheme.granularity, PerInputGroup) and not self.rounds_input_groups:
+            raise ConfigError(
+                f"{type(self).__name__}: looks at weights row by row, got groups of rows (PerInputGroup). Use "
+                "RTNConfig() or GPTQConfig() for these, or PerGroup()."
+            )
 
     def unsupported(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """Why a linear or convolution, dense and perhaps on the meta device, cannot be taken; None if it can."""
@@ -108,6 +126,10 @@ class AlgorithmConfig:
         """Bytes of the low-rank branch that it stores with a layer."""
         return 0
 
+    def format_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        """Bytes by which another granularity that it may choose is larger than that of ``scheme``, at most."""
+        return 0
+
     def for_search(self) -> AlgorithmConfig:
         """What a search judges formats by, one after the other: itself, or what comes near it in much less time."""
         return self
@@ -116,12 +138,13 @@ class AlgorithmConfig:
         """Bytes that are stored with a layer beside its codes and their scales, at most.
 
         Only the data tell whether a smoothing scale or a shift is folded into what precedes the layer, or changes
-        nothing.
+        nothing, and which granularity is chosen.
         """
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
         scale = 4 * weight.shape[1] if self.scales_input(layer, scheme) else 0
-        return self.branch_bytes(layer, scheme) + scale + self.shift_bytes(layer, scheme)
+        beside = self.branch_bytes(layer, scheme) + self.shift_bytes(layer, scheme)
+        return beside + scale + self.format_bytes(layer, scheme)
 
 
 def takes_scale(layer: nn.Module) -> bool:
@@ -172,6 +195,14 @@ class SequenceConfig(AlgorithmConfig):
                 reason = f"{early} works on layers that have their codes, and must come after {late}"
             raise ConfigError(f"algorithm: {reason}, got [{', '.join(kind.__name__ for kind in kinds)}].")
         for earlier, later in itertools.combinations(self.algorithms, 2):
+            if earlier.chooses_formats and (
+                later.chooses_scales or (later.chooses_codes and not later.rounds_input_groups)
+            ):
+                raise ConfigError(
+                    f"algorithm: {type(later).__name__} cannot follow {type(earlier).__name__}, which may give layers "
+                    "groups of rows: what chooses scales comes before it, and RTNConfig() or GPTQConfig() after it, "
+                    f"got [{', '.join(kind.__name__ for kind in kinds)}]."
+                )
             reason = later.idle_after(earlier)
             if reason is not None:
                 raise ConfigError(
@@ -211,6 +242,10 @@ class SequenceConfig(AlgorithmConfig):
         for config in self.algorithms:
             config.check(scheme)
 
+    def check_granularity(self, scheme: WeightScheme) -> None:
+        for config in self.algorithms:
+            config.check_granularity(scheme)
+
     def unsupported(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """The first reason; what prepares layers has none to keep one dense that gets a branch."""
         reasons = [(config, config.unsupported(layer, scheme)) for config in self.algorithms]
@@ -231,6 +266,9 @@ class SequenceConfig(AlgorithmConfig):
 
     def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
         return sum(config.branch_bytes(layer, scheme) for config in self.algorithms)
+
+    def format_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        return sum(config.format_bytes(layer, scheme) for config in self.algorithms)
 
     def for_search(self) -> AlgorithmConfig:
         # What follows the codes is for the last of them only.
@@ -257,9 +295,11 @@ _Quantizer = TypeVar("_Quantizer", bound=WeightQuantizer)
 
 # Modules that register an algorithm when they are imported: listing the kinds imports nothing.
 _MODULES: dict[str, str] = {
+    "adadim": "diffuse_compress.quantization.algorithms.adadim",
     "adaround": "diffuse_compress.quantization.algorithms.adaround",
     "awq": "diffuse_compress.quantization.algorithms.awq",
     "brecq": "diffuse_compress.quantization.algorithms.brecq",
+    "dgq": "diffuse_compress.quantization.algorithms.dgq",
     "gptq": "diffuse_compress.quantization.algorithms.gptq",
     "hqq": "diffuse_compress.quantization.algorithms.hqq",
     "norm_tweaking": "diffuse_compress.quantization.algorithms.norm_tweaking",
@@ -268,7 +308,9 @@ _MODULES: dict[str, str] = {
     "quarot": "diffuse_compress.quantization.algorithms.quarot",
     "rtn": "diffuse_compress.quantization.algorithms.rtn",
     "smoothquant": "diffuse_compress.quantization.algorithms.smoothquant",
+    "spinquant": "diffuse_compress.quantization.algorithms.spinquant",
     "svdquant": "diffuse_compress.quantization.algorithms.svdquant",
+    "tesseraq": "diffuse_compress.quantization.algorithms.tesseraq",
     "trained": "diffuse_compress.quantization.algorithms.trained",
 }
 _REGISTRY: dict[type[AlgorithmConfig], WeightQuantizer] = {}

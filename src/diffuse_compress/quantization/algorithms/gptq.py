@@ -33,6 +33,7 @@ from diffuse_compress.quantization.numerics import (
     choose_qparams,
     effective_scale,
     quantize_weight,
+    rows_of,
 )
 from diffuse_compress.quantization.observers import weight_qparams
 from diffuse_compress.quantization.scheme import PerChannel, PerGroup, WeightScheme
@@ -72,6 +73,7 @@ class GPTQConfig(AlgorithmConfig):
     asymmetric_share: float = 0.25
     kind: ClassVar[str] = "gptq"
     needs_calibration: ClassVar[bool] = True
+    rounds_input_groups: ClassVar[bool] = True
 
     @property
     def needs_reference(self) -> bool:  # type: ignore[override]
@@ -312,6 +314,7 @@ class _Grid:
             self._found = _qparams(weight, scheme, config)
         else:
             self._dynamic, self._found = False, choose_qparams(ranges, scheme)
+        self.rows = weight.shape[0]
         self._set(self._found)
 
     def enter(self, column: int, rest: torch.Tensor) -> None:
@@ -328,6 +331,7 @@ class _Grid:
     def round(self, values: torch.Tensor, column: int, out: torch.Tensor) -> None:
         """``values`` [N] of a column, each moved to the nearest value a code stands for, into ``out`` [N]."""
         group = 0 if self.size is None else column // self.size
+        group = group if self.scheme.transposed is None else column
         scale = self._scale[group]
         steps = values / scale
         if not self.scheme.format.is_integer:
@@ -348,7 +352,9 @@ class _Grid:
         return self._found
 
     def _set(self, found: QParams) -> None:
-        """Scales and zero points as [groups, N], or [1, 1]."""
+        """Scales and zero points as [groups, N], or [1, 1]; of groups of rows as [K, N]."""
+        if self.scheme.transposed is not None:
+            found = rows_of(found, self.scheme, None, self.rows)
         self._scale = effective_scale(found).t().contiguous()
         self._zero = None if found.zero_point is None else found.zero_point.float().t().contiguous()
 

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from diffuse_compress.errors import ConfigError
-from diffuse_compress.quantization.algorithms.adaround import of_each_weight
+from diffuse_compress.quantization.algorithms.adaround import per_column
 from diffuse_compress.quantization.algorithms.base import (
     AlgorithmConfig,
     bytes_of_shift,
@@ -303,9 +303,7 @@ class _Soft:
             return
         scheme, weight = self.layer.scheme.weight, self.layer.target()
         low, high = clipped_range(weight, scheme, *self._shares())
-        self.layer.ranges = weight.clamp(
-            of_each_weight(low, weight.shape, scheme), of_each_weight(high, weight.shape, scheme)
-        )
+        self.layer.ranges = weight.clamp(per_column(low, weight.shape, scheme), per_column(high, weight.shape, scheme))
 
 
 def _first_logits(layer: LayerWork, target: torch.Tensor) -> torch.Tensor:
@@ -390,12 +388,12 @@ def soft_weight(
     else:
         qparams = qparams_from_range(*ends, scheme)
         step, zero = qparams.scale, qparams.zero_point
-    step = of_each_weight(step, weight.shape, scheme)
+    step = per_column(step, weight.shape, scheme)
     if not scheme.format.is_integer:
         return _straight(weight / step, lambda x: x.to(FLOAT8).float(), -FLOAT8_MAX, FLOAT8_MAX) * step
     if zero is None:
         return _straight(weight / step, torch.round, *scheme.range) * step
-    zero = of_each_weight(zero.float(), weight.shape, scheme)
+    zero = per_column(zero.float(), weight.shape, scheme)
     if scheme.additive_zero_point:
         return _straight((weight - zero) / step, torch.round, *scheme.range) * step + zero
     if scheme.float_zero_point:

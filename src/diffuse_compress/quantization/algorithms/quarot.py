@@ -47,6 +47,7 @@ class QuaRotConfig(AlgorithmConfig):
     block_size: int | None = None
     kind: ClassVar[str] = "quarot"
     chooses_codes: ClassVar[bool] = False
+    rounds_input_groups: ClassVar[bool] = True
 
     @property
     def summary(self) -> str:
@@ -72,6 +73,9 @@ class QuaRotConfig(AlgorithmConfig):
                 f"QuaRotConfig: block_size must be the order of a Hadamard matrix, at least {MIN_ROTATION}, got "
                 f"{self.block_size}. Use a power of two, or leave it out."
             )
+
+    def idle_after(self, earlier: AlgorithmConfig) -> str | None:
+        return "it has rotated the inputs" if earlier.rotates_residual else None
 
     def unsupported(self, layer: nn.Module, scheme: Scheme) -> str | None:
         if scheme.activation is None:

@@ -43,6 +43,7 @@ class SmoothQuantConfig(AlgorithmConfig):
     chooses_codes: ClassVar[bool] = False
     chooses_scales: ClassVar[bool] = True
     needs_quantized_inputs: ClassVar[bool] = True
+    rounds_input_groups: ClassVar[bool] = True
 
     def idle_after(self, earlier: AlgorithmConfig) -> str | None:
         return "it has chosen the scales of the channels" if earlier.chooses_scales else None
