@@ -78,6 +78,7 @@ def _reason_of_layer(layer: QuantizedLinear | QuantizedConv2d) -> str | None:
         layer.compute_dtype,
         is_smoothed=layer.act_pre_scale is not None,
         is_low_rank=layer.low_rank_down is not None,
+        has_dense_columns=layer.dense_columns is not None,
         is_clipped=layer.input_clip is not None,
     )
 
@@ -90,6 +91,7 @@ def _reason(
     is_convolution: bool = False,
     is_smoothed: bool = False,
     is_low_rank: bool = False,
+    has_dense_columns: bool = False,
     is_clipped: bool = False,
 ) -> str | None:
     """Why no torchao tensor holds a layer of this format exactly; None if one does.
@@ -101,12 +103,17 @@ def _reason(
         is_convolution: it is no linear layer.
         is_smoothed: it has an ``act_pre_scale``.
         is_low_rank: it has a low-rank branch.
+        has_dense_columns: some of its input columns have no codes.
         is_clipped: its inputs have learned clips.
     """
     if is_convolution:
         return "a convolution; torchao's loaders know linear layers only"
     if is_low_rank:
         return f"{scheme.name} with a low-rank branch, which torchao's tensors do not have"
+    if has_dense_columns:
+        return f"{scheme.name} with dense input columns, which torchao's tensors do not have"
+    if scheme.activation is not None and scheme.activation.outlier_threshold is not None:
+        return f"{scheme.name} with columns chosen at run time (LLM.int8), which torchao's tensors do not have"
     if is_clipped:
         return f"{scheme.name} with learned clips of its inputs, which torchao's tensors do not have"
     if scheme.input_rotation is not None:

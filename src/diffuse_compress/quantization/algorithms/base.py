@@ -47,8 +47,9 @@ class AlgorithmConfig:
     ``chooses_scales`` whether it gives channels of the inputs a scale, ``needs_quantized_inputs`` whether it has
     nothing to do where inputs stay as they are, ``needs_reference`` whether it also wants the block and its inputs as
     they are in the model before any change, ``adds_branch`` whether layers get a dense branch beside their codes: it
-    makes 4-bit inputs usable where a layer cannot be rotated, and takes time, ``reconstructs_blocks`` whether it learns
-    the layers of a block together, so that the block's output on the samples stays.
+    makes 4-bit inputs usable where a layer cannot be rotated, and takes time, ``kept_dense`` what else layers keep
+    dense beside their codes, in words, ``reconstructs_blocks`` whether it learns the layers of a block together, so that
+    the block's output on the samples stays.
     """
 
     kind: ClassVar[str]
@@ -59,6 +60,7 @@ class AlgorithmConfig:
     chooses_scales: ClassVar[bool] = False
     needs_quantized_inputs: ClassVar[bool] = False
     adds_branch: ClassVar[bool] = False
+    kept_dense: ClassVar[str] = ""
     reconstructs_blocks: ClassVar[bool] = False
 
     @property
@@ -94,7 +96,7 @@ class AlgorithmConfig:
         return False
 
     def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
-        """Bytes of the low-rank branch that it stores with a layer."""
+        """Bytes of what it stores dense beside a layer's codes: a low-rank branch, columns, single weights (at most)."""
         return 0
 
     def for_search(self) -> AlgorithmConfig:
@@ -224,9 +226,13 @@ _MODULES: dict[str, str] = {
     "brecq": "diffuse_compress.quantization.algorithms.brecq",
     "gptq": "diffuse_compress.quantization.algorithms.gptq",
     "hqq": "diffuse_compress.quantization.algorithms.hqq",
+    "llm_int8": "diffuse_compress.quantization.algorithms.llm_int8",
+    "owq": "diffuse_compress.quantization.algorithms.owq",
     "quarot": "diffuse_compress.quantization.algorithms.quarot",
+    "quik": "diffuse_compress.quantization.algorithms.quik",
     "rtn": "diffuse_compress.quantization.algorithms.rtn",
     "smoothquant": "diffuse_compress.quantization.algorithms.smoothquant",
+    "spqr": "diffuse_compress.quantization.algorithms.spqr",
     "svdquant": "diffuse_compress.quantization.algorithms.svdquant",
     "trained": "diffuse_compress.quantization.algorithms.trained",
 }
