@@ -66,14 +66,19 @@ from diffuse_compress.quantization.algorithms.awq import AWQConfig
 from diffuse_compress.quantization.algorithms.brecq import BRECQConfig
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig
 from diffuse_compress.quantization.algorithms.hqq import HQQConfig
+from diffuse_compress.quantization.algorithms.llm_int8 import LLMInt8Config
+from diffuse_compress.quantization.algorithms.owq import OWQConfig
 from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
+from diffuse_compress.quantization.algorithms.quik import QUIKConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig
+from diffuse_compress.quantization.algorithms.spqr import SpQRConfig
 from diffuse_compress.quantization.algorithms.svdquant import SVDQuantConfig
 from diffuse_compress.quantization.kv_cache import KIVIConfig
 from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
+    Bilevel,
     NumberFormat,
     PerChannel,
     PerGroup,
@@ -102,6 +107,7 @@ __all__ = [
     "ActivationScheme",
     "AdaRoundConfig",
     "BRECQConfig",
+    "Bilevel",
     "CacheConfig",
     "CacheSchedule",
     "Calibration",
@@ -119,9 +125,11 @@ __all__ = [
     "HarmoniCaConfig",
     "IncompatibleShapeError",
     "KIVIConfig",
+    "LLMInt8Config",
     "MissingDependencyError",
     "ModelStateError",
     "NumberFormat",
+    "OWQConfig",
     "ObserverConfig",
     "PairedComparison",
     "PerChannel",
@@ -130,6 +138,7 @@ __all__ = [
     "PerToken",
     "PlanMissedError",
     "QATTrainer",
+    "QUIKConfig",
     "QVGenConfig",
     "QuaRotConfig",
     "QuantizationConfig",
@@ -141,6 +150,7 @@ __all__ = [
     "Scheme",
     "SensitivityReport",
     "SmoothQuantConfig",
+    "SpQRConfig",
     "TFMQConfig",
     "TableConfig",
     "TrainerOptions",

@@ -221,10 +221,10 @@ def _decide(
         return LayerAssignment(own_name, role, shape, None, reason)
 
     def converted(scheme: Scheme) -> LayerAssignment:
-        return assigned(spec.algorithm.format_of(module, scheme, own_name in rotated))
+        return assigned(spec.algorithm.format_of(module, scheme, own_name in rotated, name))
 
     def assigned(scheme: Scheme) -> LayerAssignment:
-        extra_bytes = spec.algorithm.extra_bytes(module, scheme) + scheme.input_bytes
+        extra_bytes = spec.algorithm.extra_bytes(module, scheme, name) + scheme.input_bytes
         return LayerAssignment(own_name, role, shape, scheme, extra_bytes=extra_bytes)
 
     if isinstance(module, QuantizedLinear | QuantizedConv2d):

@@ -12,8 +12,8 @@ from diffuse_compress.errors import ConfigError, known_fields, nearest
 from diffuse_compress.quantization.algorithms.trained import TrainedConfig
 from diffuse_compress.quantization.presets import PRESETS, resolve_preset
 from diffuse_compress.quantization.scheme import (
-    Bilevel,
     ActivationScheme,
+    Bilevel,
     NumberFormat,
     PerChannel,
     PerGroup,

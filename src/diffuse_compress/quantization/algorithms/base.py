@@ -84,10 +84,10 @@ class AlgorithmConfig:
         """Why a linear or convolution, dense and perhaps on the meta device, cannot be taken; None if it can."""
         return None
 
-    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False) -> Scheme:
+    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False, name: str = "") -> Scheme:
         """The format of a layer that was to get ``scheme``: what the algorithm decides without data belongs to it.
 
-        ``arrives_rotated`` says that what stands before the layer will rotate its input.
+        ``arrives_rotated`` says that what stands before the layer will rotate its input, ``name`` is its qualified name.
         """
         return scheme
 
@@ -95,7 +95,7 @@ class AlgorithmConfig:
         """Whether it may give a linear or convolution a smoothing scale of its input (``act_pre_scale``)."""
         return False
 
-    def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+    def branch_bytes(self, layer: nn.Module, scheme: Scheme, name: str = "") -> int:
         """Bytes of what it stores dense beside a layer's codes: a low-rank branch, columns, single weights (at most)."""
         return 0
 
@@ -103,14 +103,14 @@ class AlgorithmConfig:
         """What a search judges formats by, one after the other: itself, or what comes near it in much less time."""
         return self
 
-    def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+    def extra_bytes(self, layer: nn.Module, scheme: Scheme, name: str = "") -> int:
         """Bytes that are stored with a layer beside its codes and their scales, at most.
 
         Only the data tell whether a smoothing scale is folded into what precedes the layer, or changes nothing.
         """
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        return self.branch_bytes(layer, scheme) + (4 * weight.shape[1] if self.scales_input(layer, scheme) else 0)
+        return self.branch_bytes(layer, scheme, name) + (4 * weight.shape[1] if self.scales_input(layer, scheme) else 0)
 
 
 def takes_scale(layer: nn.Module) -> bool:
@@ -196,16 +196,16 @@ class SequenceConfig(AlgorithmConfig):
         counted = (reason for config, reason in reasons if config.chooses_codes or not with_branch)
         return next((reason for reason in counted if reason is not None), None)
 
-    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False) -> Scheme:
+    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False, name: str = "") -> Scheme:
         for config in self.algorithms:
-            scheme = config.format_of(layer, scheme, arrives_rotated)
+            scheme = config.format_of(layer, scheme, arrives_rotated, name)
         return scheme
 
     def scales_input(self, layer: nn.Module, scheme: Scheme) -> bool:
         return any(config.scales_input(layer, scheme) for config in self.algorithms)
 
-    def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
-        return sum(config.branch_bytes(layer, scheme) for config in self.algorithms)
+    def branch_bytes(self, layer: nn.Module, scheme: Scheme, name: str = "") -> int:
+        return sum(config.branch_bytes(layer, scheme, name) for config in self.algorithms)
 
     def for_search(self) -> AlgorithmConfig:
         return SequenceConfig(tuple(config.for_search() for config in self.algorithms))

@@ -174,8 +174,9 @@ def quantize_block(
             sharing.setdefault(collector, []).append(work.layers[name])
         while sharing:
             collector, layers = sharing.popitem()
-            for layer in layers if choose is not None else ():
-                choose(layer, collector)
+            if choose is not None:
+                for layer in layers:
+                    choose(layer, collector)
             for stack in _stacks(layers):
                 _quantize_stack(stack, collector, config, staying, is_last=stack[-1] is layers[-1])
             for layer in layers:
