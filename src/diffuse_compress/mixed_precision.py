@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from diffuse_compress.assignment import stock_name
 from diffuse_compress.components import model_components
 from diffuse_compress.errors import ConfigError, IncompatibleShapeError
 from diffuse_compress.families.roles import LayerRole

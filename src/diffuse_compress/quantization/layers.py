@@ -135,7 +135,8 @@ def _tensors_from_dense(
 ) -> dict[str, torch.Tensor]:
     """Parameters of the ``cls`` that replaces ``dense``, checked against its placeholder."""
     check_given(scheme, input_scale, input_zero_point)
-    beside: dict[str, Any] = {"sparse_outliers": 0 if quantized.outliers is None else quantized.outliers.values.shape[0]}
+    sparse = quantized.outliers
+    beside: dict[str, Any] = {"sparse_outliers": 0 if sparse is None else sparse.values.shape[0]}
     if dense_columns is not None:
         beside["dense_columns"] = dense_columns[0].shape[0]
     expected = cls.placeholder_like(

@@ -1,6 +1,7 @@
 """Input columns that are found at run time and multiplied beside the codes (LLM.int8).
 
-Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", arXiv 2208.07339, section 3.2::
+Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", arXiv 2208.07339, section
+3.2::
 
     y = sum over columns h in O of x_h W_h^T  +  Q(x without O) Q(W without O)^T,    O = {h: some |x_h| >= threshold}
 
@@ -32,7 +33,7 @@ def divide(
         x: [..., K].
         weight: int8 [N, K], one scale per row or tensor, symmetric.
         threshold: at least 0.
-        pre_scale: fp32 [K] that the int8 product multiplies the input by, so that codes are those of the weight over it.
+        pre_scale: fp32 [K] that the int8 product multiplies the input by: codes are those of the weight over it.
 
     Returns:
         x with zeros in the outlier columns, x itself if there is none; the product [..., N] in the dtype of x of these

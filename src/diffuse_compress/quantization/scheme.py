@@ -3,8 +3,8 @@
 A :class:`Scheme` says how a layer's weight is stored and, if its inputs are quantized too, how. It knows no
 tensor, no device and no model; ``to_dict`` is the vocabulary of compressed-tensors' ``QuantizationScheme``
 ("weights", "input_activations", "num_bits", "strategy", ...) with additions of ours, each under its own key:
-``scale_rule``, ``pad``, ``float_zero_point``, ``additive_zero_point``, ``input_rotation``, ``outlier_threshold`` and the
-strategies ``two_level`` and ``bilevel``.
+``scale_rule``, ``pad``, ``float_zero_point``, ``additive_zero_point``, ``input_rotation``, ``outlier_threshold`` and
+the strategies ``two_level`` and ``bilevel``.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ class Bilevel:
     """Small groups, whose scale and zero point take one byte: ``scale[n, g] = base[n, b] + step[n, b] * c[n, g]``.
 
     ``c`` is a 4-bit code, ``b = g // 16`` counts runs of 16 groups of a row with an fp32 ``base`` and ``step`` of their
-    own, and the other half of the byte is the zero point, an integer in the range of the weight's codes. In groups of 16
-    that is 0.75 bits per weight, where :class:`PerGroup` would take 2.5. The last group and the last run may be shorter.
+    own, and the other half of the byte is the zero point, an integer in the range of the weight's codes. In groups of
+    16 that is 0.75 bits per weight, where :class:`PerGroup` would take 2.5. The last group and run may be shorter.
 
     Source: Dettmers et al. 2023, "SpQR", arXiv 2306.03078, section 4.1; differs: zero points, which are codes of 2 to 4
     bits as they are, are kept exactly, and scales have 4 bits instead of 3, so that a byte holds both.
@@ -327,8 +327,8 @@ class Scheme:
         if act is not None and act.outlier_threshold is not None:
             if not (exact and weight.format is NumberFormat.INT8) or self.input_rotation is not None:
                 raise ConfigError(
-                    "Scheme: outlier_threshold needs symmetric int8 weights, per channel or tensor, and inputs that are "
-                    'not rotated: take the weights of "w8a8".'
+                    "Scheme: outlier_threshold needs symmetric int8 weights, per channel or tensor, and inputs that "
+                    'are not rotated: take the weights of "w8a8".'
                 )
         if self.input_rotation is not None and not is_rotation_size(self.input_rotation):
             raise ConfigError(

@@ -37,7 +37,7 @@ SCHEMES = {
 }
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
 
-KINDS = "adaround, awq, brecq, gptq, hqq, quarot, rtn, smoothquant, svdquant"
+KINDS = "adaround, awq, brecq, gptq, hqq, llm_int8, owq, quarot, quik, rtn, smoothquant, spqr, svdquant"
 
 
 def _weight() -> torch.Tensor:

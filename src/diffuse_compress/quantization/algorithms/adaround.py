@@ -111,8 +111,8 @@ class LearnedRoundingConfig(AlgorithmConfig):
             )
         if isinstance(scheme.granularity, Bilevel):
             raise ConfigError(
-                f"{type(self).__name__}: has one scale and zero point for each group, got bilevel scales. Use SpQRConfig() "
-                "or GPTQConfig() for these."
+                f"{type(self).__name__}: needs one scale and zero point for each group, got bilevel scales. Use "
+                "SpQRConfig() or GPTQConfig() for these."
             )
 
     def for_search(self) -> GPTQConfig:

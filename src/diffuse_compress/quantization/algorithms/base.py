@@ -48,8 +48,8 @@ class AlgorithmConfig:
     nothing to do where inputs stay as they are, ``needs_reference`` whether it also wants the block and its inputs as
     they are in the model before any change, ``adds_branch`` whether layers get a dense branch beside their codes: it
     makes 4-bit inputs usable where a layer cannot be rotated, and takes time, ``kept_dense`` what else layers keep
-    dense beside their codes, in words, ``reconstructs_blocks`` whether it learns the layers of a block together, so that
-    the block's output on the samples stays.
+    dense beside their codes, in words, ``reconstructs_blocks`` whether it learns the layers of a block together, so
+    that the block's output on the samples stays.
     """
 
     kind: ClassVar[str]
@@ -87,7 +87,7 @@ class AlgorithmConfig:
     def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False, name: str = "") -> Scheme:
         """The format of a layer that was to get ``scheme``: what the algorithm decides without data belongs to it.
 
-        ``arrives_rotated`` says that what stands before the layer will rotate its input, ``name`` is its qualified name.
+        ``arrives_rotated`` says that what stands before the layer will rotate its input, ``name`` is its full name.
         """
         return scheme
 
@@ -96,7 +96,7 @@ class AlgorithmConfig:
         return False
 
     def branch_bytes(self, layer: nn.Module, scheme: Scheme, name: str = "") -> int:
-        """Bytes of what it stores dense beside a layer's codes: a low-rank branch, columns, single weights (at most)."""
+        """Bytes of what it stores dense beside a layer's codes, at most: a low-rank branch, columns, single weights."""
         return 0
 
     def for_search(self) -> AlgorithmConfig:

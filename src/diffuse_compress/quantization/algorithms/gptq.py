@@ -349,8 +349,8 @@ def _round_with(
     cross: torch.Tensor | None = None,
     stay: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, QParams]:
-    """As :func:`round_columns`; the last columns of ``factor`` and what is True in ``stay``, bool [N, K], are not on the
-    grid, but make up for the errors before them."""
+    """As :func:`round_columns`; the last columns of ``factor`` and what is True in ``stay``, bool [N, K], are not on
+    the grid, but make up for the errors before them."""
     columns, order, upper, dead = weight.shape[1], factor.order, factor.upper, factor.dead
     if cross is not None:
         cross = cross if order is None else cross[order][:, order]

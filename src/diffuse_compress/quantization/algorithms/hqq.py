@@ -74,8 +74,8 @@ class HQQConfig(AlgorithmConfig):
             )
         if isinstance(scheme.granularity, Bilevel):
             raise ConfigError(
-                "HQQ: moves the zero point of each group by itself, got bilevel scales. Use SpQRConfig(), GPTQConfig() or "
-                "RTNConfig()."
+                "HQQ: moves the zero point of each group by itself, got bilevel scales. Use SpQRConfig(), "
+                "GPTQConfig() or RTNConfig()."
             )
         if scheme.additive_zero_point:
             raise ConfigError(

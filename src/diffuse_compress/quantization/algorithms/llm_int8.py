@@ -1,9 +1,9 @@
 """LLM.int8(): inputs are int8 but for the columns in which something large stands, found on every call.
 
-Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", arXiv 2208.07339, sections 3.1
-and 3.2; the product is in ``outlier_columns.py``. Deviations: columns are found for each layer's input by the threshold
-alone, as in the authors' code, not by how many layers and tokens have them; where inputs are left alone (``w8a16``)
-nothing is done.
+Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", arXiv 2208.07339, sections
+3.1 and 3.2; the product is in ``outlier_columns.py``. Deviations: columns are found for each layer's input by the
+threshold alone, as in the authors' code, not by how many layers and tokens have them; where inputs are left alone
+(``w8a16``) nothing is done.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ class LLMInt8Config(AlgorithmConfig):
         threshold = self.threshold
         if not isinstance(threshold, int | float) or not math.isfinite(threshold) or threshold < 0:
             raise ConfigError(
-                f"LLMInt8Config: threshold must be a finite number >= 0, got {threshold!r}. For no outliers at all take "
-                "RTNConfig()."
+                f"LLMInt8Config: threshold must be a finite number >= 0, got {threshold!r}. For none take RTNConfig()."
             )
         if self.observer not in ("mse", "minmax"):
             raise ConfigError(f"LLMInt8Config: observer must be 'mse' or 'minmax', got {self.observer!r}.")
@@ -62,7 +61,7 @@ class LLMInt8Config(AlgorithmConfig):
         if scheme.format is not NumberFormat.INT8 or not plain:
             raise ConfigError(
                 f"LLM.int8: needs symmetric int8 weights per channel, of which single columns are dequantized, got "
-                f'{scheme.format.value}, {type(scheme.granularity).__name__}. Use "w8a8", or QUIKConfig() for fewer bits.'
+                f'{scheme.format.value}, {type(scheme.granularity).__name__}. Use "w8a8"; fewer bits: QUIKConfig().'
             )
 
     def idle_after(self, earlier: AlgorithmConfig) -> str | None:

@@ -1,11 +1,11 @@
-"""QUIK: input columns with the largest magnitudes stay dense, weights and inputs; the rest is int4 or int8 on both sides.
+"""QUIK: input columns with the largest magnitudes stay dense on both sides; the rest is int4 or int8 on both.
 
 Ashkboos et al. 2023, "QUIK: Towards End-to-End 4-Bit Inference on Generative Large Language Models", arXiv 2310.09259,
 section 3: outlier columns are those whose inputs are largest on calibration data; GPTQ comes to them last, so that they
 take up the errors of the others; layers that are sensitive to their inputs (down projections) get 8 bits and more
-columns. Deviations: columns keep their place in the packed weight, where their codes stand for 0, so that packed layouts
-and kernels stay what they are; their number is a share of the width (256 of 4096 in the paper); weights are symmetric
-or not as the format says.
+columns. Deviations: columns keep their place in the packed weight, where their codes stand for 0, so that packed
+layouts and kernels stay what they are; their number is a share of the width (256 of 4096 in the paper); weights are
+symmetric or not as the format says.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """SpQR: very small groups with quantized scales, and the weights that spoil their group stored apart.
 
 Dettmers et al. 2023, "SpQR: A Sparse-Quantized Representation for Near-Lossless LLM Weight Compression", arXiv
-2306.03078, section 4 and algorithm 1. A weight is an outlier if its group, rounded without it in the range, would err so
-much less that
+2306.03078, section 4 and algorithm 1. A weight is an outlier if its group, rounded without it in the range, would err
+so much less that
 
     sum_j (w_j - Q(w_j))^2 / U_jj^2 - sum_{j != i} (w_j - Q_{-i}(w_j))^2 / U_jj^2  >  tau * mean_j (var(w_:j) / U_jj^2)
 
