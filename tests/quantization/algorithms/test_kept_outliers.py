@@ -185,3 +185,30 @@ def test_layers_without_memory_have_the_same_tensors(case: str) -> None:
             name: (t.shape, t.dtype) for name, t in layer.state_dict().items()
         }
         assert empty(torch.empty(3, layer.in_features, device="meta")).shape == (3, layer.out_features)
+
+
+@pytest.mark.gpu
+@cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_on_cuda_static_parts_never_wait_and_graphs_hold_all(case: str, dtype: torch.dtype) -> None:
+    _, block = layers_of(case)
+    x = inputs(1, seed=4)[0].args[0].to(dtype)
+    layer = copy.deepcopy(block.to_q).to(dtype)
+    with torch.no_grad():
+        expected, layer, x = layer(x), layer.cuda(), x.cuda()
+        assert_close(layer(x).cpu(), expected, KERNEL[dtype])
+        torch.cuda.synchronize()
+        if case != "llm_int8":
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                layer(x)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(side):
+            layer(x)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        graph.replay()
+        assert_close(y.cpu(), expected, KERNEL[dtype])
