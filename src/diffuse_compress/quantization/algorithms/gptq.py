@@ -49,6 +49,7 @@ __all__ = [
     "GPTQConfig",
     "HessianCollector",
     "collected",
+    "gptq_of",
     "inverse_factor",
     "quantize_block",
     "round_columns",
@@ -56,6 +57,7 @@ __all__ = [
 ]
 
 _DAMPING_ATTEMPTS = 6
+_PASSED_ON = ("damping", "act_order", "true_sequential", "observer")
 # Of a convolution: what decides which rows it multiplies (``as_rows``).
 _GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
@@ -111,6 +113,11 @@ class GPTQConfig(AlgorithmConfig):
     def for_search(self) -> GPTQConfig:
         """The block is run once, not once for each group of its layers, and its inputs are the unchanged model's."""
         return replace(self, true_sequential=False, asymmetric=False)
+
+
+def gptq_of(config: AlgorithmConfig) -> GPTQConfig:
+    """The GPTQ that a config builds on, which has these of its fields; raises ConfigError as that does."""
+    return GPTQConfig(**{name: getattr(config, name) for name in _PASSED_ON})
 
 
 class HessianCollector:

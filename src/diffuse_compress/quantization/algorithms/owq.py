@@ -22,7 +22,7 @@ from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
 from diffuse_compress.quantization.algorithms.dense_columns import column_bytes, largest, why_no_columns
-from diffuse_compress.quantization.algorithms.gptq import GPTQConfig, HessianCollector, quantize_block
+from diffuse_compress.quantization.algorithms.gptq import GPTQConfig, HessianCollector, gptq_of, quantize_block
 from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
 from diffuse_compress.quantization.numerics import fake_quantize
 from diffuse_compress.quantization.observers import weight_qparams
@@ -61,12 +61,7 @@ class OWQConfig(AlgorithmConfig):
     @property
     def rounding(self) -> GPTQConfig:
         """How the other columns are rounded."""
-        return GPTQConfig(
-            damping=self.damping,
-            act_order=self.act_order,
-            true_sequential=self.true_sequential,
-            observer=self.observer,
-        )
+        return gptq_of(self)
 
     def __post_init__(self) -> None:
         counted = self.columns is None or (isinstance(self.columns, int) and self.columns >= 0)

@@ -21,7 +21,7 @@ from diffuse_compress.patterns import matches
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
 from diffuse_compress.quantization.algorithms.dense_columns import column_bytes, columns_for, largest, why_no_columns
-from diffuse_compress.quantization.algorithms.gptq import GPTQConfig, quantize_block, shared_inputs
+from diffuse_compress.quantization.algorithms.gptq import GPTQConfig, gptq_of, quantize_block, shared_inputs
 from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
 from diffuse_compress.quantization.algorithms.smoothquant import AbsMaxCollector
 from diffuse_compress.quantization.scheme import NumberFormat, PerChannel, Scheme, WeightScheme
@@ -65,12 +65,7 @@ class QUIKConfig(AlgorithmConfig):
     @property
     def rounding(self) -> GPTQConfig:
         """How the other columns are rounded."""
-        return GPTQConfig(
-            damping=self.damping,
-            act_order=self.act_order,
-            true_sequential=self.true_sequential,
-            observer=self.observer,
-        )
+        return gptq_of(self)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sensitive", tuple(self.sensitive))

@@ -25,7 +25,7 @@ from torch import nn
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
 from diffuse_compress.quantization.algorithms.block import BlockWork
-from diffuse_compress.quantization.algorithms.gptq import GPTQConfig, quantize_block
+from diffuse_compress.quantization.algorithms.gptq import GPTQConfig, gptq_of, quantize_block
 from diffuse_compress.quantization.numerics import qparams_from_range, row_chunks, split_groups
 from diffuse_compress.quantization.packed import MAX_SPARSE_COLUMNS
 from diffuse_compress.quantization.scheme import Bilevel, Scheme, WeightScheme
@@ -68,12 +68,7 @@ class SpQRConfig(AlgorithmConfig):
     @property
     def rounding(self) -> GPTQConfig:
         """How what is no outlier is rounded."""
-        return GPTQConfig(
-            damping=self.damping,
-            act_order=self.act_order,
-            true_sequential=self.true_sequential,
-            observer=self.observer,
-        )
+        return gptq_of(self)
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0 or not 0 <= self.max_share <= 0.25:
