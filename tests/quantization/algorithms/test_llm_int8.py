@@ -67,7 +67,7 @@ def test_columns_are_those_that_reach_the_threshold() -> None:
     assert_close(layer(x).double(), expected, KERNEL[torch.float32])
     # A value of exactly the threshold belongs to them, and in another call they are others.
     x = torch.zeros(1, 96)
-    x[0, 5] = -6.0
+    x[0, 5], x[0, 6] = -6.0, 0.01  # beside a 6 that is quantized, this would be 0
     assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), KERNEL[torch.float32])
     assert torch.equal(layer(x * 0.5), layer_of(dense, None)(x * 0.5))
 
