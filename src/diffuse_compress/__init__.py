@@ -68,19 +68,24 @@ from diffuse_compress.quantization.algorithms.brecq import BRECQConfig
 from diffuse_compress.quantization.algorithms.dgq import DGQConfig
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig
 from diffuse_compress.quantization.algorithms.hqq import HQQConfig
+from diffuse_compress.quantization.algorithms.llm_int8 import LLMInt8Config
 from diffuse_compress.quantization.algorithms.norm_tweaking import NormTweakingConfig
 from diffuse_compress.quantization.algorithms.omniquant import OmniQuantConfig
 from diffuse_compress.quantization.algorithms.osplus import OSPlusConfig
+from diffuse_compress.quantization.algorithms.owq import OWQConfig
 from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
+from diffuse_compress.quantization.algorithms.quik import QUIKConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig
 from diffuse_compress.quantization.algorithms.spinquant import SpinQuantConfig
+from diffuse_compress.quantization.algorithms.spqr import SpQRConfig
 from diffuse_compress.quantization.algorithms.svdquant import SVDQuantConfig
 from diffuse_compress.quantization.algorithms.tesseraq import TesseraQConfig
 from diffuse_compress.quantization.kv_cache import KIVIConfig
 from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
+    Bilevel,
     NumberFormat,
     PerChannel,
     PerGroup,
@@ -111,6 +116,7 @@ __all__ = [
     "AdaDimConfig",
     "AdaRoundConfig",
     "BRECQConfig",
+    "Bilevel",
     "CacheConfig",
     "CacheSchedule",
     "Calibration",
@@ -129,11 +135,13 @@ __all__ = [
     "HarmoniCaConfig",
     "IncompatibleShapeError",
     "KIVIConfig",
+    "LLMInt8Config",
     "MissingDependencyError",
     "ModelStateError",
     "NormTweakingConfig",
     "NumberFormat",
     "OSPlusConfig",
+    "OWQConfig",
     "ObserverConfig",
     "OmniQuantConfig",
     "PairedComparison",
@@ -144,6 +152,7 @@ __all__ = [
     "PerToken",
     "PlanMissedError",
     "QATTrainer",
+    "QUIKConfig",
     "QVGenConfig",
     "QuaRotConfig",
     "QuantizationConfig",
@@ -155,6 +164,7 @@ __all__ = [
     "Scheme",
     "SensitivityReport",
     "SmoothQuantConfig",
+    "SpQRConfig",
     "SpinQuantConfig",
     "TFMQConfig",
     "TableConfig",

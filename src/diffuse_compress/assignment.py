@@ -235,10 +235,10 @@ def _decide(
         return LayerAssignment(own_name, role, shape, None, reason)
 
     def converted(scheme: Scheme) -> LayerAssignment:
-        return assigned(spec.algorithm.format_of(module, scheme, own_name in rotated))
+        return assigned(spec.algorithm.format_of(module, scheme, own_name in rotated, name))
 
     def assigned(scheme: Scheme) -> LayerAssignment:
-        extra_bytes = spec.algorithm.extra_bytes(module, scheme) + scheme.input_bytes
+        extra_bytes = spec.algorithm.extra_bytes(module, scheme, name) + scheme.input_bytes
         return LayerAssignment(own_name, role, shape, scheme, extra_bytes=extra_bytes)
 
     if isinstance(module, QuantizedLinear | QuantizedConv2d):
@@ -275,8 +275,14 @@ def _decide(
     found = converted(scheme)
     # Asked for by name, or in a recipe that was made in a wider dtype, it is taken all the same.
     if found.extra_bytes and scheme.weight_bytes(shape) + found.extra_bytes > _bytes_of(module):
-        return keep("with its low-rank branch it would be larger")
+        return keep(f"with {_beside(spec)} it would be larger")
     return found
+
+
+def _beside(spec: QuantizationSpec) -> str:
+    """What the algorithm stores beside the codes, in words."""
+    kept = [step.kept_dense for step in steps_of(spec.algorithm) if step.kept_dense]
+    return f"its {kept[0]}" if kept and not spec.algorithm.adds_branch else "its low-rank branch"
 
 
 def _bytes_of(module: nn.Module) -> int:

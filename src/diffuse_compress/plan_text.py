@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from diffuse_compress.components import GROUPS, SELF
+from diffuse_compress.quantization.algorithms.base import steps_of
 from diffuse_compress.quantization.dispatch import compute_path
 from diffuse_compress.quantization.scheme import PerInputGroup
 
@@ -88,6 +89,8 @@ def _component_lines(part: ComponentPlan, plan: CompressionPlan) -> list[str]:
         path = compute_path(scheme, plan.device, part.compute_dtype)
         if part.spec.algorithm.adds_branch:
             path = path.with_branch()
+        for step in steps_of(part.spec.algorithm):
+            path = path.with_branch(step.kept_dense) if step.kept_dense else path
         speed = {None: "speed unmeasured here", True: "faster than dense", False: "slower than dense"}
         paths.append(f"  {scheme.name} on {plan.device}: {path.description}; {speed[path.faster_than_dense]}")
     return [*lines, *dict.fromkeys(paths)]

@@ -28,7 +28,7 @@ from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
 from diffuse_compress.quantization.observers import ObserverConfig
-from diffuse_compress.quantization.packed import QuantizedWeight
+from diffuse_compress.quantization.packed import QuantizedWeight, SparseOutliers
 from diffuse_compress.quantization.scheme import Scheme
 
 __all__ = [
@@ -393,6 +393,8 @@ def quantized_layer(layer: LayerWork) -> Quantized:
     given: dict[str, Any] = {"act_pre_scale": scale, "low_rank": layer.low_rank}
     if layer.act_pre_shift is not None:
         given["act_pre_shift"] = layer.act_pre_shift.clone()
+    if layer.dense_columns is not None and layer.dense_weight is not None:
+        given["dense_columns"] = (layer.dense_columns, layer.dense_weight)
     if layer.input_qparams is not None:
         given |= {"input_scale": layer.input_qparams.scale, "input_zero_point": layer.input_qparams.zero_point}
     return _layer_like(layer.dense, layer.quantized, layer.scheme, **given)
@@ -410,10 +412,16 @@ def _restored(dense: nn.Module, *, stored: FinishedLayer) -> Quantized:
         in_features=dense.weight.flatten(1).shape[1],
         scheme=scheme.weight,
     )
+    if "outlier_rows" in found:
+        quantized.outliers = SparseOutliers(*(found[f"outlier_{name}"] for name in ("rows", "columns", "values")))
     low_rank = (found["low_rank_down"], found["low_rank_up"]) if "low_rank_down" in found else None
-    given = {name: found.get(name) for name in ("act_pre_scale", "input_scale", "input_zero_point")}
+    if "input_scale" not in found:  # of a layer in the block that no sample reached
+        scheme = scheme.with_dynamic_inputs()
+    given: dict[str, Any] = {name: found.get(name) for name in ("act_pre_scale", "input_scale", "input_zero_point")}
     if isinstance(dense, nn.Linear):  # as it was: a shift may be in it, with or without one that is left
         given |= {"act_pre_shift": found.get("act_pre_shift"), "bias": found.get("bias")}
+    if "dense_columns" in found:
+        given["dense_columns"] = (found["dense_columns"], found["dense_weight"])
     layer = _layer_like(dense, quantized, scheme, low_rank=low_rank, **given)
     if "bias" in found:
         layer.bias.data = found["bias"]

@@ -79,6 +79,7 @@ def _reason_of_layer(layer: QuantizedLinear | QuantizedConv2d) -> str | None:
         layer.compute_dtype,
         is_smoothed=layer.act_pre_scale is not None,
         is_low_rank=layer.low_rank_down is not None,
+        has_dense_columns=layer.dense_columns is not None,
         is_clipped=layer.input_clip is not None,
         is_shifted=layer.act_pre_shift is not None or layer.gained_bias,
     )
@@ -92,6 +93,7 @@ def _reason(
     is_convolution: bool = False,
     is_smoothed: bool = False,
     is_low_rank: bool = False,
+    has_dense_columns: bool = False,
     is_clipped: bool = False,
     is_shifted: bool = False,
 ) -> str | None:
@@ -104,6 +106,7 @@ def _reason(
         is_convolution: it is no linear layer.
         is_smoothed: it has an ``act_pre_scale``.
         is_low_rank: it has a low-rank branch.
+        has_dense_columns: some of its input columns have no codes.
         is_clipped: its inputs have learned clips.
         is_shifted: a shift of its input is with it, or has given it a bias.
     """
@@ -113,6 +116,10 @@ def _reason(
         return f"{scheme.name} with a low-rank branch, which torchao's tensors do not have"
     if is_shifted:
         return f"{scheme.name} with a shift of its inputs, which torchao's tensors do not have"
+    if has_dense_columns:
+        return f"{scheme.name} with dense input columns, which torchao's tensors do not have"
+    if scheme.activation is not None and scheme.activation.outlier_threshold is not None:
+        return f"{scheme.name} with columns chosen at run time (LLM.int8), which torchao's tensors do not have"
     if is_clipped:
         return f"{scheme.name} with learned clips of its inputs, which torchao's tensors do not have"
     if scheme.input_rotation is not None:

@@ -35,6 +35,7 @@ from diffuse_compress.quantization.numerics import (
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
+    Bilevel,
     NumberFormat,
     PerInputGroup,
     PerTensor,
@@ -95,10 +96,10 @@ class ComputePath:
     description: str
     faster_than_dense: bool | None = None
 
-    def with_branch(self) -> ComputePath:
-        """Of a layer with a low-rank branch, whose time comes on top of what was measured."""
+    def with_branch(self, what: str = "a low-rank branch") -> ComputePath:
+        """Of a layer with a part beside its codes, whose time comes on top of what was measured."""
         faster = False if self.faster_than_dense is False else None
-        return replace(self, description=f"{self.description}, and a low-rank branch", faster_than_dense=faster)
+        return replace(self, description=f"{self.description}, and {what}", faster_than_dense=faster)
 
 
 @dataclass
@@ -188,7 +189,9 @@ def compute_path(
     if scheme.input_rotation is not None:
         # It comes on top of what was measured.
         description, faster = f"input rotated, then {description}", None
-    return ComputePath(name, chosen == "int8", description, faster)
+    path = ComputePath(name, chosen == "int8", description, faster)
+    threshold = None if scheme.activation is None else scheme.activation.outlier_threshold
+    return path if threshold is None else path.with_branch(f"input columns from {threshold:g} on in the input's dtype")
 
 
 def require_device(scheme: Scheme, device: torch.device | str) -> None:
@@ -233,7 +236,7 @@ def _suits_int4(scheme: Scheme, dtype: torch.dtype) -> bool:
     weight = scheme.weight
     if weight.format is not NumberFormat.INT4 or weight.stores_float_zero_point:
         return False
-    has_kernel = not isinstance(weight.granularity, TwoLevel | PerInputGroup)
+    has_kernel = not isinstance(weight.granularity, TwoLevel | Bilevel | PerInputGroup)
     return has_kernel and dtype in (torch.bfloat16, torch.float16)
 
 

@@ -11,12 +11,21 @@ from torch import nn
 from diffuse_compress.errors import ConfigError, IncompatibleShapeError, ModelStateError
 from diffuse_compress.quantization.clips import TimestepGroups, clip_of_rows
 from diffuse_compress.quantization.dispatch import ComputePath, InputQuantization, dense_weight
-from diffuse_compress.quantization.packed import QuantizedWeight
+from diffuse_compress.quantization.packed import QuantizedWeight, SparseOutliers
 from diffuse_compress.quantization.packing import packed_columns
 from diffuse_compress.quantization.rotation import rotate, rotate_back
-from diffuse_compress.quantization.scheme import PerInputGroup, PerToken, Scheme, TwoLevel, WeightScheme
+from diffuse_compress.quantization.scheme import Bilevel, PerInputGroup, PerToken, Scheme, TwoLevel, WeightScheme
 
-__all__ = ["INPUT_QPARAMS", "LowRank", "QuantizedLayer", "cast_for_autocast", "check_given", "empty_tensors", "fill"]
+__all__ = [
+    "INPUT_QPARAMS",
+    "DenseColumns",
+    "LowRank",
+    "QuantizedLayer",
+    "cast_for_autocast",
+    "check_given",
+    "empty_tensors",
+    "fill",
+]
 
 PARAMETERS = (
     "bias",
@@ -30,12 +39,19 @@ PARAMETERS = (
     "input_zero_point",
     "low_rank_down",
     "low_rank_up",
+    "dense_columns",
+    "dense_weight",
+    "outlier_rows",
+    "outlier_columns",
+    "outlier_values",
 )
 INPUT_QPARAMS = ("input_scale", "input_zero_point")
 """Of static inputs. They are no weights: step scales (``temporal/step_scales.py``) write them before every call."""
-_IN_COMPUTE_DTYPE = ("bias", "low_rank_down", "low_rank_up")
+_IN_COMPUTE_DTYPE = ("bias", "low_rank_down", "low_rank_up", "dense_weight", "outlier_values")
 _Layer = TypeVar("_Layer", bound="QuantizedLayer")
 LowRank = tuple[torch.Tensor, torch.Tensor]
+DenseColumns = tuple[torch.Tensor, torch.Tensor]
+"""(columns [C], ascending integers; their weights [N, C] on the input as it comes)."""
 
 
 def _parameter(tensor: torch.Tensor) -> nn.Parameter:
@@ -57,6 +73,8 @@ def empty_tensors(
     act_pre_shift: bool,
     act_pre_scale: bool,
     low_rank: int,
+    dense_columns: int = 0,
+    sparse_outliers: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Uninitialised tensors of a layer by name; every one names its dtype."""
     weight, act = scheme.weight, scheme.activation
@@ -75,6 +93,15 @@ def empty_tensors(
     if low_rank:
         shapes["low_rank_down"] = ((low_rank, columns), compute_dtype)
         shapes["low_rank_up"] = ((outputs, low_rank), compute_dtype)
+    if dense_columns:
+        shapes["dense_columns"] = ((dense_columns,), torch.int32)
+        shapes["dense_weight"] = ((outputs, dense_columns), compute_dtype)
+    if sparse_outliers:
+        if not isinstance(weight.granularity, Bilevel):
+            raise ConfigError(f"placeholder: sparse outliers are of bilevel formats, got {scheme.name}. Use Bilevel().")
+        shapes["outlier_rows"] = ((outputs + 1,), torch.int32)
+        shapes["outlier_columns"] = ((sparse_outliers,), torch.int16)
+        shapes["outlier_values"] = ((sparse_outliers,), compute_dtype)
     return {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
 
 
@@ -84,6 +111,12 @@ def _weight_shapes(scheme: WeightScheme, outputs: int, columns: int) -> dict[str
     stored = columns if bits == 8 else packed_columns(columns, bits)
     groups = scheme.num_groups(columns)
     scale_shape = scheme.scale_shape((outputs, columns))
+    if isinstance(scheme.granularity, Bilevel):
+        return {
+            "qweight": ((outputs, stored), code_dtype),
+            "scale": (scale_shape, torch.float32),
+            "group_scale": ((outputs, groups), torch.int8),
+        }
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "qweight": ((outputs, stored), code_dtype),
         "scale": (scale_shape, torch.float32),
@@ -109,6 +142,11 @@ class QuantizedLayer(nn.Module):
     input_zero_point: nn.Parameter | None
     low_rank_down: nn.Parameter | None
     low_rank_up: nn.Parameter | None
+    dense_columns: nn.Parameter | None
+    dense_weight: nn.Parameter | None
+    outlier_rows: nn.Parameter | None
+    outlier_columns: nn.Parameter | None
+    outlier_values: nn.Parameter | None
     scheme: Scheme
     compute_dtype: torch.dtype
     input_clip: torch.Tensor | None
@@ -139,6 +177,7 @@ class QuantizedLayer(nn.Module):
         """
         act = self.scheme.activation
         dynamic = act is not None and act.dynamic and act.format.is_integer and isinstance(act.granularity, PerToken)
+        dynamic = dynamic and act.outlier_threshold is None  # type: ignore[union-attr]
         if values is not None and not (dynamic and isinstance(self, nn.Linear)):
             raise ModelStateError(
                 f"set_input_clip: needs a linear layer with dynamic integer inputs, one scale per token, found "
@@ -170,6 +209,16 @@ class QuantizedLayer(nn.Module):
         down, up = self.low_rank_down, self.low_rank_up
         return None if down is None or up is None else (down, up)
 
+    @property
+    def _dense_part(self) -> DenseColumns | None:
+        columns, weight = self.dense_columns, self.dense_weight
+        return None if columns is None or weight is None else (columns, weight)
+
+    @property
+    def _outliers(self) -> SparseOutliers | None:
+        rows, columns, values = self.outlier_rows, self.outlier_columns, self.outlier_values
+        return None if rows is None or columns is None or values is None else SparseOutliers(rows, columns, values)
+
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as stored; shares its tensors with the layer."""
         return QuantizedWeight(
@@ -179,11 +228,21 @@ class QuantizedLayer(nn.Module):
             group_scale=self.group_scale,
             in_features=self._columns,
             scheme=self.scheme.weight,
+            outliers=self._outliers,
         )
 
     def _shifted(self, x: torch.Tensor) -> torch.Tensor:
         """The input less ``act_pre_shift``, subtracted in fp32, in its dtype."""
         return x if self.act_pre_shift is None else (x.float() - self.act_pre_shift).to(x.dtype)
+
+    def _coded(self, x: torch.Tensor) -> torch.Tensor:
+        """The input, shifted already, that codes are multiplied with: 0 in dense columns, so that they set no scale.
+
+        Where inputs are left alone nothing has to be done: the codes of these columns stand for 0.
+        """
+        if self.dense_columns is None or self.scheme.activation is None:
+            return x
+        return x.index_fill(-1, self.dense_columns.long(), 0)
 
     def _rotated(self, x: torch.Tensor) -> tuple[torch.Tensor, nn.Parameter | None]:
         """The input, shifted already, as it is quantized, but for the scale [K] that is still to multiply it: rotations
@@ -192,8 +251,8 @@ class QuantizedLayer(nn.Module):
         return (x, self.act_pre_scale) if size is None else (rotate(x, size, self.act_pre_scale), None)
 
     def prepared_input(self, x: torch.Tensor) -> torch.Tensor:
-        """The input as it is quantized: shifted, rotated, and multiplied by ``act_pre_scale`` in fp32."""
-        x, scale = self._rotated(self._shifted(x))
+        """The fp32 input as it is quantized: shifted, no dense columns, rotated, multiplied by ``act_pre_scale``."""
+        x, scale = self._rotated(self._coded(self._shifted(x)))
         if scale is None:
             return x
         return x.float() * (scale.view(-1, 1, 1) if isinstance(self, nn.Conv2d) else scale)
@@ -209,9 +268,14 @@ class QuantizedLayer(nn.Module):
         return clip_of_rows(self.input_clip, None if groups is None else groups.index, x.shape[:-1])
 
     def _flat_weight(self) -> torch.Tensor:
-        """Dense equivalent [N, K] in the compute dtype; rotation, smoothing and low-rank branch are folded in."""
+        """Dense equivalent [N, K] in the compute dtype; all that is beside the codes is folded in."""
         weight, size = self.quantized_weight(), self.scheme.input_rotation
         with torch.no_grad():
+            if self._dense_part is not None:
+                columns, dense = self._dense_part
+                values = dense_weight(weight, torch.float32, self._column_scale, self._low_rank)
+                # Codes stand for exactly 0 there.
+                return values.index_add_(1, columns.long(), dense.float()).to(self.compute_dtype)
             if size is None:
                 return dense_weight(weight, self.compute_dtype, self._column_scale, self._low_rank)
             values = rotate_back(dense_weight(weight, torch.float32), size)
@@ -223,7 +287,11 @@ class QuantizedLayer(nn.Module):
             return values.to(self.compute_dtype)
 
     def _with_branch(self, path: ComputePath) -> ComputePath:
-        return path if self.low_rank_down is None else path.with_branch()
+        if self.low_rank_down is not None:
+            path = path.with_branch()
+        if self.dense_columns is not None:
+            path = path.with_branch("dense input columns")
+        return path if self.outlier_rows is None else path.with_branch("sparse outliers")
 
     def scale_outputs(self, factors: torch.Tensor) -> None:
         """Multiply what the layer returns by ``factors``, fp32 [N], in its scales, bias and branch; codes stay.
@@ -244,6 +312,12 @@ class QuantizedLayer(nn.Module):
             self.zero_point.data = self.zero_point.detach() * rows
         if self.low_rank_up is not None:
             self.low_rank_up.data = (self.low_rank_up.detach().float() * rows).to(self.low_rank_up.dtype)
+        if self.dense_weight is not None:
+            self.dense_weight.data = (self.dense_weight.detach().float() * rows).to(self.dense_weight.dtype)
+        if self.outlier_rows is not None and self.outlier_values is not None:
+            counts = self.outlier_rows.detach().diff().long()
+            values = self.outlier_values.detach().float() * rows.squeeze(1).repeat_interleave(counts)
+            self.outlier_values.data = values.to(self.outlier_values.dtype)
         if self.bias is not None:
             self.bias.data = (self.bias.detach().float() * rows.squeeze(1)).to(self.bias.dtype)
         self.folded = True
@@ -271,6 +345,9 @@ class QuantizedLayer(nn.Module):
             self.act_pre_shift.data = self.act_pre_shift.detach() * self.act_pre_scale.detach()
         if scale is not None and self.low_rank_down is not None:
             self.low_rank_down.data = (self.low_rank_down.detach().float() / scale).to(self.low_rank_down.dtype)
+        if scale is not None and self._dense_part is not None:
+            columns, dense = self._dense_part
+            dense.data = (dense.detach().float() / scale[columns.long()]).to(dense.dtype)
         self.act_pre_scale = None
         self.folded = True
 
@@ -304,6 +381,10 @@ class QuantizedLayer(nn.Module):
             parts.append(f"input_rotation={self.scheme.input_rotation}")
         if self.low_rank_down is not None:
             parts.append(f"low_rank={self.low_rank_down.shape[0]}")
+        if self.dense_columns is not None:
+            parts.append(f"dense_columns={self.dense_columns.shape[0]}")
+        if self.outlier_values is not None:
+            parts.append(f"sparse_outliers={self.outlier_values.shape[0]}")
         return ", ".join(parts + clipped)
 
     def _needs_grad(self, x: torch.Tensor) -> bool:
@@ -365,13 +446,20 @@ def fill(
     given: dict[str, torch.Tensor | None],
 ) -> dict[str, torch.Tensor]:
     """Tensors of a layer from what an algorithm returned, checked against (meta) ``expected`` ones."""
-    values = {
+    values: dict[str, torch.Tensor | None] = {
         "qweight": quantized.qweight,
         "scale": quantized.scale,
         "zero_point": quantized.zero_point,
         "group_scale": quantized.group_scale,
         **given,
     }
+    if quantized.outliers is not None:
+        of_outliers = quantized.outliers
+        values |= {
+            "outlier_rows": of_outliers.rows,
+            "outlier_columns": of_outliers.columns,
+            "outlier_values": of_outliers.values,
+        }
     tensors = {}
     for name, like in expected.items():
         value = values.get(name)

@@ -11,6 +11,8 @@ with codes and integer zero points in the signed domain (int4: -8..7). A float z
 additive one is part of the weight's domain: ``w = scale * q + zero_point``.
 Two-level weights are ``w = scale[n] * (group_scale[n, g] * q)``: the bracket is exact in int8, so dequantizing here
 and rescaling the int32 sums of a GEMM with one scale per row use the very same integers.
+Bilevel weights are those of small groups whose scales are rounded to a grid of their own before anything else is done
+with them: :func:`expanded` gives these scales, and all equations hold with them.
 """
 
 from __future__ import annotations
@@ -25,8 +27,11 @@ from diffuse_compress.errors import ConfigError, IncompatibleShapeError, ModelSt
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.packing import pack, packed_columns, unpack
 from diffuse_compress.quantization.scheme import (
+    BILEVEL_GROUPS,
+    BILEVEL_MAX_CODE,
     TWO_LEVEL_MAX_GROUP_SCALE,
     ActivationScheme,
+    Bilevel,
     PerInputGroup,
     PerTensor,
     PerToken,
@@ -42,6 +47,7 @@ __all__ = [
     "choose_qparams",
     "dequantize",
     "dequantize_activation",
+    "expanded",
     "fake_quantize",
     "fake_quantize_activation",
     "integer_weight",
@@ -71,7 +77,7 @@ class QParams:
         scale: fp32, at least ``MIN_SCALE``.
         zero_point: None if symmetric, else int8 (fp32 with ``float_zero_point`` or ``additive_zero_point``) of
             ``scale``'s shape.
-        group_scale: int8 [N, G] in 1..16 for two-level scales, else None.
+        group_scale: int8 [N, G]: in 1..16 for two-level scales, a byte of scale and zero point for bilevel ones.
     """
 
     scale: torch.Tensor
@@ -187,6 +193,8 @@ def qparams_from_weight_range(
         return _two_level_qparams(low, high, scheme, clip_ratio)
     if clip_ratio is not None:
         low, high = low * clip_ratio, high * clip_ratio
+    if isinstance(scheme.granularity, Bilevel):
+        return _bilevel_qparams(low, high, scheme)
     return qparams_from_range(low, high, scheme)
 
 
@@ -201,6 +209,49 @@ def _two_level_qparams(
     scale = (row_amax / (scheme.format.qmax * TWO_LEVEL_MAX_GROUP_SCALE)).clamp_(min=MIN_SCALE)
     group_scale = (amax / (scale * scheme.format.qmax)).ceil_().clamp_(1, TWO_LEVEL_MAX_GROUP_SCALE)
     return QParams(scale, None, group_scale.to(torch.int8))
+
+
+def _bilevel_qparams(low: torch.Tensor, high: torch.Tensor, scheme: WeightScheme) -> QParams:
+    """Scales of :func:`qparams_from_range` rounded to 16 evenly spaced values for each run of groups; then the zero
+    points that fit these."""
+    wanted = qparams_from_range(low, high, scheme).scale
+    rows, groups = wanted.shape
+    padding = -groups % BILEVEL_GROUPS
+    # By what stands there already: a last run is no wider for being padded.
+    padded = torch.cat([wanted, wanted[:, -1:].expand(-1, padding)], dim=1) if groups else wanted
+    runs = padded.reshape(rows, -1, BILEVEL_GROUPS)
+    # Groups of zeros, which any scale suits, do not widen the grid of the others.
+    base = torch.where(runs > MIN_SCALE, runs, torch.inf).amin(dim=-1)
+    base = torch.where(base.isinf(), MIN_SCALE, base)
+    step = ((runs.amax(dim=-1) - base) / BILEVEL_MAX_CODE).clamp_(min=MIN_SCALE)
+    codes = ((runs - base.unsqueeze(-1)) / step.unsqueeze(-1)).round_().clamp_(0, BILEVEL_MAX_CODE)
+    codes = codes.reshape(rows, -1)[:, :groups]
+    qparams = QParams(torch.cat([base, step], dim=1), None, codes.to(torch.int8))
+    scale = expanded(qparams, scheme).scale
+    fmt = scheme.format
+    # The middle of the range that the rounded scale leaves free on either side.
+    zero_point = (fmt.qmin - low / scale + (fmt.qmax - high / scale)).mul_(0.5).round_().clamp_(fmt.qmin, fmt.qmax)
+    byte = (zero_point.to(torch.int8) << 4) | codes.to(torch.int8)
+    return QParams(qparams.scale, None, byte)
+
+
+def expanded(qparams: QParams, scheme: WeightScheme) -> QParams:
+    """Qparams with one scale and zero point for each element of the granularity; others than bilevel ones as they are.
+
+    Returns:
+        scale fp32 [N, G], zero_point int8 [N, G].
+    """
+    if not isinstance(scheme.granularity, Bilevel) or qparams.group_scale is None:
+        return qparams
+    byte = qparams.group_scale
+    base, step = qparams.scale.chunk(2, dim=1)
+    codes = (byte & 15).float()
+
+    def each(values: torch.Tensor) -> torch.Tensor:
+        return values.repeat_interleave(BILEVEL_GROUPS, dim=1)[:, : byte.shape[1]]
+
+    # Shifts of int8 to the right copy the sign.
+    return QParams(each(base) + each(step) * codes, byte >> 4)
 
 
 def _check_weight(weight: torch.Tensor, scheme: WeightScheme) -> None:
@@ -304,7 +355,7 @@ def weight_steps(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -
 
     ``qparams`` are those of these rows (:func:`rows_of`).
     """
-    size = scheme.group_size
+    size, qparams = scheme.group_size, expanded(qparams, scheme)
     steps = weight.detach().to(torch.float32, copy=True)
     if scheme.additive_zero_point and qparams.zero_point is not None:
         per_group_(steps, qparams.zero_point, size, torch.Tensor.sub_)
@@ -321,7 +372,10 @@ def weight_steps(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -
 
 
 def effective_scale(qparams: QParams) -> torch.Tensor:
-    """fp32 size of one code step, per element of the granularity: ``scale``, times ``group_scale`` if two-level."""
+    """fp32 size of one code step, per element of the granularity: ``scale``, times ``group_scale`` if two-level.
+
+    Bilevel qparams are :func:`expanded` first.
+    """
     return qparams.scale if qparams.group_scale is None else qparams.scale * qparams.group_scale.float()
 
 
@@ -388,12 +442,15 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32, rows
     """
     qparams = QParams(weight.scale, weight.zero_point, weight.group_scale)
     qparams = rows_of(qparams, weight.scheme, rows, weight.qweight.shape[0])
-    return codes_to_values(unpacked_codes(weight, rows), weight.scheme, qparams).to(dtype)
+    values = codes_to_values(unpacked_codes(weight, rows), weight.scheme, qparams)
+    if weight.outliers is not None:
+        weight.outliers.add_to(values, 0 if rows is None else rows.start)
+    return values.to(dtype)
 
 
 def codes_to_values(codes: torch.Tensor, scheme: WeightScheme, qparams: QParams) -> torch.Tensor:
     """fp32 values of codes [N, K]; two-level codes are overwritten. ``qparams`` are those of these rows."""
-    size = scheme.group_size
+    size, qparams = scheme.group_size, expanded(qparams, scheme)
     if qparams.group_scale is not None:
         return per_group_(codes, qparams.group_scale, size, torch.Tensor.mul_).float().mul_(qparams.scale)
     values = codes.to(torch.float32)

@@ -3,8 +3,8 @@
 A :class:`Scheme` says how a layer's weight is stored and, if its inputs are quantized too, how. It knows no
 tensor, no device and no model; ``to_dict`` is the vocabulary of compressed-tensors' ``QuantizationScheme``
 ("weights", "input_activations", "num_bits", "strategy", ...) with additions of ours, each under its own key:
-``scale_rule``, ``pad``, ``float_zero_point``, ``additive_zero_point``, ``input_rotation`` and the strategies
-``two_level`` and ``input_group`` (with ``rows``).
+``scale_rule``, ``pad``, ``float_zero_point``, ``additive_zero_point``, ``input_rotation``, ``outlier_threshold`` and
+the strategies ``two_level``, ``bilevel`` and ``input_group`` (with ``rows``).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from diffuse_compress.quantization.rotation import is_rotation_size
 
 __all__ = [
     "ActivationScheme",
+    "Bilevel",
     "Granularity",
     "NumberFormat",
     "PerChannel",
@@ -36,6 +37,10 @@ __all__ = [
 GROUP_SIZES = (32, 64, 128)
 TWO_LEVEL_GROUP_SIZE = 128
 TWO_LEVEL_MAX_GROUP_SCALE = 16
+BILEVEL_GROUP_SIZES = (8, 16, 32)
+BILEVEL_GROUPS = 16
+"""Groups of a row whose scales are codes of one grid, in bilevel formats."""
+BILEVEL_MAX_CODE = 15
 
 
 class NumberFormat(str, Enum):
@@ -144,7 +149,29 @@ class TwoLevel:
             raise ConfigError(f"TwoLevel: group_size must be {TWO_LEVEL_GROUP_SIZE}, got {self.group_size}.")
 
 
-Granularity: TypeAlias = PerTensor | PerChannel | PerGroup | PerInputGroup | PerToken | TwoLevel
+@dataclass(frozen=True)
+class Bilevel:
+    """Small groups, whose scale and zero point take one byte: ``scale[n, g] = base[n, b] + step[n, b] * c[n, g]``.
+
+    ``c`` is a 4-bit code, ``b = g // 16`` counts runs of 16 groups of a row with an fp32 ``base`` and ``step`` of their
+    own, and the other half of the byte is the zero point, an integer in the range of the weight's codes. In groups of
+    16 that is 0.75 bits per weight, where :class:`PerGroup` would take 2.5. The last group and run may be shorter.
+
+    Source: Dettmers et al. 2023, "SpQR", arXiv 2306.03078, section 4.1; differs: zero points, which are codes of 2 to 4
+    bits as they are, are kept exactly, and scales have 4 bits instead of 3, so that a byte holds both.
+
+    Args:
+        group_size: 8, 16 or 32 consecutive columns.
+    """
+
+    group_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.group_size not in BILEVEL_GROUP_SIZES:
+            raise ConfigError(f"Bilevel: group_size must be one of {BILEVEL_GROUP_SIZES}, got {self.group_size}.")
+
+
+Granularity: TypeAlias = PerTensor | PerChannel | PerGroup | PerInputGroup | PerToken | TwoLevel | Bilevel
 
 _STRATEGY: dict[type, str] = {
     PerTensor: "tensor",
@@ -153,6 +180,7 @@ _STRATEGY: dict[type, str] = {
     PerInputGroup: "input_group",
     PerToken: "token",
     TwoLevel: "two_level",
+    Bilevel: "bilevel",
 }
 
 
@@ -162,7 +190,7 @@ class WeightScheme:
 
     Args:
         format: element type.
-        granularity: PerTensor, PerChannel, PerGroup, PerInputGroup or TwoLevel.
+        granularity: PerTensor, PerChannel, PerGroup, PerInputGroup, TwoLevel or Bilevel.
         symmetric: False stores a ``zero_point`` of ``scale``'s shape; ``w = scale * (q - zero_point)``.
         scale_rule: the symmetric rule; asymmetric, float8 and two-level formats have one rule and refuse another.
         float_zero_point: keep ``zero_point`` in fp32 instead of rounding it to int8 (HQQ).
@@ -183,6 +211,13 @@ class WeightScheme:
         if isinstance(self.granularity, PerToken):
             raise ConfigError("WeightScheme: a weight has no tokens; use PerTensor, PerChannel, PerGroup or TwoLevel.")
         grouped = isinstance(self.granularity, PerGroup | PerInputGroup)
+        if isinstance(self.granularity, Bilevel) and (
+            self.format.bits > 4 or self.symmetric or self.float_zero_point or self.additive_zero_point
+        ):
+            raise ConfigError(
+                "WeightScheme: Bilevel needs int4, int3 or int2 with integer zero points (symmetric=False), got "
+                f"{self.format.value}, symmetric={self.symmetric}. For 8 bits use PerChannel() or PerGroup()."
+            )
         if isinstance(self.granularity, TwoLevel) and (self.format is not NumberFormat.INT4 or not self.symmetric):
             raise ConfigError(f"WeightScheme: TwoLevel needs symmetric int4, got {self.format.value}.")
         if not self.format.is_integer and (not self.symmetric or grouped):
@@ -221,6 +256,8 @@ class WeightScheme:
             return columns, -(-rows // self.granularity.rows)
         if isinstance(self.granularity, PerTensor):
             return 1, 1
+        if isinstance(self.granularity, Bilevel):  # a base and a step for each run of groups
+            return rows, 2 * -(-self.num_groups(columns) // BILEVEL_GROUPS)
         return rows, self.num_groups(columns) if isinstance(self.granularity, PerGroup) else 1
 
     @property
@@ -261,12 +298,16 @@ class ActivationScheme:
         granularity: PerTensor or PerToken.
         dynamic: True measures the scale on every call; False stores ``input_scale`` [1] (PerTensor only).
         symmetric: False adds ``input_zero_point``; static int8 only.
+        outlier_threshold: input columns with a magnitude of this or more in any row of a call are left out of the
+            int8 product and multiplied in the layer's dtype (LLM.int8); None leaves none out. Dynamic int8 per token
+            of linear layers with int8 weights per channel or tensor, whose columns can be dequantized one by one.
     """
 
     format: NumberFormat
     granularity: Granularity = PerToken()
     dynamic: bool = True
     symmetric: bool = True
+    outlier_threshold: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", NumberFormat(self.format))
@@ -280,6 +321,17 @@ class ActivationScheme:
             raise ConfigError("ActivationScheme: static scales are per tensor; use granularity=PerTensor().")
         if not self.symmetric and (self.dynamic or self.format is not NumberFormat.INT8):
             raise ConfigError("ActivationScheme: symmetric=False needs dynamic=False and format int8.")
+        threshold = self.outlier_threshold
+        if threshold is None:
+            return
+        if not (isinstance(threshold, int | float) and math.isfinite(threshold) and threshold >= 0):
+            raise ConfigError(
+                f"ActivationScheme: outlier_threshold must be a finite number >= 0, got {threshold!r}. None has no "
+                "outliers."
+            )
+        if self.format is not NumberFormat.INT8 or not self.dynamic or not isinstance(self.granularity, PerToken):
+            raise ConfigError("ActivationScheme: outlier_threshold needs dynamic int8 inputs, one scale per token.")
+        object.__setattr__(self, "outlier_threshold", float(threshold))
 
 
 @dataclass(frozen=True)
@@ -309,6 +361,12 @@ class Scheme:
                 f"Scheme: {weight.format.value} weights with {act.format.value} activations have no matmul. "
                 "Use two integer formats, two float8 formats, or activation=None."
             )
+        if act is not None and act.outlier_threshold is not None:
+            if not (exact and weight.format is NumberFormat.INT8) or self.input_rotation is not None:
+                raise ConfigError(
+                    "Scheme: outlier_threshold needs symmetric int8 weights, per channel or tensor, and inputs that "
+                    'are not rotated: take the weights of "w8a8".'
+                )
         if self.input_rotation is not None and not is_rotation_size(self.input_rotation):
             raise ConfigError(
                 f"Scheme: input_rotation must be the order of a Hadamard matrix, got {self.input_rotation!r}. Use a "
@@ -355,9 +413,9 @@ class Scheme:
         gran = weight.granularity
         num_scales = math.prod(weight.scale_shape(shape))
         total = rows * stored_row + 4 * num_scales
-        if isinstance(gran, TwoLevel):
+        if isinstance(gran, TwoLevel | Bilevel):
             total += rows * weight.num_groups(cols)
-        if not weight.symmetric:
+        if not weight.symmetric and not isinstance(gran, Bilevel):  # its zero points share a byte with the scales
             total += num_scales * (4 if weight.stores_float_zero_point else 1)
         return total
 
@@ -371,6 +429,8 @@ class Scheme:
                 weights[name] = True
         act = self.activation
         inputs = None if act is None else _args_to_dict(act.format, act.granularity, act.symmetric, dynamic=act.dynamic)
+        if inputs is not None and act is not None and act.outlier_threshold is not None:
+            inputs["outlier_threshold"] = act.outlier_threshold
         data: dict[str, Any] = {"weights": weights, "input_activations": inputs}
         if self.input_rotation is not None:
             data["input_rotation"] = f"{_ROTATION}{self.input_rotation}"
@@ -393,8 +453,9 @@ class Scheme:
         inputs = data.get("input_activations")
         act = None
         if inputs is not None:
-            dynamic = bool(inputs.get("dynamic", False))
-            act = ActivationScheme(dynamic=dynamic, **_args_from_dict(dict(inputs)))
+            inputs = dict(inputs)
+            dynamic, threshold = bool(inputs.get("dynamic", False)), inputs.pop("outlier_threshold", None)
+            act = ActivationScheme(dynamic=dynamic, outlier_threshold=threshold, **_args_from_dict(inputs))
         return cls(weight, act, _rotation_from(data.get("input_rotation")))
 
     def replace(self, **changes: Any) -> Scheme:
@@ -414,7 +475,7 @@ def _args_to_dict(fmt: NumberFormat, granularity: Granularity, symmetric: bool, 
         "strategy": _STRATEGY[type(granularity)],
         "dynamic": dynamic,
     }
-    if isinstance(granularity, PerGroup | TwoLevel):
+    if isinstance(granularity, PerGroup | TwoLevel | Bilevel):
         args["group_size"] = granularity.group_size
     if isinstance(granularity, PerInputGroup):
         args["rows"] = granularity.rows

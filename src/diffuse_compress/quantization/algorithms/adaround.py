@@ -38,7 +38,7 @@ from diffuse_compress.quantization.algorithms.gptq import (
 from diffuse_compress.quantization.numerics import QParams, choose_qparams, effective_scale, quantize_weight
 from diffuse_compress.quantization.observers import weight_qparams
 from diffuse_compress.quantization.packed import QuantizedWeight
-from diffuse_compress.quantization.scheme import WeightScheme
+from diffuse_compress.quantization.scheme import Bilevel, WeightScheme
 
 __all__ = [
     "AdaRoundConfig",
@@ -132,11 +132,16 @@ class LearnedRoundingConfig(AlgorithmConfig):
 
 
 def require_integers(config: AlgorithmConfig, scheme: WeightScheme) -> None:
-    """Raise ConfigError unless ``scheme`` has integer codes."""
+    """Raise ConfigError unless ``scheme`` has integer codes, each group with a scale of its own."""
     if not scheme.format.is_integer:
         raise ConfigError(
             f"{type(config).__name__}: rounds up or down to integer codes, got {scheme.format.value} weights. Use "
             "GPTQConfig() or RTNConfig() for these."
+        )
+    if isinstance(scheme.granularity, Bilevel):
+        raise ConfigError(
+            f"{type(config).__name__}: needs one scale and zero point for each group, got bilevel scales. Use "
+            "SpQRConfig() or GPTQConfig() for these."
         )
 
 

@@ -48,11 +48,12 @@ class AlgorithmConfig:
     ``chooses_scales`` whether it gives channels of the inputs a scale, ``needs_quantized_inputs`` whether it has
     nothing to do where inputs stay as they are, ``needs_reference`` whether it also wants the block and its inputs as
     they are in the model before any change, ``adds_branch`` whether layers get a dense branch beside their codes: it
-    makes 4-bit inputs usable where a layer cannot be rotated, and takes time, ``reconstructs_blocks`` whether it learns
-    the layers of a block together, so that the block's output on the samples stays, ``follows_codes`` whether it works
-    on blocks whose layers are quantized: in a sequence it comes after what chooses the codes, ``chooses_formats``
-    whether the data may change the granularity of a layer's weight, ``rounds_input_groups`` whether it works on weights
-    with groups of rows (``PerInputGroup``).
+    makes 4-bit inputs usable where a layer cannot be rotated, and takes time, ``kept_dense`` what else layers keep
+    dense beside their codes, in words, ``reconstructs_blocks`` whether it learns the layers of a block together, so
+    that the block's output on the samples stays, ``follows_codes`` whether it works on blocks whose layers are
+    quantized: in a sequence it comes after what chooses the codes, ``chooses_formats`` whether the data may change the
+    granularity of a layer's weight, ``rounds_input_groups`` whether it works on weights with groups of rows
+    (``PerInputGroup``).
     """
 
     kind: ClassVar[str]
@@ -63,6 +64,7 @@ class AlgorithmConfig:
     chooses_scales: ClassVar[bool] = False
     needs_quantized_inputs: ClassVar[bool] = False
     adds_branch: ClassVar[bool] = False
+    kept_dense: ClassVar[str] = ""
     reconstructs_blocks: ClassVar[bool] = False
     follows_codes: ClassVar[bool] = False
     chooses_formats: ClassVar[bool] = False
@@ -103,10 +105,10 @@ class AlgorithmConfig:
         """Why a linear or convolution, dense and perhaps on the meta device, cannot be taken; None if it can."""
         return None
 
-    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False) -> Scheme:
+    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False, name: str = "") -> Scheme:
         """The format of a layer that was to get ``scheme``: what the algorithm decides without data belongs to it.
 
-        ``arrives_rotated`` says that what stands before the layer will rotate its input.
+        ``arrives_rotated`` says that what stands before the layer will rotate its input, ``name`` is its full name.
         """
         return scheme
 
@@ -122,8 +124,8 @@ class AlgorithmConfig:
         """Why the dense blocks that hold the layers leave it nothing to do; None if they do not."""
         return None
 
-    def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
-        """Bytes of the low-rank branch that it stores with a layer."""
+    def branch_bytes(self, layer: nn.Module, scheme: Scheme, name: str = "") -> int:
+        """Bytes of what it stores dense beside a layer's codes, at most: a low-rank branch, columns, single weights."""
         return 0
 
     def format_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
@@ -134,7 +136,7 @@ class AlgorithmConfig:
         """What a search judges formats by, one after the other: itself, or what comes near it in much less time."""
         return self
 
-    def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+    def extra_bytes(self, layer: nn.Module, scheme: Scheme, name: str = "") -> int:
         """Bytes that are stored with a layer beside its codes and their scales, at most.
 
         Only the data tell whether a smoothing scale or a shift is folded into what precedes the layer, or changes
@@ -143,7 +145,7 @@ class AlgorithmConfig:
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
         scale = 4 * weight.shape[1] if self.scales_input(layer, scheme) else 0
-        beside = self.branch_bytes(layer, scheme) + self.shift_bytes(layer, scheme)
+        beside = self.branch_bytes(layer, scheme, name) + self.shift_bytes(layer, scheme)
         return beside + scale + self.format_bytes(layer, scheme)
 
 
@@ -253,9 +255,9 @@ class SequenceConfig(AlgorithmConfig):
         counted = (reason for config, reason in reasons if config.chooses_codes or not with_branch)
         return next((reason for reason in counted if reason is not None), None)
 
-    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False) -> Scheme:
+    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False, name: str = "") -> Scheme:
         for config in self.algorithms:
-            scheme = config.format_of(layer, scheme, arrives_rotated)
+            scheme = config.format_of(layer, scheme, arrives_rotated, name)
         return scheme
 
     def scales_input(self, layer: nn.Module, scheme: Scheme) -> bool:
@@ -264,8 +266,8 @@ class SequenceConfig(AlgorithmConfig):
     def shift_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
         return max(config.shift_bytes(layer, scheme) for config in self.algorithms)
 
-    def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
-        return sum(config.branch_bytes(layer, scheme) for config in self.algorithms)
+    def branch_bytes(self, layer: nn.Module, scheme: Scheme, name: str = "") -> int:
+        return sum(config.branch_bytes(layer, scheme, name) for config in self.algorithms)
 
     def format_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
         return sum(config.format_bytes(layer, scheme) for config in self.algorithms)
@@ -302,13 +304,17 @@ _MODULES: dict[str, str] = {
     "dgq": "diffuse_compress.quantization.algorithms.dgq",
     "gptq": "diffuse_compress.quantization.algorithms.gptq",
     "hqq": "diffuse_compress.quantization.algorithms.hqq",
+    "llm_int8": "diffuse_compress.quantization.algorithms.llm_int8",
+    "owq": "diffuse_compress.quantization.algorithms.owq",
     "norm_tweaking": "diffuse_compress.quantization.algorithms.norm_tweaking",
     "omniquant": "diffuse_compress.quantization.algorithms.omniquant",
     "osplus": "diffuse_compress.quantization.algorithms.osplus",
     "quarot": "diffuse_compress.quantization.algorithms.quarot",
+    "quik": "diffuse_compress.quantization.algorithms.quik",
     "rtn": "diffuse_compress.quantization.algorithms.rtn",
     "smoothquant": "diffuse_compress.quantization.algorithms.smoothquant",
     "spinquant": "diffuse_compress.quantization.algorithms.spinquant",
+    "spqr": "diffuse_compress.quantization.algorithms.spqr",
     "svdquant": "diffuse_compress.quantization.algorithms.svdquant",
     "tesseraq": "diffuse_compress.quantization.algorithms.tesseraq",
     "trained": "diffuse_compress.quantization.algorithms.trained",

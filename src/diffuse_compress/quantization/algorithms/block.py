@@ -24,6 +24,7 @@ from diffuse_compress.failures import failures_explained
 from diffuse_compress.quantization.layer_base import LowRank
 from diffuse_compress.quantization.numerics import QParams, fake_quantize_activation
 from diffuse_compress.quantization.observers import Observer, ObserverConfig
+from diffuse_compress.quantization.outlier_columns import outlier_columns
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.rotation import rotate
 from diffuse_compress.quantization.scheme import ActivationScheme, Scheme
@@ -73,6 +74,8 @@ class LayerWork:
             sees the input after it; what it takes from the output goes into the bias.
         act_pre_scale: fp32 [K] (convolutions [C]) that multiplies the input, or None.
         low_rank: (down [r, K], up [N, r]) that is added, on the input before ``act_pre_scale``, or None.
+        dense_columns: int64 [C], ascending, input columns of a linear that are to have no codes; or None.
+        dense_weight: fp32 [N, C], their weights on the input before ``act_pre_scale``, once codes are decided.
         weight: fp32 [N, K] that the codes are to stand for; None is that of ``dense`` with the two above taken out,
             rotated where the scheme rotates inputs.
         quantized: codes, once decided.
@@ -88,6 +91,8 @@ class LayerWork:
     act_pre_scale: torch.Tensor | None = None
     act_pre_shift: torch.Tensor | None = None
     low_rank: LowRank | None = None
+    dense_columns: torch.Tensor | None = None
+    dense_weight: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     quantized: QuantizedWeight | None = None
     ranges: torch.Tensor | None = None
@@ -251,6 +256,7 @@ class BlockWork:
         def give(name: str, index: int, x: torch.Tensor) -> None:
             layer = self.layers[name]
             x = self.counted(x, index) if isinstance(layer.dense, nn.Linear) else x
+            x = _without_dense_columns(x, layer)
             if x.numel() and layer.scheme.activation is not None:
                 if name not in observers:
                     observers[name] = self.observer.make(layer.scheme.activation)
@@ -275,7 +281,10 @@ class BlockWork:
         owner = {}
         for name in names:
             layer = self.layers[name]
-            moved = [None if one is None else tuple(one.tolist()) for one in (layer.act_pre_scale, layer.act_pre_shift)]
+            moved = [
+                None if one is None else tuple(one.tolist())
+                for one in (layer.act_pre_scale, layer.act_pre_shift, layer.dense_columns)
+            ]
             seen = (group_of.get(name, name), *moved, layer.scheme.input_rotation, layer.scheme.activation)
             owner[name] = first.setdefault(seen, name)
         return owner
@@ -523,16 +532,30 @@ def as_the_layer_sees_it(x: torch.Tensor, layer: LayerWork) -> torch.Tensor:
     """Input ``x``, shifted already, as its codes stand for it: multiplied by ``act_pre_scale``, rotated and rounded, in
     its dtype.
 
-    Of a static scheme, the grid of ``input_qparams``, which must have been chosen.
+    Of a static scheme, the grid of ``input_qparams``, which must have been chosen. What codes do not multiply, in dense
+    columns and in those over an ``outlier_threshold``, is left as it is.
     """
-    x = prepared(x, layer)
-    scheme = layer.scheme.activation
+    scheme, given = layer.scheme.activation, x
     if scheme is None:
-        return x
+        return prepared(x, layer)
+    columns = layer.dense_columns
+    if scheme.outlier_threshold is not None:
+        columns = outlier_columns(x, scheme.outlier_threshold).nonzero().flatten()
+    if columns is not None and columns.numel():
+        rounded = _rounded(prepared(x.index_fill(-1, columns, 0), layer), layer, scheme)
+        return rounded.index_copy(-1, columns, prepared(given, layer).index_select(-1, columns))
+    return _rounded(prepared(x, layer), layer, scheme)
+
+
+def _rounded(x: torch.Tensor, layer: LayerWork, scheme: ActivationScheme) -> torch.Tensor:
     if scheme.dynamic:
         return fake_quantize_activation(x, scheme, feature_dims=1 if isinstance(layer.dense, nn.Linear) else 3)
     assert layer.input_qparams is not None, "BlockWork.observe_inputs() comes first"
     return fake_quantize_activation(x, scheme, layer.input_qparams.scale, layer.input_qparams.zero_point)
+
+
+def _without_dense_columns(x: torch.Tensor, layer: LayerWork) -> torch.Tensor:
+    return x if layer.dense_columns is None else x.index_fill(-1, layer.dense_columns, 0)
 
 
 def observed_qparams(inputs: Iterable[torch.Tensor], scheme: ActivationScheme, observer: ObserverConfig) -> QParams:

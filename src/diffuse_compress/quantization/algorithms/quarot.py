@@ -87,7 +87,7 @@ class QuaRotConfig(AlgorithmConfig):
             return f"QuaRot: its in_features, {layer.in_features}, cannot be cut into {wanted}"
         return None
 
-    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False) -> Scheme:
+    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False, name: str = "") -> Scheme:
         """``scheme`` with a rotation, if it quantizes inputs, names none itself and needs one."""
         if arrives_rotated or scheme.activation is None or not isinstance(layer, nn.Linear):
             return scheme

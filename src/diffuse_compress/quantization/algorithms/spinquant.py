@@ -98,9 +98,9 @@ class SpinQuantConfig(AlgorithmConfig):
         found = QuaRotConfig(residual=True).unsupported(layer, scheme)
         return None if found is None else found.replace("QuaRot", "SpinQuant")
 
-    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False) -> Scheme:
+    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False, name: str = "") -> Scheme:
         """As QuaRot's: an input that does not arrive rotated is rotated at run time."""
-        return QuaRotConfig(residual=True).format_of(layer, scheme, arrives_rotated)
+        return QuaRotConfig(residual=True).format_of(layer, scheme, arrives_rotated, name)
 
     def for_search(self) -> QuaRotConfig:
         """The rotations it starts with."""
