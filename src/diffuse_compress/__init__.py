@@ -75,6 +75,7 @@ from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
     NumberFormat,
+    PerBlock,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -124,6 +125,7 @@ __all__ = [
     "NumberFormat",
     "ObserverConfig",
     "PairedComparison",
+    "PerBlock",
     "PerChannel",
     "PerGroup",
     "PerTensor",

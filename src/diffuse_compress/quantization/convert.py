@@ -14,7 +14,7 @@ from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear, supports
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.rotation import rotate
-from diffuse_compress.quantization.scheme import PerTensor, Scheme
+from diffuse_compress.quantization.scheme import PerBlock, PerTensor, Scheme
 
 __all__ = ["module_aliases", "placeholder_for", "quantize_module", "replace_module", "requantize"]
 
@@ -81,6 +81,9 @@ def _quantize(
     """Quantize by blocks of rows, which data-free algorithms treat independently, and collect at home."""
     rows, columns = weight.shape
     step = rows if isinstance(scheme.weight.granularity, PerTensor) else max(1, ROW_BLOCK_BYTES // (4 * columns))
+    if isinstance(scheme.weight.granularity, PerBlock):
+        size = scheme.weight.granularity.block_size
+        step = max(1, step // size) * size
     parts = []
     for start in range(0, rows, step):
         block = weight[start : start + step]

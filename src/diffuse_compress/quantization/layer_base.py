@@ -14,7 +14,15 @@ from diffuse_compress.quantization.dispatch import ComputePath, InputQuantizatio
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.packing import packed_columns
 from diffuse_compress.quantization.rotation import rotate, rotate_back
-from diffuse_compress.quantization.scheme import PerGroup, PerTensor, PerToken, Scheme, TwoLevel, WeightScheme
+from diffuse_compress.quantization.scheme import (
+    PerBlock,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Scheme,
+    TwoLevel,
+    WeightScheme,
+)
 
 __all__ = ["INPUT_QPARAMS", "LowRank", "QuantizedLayer", "cast_for_autocast", "check_given", "empty_tensors", "fill"]
 
@@ -81,6 +89,8 @@ def _weight_shapes(scheme: WeightScheme, outputs: int, columns: int) -> dict[str
     groups = scheme.num_groups(columns)
     per_row = isinstance(scheme.granularity, PerGroup)
     scale_shape = (1, 1) if isinstance(scheme.granularity, PerTensor) else (outputs, groups if per_row else 1)
+    if isinstance(scheme.granularity, PerBlock):
+        scale_shape = (scheme.granularity.num_blocks(outputs), groups)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "qweight": ((outputs, stored), code_dtype),
         "scale": (scale_shape, torch.float32),
@@ -214,7 +224,7 @@ class QuantizedLayer(nn.Module):
             ModelStateError: one scale stands for all rows.
         """
         rows = factors.to(self.scale.device).reshape(-1, 1)
-        if self.scale.shape[0] != rows.shape[0]:
+        if self.scale.shape[0] != rows.shape[0] or isinstance(self.scheme.weight.granularity, PerBlock):
             raise ModelStateError(
                 f"scale_outputs: needs a scale for each of {rows.shape[0]} rows, found {self.scheme.name} with "
                 f"{self.scale.shape[0]}. Use PerChannel() or PerGroup()."

@@ -7,7 +7,8 @@ parameter              shape, dtype                           meaning
 =====================  =====================================  =================================================
 ``bias``               [N], compute dtype                     as in the dense layer
 ``qweight``            see :class:`QuantizedWeight`           codes, packed below 8 bits
-``scale``              [1, 1], [N, 1] or [N, G] fp32          of the weight
+``scale``              [1, 1], [N, 1], [N, G] or, per block,  of the weight
+                       [N / 128, K / 128], rounded up, fp32
 ``zero_point``         as ``scale``, int8 or fp32             asymmetric weights
 ``group_scale``        [N, G] int8                            two-level scales
 ``act_pre_scale``      [K] or [C] fp32                        multiplies the input, in fp32, before it is quantized
@@ -58,7 +59,7 @@ from diffuse_compress.quantization.layer_base import (
     fill,
 )
 from diffuse_compress.quantization.packed import QuantizedWeight
-from diffuse_compress.quantization.scheme import Scheme
+from diffuse_compress.quantization.scheme import PerBlock, Scheme
 
 __all__ = ["QuantizedConv2d", "QuantizedLinear", "supports"]
 
@@ -90,6 +91,8 @@ def supports(module: nn.Module, scheme: Scheme) -> str | None:
         return "its weight is empty"
     if scheme.has_integer_path and weight.flatten(1).shape[1] > MAX_INTEGER_COLUMNS:
         return f"in_features over {MAX_INTEGER_COLUMNS} could overflow int32 sums"
+    if isinstance(scheme.weight.granularity, PerBlock) and not isinstance(module, nn.Linear):
+        return "scales of 128 by 128 blocks are for linear layers"
     return _unfit_rotation(module, scheme.input_rotation)
 
 

@@ -2,7 +2,8 @@
 
 All arithmetic is IEEE float32 whatever the input's dtype, rounding is half to even, and every function is
 deterministic. Weights are [N, K]; each scale belongs to one *element* of the granularity: the tensor, a row, or a
-run of ``group_size`` columns of a row, so qparams have shape [1, 1], [N, 1] or [N, G]. The equations are
+run of ``group_size`` columns of a row, so qparams have shape [1, 1], [N, 1] or [N, G]; a block of 128 rows by 128
+columns shares one, [ceil(N / 128), G]. The equations are
 
     q = clamp(round(w / scale) + zero_point),    w = scale * (q - zero_point)
 
@@ -24,8 +25,11 @@ from diffuse_compress.errors import ConfigError, IncompatibleShapeError, ModelSt
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.packing import pack, packed_columns, unpack
 from diffuse_compress.quantization.scheme import (
+    BLOCK_SIZE,
     TWO_LEVEL_MAX_GROUP_SCALE,
     ActivationScheme,
+    PerBlock,
+    PerGroup,
     PerTensor,
     PerToken,
     ScaleRule,
@@ -92,7 +96,8 @@ def choose_qparams(
             None keeps the full range. For two-level scales it shrinks the range of the row.
 
     Returns:
-        scale [1, 1], [N, 1] or [N, G] fp32; zero_point and group_scale as the scheme has them.
+        scale [1, 1], [N, 1], [N, G] or (blocks) [ceil(N / 128), G] fp32; zero_point and group_scale as the scheme has
+        them.
 
     Raises:
         IncompatibleShapeError: not a matrix, or K does not fit the group size.
@@ -112,7 +117,16 @@ def weight_range(weight: torch.Tensor, scheme: WeightScheme) -> tuple[torch.Tens
     else:
         low = grouped.amin(dim=-1).float().clamp_(max=0)
         high = grouped.amax(dim=-1).float().clamp_(min=0)
+    if isinstance(scheme.granularity, PerBlock):
+        return _over_blocks(low, scheme.granularity, torch.amin), _over_blocks(high, scheme.granularity, torch.amax)
     return low, high
+
+
+def _over_blocks(values: torch.Tensor, granularity: PerBlock, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """[ceil(N / 128), G] of values [N, G]: smallest or largest of each block's rows; ranges include 0."""
+    rows, groups = values.shape
+    padded = torch.nn.functional.pad(values, (0, 0, 0, -rows % granularity.block_size))
+    return reduce(padded.view(granularity.num_blocks(rows), granularity.block_size, groups), dim=1)
 
 
 def split_groups(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
@@ -266,8 +280,18 @@ def row_chunks(weight: torch.Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, weight.shape[0]))
 
 
+def scale_rows(scale: torch.Tensor, scheme: WeightScheme, rows: int, start: int = 0) -> torch.Tensor:
+    """``scale`` with the rows of blocks written out: [rows, G], from row ``start`` on; others as they are."""
+    if not isinstance(scheme.granularity, PerBlock):
+        return scale
+    places = torch.arange(start, start + rows, device=scale.device) // scheme.granularity.block_size
+    return scale[places]
+
+
 def _rows_of(qparams: QParams, scheme: WeightScheme, rows: slice | None) -> QParams:
     """Qparams of some rows; per tensor they are those of the whole."""
+    if isinstance(scheme.granularity, PerBlock) and rows is not None:
+        return QParams(scale_rows(qparams.scale, scheme, rows.stop - rows.start, rows.start))
     if rows is None or isinstance(scheme.granularity, PerTensor):
         return qparams
     zero_point, group_scale = qparams.zero_point, qparams.group_scale
@@ -293,7 +317,7 @@ def weight_steps(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -
     if scheme.additive_zero_point and qparams.zero_point is not None:
         per_group_(steps, qparams.zero_point, size, torch.Tensor.sub_)
         return per_group_(steps, qparams.scale, size, torch.Tensor.div_).round_()
-    per_group_(steps, effective_scale(qparams), size, torch.Tensor.div_)
+    per_group_(steps, _per_row(effective_scale(qparams), scheme, len(steps)), size, torch.Tensor.div_)
     if not scheme.format.is_integer:
         return steps
     if qparams.zero_point is None:
@@ -302,6 +326,11 @@ def weight_steps(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -
         steps.round_()
     per_group_(steps, qparams.zero_point.float(), size, torch.Tensor.add_)
     return steps.round_() if scheme.float_zero_point else steps
+
+
+def _per_row(scale: torch.Tensor, scheme: WeightScheme, rows: int) -> torch.Tensor:
+    """Scales of ``rows`` rows, whether those of blocks are written out (:func:`_rows_of`) or not."""
+    return scale if scale.shape[0] == rows else scale_rows(scale, scheme, rows)
 
 
 def effective_scale(qparams: QParams) -> torch.Tensor:
@@ -370,6 +399,8 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32, rows
     Cost:
         One fp32 tensor of the result's shape.
     """
+    if rows is not None:
+        rows = slice(*rows.indices(weight.qweight.shape[0])[:2])
     qparams = _rows_of(QParams(weight.scale, weight.zero_point, weight.group_scale), weight.scheme, rows)
     return codes_to_values(unpacked_codes(weight, rows), weight.scheme, qparams).to(dtype)
 
@@ -385,7 +416,7 @@ def codes_to_values(codes: torch.Tensor, scheme: WeightScheme, qparams: QParams)
         return per_group_(values, qparams.zero_point, size, torch.Tensor.add_)
     if qparams.zero_point is not None:
         per_group_(values, qparams.zero_point.float(), size, torch.Tensor.sub_)
-    return per_group_(values, qparams.scale, size, torch.Tensor.mul_)
+    return per_group_(values, _per_row(qparams.scale, scheme, len(values)), size, torch.Tensor.mul_)
 
 
 def _not_clamped(steps: torch.Tensor, low: float, high: float) -> torch.Tensor:
@@ -450,18 +481,24 @@ def choose_activation_qparams(
 
     Args:
         x: [..., K] floating point.
-        scheme: symmetric schemes divide the largest magnitude by 127 (int8), 7 (int4) or 448 (float8).
+        scheme: symmetric schemes divide the largest magnitude by 127 (int8), 7 (int4) or 448 (float8); PerGroup is for
+            inputs of linear layers.
         feature_dims: trailing dimensions that share a scale under PerToken: 1 for linear inputs [..., K],
             3 for the input [B, C, H, W] of a convolution.
         clip: fp32, broadcastable to the scale, in (0, 1]: the share of each range that codes cover (``clips.py``);
             symmetric schemes only.
 
     Returns:
-        scale fp32: [..., 1] under PerToken (``feature_dims`` ones at the end), [1] under PerTensor. A row of zeros
+        scale fp32: [..., 1] under PerToken (``feature_dims`` ones at the end), [..., ceil(K / 128)] under PerGroup, [1]
+        under PerTensor. A row of zeros
         gets ``MIN_SCALE``; a row with a NaN gets a NaN scale, so that it stays visible in the output.
     """
     x = x.detach()
-    if isinstance(scheme.granularity, PerToken):
+    if isinstance(scheme.granularity, PerGroup):
+        x = torch.nn.functional.pad(x, (0, -x.shape[-1] % scheme.granularity.group_size))
+        x = x.unflatten(-1, (-1, scheme.granularity.group_size)) if x.numel() else x.unsqueeze(-1)
+        dims, shape = (-1,), x.shape[:-1]
+    elif isinstance(scheme.granularity, PerToken):
         dims = tuple(range(-feature_dims, 0))
         shape = x.shape[:-feature_dims] + (1,) * feature_dims
     else:
@@ -521,7 +558,7 @@ def dequantize_activation(
     values = codes.to(torch.float32, copy=True)
     if zero_point is not None:
         values.sub_(zero_point)
-    return values.mul_(scale).to(dtype)
+    return values.mul_(_over_columns(scale, values.shape[-1])).to(dtype)
 
 
 def fake_quantize_activation(
@@ -553,11 +590,19 @@ def _activation_steps(
     """fp32 codes before clamping: round(x / scale) + zero_point (float8: x / scale, not rounded)."""
     # A tensor without dimensions would not promote bf16 inputs to float32.
     scale = scale.float() if scale.dim() else scale.float().reshape(1)
+    scale = _over_columns(scale, x.shape[-1])
     steps = torch.div(x.detach(), scale)
     if not scheme.format.is_integer:
         return steps.float()
     steps = steps.float().round_()
     return steps if zero_point is None else steps.add_(zero_point)
+
+
+def _over_columns(scale: torch.Tensor, columns: int) -> torch.Tensor:
+    """Scales [..., ceil(K / 128)] of groups as [..., K]; those of rows and tensors as they are."""
+    if scale.dim() == 0 or scale.shape[-1] in (1, columns):
+        return scale
+    return scale.repeat_interleave(BLOCK_SIZE, dim=-1)[..., :columns]
 
 
 def _activation_max(scheme: ActivationScheme) -> float:

@@ -16,6 +16,7 @@ from diffuse_compress.integrations.doors import door, library_of
 from diffuse_compress.integrations.exports.awq import AWQ
 from diffuse_compress.integrations.exports.base import LanguageFormat, LayerFacts, layout_of
 from diffuse_compress.integrations.exports.compressed_tensors import CompressedTensors
+from diffuse_compress.integrations.exports.fp8 import FP8
 from diffuse_compress.integrations.exports.gptq import GPTQ
 from diffuse_compress.integrations.methods import live_methods
 from diffuse_compress.integrations.peft import has_adapters
@@ -23,7 +24,7 @@ from diffuse_compress.quantization.layers import QuantizedLinear
 
 __all__ = ["LANGUAGE_FORMATS", "require_exact", "written_as"]
 
-LANGUAGE_FORMATS: dict[str, LanguageFormat] = {item.name: item for item in (CompressedTensors(), GPTQ(), AWQ())}
+LANGUAGE_FORMATS: dict[str, LanguageFormat] = {item.name: item for item in (CompressedTensors(), FP8(), GPTQ(), AWQ())}
 
 
 def require_exact(

@@ -27,7 +27,7 @@ from diffuse_compress.calls import autocast_as
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
 from diffuse_compress.quantization.layer_base import QuantizedLayer
-from diffuse_compress.quantization.scheme import PerTensor
+from diffuse_compress.quantization.scheme import PerBlock, PerTensor
 
 __all__ = ["Fold", "check_fold", "fold_scales", "preceding", "set_scale"]
 
@@ -148,7 +148,7 @@ def _is_producer(work: BlockWork, module: nn.Module) -> bool:
 
 
 def _scales_rows(layer: LayerWork) -> bool:
-    return isinstance(layer.dense, nn.Linear) and not isinstance(layer.scheme.weight.granularity, PerTensor)
+    return isinstance(layer.dense, nn.Linear) and not isinstance(layer.scheme.weight.granularity, PerTensor | PerBlock)
 
 
 class _Paths(TorchDispatchMode):

@@ -33,6 +33,7 @@ from diffuse_compress.quantization.numerics import (
     choose_qparams,
     effective_scale,
     quantize_weight,
+    scale_rows,
 )
 from diffuse_compress.quantization.observers import weight_qparams
 from diffuse_compress.quantization.scheme import PerChannel, PerGroup, WeightScheme
@@ -306,7 +307,7 @@ class _Grid:
         self, weight: torch.Tensor, scheme: WeightScheme, config: GPTQConfig, ranges: torch.Tensor | None
     ) -> None:
         self.scheme, self.config = scheme, config
-        self.size = scheme.group_size
+        self.size, self._rows = scheme.group_size, weight.shape[0]
         self._dynamic = isinstance(scheme.granularity, PerGroup) and not (config.static_groups or config.act_order)
         if ranges is None:
             self._found = _qparams(weight, scheme, config)
@@ -349,7 +350,8 @@ class _Grid:
 
     def _set(self, found: QParams) -> None:
         """Scales and zero points as [groups, N], or [1, 1]."""
-        self._scale = effective_scale(found).t().contiguous()
+        rows = self._rows
+        self._scale = scale_rows(effective_scale(found), self.scheme, rows).t().contiguous()
         self._zero = None if found.zero_point is None else found.zero_point.float().t().contiguous()
 
 
