@@ -50,7 +50,7 @@ from diffuse_compress.feature_cache import (
 )
 from diffuse_compress.importing import import_quantized
 from diffuse_compress.integrations.attach import attach, register_quantizers
-from diffuse_compress.integrations.kv_cache import cache_class
+from diffuse_compress.integrations.kv_cache import CACHES, cache_class
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.layer_sensitivity import SensitivityReport
 from diffuse_compress.logging import (
@@ -71,6 +71,7 @@ from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig
 from diffuse_compress.quantization.algorithms.svdquant import SVDQuantConfig
 from diffuse_compress.quantization.kv_cache import KIVIConfig
+from diffuse_compress.quantization.kv_config import ShadowKVConfig, SinkKVConfig
 from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
@@ -95,6 +96,8 @@ from diffuse_compress.training.trainer import QATTrainer, TrainingResult
 
 if TYPE_CHECKING:
     from diffuse_compress.integrations.kv_layers import QuantizedKVCache
+    from diffuse_compress.integrations.kv_shadow import ShadowKVCache
+    from diffuse_compress.integrations.kv_sink import SinkKVCache
 
 __version__ = "0.1.0.dev0"
 
@@ -142,6 +145,10 @@ __all__ = [
     "ScaleRule",
     "Scheme",
     "SensitivityReport",
+    "ShadowKVCache",
+    "ShadowKVConfig",
+    "SinkKVCache",
+    "SinkKVConfig",
     "SmoothQuantConfig",
     "TFMQConfig",
     "TableConfig",
@@ -175,9 +182,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # A subclass of transformers' cache: that library is imported where it is asked for, and need not be there.
-    if name == "QuantizedKVCache":
-        return cache_class()
+    # Subclasses of transformers' cache: that library is imported where they are asked for, and need not be there.
+    if name in CACHES:
+        return cache_class(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -223,7 +223,7 @@ def test_compressed_tensors(scheme: Scheme, tmp_path: Path) -> None:
     "scheme", [BLOCK, BLOCK_STATIC, PER_TENSOR_ROWS, STATIC], ids=["block", "block-static", "tensor", "static"]
 )
 def test_transformers_fp8(scheme: Scheme, tmp_path: Path) -> None:
-    model = build(scheme).to(torch.bfloat16)
+    model = build(scheme, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "first", format=HF)
     config = json.loads((tmp_path / "first" / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "fp8"
