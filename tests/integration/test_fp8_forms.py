@@ -249,7 +249,7 @@ def test_transformers_fp8(scheme: Scheme, tmp_path: Path) -> None:
 
 
 def test_deepseek_shaped_edges_are_read_and_not_written(tmp_path: Path) -> None:
-    """320 rows: two and a half blocks, as DeepSeek-V3's kv_a_proj has; transformers on a CPU takes them for 107 rows."""
+    """320 rows: two and a half blocks, as in DeepSeek-V3's kv_a_proj; transformers on a CPU takes them for 107 rows."""
     model = build(BLOCK, intermediate_size=320)
     with pytest.raises(dc.ConfigError, match=r"mlp\.down_proj.*sides \[256, 320\].*blocks to be of equal size"):
         model.save_pretrained(tmp_path / "no", format=HF)
@@ -267,6 +267,12 @@ def test_deepseek_shaped_edges_are_read_and_not_written(tmp_path: Path) -> None:
     config["intermediate_size"] = 320
     (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
     assert_same(model, dc.import_quantized(tmp_path / "fp8"))
+
+
+def test_torchao_is_refused(tmp_path: Path) -> None:
+    for scheme in (BLOCK, Scheme(BLOCK.weight)):
+        with pytest.raises(dc.ConfigError, match="with scales per block, which are not written so"):
+            build(scheme, num_hidden_layers=1).save_pretrained(tmp_path, format="torchao")
 
 
 def test_what_the_fp8_format_refuses(tmp_path: Path) -> None:

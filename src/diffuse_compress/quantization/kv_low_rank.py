@@ -92,7 +92,7 @@ def least_similarity(keys: torch.Tensor, means: torch.Tensor, valid: torch.Tenso
 
 
 def chunk_scores(query: torch.Tensor, means: torch.Tensor, scaling: float) -> torch.Tensor:
-    """fp32 [B, H, C]: how much attention each chunk would get of the query [B, H * G, 1, D], the most of G heads' shares.
+    """fp32 [B, H, C]: the share of attention that each chunk would get, the largest of the G heads that read it.
 
     Args:
         query: of one token; G heads of it read each head of the keys.
