@@ -3,7 +3,7 @@
     python eval/kv_cache.py --model examples/reference_models/python_llama --out kv.json
     python eval/kv_cache.py --model examples/reference_models/python_llama --outliers --out kv_outliers.json
     python eval/kv_cache.py --model examples/reference_models/python_llama --selection --out kv_selection.json
-    python eval/kv_cache.py --model examples/reference_models/python_llama --long --windows 4 --window 4096 --out long.json
+    python eval/kv_cache.py --model examples/reference_models/python_llama --long --windows 2 --window 4096 --out l.json
 
 Each window of held-out text is fed one token at a time, so every prediction sees what ``generate`` would see: old
 tokens from codes, the newest as they are. Scored are all tokens but the first. ``--outliers`` makes two channels of

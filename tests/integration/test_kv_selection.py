@@ -367,9 +367,7 @@ def test_compress_save_reload_and_decompress(config: Any, tmp_path: Path) -> Non
     assert config in again.compression_recipe().components["denoisers"]
     assert config.summary in str(again.compression_report())
     for form in ("torchao", "compressed-tensors"):
-        with pytest.raises(
-            dc.ConfigError, match="no place for what the model carries beside its weights, found KV cache"
-        ):
+        with pytest.raises(dc.ConfigError, match="found KV cache"):
             model.save_pretrained(tmp_path / form, format=form)
     plain = build().compress(config, measure=False)
     assert torch.equal(generate(plain, **call), expected)

@@ -26,7 +26,6 @@ from diffuse_compress.errors import (
     ModelStateError,
 )
 from diffuse_compress.integrations.compat import NO_PATCH_VARIABLE, may_patch
-from diffuse_compress.integrations.component import get_state
 from diffuse_compress.integrations.kv_cache import attach_kv_cache, detach_kv_cache, kv_config_of
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
 from diffuse_compress.quantization.kv_config import KV_KIND, KVCacheConfig, kv_config_from_dict
@@ -57,7 +56,6 @@ __all__ = [
     "method_keys",
     "read_methods",
     "remove_methods",
-    "require_none_carried",
     "restore_methods",
     "stored_methods",
 ]
@@ -393,19 +391,6 @@ KINDS: dict[str, Method] = {
 def live_methods(model: nn.Module) -> dict[str, Method]:
     """The kinds that ``model`` carries."""
     return {kind: method for kind, method in KINDS.items() if method.config_of(model) is not None}
-
-
-def require_none_carried(asked: str, model: nn.Module) -> None:
-    """Raise ConfigError if ``model`` carries what a format of others, ``asked`` for, has no place for."""
-    state = get_state(model)
-    carried = [method.title for method in live_methods(model).values()]
-    if state is not None and state.config.spec.attention is not None:
-        carried.append("quantized attention")
-    if carried:
-        raise ConfigError(
-            f"{asked} has no place for what the model carries beside its weights, found {', '.join(carried)}. Nothing "
-            "was written. Take it off first, or leave format= out."
-        )
 
 
 def remove_methods(model: nn.Module) -> None:

@@ -19,8 +19,8 @@ from diffuse_compress.errors import ConfigError, reasons_text
 from diffuse_compress.integrations.compat import add_to_diffusers_config, require, torchao_classes
 from diffuse_compress.integrations.component import quantized_layers
 from diffuse_compress.integrations.doors import library_of
-from diffuse_compress.integrations.methods import require_none_carried
 from diffuse_compress.integrations.peft import has_adapters
+from diffuse_compress.integrations.refusals import require_none_carried
 from diffuse_compress.patterns import generalize
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
 from diffuse_compress.quantization.scheme import (

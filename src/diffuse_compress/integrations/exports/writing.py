@@ -18,8 +18,8 @@ from diffuse_compress.integrations.exports.base import LanguageFormat, LayerFact
 from diffuse_compress.integrations.exports.compressed_tensors import CompressedTensors
 from diffuse_compress.integrations.exports.fp8 import FP8
 from diffuse_compress.integrations.exports.gptq import GPTQ
-from diffuse_compress.integrations.methods import require_none_carried
 from diffuse_compress.integrations.peft import has_adapters
+from diffuse_compress.integrations.refusals import require_none_carried
 from diffuse_compress.quantization.layers import QuantizedLinear
 
 __all__ = ["LANGUAGE_FORMATS", "require_exact", "written_as"]
