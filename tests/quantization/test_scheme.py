@@ -133,7 +133,7 @@ def test_from_dict_other_bad_input_is_refused() -> None:
             "additive_zero_point=True needs symmetric=False and float_zero_point=False",
         ),
         (lambda: ActivationScheme(NumberFormat.INT2), "must be int8, int4, int3 or float8_e4m3fn, got int2"),
-        (lambda: ActivationScheme(NumberFormat.INT8, PerChannel()), "must be PerTensor or PerToken"),
+        (lambda: ActivationScheme(NumberFormat.INT8, PerChannel()), "must be PerTensor, PerToken or PerGroup"),
         (lambda: ActivationScheme(NumberFormat.INT8, PerToken(), dynamic=False), "static scales are per tensor"),
         (lambda: ActivationScheme(NumberFormat.INT8, PerTensor(), symmetric=False), "needs dynamic=False"),
         (

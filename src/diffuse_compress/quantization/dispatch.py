@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from diffuse_compress.errors import UnsupportedHardwareError
+from diffuse_compress.quantization.blocks import scale_rows
 from diffuse_compress.quantization.measured import measured_conv, measured_on_cpu, measured_on_gpu
 from diffuse_compress.quantization.numerics import (
     choose_activation_qparams,
@@ -31,7 +32,6 @@ from diffuse_compress.quantization.numerics import (
     dequantize_activation,
     integer_weight,
     quantize_activation,
-    scale_rows,
 )
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import (

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from diffuse_compress.errors import ConfigError, IncompatibleShapeError, ModelStateError
+from diffuse_compress.quantization.blocks import over_blocks, over_columns, scale_rows
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.packing import pack, packed_columns, unpack
 from diffuse_compress.quantization.scheme import (
-    BLOCK_SIZE,
     TWO_LEVEL_MAX_GROUP_SCALE,
     ActivationScheme,
     PerBlock,
@@ -118,15 +118,8 @@ def weight_range(weight: torch.Tensor, scheme: WeightScheme) -> tuple[torch.Tens
         low = grouped.amin(dim=-1).float().clamp_(max=0)
         high = grouped.amax(dim=-1).float().clamp_(min=0)
     if isinstance(scheme.granularity, PerBlock):
-        return _over_blocks(low, scheme.granularity, torch.amin), _over_blocks(high, scheme.granularity, torch.amax)
+        return over_blocks(low, scheme.granularity, torch.amin), over_blocks(high, scheme.granularity, torch.amax)
     return low, high
-
-
-def _over_blocks(values: torch.Tensor, granularity: PerBlock, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """[ceil(N / 128), G] of values [N, G]: smallest or largest of each block's rows; ranges include 0."""
-    rows, groups = values.shape
-    padded = torch.nn.functional.pad(values, (0, 0, 0, -rows % granularity.block_size))
-    return reduce(padded.view(granularity.num_blocks(rows), granularity.block_size, groups), dim=1)
 
 
 def split_groups(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
@@ -278,14 +271,6 @@ def row_chunks(weight: torch.Tensor) -> Iterator[slice]:
     step = max(1, elements // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         yield slice(start, min(start + step, weight.shape[0]))
-
-
-def scale_rows(scale: torch.Tensor, scheme: WeightScheme, rows: int, start: int = 0) -> torch.Tensor:
-    """``scale`` with the rows of blocks written out: [rows, G], from row ``start`` on; others as they are."""
-    if not isinstance(scheme.granularity, PerBlock):
-        return scale
-    places = torch.arange(start, start + rows, device=scale.device) // scheme.granularity.block_size
-    return scale[places]
 
 
 def _rows_of(qparams: QParams, scheme: WeightScheme, rows: slice | None) -> QParams:
@@ -558,7 +543,7 @@ def dequantize_activation(
     values = codes.to(torch.float32, copy=True)
     if zero_point is not None:
         values.sub_(zero_point)
-    return values.mul_(_over_columns(scale, values.shape[-1])).to(dtype)
+    return values.mul_(over_columns(scale, values.shape[-1])).to(dtype)
 
 
 def fake_quantize_activation(
@@ -590,19 +575,12 @@ def _activation_steps(
     """fp32 codes before clamping: round(x / scale) + zero_point (float8: x / scale, not rounded)."""
     # A tensor without dimensions would not promote bf16 inputs to float32.
     scale = scale.float() if scale.dim() else scale.float().reshape(1)
-    scale = _over_columns(scale, x.shape[-1])
+    scale = over_columns(scale, x.shape[-1])
     steps = torch.div(x.detach(), scale)
     if not scheme.format.is_integer:
         return steps.float()
     steps = steps.float().round_()
     return steps if zero_point is None else steps.add_(zero_point)
-
-
-def _over_columns(scale: torch.Tensor, columns: int) -> torch.Tensor:
-    """Scales [..., ceil(K / 128)] of groups as [..., K]; those of rows and tensors as they are."""
-    if scale.dim() == 0 or scale.shape[-1] in (1, columns):
-        return scale
-    return scale.repeat_interleave(BLOCK_SIZE, dim=-1)[..., :columns]
 
 
 def _activation_max(scheme: ActivationScheme) -> float:

@@ -26,6 +26,7 @@ import torch
 from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
+from diffuse_compress.quantization.blocks import scale_rows
 from diffuse_compress.quantization.numerics import (
     FLOAT8,
     FLOAT8_MAX,
@@ -33,7 +34,6 @@ from diffuse_compress.quantization.numerics import (
     choose_qparams,
     effective_scale,
     quantize_weight,
-    scale_rows,
 )
 from diffuse_compress.quantization.observers import weight_qparams
 from diffuse_compress.quantization.scheme import PerChannel, PerGroup, WeightScheme
