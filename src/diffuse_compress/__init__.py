@@ -50,7 +50,7 @@ from diffuse_compress.feature_cache import (
 )
 from diffuse_compress.importing import import_quantized
 from diffuse_compress.integrations.attach import attach, register_quantizers
-from diffuse_compress.integrations.kv_cache import cache_class
+from diffuse_compress.integrations.kv_cache import CACHES, cache_class
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.layer_sensitivity import SensitivityReport
 from diffuse_compress.logging import (
@@ -82,11 +82,13 @@ from diffuse_compress.quantization.algorithms.spqr import SpQRConfig
 from diffuse_compress.quantization.algorithms.svdquant import SVDQuantConfig
 from diffuse_compress.quantization.algorithms.tesseraq import TesseraQConfig
 from diffuse_compress.quantization.kv_cache import KIVIConfig
+from diffuse_compress.quantization.kv_config import ShadowKVConfig, SinkKVConfig
 from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
     Bilevel,
     NumberFormat,
+    PerBlock,
     PerChannel,
     PerGroup,
     PerInputGroup,
@@ -107,6 +109,8 @@ from diffuse_compress.training.trainer import QATTrainer, TrainingResult
 
 if TYPE_CHECKING:
     from diffuse_compress.integrations.kv_layers import QuantizedKVCache
+    from diffuse_compress.integrations.kv_shadow import ShadowKVCache
+    from diffuse_compress.integrations.kv_sink import SinkKVCache
 
 __version__ = "0.1.0.dev0"
 
@@ -145,6 +149,7 @@ __all__ = [
     "ObserverConfig",
     "OmniQuantConfig",
     "PairedComparison",
+    "PerBlock",
     "PerChannel",
     "PerGroup",
     "PerInputGroup",
@@ -163,6 +168,10 @@ __all__ = [
     "ScaleRule",
     "Scheme",
     "SensitivityReport",
+    "ShadowKVCache",
+    "ShadowKVConfig",
+    "SinkKVCache",
+    "SinkKVConfig",
     "SmoothQuantConfig",
     "SpQRConfig",
     "SpinQuantConfig",
@@ -199,9 +208,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # A subclass of transformers' cache: that library is imported where it is asked for, and need not be there.
-    if name == "QuantizedKVCache":
-        return cache_class()
+    # Subclasses of transformers' cache: that library is imported where they are asked for, and need not be there.
+    if name in CACHES:
+        return cache_class(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

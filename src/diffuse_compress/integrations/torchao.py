@@ -20,10 +20,12 @@ from diffuse_compress.integrations.compat import add_to_diffusers_config, requir
 from diffuse_compress.integrations.component import quantized_layers
 from diffuse_compress.integrations.doors import library_of
 from diffuse_compress.integrations.peft import has_adapters
+from diffuse_compress.integrations.refusals import require_none_carried
 from diffuse_compress.patterns import generalize
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
 from diffuse_compress.quantization.scheme import (
     NumberFormat,
+    PerBlock,
     PerChannel,
     PerGroup,
     PerInputGroup,
@@ -54,6 +56,7 @@ def require_exact(where: str, model: nn.Module, planned: Mapping[str, LayerAssig
         raise ConfigError(
             f'{where}: format="torchao" needs a model without adapters, found peft layers. Fuse or unload them first.'
         )
+    require_none_carried(f'{where}: format="torchao"', model)
     found = {name: _reason_of_layer(layer) for name, layer in quantized_layers(model).items()}
     for name, item in (planned or {}).items():
         if item.scheme is not None:
@@ -155,6 +158,8 @@ def _float8_reason(scheme: Scheme, shape: Sequence[int], compute_dtype: torch.dt
     act = scheme.activation
     if is_smoothed:
         return f"{scheme.name} with smoothed inputs, which torchao's float8 tensors do not have"
+    if isinstance(scheme.weight.granularity, PerBlock):
+        return f'{scheme.name} with scales per block, which are not written so: take format="compressed-tensors"'
     if act is None:
         return None
     if isinstance(scheme.weight.granularity, PerChannel) != isinstance(act.granularity, PerToken):

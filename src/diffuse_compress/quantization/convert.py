@@ -15,7 +15,7 @@ from diffuse_compress.quantization.layer_base import DenseColumns
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear, supports
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.rotation import rotate
-from diffuse_compress.quantization.scheme import PerInputGroup, PerTensor, Scheme
+from diffuse_compress.quantization.scheme import PerBlock, PerInputGroup, PerTensor, Scheme
 
 __all__ = ["module_aliases", "placeholder_for", "quantize_module", "replace_module", "requantize"]
 
@@ -83,6 +83,9 @@ def _quantize(
     rows, columns = weight.shape
     whole = isinstance(scheme.weight.granularity, PerTensor | PerInputGroup)
     step = rows if whole else max(1, ROW_BLOCK_BYTES // (4 * columns))
+    if isinstance(scheme.weight.granularity, PerBlock):
+        size = scheme.weight.granularity.block_size
+        step = max(1, step // size) * size
     parts = []
     for start in range(0, rows, step):
         block = weight[start : start + step]

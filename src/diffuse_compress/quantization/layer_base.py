@@ -14,7 +14,15 @@ from diffuse_compress.quantization.dispatch import ComputePath, InputQuantizatio
 from diffuse_compress.quantization.packed import QuantizedWeight, SparseOutliers
 from diffuse_compress.quantization.packing import packed_columns
 from diffuse_compress.quantization.rotation import rotate, rotate_back
-from diffuse_compress.quantization.scheme import Bilevel, PerInputGroup, PerToken, Scheme, TwoLevel, WeightScheme
+from diffuse_compress.quantization.scheme import (
+    Bilevel,
+    PerBlock,
+    PerInputGroup,
+    PerToken,
+    Scheme,
+    TwoLevel,
+    WeightScheme,
+)
 
 __all__ = [
     "INPUT_QPARAMS",
@@ -300,7 +308,7 @@ class QuantizedLayer(nn.Module):
             ModelStateError: one scale stands for several rows.
         """
         rows = factors.to(self.scale.device).reshape(-1, 1)
-        by_row = not isinstance(self.scheme.weight.granularity, PerInputGroup)
+        by_row = not isinstance(self.scheme.weight.granularity, PerInputGroup | PerBlock)
         if not by_row or self.scale.shape[0] != rows.shape[0]:
             raise ModelStateError(
                 f"scale_outputs: needs a scale for each of {rows.shape[0]} rows, found {self.scheme.name} with "

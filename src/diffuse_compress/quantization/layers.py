@@ -7,7 +7,9 @@ parameter              shape, dtype                           meaning
 =====================  =====================================  =================================================
 ``bias``               [N], compute dtype                     as in the dense layer
 ``qweight``            see :class:`QuantizedWeight`           codes, packed below 8 bits
-``scale``              [1, 1], [N, 1], [N, G] or [K, G] fp32  of the weight
+``scale``              [1, 1], [N, 1], [N, G], [K, G] or, per  of the weight
+                       block, [N / 128, K / 128] rounded up,
+                       fp32
 ``zero_point``         as ``scale``, int8 or fp32             asymmetric weights
 ``group_scale``        [N, G] int8                            two-level and bilevel scales
 ``act_pre_shift``      [K] fp32, linear layers only           is subtracted from the input, in fp32
@@ -74,7 +76,7 @@ from diffuse_compress.quantization.layer_base import (
 )
 from diffuse_compress.quantization.outlier_columns import divide
 from diffuse_compress.quantization.packed import QuantizedWeight, SparseOutliers
-from diffuse_compress.quantization.scheme import Scheme, WeightScheme
+from diffuse_compress.quantization.scheme import PerBlock, Scheme, WeightScheme
 
 __all__ = ["QuantizedConv2d", "QuantizedLinear", "supports"]
 
@@ -109,6 +111,8 @@ def supports(module: nn.Module, scheme: Scheme) -> str | None:
     if scheme.activation is not None and scheme.activation.outlier_threshold is not None:
         if not isinstance(module, nn.Linear):
             return "outlier columns are taken out of inputs of linear layers only"
+    if isinstance(scheme.weight.granularity, PerBlock) and not isinstance(module, nn.Linear):
+        return "scales of 128 by 128 blocks are for linear layers"
     return _unfit_rotation(module, scheme.input_rotation)
 
 

@@ -3,7 +3,8 @@
 All arithmetic is IEEE float32 whatever the input's dtype, rounding is half to even, and every function is
 deterministic. Weights are [N, K]; each scale belongs to one *element* of the granularity: the tensor, a row, or a
 run of ``group_size`` columns of a row, so qparams have shape [1, 1], [N, 1] or [N, G]; where runs of rows of a column
-share one (``PerInputGroup``), it is [K, G], that of the transposed weight. The equations are
+share one (``PerInputGroup``), it is [K, G], that of the transposed weight; a block of 128 rows by 128 columns shares
+one, [ceil(N / 128), G]. The equations are
 
     q = clamp(round(w / scale) + zero_point),    w = scale * (q - zero_point)
 
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from diffuse_compress.errors import ConfigError, IncompatibleShapeError, ModelStateError
+from diffuse_compress.quantization.blocks import over_blocks, over_columns, scale_rows
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.packing import pack, packed_columns, unpack
 from diffuse_compress.quantization.scheme import (
@@ -32,6 +34,8 @@ from diffuse_compress.quantization.scheme import (
     TWO_LEVEL_MAX_GROUP_SCALE,
     ActivationScheme,
     Bilevel,
+    PerBlock,
+    PerGroup,
     PerInputGroup,
     PerTensor,
     PerToken,
@@ -100,7 +104,8 @@ def choose_qparams(
             None keeps the full range. For two-level scales it shrinks the range of the row.
 
     Returns:
-        scale [1, 1], [N, 1], [N, G] or [K, G] fp32; zero_point and group_scale as the scheme has them.
+        scale [1, 1], [N, 1], [N, G], [K, G] or (blocks) [ceil(N / 128), G] fp32; zero_point and group_scale as the
+        scheme has them.
 
     Raises:
         IncompatibleShapeError: not a matrix, or K does not fit the group size.
@@ -120,6 +125,8 @@ def weight_range(weight: torch.Tensor, scheme: WeightScheme) -> tuple[torch.Tens
     else:
         low = grouped.amin(dim=-1).float().clamp_(max=0)
         high = grouped.amax(dim=-1).float().clamp_(min=0)
+    if isinstance(scheme.granularity, PerBlock):
+        return over_blocks(low, scheme.granularity, torch.amin), over_blocks(high, scheme.granularity, torch.amax)
     return low, high
 
 
@@ -327,12 +334,16 @@ def row_chunks(weight: torch.Tensor) -> Iterator[slice]:
 
 
 def rows_of(qparams: QParams, scheme: WeightScheme, rows: slice | None, total: int) -> QParams:
-    """Qparams of some of ``total`` rows: per tensor those of the whole, of runs of rows one for each weight."""
+    """Qparams of some of ``total`` rows: per tensor those of the whole, of runs of rows one for each weight, of blocks
+    one for each row."""
     zero_point, group_scale = qparams.zero_point, qparams.group_scale
     if isinstance(scheme.granularity, PerInputGroup):
         groups = torch.arange(total, device=qparams.scale.device)[rows or slice(None)] // scheme.granularity.rows
         wide = None if zero_point is None else zero_point.t()[groups]
         return QParams(qparams.scale.t()[groups], wide)
+    if isinstance(scheme.granularity, PerBlock):
+        start, stop, _ = (rows or slice(None)).indices(total)
+        return QParams(scale_rows(qparams.scale, scheme, stop - start, start))
     if rows is None or isinstance(scheme.granularity, PerTensor):
         return qparams
     return QParams(
@@ -525,18 +536,24 @@ def choose_activation_qparams(
 
     Args:
         x: [..., K] floating point.
-        scheme: symmetric schemes divide the largest magnitude by 127 (int8), 7 (int4) or 448 (float8).
+        scheme: symmetric schemes divide the largest magnitude by 127 (int8), 7 (int4) or 448 (float8); PerGroup is for
+            inputs of linear layers.
         feature_dims: trailing dimensions that share a scale under PerToken: 1 for linear inputs [..., K],
             3 for the input [B, C, H, W] of a convolution.
         clip: fp32, broadcastable to the scale, in (0, 1]: the share of each range that codes cover (``clips.py``);
             symmetric schemes only.
 
     Returns:
-        scale fp32: [..., 1] under PerToken (``feature_dims`` ones at the end), [1] under PerTensor. A row of zeros
+        scale fp32: [..., 1] under PerToken (``feature_dims`` ones at the end), [..., ceil(K / 128)] under PerGroup, [1]
+        under PerTensor. A row of zeros
         gets ``MIN_SCALE``; a row with a NaN gets a NaN scale, so that it stays visible in the output.
     """
     x = x.detach()
-    if isinstance(scheme.granularity, PerToken):
+    if isinstance(scheme.granularity, PerGroup):
+        x = torch.nn.functional.pad(x, (0, -x.shape[-1] % scheme.granularity.group_size))
+        x = x.unflatten(-1, (-1, scheme.granularity.group_size)) if x.numel() else x.unsqueeze(-1)
+        dims, shape = (-1,), x.shape[:-1]
+    elif isinstance(scheme.granularity, PerToken):
         dims = tuple(range(-feature_dims, 0))
         shape = x.shape[:-feature_dims] + (1,) * feature_dims
     else:
@@ -596,7 +613,7 @@ def dequantize_activation(
     values = codes.to(torch.float32, copy=True)
     if zero_point is not None:
         values.sub_(zero_point)
-    return values.mul_(scale).to(dtype)
+    return values.mul_(over_columns(scale, values.shape[-1])).to(dtype)
 
 
 def fake_quantize_activation(
@@ -628,6 +645,7 @@ def _activation_steps(
     """fp32 codes before clamping: round(x / scale) + zero_point (float8: x / scale, not rounded)."""
     # A tensor without dimensions would not promote bf16 inputs to float32.
     scale = scale.float() if scale.dim() else scale.float().reshape(1)
+    scale = over_columns(scale, x.shape[-1])
     steps = torch.div(x.detach(), scale)
     if not scheme.format.is_integer:
         return steps.float()

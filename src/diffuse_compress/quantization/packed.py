@@ -63,8 +63,8 @@ class QuantizedWeight:
         qweight: int8 [N, K] (int8), float8_e4m3fn [N, K] (fp8), or int8 bytes [N, ceil(K/128) * 16 * bits]
             (int4, int3, int2; layouts in ``packing.py``).
         scale: fp32: [1, 1] per tensor, [N, 1] per channel and two-level, [N, G] per group, [K, G] where the G groups
-            are of rows (``PerInputGroup``). > 0 where we chose it; one that was imported may be negative or 0 (GGUF's
-            Q4_0).
+            are of rows (``PerInputGroup``), [ceil(N / 128), ceil(K / 128)] per block. > 0 where we chose it; one that
+            was imported may be negative or 0 (GGUF's Q4_0).
         zero_point: None if symmetric, else int8 (fp32 with ``float_zero_point``) of ``scale``'s shape, in the
             domain of the signed codes: ``w = scale * (q - zero_point)``; with ``additive_zero_point`` fp32 in the
             domain of the weight: ``w = scale * q + zero_point``. None in bilevel formats, whose zero points are in

@@ -23,6 +23,7 @@ __all__ = [
     "Bilevel",
     "Granularity",
     "NumberFormat",
+    "PerBlock",
     "PerChannel",
     "PerGroup",
     "PerInputGroup",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 GROUP_SIZES = (32, 64, 128)
+BLOCK_SIZE = 128
 TWO_LEVEL_GROUP_SIZE = 128
 TWO_LEVEL_MAX_GROUP_SCALE = 16
 BILEVEL_GROUP_SIZES = (8, 16, 32)
@@ -171,13 +173,39 @@ class Bilevel:
             raise ConfigError(f"Bilevel: group_size must be one of {BILEVEL_GROUP_SIZES}, got {self.group_size}.")
 
 
-Granularity: TypeAlias = PerTensor | PerChannel | PerGroup | PerInputGroup | PerToken | TwoLevel | Bilevel
+@dataclass(frozen=True)
+class PerBlock:
+    """One scale per block of 128 rows by 128 columns: scale [ceil(N / 128), ceil(K / 128)]; float8 weights only.
+
+    Blocks at the right and lower edge may be smaller. Inputs beside it have one scale per row and 128 columns,
+    ``PerGroup(128)``. Source: DeepSeek-V3 (arXiv 2412.19437, section 3.3); ``FP8_BLOCK`` of llm-compressor,
+    ``weight_block_size=[128, 128]`` of transformers.
+    """
+
+    block_size: int = BLOCK_SIZE
+
+    def __post_init__(self) -> None:
+        if self.block_size != BLOCK_SIZE:
+            raise ConfigError(f"PerBlock: block_size must be {BLOCK_SIZE}, got {self.block_size}.")
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale."""
+        return self.block_size
+
+    def num_blocks(self, rows: int) -> int:
+        """Rows of the scale of a weight with ``rows`` rows."""
+        return -(-rows // self.block_size)
+
+
+Granularity: TypeAlias = PerTensor | PerChannel | PerGroup | PerBlock | PerInputGroup | PerToken | TwoLevel | Bilevel
 
 _STRATEGY: dict[type, str] = {
     PerTensor: "tensor",
     PerChannel: "channel",
     PerGroup: "group",
     PerInputGroup: "input_group",
+    PerBlock: "block",
     PerToken: "token",
     TwoLevel: "two_level",
     Bilevel: "bilevel",
@@ -190,7 +218,7 @@ class WeightScheme:
 
     Args:
         format: element type.
-        granularity: PerTensor, PerChannel, PerGroup, PerInputGroup, TwoLevel or Bilevel.
+        granularity: PerTensor, PerChannel, PerGroup, PerBlock, PerInputGroup, TwoLevel or Bilevel.
         symmetric: False stores a ``zero_point`` of ``scale``'s shape; ``w = scale * (q - zero_point)``.
         scale_rule: the symmetric rule; asymmetric, float8 and two-level formats have one rule and refuse another.
         float_zero_point: keep ``zero_point`` in fp32 instead of rounding it to int8 (HQQ).
@@ -209,7 +237,9 @@ class WeightScheme:
         object.__setattr__(self, "format", NumberFormat(self.format))
         object.__setattr__(self, "scale_rule", ScaleRule(self.scale_rule))
         if isinstance(self.granularity, PerToken):
-            raise ConfigError("WeightScheme: a weight has no tokens; use PerTensor, PerChannel, PerGroup or TwoLevel.")
+            raise ConfigError(
+                "WeightScheme: a weight has no tokens; use PerTensor, PerChannel, PerGroup, PerBlock or TwoLevel."
+            )
         grouped = isinstance(self.granularity, PerGroup | PerInputGroup)
         if isinstance(self.granularity, Bilevel) and (
             self.format.bits > 4 or self.symmetric or self.float_zero_point or self.additive_zero_point
@@ -221,7 +251,9 @@ class WeightScheme:
         if isinstance(self.granularity, TwoLevel) and (self.format is not NumberFormat.INT4 or not self.symmetric):
             raise ConfigError(f"WeightScheme: TwoLevel needs symmetric int4, got {self.format.value}.")
         if not self.format.is_integer and (not self.symmetric or grouped):
-            raise ConfigError("WeightScheme: float8 weights are symmetric, per tensor or per channel.")
+            raise ConfigError("WeightScheme: float8 weights are symmetric, per tensor, per channel or per block.")
+        if isinstance(self.granularity, PerBlock) and self.format.is_integer:
+            raise ConfigError(f"WeightScheme: PerBlock is for float8 weights, got {self.format.value}. Use PerGroup.")
         if self.scale_rule is not ScaleRule.AMAX_OVER_QMAX and (
             not self.format.is_integer or not self.symmetric or isinstance(self.granularity, TwoLevel)
         ):
@@ -256,6 +288,8 @@ class WeightScheme:
             return columns, -(-rows // self.granularity.rows)
         if isinstance(self.granularity, PerTensor):
             return 1, 1
+        if isinstance(self.granularity, PerBlock):
+            return self.granularity.num_blocks(rows), self.num_groups(columns)
         if isinstance(self.granularity, Bilevel):  # a base and a step for each run of groups
             return rows, 2 * -(-self.num_groups(columns) // BILEVEL_GROUPS)
         return rows, self.num_groups(columns) if isinstance(self.granularity, PerGroup) else 1
@@ -295,7 +329,8 @@ class ActivationScheme:
 
     Args:
         format: int8, int4 or int3 (held in an int8 container at run time) or float8_e4m3fn.
-        granularity: PerTensor or PerToken.
+        granularity: PerTensor, PerToken, or PerGroup(128): per row and 128 columns, dynamic float8 only, for weights
+            PerBlock(); its last group may be shorter.
         dynamic: True measures the scale on every call; False stores ``input_scale`` [1] (PerTensor only).
         symmetric: False adds ``input_zero_point``; static int8 only.
         outlier_threshold: input columns with a magnitude of this or more in any row of a call are left out of the
@@ -315,8 +350,16 @@ class ActivationScheme:
             raise ConfigError(
                 f"ActivationScheme: format must be int8, int4, int3 or float8_e4m3fn, got {self.format.value}."
             )
-        if not isinstance(self.granularity, PerTensor | PerToken):
-            raise ConfigError("ActivationScheme: granularity must be PerTensor or PerToken.")
+        if isinstance(self.granularity, PerGroup):
+            if self.format.is_integer or self.granularity.group_size != BLOCK_SIZE:
+                raise ConfigError(
+                    f"ActivationScheme: groups of inputs are float8, of {BLOCK_SIZE} columns, got "
+                    f"{self.format.value} in groups of {self.granularity.group_size}. Use PerToken()."
+                )
+            # Rows of inputs are never packed: whether the last group is full makes no difference.
+            object.__setattr__(self, "granularity", PerGroup(BLOCK_SIZE))
+        elif not isinstance(self.granularity, PerTensor | PerToken):
+            raise ConfigError("ActivationScheme: granularity must be PerTensor, PerToken or PerGroup(128).")
         if not self.dynamic and not isinstance(self.granularity, PerTensor):
             raise ConfigError("ActivationScheme: static scales are per tensor; use granularity=PerTensor().")
         if not self.symmetric and (self.dynamic or self.format is not NumberFormat.INT8):
@@ -367,6 +410,11 @@ class Scheme:
                     "Scheme: outlier_threshold needs symmetric int8 weights, per channel or tensor, and inputs that "
                     'are not rotated: take the weights of "w8a8".'
                 )
+        if act is not None and isinstance(act.granularity, PerGroup) and not isinstance(weight.granularity, PerBlock):
+            raise ConfigError(
+                "Scheme: inputs with a scale per 128 columns go with weights in blocks. Use WeightScheme(..., "
+                "PerBlock()), or PerToken() inputs."
+            )
         if self.input_rotation is not None and not is_rotation_size(self.input_rotation):
             raise ConfigError(
                 f"Scheme: input_rotation must be the order of a Hadamard matrix, got {self.input_rotation!r}. Use a "
@@ -375,10 +423,11 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """Short label: ``w4a8``, ``fp8``, ``w8a8-static``; for people, not for identity (compare objects for that)."""
+        """Short label: ``w4a8``, ``fp8-block``, ``w8a8-static``; for people, not for identity (compare objects)."""
         static = "-static" if self.has_static_inputs else ""
         if not self.weight.format.is_integer:
-            return f"fp8{static}" if self.activation is not None else "fp8-weight-only"
+            form = {PerTensor: "fp8-tensor", PerBlock: "fp8-block"}.get(type(self.weight.granularity), "fp8")
+            return f"{form}{static}" if self.activation is not None else f"{form}-weight-only"
         act = 16 if self.activation is None else self.activation.format.bits
         return f"w{self.weight.format.bits}a{act}{static}"
 
@@ -479,6 +528,8 @@ def _args_to_dict(fmt: NumberFormat, granularity: Granularity, symmetric: bool, 
         args["group_size"] = granularity.group_size
     if isinstance(granularity, PerInputGroup):
         args["rows"] = granularity.rows
+    if isinstance(granularity, PerBlock):
+        args["block_structure"] = [granularity.block_size] * 2
     if isinstance(granularity, PerGroup) and granularity.pad:
         args["pad"] = True
     return args
@@ -513,6 +564,10 @@ def _args_from_dict(args: dict[str, Any]) -> dict[str, Any]:
     # compressed-tensors writes group_size=None where a strategy has none.
     options = {key: args.pop(key) for key in ("group_size", "pad", "rows") if key in args}
     options = {key: value for key, value in options.items() if value is not None}
+    block = args.pop("block_structure", None)
+    if strategy == "block" and block is not None:
+        if list(block) != [BLOCK_SIZE] * 2:
+            raise ConfigError(f"Scheme.from_dict: block_structure must be [{BLOCK_SIZE}, {BLOCK_SIZE}], got {block}.")
     unfit = set(options) - {field.name for field in dataclasses.fields(kind)}
     if unfit:
         raise ConfigError(f"Scheme.from_dict: strategy {strategy!r} has no {' or '.join(sorted(unfit))}.")

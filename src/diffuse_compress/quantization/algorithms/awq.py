@@ -35,7 +35,7 @@ from diffuse_compress.quantization.algorithms.rtn import RTNConfig, quantize
 from diffuse_compress.quantization.algorithms.simulation import seen_as_quantized
 from diffuse_compress.quantization.numerics import QParams, choose_qparams, dequantize, fake_quantize, split_groups
 from diffuse_compress.quantization.observers import ObserverConfig
-from diffuse_compress.quantization.scheme import PerTensor, Scheme, TwoLevel, WeightScheme
+from diffuse_compress.quantization.scheme import PerBlock, PerTensor, Scheme, TwoLevel, WeightScheme
 
 __all__ = [
     "AWQConfig",
@@ -157,7 +157,7 @@ def calibrate(work: BlockWork, config: AWQConfig) -> None:
         work.collect(collectors, quantized_inputs=True)
         for layer in layers:
             rows = collectors[layer.name].rows()
-            if rows is not None and not isinstance(layer.scheme.weight.granularity, PerTensor | TwoLevel):
+            if rows is not None and not isinstance(layer.scheme.weight.granularity, PerTensor | PerBlock | TwoLevel):
                 layer.ranges = clip_weight(layer.target(), rows, layer.scheme.weight, config.clip_steps)
 
 

@@ -30,7 +30,7 @@ from diffuse_compress.calls import autocast_as
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
 from diffuse_compress.quantization.layer_base import QuantizedLayer
-from diffuse_compress.quantization.scheme import PerInputGroup, PerTensor
+from diffuse_compress.quantization.scheme import PerBlock, PerInputGroup, PerTensor
 
 __all__ = ["Fold", "check_fold", "fold_scales", "folds", "preceding", "set_scale", "takes_shift"]
 
@@ -182,7 +182,7 @@ def _is_producer(work: BlockWork, module: nn.Module) -> bool:
 
 
 def _scales_rows(layer: LayerWork) -> bool:
-    by_row = not isinstance(layer.scheme.weight.granularity, PerTensor | PerInputGroup)
+    by_row = not isinstance(layer.scheme.weight.granularity, PerTensor | PerBlock | PerInputGroup)
     return isinstance(layer.dense, nn.Linear) and by_row
 
 

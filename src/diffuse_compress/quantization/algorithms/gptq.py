@@ -444,13 +444,12 @@ class _Grid:
         self, weight: torch.Tensor, scheme: WeightScheme, config: GPTQConfig, ranges: torch.Tensor | None
     ) -> None:
         self.scheme, self.config = scheme, config
-        self.size = scheme.group_size
+        self.size, self._rows = scheme.group_size, weight.shape[0]
         self._dynamic = isinstance(scheme.granularity, PerGroup) and not (config.static_groups or config.act_order)
         if ranges is None:
             self._found = _qparams(weight, scheme, config)
         else:
             self._dynamic, self._found = False, choose_qparams(ranges, scheme)
-        self.rows = weight.shape[0]
         self._set(self._found)
 
     def fix(self) -> None:
@@ -493,9 +492,7 @@ class _Grid:
 
     def _set(self, found: QParams) -> None:
         """Scales and zero points as [groups, N], or [1, 1]; of groups of rows as [K, N]."""
-        if self.scheme.transposed is not None:
-            found = rows_of(found, self.scheme, None, self.rows)
-        found = expanded(found, self.scheme)
+        found = expanded(rows_of(found, self.scheme, None, self._rows), self.scheme)
         self._scale = effective_scale(found).t().contiguous()
         self._zero = None if found.zero_point is None else found.zero_point.float().t().contiguous()
 
