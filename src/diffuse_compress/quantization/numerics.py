@@ -25,12 +25,11 @@ from typing import Any
 import torch
 
 from diffuse_compress.errors import ConfigError, IncompatibleShapeError, ModelStateError
+from diffuse_compress.quantization.bilevel import MIN_SCALE, bilevel, read_bilevel
 from diffuse_compress.quantization.blocks import over_blocks, over_columns, scale_rows
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.packing import pack, packed_columns, unpack
 from diffuse_compress.quantization.scheme import (
-    BILEVEL_GROUPS,
-    BILEVEL_MAX_CODE,
     TWO_LEVEL_MAX_GROUP_SCALE,
     ActivationScheme,
     Bilevel,
@@ -68,9 +67,6 @@ _FLOAT8_ROUNDS_TO_MAX = 464.0
 # three fp32 copies of a chunk, 48 MiB.
 _CHUNK_CPU = 1 << 18
 _CHUNK_GPU = 1 << 22
-
-MIN_SCALE = torch.finfo(torch.float32).tiny
-"""Smallest scale, the smallest normal float32: an all-zero element quantizes to zeros without a division by 0."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +197,8 @@ def qparams_from_weight_range(
     if clip_ratio is not None:
         low, high = low * clip_ratio, high * clip_ratio
     if isinstance(scheme.granularity, Bilevel):
-        return _bilevel_qparams(low, high, scheme)
+        scale, byte = bilevel(qparams_from_range(low, high, scheme).scale, low, high, scheme.format)
+        return QParams(scale, None, byte)
     return qparams_from_range(low, high, scheme)
 
 
@@ -218,47 +215,12 @@ def _two_level_qparams(
     return QParams(scale, None, group_scale.to(torch.int8))
 
 
-def _bilevel_qparams(low: torch.Tensor, high: torch.Tensor, scheme: WeightScheme) -> QParams:
-    """Scales of :func:`qparams_from_range` rounded to 16 evenly spaced values for each run of groups; then the zero
-    points that fit these."""
-    wanted = qparams_from_range(low, high, scheme).scale
-    rows, groups = wanted.shape
-    padding = -groups % BILEVEL_GROUPS
-    # By what stands there already: a last run is no wider for being padded.
-    padded = torch.cat([wanted, wanted[:, -1:].expand(-1, padding)], dim=1) if groups else wanted
-    runs = padded.reshape(rows, -1, BILEVEL_GROUPS)
-    # Groups of zeros, which any scale suits, do not widen the grid of the others.
-    base = torch.where(runs > MIN_SCALE, runs, torch.inf).amin(dim=-1)
-    base = torch.where(base.isinf(), MIN_SCALE, base)
-    step = ((runs.amax(dim=-1) - base) / BILEVEL_MAX_CODE).clamp_(min=MIN_SCALE)
-    codes = ((runs - base.unsqueeze(-1)) / step.unsqueeze(-1)).round_().clamp_(0, BILEVEL_MAX_CODE)
-    codes = codes.reshape(rows, -1)[:, :groups]
-    qparams = QParams(torch.cat([base, step], dim=1), None, codes.to(torch.int8))
-    scale = expanded(qparams, scheme).scale
-    fmt = scheme.format
-    # The middle of the range that the rounded scale leaves free on either side.
-    zero_point = (fmt.qmin - low / scale + (fmt.qmax - high / scale)).mul_(0.5).round_().clamp_(fmt.qmin, fmt.qmax)
-    byte = (zero_point.to(torch.int8) << 4) | codes.to(torch.int8)
-    return QParams(qparams.scale, None, byte)
-
-
 def expanded(qparams: QParams, scheme: WeightScheme) -> QParams:
-    """Qparams with one scale and zero point for each element of the granularity; others than bilevel ones as they are.
-
-    Returns:
-        scale fp32 [N, G], zero_point int8 [N, G].
-    """
+    """Qparams with one scale and zero point for each element of the granularity, fp32 and int8 [N, G] of bilevel ones;
+    others as they are."""
     if not isinstance(scheme.granularity, Bilevel) or qparams.group_scale is None:
         return qparams
-    byte = qparams.group_scale
-    base, step = qparams.scale.chunk(2, dim=1)
-    codes = (byte & 15).float()
-
-    def each(values: torch.Tensor) -> torch.Tensor:
-        return values.repeat_interleave(BILEVEL_GROUPS, dim=1)[:, : byte.shape[1]]
-
-    # Shifts of int8 to the right copy the sign.
-    return QParams(each(base) + each(step) * codes, byte >> 4)
+    return QParams(*read_bilevel(qparams.scale, qparams.group_scale))
 
 
 def _check_weight(weight: torch.Tensor, scheme: WeightScheme) -> None:
