@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffuse_compress.arms import call_options
-from diffuse_compress.errors import UnsupportedHardwareError
+from diffuse_compress.errors import ConfigError, UnsupportedHardwareError
 from diffuse_compress.evaluation.environment import command_line
 from diffuse_compress.quality_bench.cells import (
     ALL,
@@ -25,7 +25,7 @@ from diffuse_compress.quality_bench.cells import (
     read_subjects,
 )
 from diffuse_compress.quality_bench.results import write_results
-from diffuse_compress.quality_bench.run import run_cells
+from diffuse_compress.quality_bench.run import found_cells, run_cells
 from diffuse_compress.quantization.algorithms.base import algorithm_kinds
 from diffuse_compress.quantization.presets import PRESETS
 from diffuse_compress_kernels import has_fast_int4
@@ -120,6 +120,7 @@ def _add_quality(parts: Any) -> None:
     verb.add_argument(
         "--in-process", action="store_true", help="not a process for each cell: starts sooner, memory is less exact"
     )
+    verb.add_argument("--table", action="store_true", help="measure nothing: the table of the rows that are there")
     verb.add_argument("--retry", action="store_true", help="measure those rows anew that have no result")
     verb.add_argument("--out", default="quality", metavar="DIR", help="default: ./quality")
     verb.set_defaults(run=_quality)
@@ -157,6 +158,13 @@ def _quality(args: argparse.Namespace) -> None:
         list(dict.fromkeys(args.seeds)),
     )
     out, command = Path(args.out), command_line("diffuse-compress", sys.argv[1:])
+    if args.table:
+        there = found_cells(cells, settings, out)
+        if not there:
+            raise ConfigError(f"--table: {out} has no results of this command yet. Leave it out to measure.")
+        if len(there) < len(cells):
+            print(f"{len(cells) - len(there)} of {len(cells)} cells are not measured yet.", file=sys.stderr)
+        cells = there
     records = run_cells(cells, settings, out, command=command, retry=args.retry, isolated=not args.in_process)
     files = write_results(cells, records, out, command)
     print(files["md"].read_text(encoding="utf-8"))

@@ -37,7 +37,7 @@ from diffuse_compress.recipe import as_recipe
 from diffuse_compress.skeleton import default_dtype, load
 from diffuse_compress.versions import installed_versions
 
-__all__ = ["QUALITY", "run_cells"]
+__all__ = ["QUALITY", "found_cells", "run_cells"]
 
 QUALITY = "quality"
 """Key of ``not_measured`` that says why a cell cannot be."""
@@ -105,6 +105,13 @@ def run_cells(
         if cell.refusal:
             found[index].save(path)
     return [found[index] for index in range(len(cells))]
+
+
+def found_cells(cells: Sequence[Cell], settings: Settings, out: Path) -> list[Cell]:
+    """Those of the cells that :func:`run_cells` would not have to measure, and whose dense model is among them."""
+    found = [cell for cell in cells if cell.file(out, settings).exists()]
+    dense = {cell.subject.title for cell in found if cell.is_dense}
+    return [cell for cell in found if cell.subject.title in dense]
 
 
 def _in_process(job: _Job) -> str | None:
