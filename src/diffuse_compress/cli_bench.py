@@ -118,7 +118,7 @@ def _add_quality(parts: Any) -> None:
     verb.add_argument("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"])
     verb.add_argument("--device", default="cpu", help="default: cpu")
     verb.add_argument(
-        "--in-process", action="store_true", help="not a process for each cell: starts sooner, memory is less exact"
+        "--in-process", action="store_true", help="no process for each cell: starts sooner, a CPU's memory is not told"
     )
     verb.add_argument("--table", action="store_true", help="measure nothing: the table of the rows that are there")
     verb.add_argument("--retry", action="store_true", help="measure those rows anew that have no result")

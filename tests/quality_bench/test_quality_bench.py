@@ -183,7 +183,8 @@ def test_what_looks_at_no_samples_is_measured_once() -> None:
 
 def test_another_setting_is_another_cell() -> None:
     (cell,) = cross_product(read_subjects(["python_llama"]), {}, {}, ["matching"], [0])
-    files = [cell.file(Path(), run.Settings(**given)) for given in ({}, {"windows": 4}, {"window": 64}, {"prompts": 3})]
+    given: list[dict[str, Any]] = [{}, {"windows": 4}, {"window": 64}, {"prompts": 3, "call": {"height": 8}}]
+    files = [cell.file(Path(), run.Settings(**one)) for one in given]
     assert len(set(files)) == 3
     assert files[0] == files[3], "no setting of pipelines"
 

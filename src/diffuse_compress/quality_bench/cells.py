@@ -184,7 +184,7 @@ class Cell:
             "version": _VERSION,
             "weights": self.subject.fingerprint,
             "outliers": self.subject.outliers,
-            "call": {**self.subject.call, **settings.call},
+            "call": {**self.subject.call, **settings.call} if self.subject.is_pipeline else {},
             "config": None if self.config is None else self.config.to_dict(),
             "refusal": self.refusal,
             "calibration": [self.calibration.partition(":")[0], int(count)] if self.calibration else None,

@@ -54,6 +54,7 @@ class _Job:
     reference: Path
     record: Path
     command: str
+    isolated: bool
 
 
 def run_cells(
@@ -74,7 +75,7 @@ def run_cells(
         command: as it was typed, for the records.
         retry: measure those anew that have a reason instead of a result.
 
-        isolated: each in a process of its own; else here, which starts sooner, and peaks of memory are less exact.
+        isolated: each in a process of its own; else here, which starts sooner and on the CPU tells no peak of memory.
 
     Raises:
         CheckpointError: a file in the place of a record that is none.
@@ -95,7 +96,7 @@ def run_cells(
             found[index] = _bare_record(cell, settings, command, _NO_REFERENCE)
             continue
         reference = cells[first].file(out, settings).with_suffix("")
-        job = _Job(cell, settings, reference, path, command)
+        job = _Job(cell, settings, reference, path, command, isolated)
         reason = cell.refusal
         if reason is None and isolated:
             reason = _in_process(job)
@@ -186,7 +187,7 @@ def _record(job: _Job) -> Record:
     if cell.is_dense:
         metrics, cost = judge.remember(target, job.reference), {}
     else:
-        cost = _compress(cell, settings, judge, target, device)
+        cost = _compress(job, judge, target, device)
         metrics = judge.judge(target, job.reference)
     record = _bare_record(cell, settings, job.command)
     facts = {
@@ -199,9 +200,9 @@ def _record(job: _Job) -> Record:
     return Record(**{**vars(record), **facts}).with_metrics(metrics)
 
 
-def _compress(cell: Cell, settings: Settings, judge: Judge, target: Any, device: torch.device) -> dict[str, Any]:
+def _compress(job: _Job, judge: Judge, target: Any, device: torch.device) -> dict[str, Any]:
     """Compress in place; what it cost."""
-    config = cell.config
+    cell, settings, config = job.cell, job.settings, job.cell.config
     assert config is not None
     given = {}
     if cell.calibration:
@@ -214,6 +215,9 @@ def _compress(cell: Cell, settings: Settings, judge: Judge, target: Any, device:
     seconds = time.perf_counter() - started
     if not any(quantized_layers(model) for model in compressed_models(target)):
         raise ConfigError("no layer of the model can be compressed this way: all stay dense.")
+    if device.type == "cpu" and not job.isolated:
+        # What earlier cells have freed stays with the process, and is used again without growing it.
+        return {"compress_seconds": seconds}
     return {
         "compress_seconds": seconds,
         "compress_memory_bytes": max(0, memory.read() - before),
