@@ -166,6 +166,31 @@ def test_save_of_weights_that_are_elsewhere_is_refused(mode: str, message: str, 
     assert not (tmp_path / "saved").exists() or not list((tmp_path / "saved").iterdir())
 
 
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_clipped_layer_under_sequential_hooks(offload_buffers: bool) -> None:
+    """A clip is a buffer outside the state dict, and without one there is none: hooks fail on a buffer of None."""
+    model = tiny.build("flux").compress("w8a8", measure=False)
+    inputs = tiny.inputs_for(model)
+    layers = [layer for layer in quantized_layers(model).values() if layer.scheme.activation is not None]
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            return model(**inputs, return_dict=False)[0]
+
+    plain = run()
+    for layer in layers:
+        layer.set_input_clip(torch.tensor([0.5]))
+    expected = run()
+    assert not torch.equal(expected, plain)
+    accelerate.cpu_offload(model, CPU, offload_buffers=offload_buffers)
+    assert torch.equal(run(), expected)
+    assert torch.equal(run(), expected)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    for layer in layers:
+        layer.set_input_clip(None)
+    assert torch.equal(run(), plain)
+
+
 @pytest.mark.parametrize("name", sorted(tiny.PIPELINES))
 def test_pipeline_under_sequential_hooks(name: str, tmp_path: Path) -> None:
     """accelerate's hooks as ``enable_sequential_cpu_offload`` sets them; diffusers itself asks for a GPU there."""

@@ -120,7 +120,7 @@ class QuantizedLayer(nn.Module):
         for name in PARAMETERS:
             tensor = tensors.get(name)
             self.register_parameter(name, None if tensor is None else _parameter(tensor))
-        self.register_buffer("input_clip", None, persistent=False)
+        self.input_clip = None
 
     def set_input_clip(self, values: torch.Tensor | None, groups: TimestepGroups | None = None) -> None:
         """Clip dynamic inputs by ``values``, fp32 [G] for the groups of timesteps, from now on; None does not.
@@ -137,7 +137,13 @@ class QuantizedLayer(nn.Module):
                 f"set_input_clip: needs a linear layer with dynamic integer inputs, one scale per token, found "
                 f"{type(self).__name__} of {self.scheme.name}."
             )
-        self.input_clip = None if values is None else values.detach().to(self.qweight.device, torch.float32)
+        # A buffer only while there are clips: accelerate's hooks fail on a buffer of None that is outside the state.
+        del self.input_clip
+        if values is None:
+            self.input_clip = None
+        else:
+            placed = values.detach().to(self.qweight.device, torch.float32)
+            self.register_buffer("input_clip", placed, persistent=False)
         self.timestep_groups = None if values is None else groups
 
     # --- reading ------------------------------------------------------------------------------------------------
