@@ -157,7 +157,9 @@ def _quality(args: argparse.Namespace) -> None:
         read_calibrations(args.calibration),
         list(dict.fromkeys(args.seeds)),
     )
-    out, command = Path(args.out), command_line("diffuse-compress", sys.argv[1:])
+    # The command of a table is the one that measures it.
+    typed = [word for word in sys.argv[1:] if word not in ("--table", "--retry")]
+    out, command = Path(args.out), command_line("diffuse-compress", typed)
     if args.table:
         there = found_cells(cells, settings, out)
         if not there:

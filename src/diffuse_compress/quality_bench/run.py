@@ -204,7 +204,7 @@ def _compress(job: _Job, judge: Judge, target: Any, device: torch.device) -> dic
     """Compress in place; what it cost."""
     cell, settings, config = job.cell, job.settings, job.cell.config
     assert config is not None
-    given = {}
+    given: dict[str, Any] = {}
     if cell.calibration:
         name, _, count = cell.calibration.partition(":")
         given = {"calibration": judge.calibration(target, name, int(count or settings.samples), cell.seed)}
