@@ -25,11 +25,11 @@ _COLOURS = (
     "#5b8c1f",
 )
 _WIDTH, _LABELS, _ROW, _HEAD, _FOOT, _GAP = 760.0, 190.0, 19.0, 44.0, 34.0, 18.0
-_WIDE = 8.0
+_WIDE = 3.0
 
 
 def plot(data: Mapping[str, Any]) -> str:
-    """An SVG picture of the rows, on white; a scale is logarithmic where values differ by more than a factor of 8."""
+    """An SVG picture of the rows, on white; a scale is logarithmic where values differ by more than a factor of 3."""
     schemes = [s for s in dict.fromkeys(row["scheme"] for row in data["rows"]) if s != DENSE]
     panels, top = [], _ROW + 12.0
     for key in dict.fromkeys((row["model"], row["outliers"]) for row in data["rows"]):
