@@ -27,6 +27,7 @@ __all__ = [
     "AlgorithmConfig",
     "SequenceConfig",
     "algorithm_from_dict",
+    "algorithm_kinds",
     "algorithm_to_dict",
     "bytes_of_shift",
     "calibrate_with",
@@ -420,3 +421,8 @@ def algorithm_from_dict(data: Mapping[str, Any]) -> AlgorithmConfig:
 
 def _kinds() -> list[str]:
     return sorted(set(_MODULES) | {cls.kind for cls in _registered()})
+
+
+def algorithm_kinds() -> list[str]:
+    """Every ``kind`` that :func:`algorithm_from_dict` knows but the sequence of several, sorted."""
+    return _kinds()
