@@ -1,4 +1,4 @@
-"""The namespace of the operators. A build for the Hugging Face Hub has a file of its own here, and so its own namespace.
+"""The namespace of the operators. A build for the Hugging Face Hub has a file of its own here, and so another one.
 
 The two names are those that such builds have to have, so that both copies can be loaded in one process.
 """

@@ -28,6 +28,7 @@ from diffuse_compress.components import SELF, model_components
 from diffuse_compress.demo import PROMPTS, run_demo
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.integrations.component import describe_methods, get_state, quantized_layers
+from diffuse_compress.integrations.hub_kernels import BACKENDS, export_kernels
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
 from diffuse_compress.integrations.saving import FORMATS, require_format
 from diffuse_compress.method_presets import METHOD_PRESETS
@@ -133,11 +134,26 @@ def _parser() -> argparse.ArgumentParser:
     add_bench(verbs)
     add_eval(verbs)
     add_train(verbs)
+    _add_export_kernels(verbs)
     for name, verb in verbs.choices.items():
         if name == "eval":
             continue  # its commands have the option
         verb.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser
+
+
+def _add_export_kernels(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        "export-kernels",
+        help="write the kernels as a Hub repository of their own",
+        description="Writes the kernels in the layout of Hugging Face's `kernels` library: source and builds for CPUs "
+        "and CUDA devices. kernels.get_local_kernel loads the folder, kernels.get_kernel what is uploaded of it.",
+    )
+    verb.add_argument("folder", metavar="DIR", help="new or empty")
+    verb.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="where it is to be published")
+    verb.add_argument("--version", type=int, default=1, help="of the functions (default: 1)")
+    verb.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS, help="default: all")
+    verb.set_defaults(run=_export_kernels)
 
 
 def _add_compress(verbs: Any) -> None:
@@ -522,6 +538,14 @@ def _step_lines(steps: dict[str, Any]) -> list[str]:
 
 
 # --- demo -------------------------------------------------------------------------------------------------------
+
+
+def _export_kernels(args: argparse.Namespace) -> None:
+    folder = export_kernels(args.folder, args.repo_id, version=args.version, backends=args.backends)
+    print(
+        f'Wrote {folder}. Load it with kernels.get_local_kernel(Path("{folder}")), publish it with\n'
+        f"  hf upload {args.repo_id} {folder} . --revision v{args.version}"
+    )
 
 
 def _demo(args: argparse.Namespace) -> None:

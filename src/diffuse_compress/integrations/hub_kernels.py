@@ -52,17 +52,19 @@ tags:
 
 # {title}
 
-Low-bit products of [diffuse_compress](https://github.com/diffuse-compress/diffuse-compress): int8 and float8 linear layers,
-int4 weights beside 8-bit and 16-bit inputs, int8 convolutions, and norms and activations that quantize what they return.
-Triton on NVIDIA GPUs of compute capability 8.0 and more, plain torch elsewhere; both give the same codes and int32 sums.
+Low-bit products of [diffuse_compress](https://github.com/diffuse-compress/diffuse-compress): int8 and float8 linear
+layers, int4 weights beside 8-bit and 16-bit inputs, int8 convolutions, and norms and activations that quantize what they
+return. Triton on NVIDIA GPUs of compute capability 8.0 and more, plain torch elsewhere; both give the same codes and
+int32 sums.
 
 ```python
 import torch
 from kernels import get_kernel
 
 kernels = get_kernel("{repo_id}", version={version})
-x, weight = torch.randn(32, 256, device="{device}"), torch.randint(-127, 128, (64, 256), dtype=torch.int8, device="{device}")
-codes, scale = kernels.quantize_rows(x)
+x = torch.randn(32, 256, device="{device}")
+weight = torch.randint(-127, 128, (64, 256), dtype=torch.int8, device="{device}")
+codes, scale = kernels.quantize_rows(x, -127, 127)
 print((kernels.int_matmul(codes, weight) * scale).shape)
 ```
 
@@ -85,9 +87,7 @@ def test_int_matmul_is_exact():
 '''
 
 
-def export_kernels(
-    folder: str | Path, repo_id: str, *, version: int = 1, backends: Sequence[str] = BACKENDS
-) -> Path:
+def export_kernels(folder: str | Path, repo_id: str, *, version: int = 1, backends: Sequence[str] = BACKENDS) -> Path:
     """Write the kernels as a repository that ``kernels`` loads, from the Hub or from the folder.
 
     Args:
@@ -156,7 +156,7 @@ def _sources() -> dict[str, str]:
 
 
 def _relative(text: str, depth: int, path: str) -> str:
-    """A module's text, ``depth`` levels below the folder that holds the package, with relative imports of the package."""
+    """A module's text, ``depth`` levels below the folder with the package, with relative imports of the package."""
     dots = "." * depth
     found = _OWN_IMPORT.sub(lambda match: f"{match[1]}from {dots}{match[2].lstrip('.')} import ", text)
     for node in ast.walk(ast.parse(found)):
