@@ -302,11 +302,17 @@ def test_a_failure_leaves_everything_as_it_was():
     assert "quantization_config" not in pipe.transformer.config
 
 
-def test_what_cannot_be_is_refused_before_anything_is_touched():
+def test_what_cannot_be_is_refused_before_anything_is_touched(tmp_path):
     model, pipe = mlp(), tiny.build_pipeline("wan")
     before = bits(model)
-    with pytest.raises(MissingDependencyError, match="bitsandbytes"):
-        dc.QATTrainer(model, config(), calls(), optimizer_8bit=True).train()
+    with pytest.raises(MissingDependencyError, match="pip install wandb"):
+        dc.QATTrainer(model, config(), calls(), report_to="wandb", output_dir=tmp_path).train()
+    with pytest.raises(ConfigError, match="unknown report_to='tensorbord'"):
+        dc.QATTrainer(model, config(), calls(), report_to="tensorbord", output_dir=tmp_path).train()
+    with pytest.raises(ConfigError, match="say nothing of their outputs"):
+        dc.QATTrainer(model, config(method="lsq"), calls()).train()
+    with pytest.raises(ConfigError, match="has no teacher"):
+        dc.QATTrainer(model, config(method="lsq"), calls(), teacher=mlp()).train()
     with pytest.raises(ConfigError, match="held_out"):
         dc.QATTrainer(model, config(), calls(), held_out=8).train()
     latents = synthetic_latents(pipe, 1, **_call(pipe))

@@ -34,7 +34,14 @@ from diffuse_compress.pipeline_call import (
     untouched,
 )
 from diffuse_compress.progress import Callback, track
-from diffuse_compress.training.batches import NoisedLatents, RecordedCalls, TrainingData, sample_of, timestep_of
+from diffuse_compress.training.batches import (
+    NoisedLatents,
+    RecordedCalls,
+    TrainingData,
+    notes_of,
+    sample_of,
+    timestep_of,
+)
 from diffuse_compress.training.config import LossSpace
 from diffuse_compress.training.media import Media, encoded, fitted, is_media, media_in, read_media
 from diffuse_compress.training.noising import Density, Noising
@@ -53,6 +60,7 @@ __all__ = [
 
 _PER_PROMPT = 8
 _BUNDLED = 16
+_CLIPS_IN_SHARD = 8  # of a clip in 480p moments and texts are some 20 MB
 
 
 def training_data(
@@ -300,8 +308,11 @@ def encode_media(
         if folder is None:
             found: Sequence[Mapping[str, Any]] = list(made())
         else:
-            found = store_items(folder, made(), settings={"pipeline": type(pipe).__name__, "component": component})
-    return NoisedLatents(found, _noising(pipe, component, mus, density), space)
+            # A clip at a time: a shard is all that is in memory, whatever the size of the data set.
+            settings = {"kind": "latents", "pipeline": type(pipe).__name__, "component": component}
+            found = store_items(folder, made(), settings=settings, notes=notes_of, per_shard=_CLIPS_IN_SHARD)
+    notes = found.notes if isinstance(found, StoredItems) else None
+    return NoisedLatents(found, _noising(pipe, component, mus, density), space, notes=notes)
 
 
 def synthetic_latents(
@@ -342,7 +353,7 @@ def _item(pipe: Any, call: Call, moments: Mapping[str, torch.Tensor]) -> dict[st
 def _described(call: Call) -> dict[str, Any]:
     timestep = timestep_of(call)
     scale = 1.0 if timestep is None else _timestep_scale(timestep, 1000)
-    return {"call": {"args": call.args, "kwargs": dict(call.kwargs)}, "timestep_scale": scale}
+    return {"call": {"args": tuple(call.args), "kwargs": dict(call.kwargs)}, "timestep_scale": scale}
 
 
 def _noising(pipe: Any, component: str, mus: set[float | None], density: Density | str) -> Noising:
@@ -369,16 +380,11 @@ def save_data(data: TrainingData, folder: str | Path) -> None:
         ConfigError: data of a class of its own.
     """
     if isinstance(data, NoisedLatents):
-        store_items(folder, data.items, settings={"kind": "latents"})
+        store_items(folder, data.items, settings={"kind": "latents"}, notes=notes_of)
         return
     if not isinstance(data, RecordedCalls):
         raise ConfigError(f"training: {type(data).__name__} cannot be stored; latents and recorded calls can.")
-    items = []
-    for index in range(len(data)):
-        batch, call = data.draw(index, seeded(0)), data.call(index)
-        kept = {} if batch.target is None else {"target": batch.target}
-        items.append({"call": {"args": call.args, "kwargs": dict(call.kwargs)}, "weight": batch.weight, **kept})
-    store_items(folder, items, settings={"kind": "calls"})
+    store_items(folder, map(data.item, range(len(data))), settings={"kind": "calls"}, notes=notes_of)
 
 
 def load_data(
@@ -406,13 +412,13 @@ def load_data(
     items = StoredItems(folder)
     first = items[0]
     if "weight" in first:
-        calls = _Calls(items.part("call"))
-        return RecordedCalls(calls, items.part("weight"), items.part("target") if "target" in first else None)
+        known = [items.part(name) if name in first else None for name in ("weight", "target", "truth")]
+        return RecordedCalls(_Calls(items.part("call")), *known, notes=items.notes)
     if noising is None:
         if pipe is None:
             raise ConfigError(f"{folder}: latents are noised by a scheduler: pass noising= or pipe=.")
         noising = _noising(pipe, component, {first.get("mu")}, density)
-    return NoisedLatents(items, noising, space)
+    return NoisedLatents(items, noising, space, notes=items.notes)
 
 
 class _Calls(Sequence[Call]):
