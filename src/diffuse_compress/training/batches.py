@@ -165,8 +165,8 @@ class NoisedLatents(TrainingData):
     """Clean latents under captions: a draw takes a level of the scheduler's, and noise, for each.
 
     Args:
-        items: trees ``{"call": {"args", "kwargs"}, "latents" or "mean" and "std", "timestep_scale", "mu"}``, on the CPU;
-            may be read from a disk one by one. ``call`` is one of the denoiser for the caption, whose sample and
+        items: trees ``{"call": {"args", "kwargs"}, "latents" or "mean" and "std", "timestep_scale", "mu"}``, on the
+            CPU; may be read from a disk one by one. ``call`` is one of the denoiser for the caption, whose sample and
             timestep are replaced. Of ``mean`` and ``std`` latents are drawn anew each time. ``mu`` is the shift of
             levels for the item's own size, where the scheduler has one.
         noising: of the pipeline's scheduler.

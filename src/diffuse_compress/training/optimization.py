@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 @contextlib.contextmanager
 def uncompiled_on_cpu(device: torch.device) -> Iterator[None]:
     """Inside, torchao's step runs as it is written on a CPU: compiling it takes minutes there, and a compiler."""
-    if device.type != "cpu":
+    if device.type != "cpu" or "torch._dynamo" not in sys.modules:
         yield
         return
     with torch.compiler.set_stance("force_eager"):
@@ -98,8 +99,8 @@ def _is_8bit(value: Any) -> bool:
 
 
 def learning_rate_factor(step: int, total: int, warmup: float, schedule: str = "cosine", cycles: int = 1) -> float:
-    """Of the optimizer step ``step`` of ``total``: a linear rise over a share ``warmup``, then half a cosine to 0, so many
-    of them ("cosine_with_restarts"), a line to 0 ("linear"), or all of it ("constant")."""
+    """Of the optimizer step ``step`` of ``total``: a linear rise over a share ``warmup``, then half a cosine to 0, so
+    many of them ("cosine_with_restarts"), a line to 0 ("linear"), or all of it ("constant")."""
     rising = int(total * warmup)
     if step < rising:
         return (step + 1) / (rising + 1)

@@ -26,13 +26,13 @@ class TrainerOptions:
         checkpointing_steps: optimizer steps between two checkpoints; None makes none.
         checkpoints_total_limit: checkpoints that are kept, the newest.
         resume_from_checkpoint: "latest", or the folder of one.
-        report_to: trackers of accelerate: "tensorboard", "wandb", ..., "all", one of the caller's (a GeneralTracker), or
-            a list.
+        report_to: trackers of accelerate: "tensorboard", "wandb", ..., "all", a GeneralTracker of the caller's, or a
+            list.
         tracker_name: of the run.
         tracker_settings: of its tracker, by the tracker's name.
         log_every: steps between two logs.
-        spectrum_steps: steps between two notes of the branches' singular values (``TrainingResult.spectra``), of which
-            trackers get the mean largest and the share of small ones; None makes none.
+        spectrum_steps: singular values of the branches are kept at the first step and every so many
+            (``TrainingResult.spectra``); trackers get the mean largest and the share of small ones. None keeps none.
         lr_scheduler: "cosine" to 0, "constant", "linear" to 0, or "cosine_with_restarts"; each after the warm-up.
         lr_num_cycles: of the last.
         teacher: "copy", a frozen dense copy beside the student; "cached", its outputs for inputs that never change.

@@ -338,7 +338,7 @@ class QATTrainer:
                 every = self.options.validation_steps
                 if every is not None and done % every == 0 and done < total:
                     metrics |= self._validate(done)
-                if self.options.spectrum_steps is not None and done % self.options.spectrum_steps == 0:
+                if self._notes_spectrum(done):
                     metrics |= self._note_spectrum(done)
                 if self._accelerator is not None and (done % self.options.log_every == 0 or done == total):
                     self._accelerator.log(metrics, step=done)
@@ -394,6 +394,10 @@ class QATTrainer:
             "rank": _rank(prepared),
             "gate": _gate(prepared),
         }
+
+    def _notes_spectrum(self, done: int) -> bool:
+        every = self.options.spectrum_steps
+        return every is not None and (done == 1 or done % every == 0)
 
     def _note_spectrum(self, done: int) -> dict[str, float]:
         """Keep the singular values of all branches; of them for trackers the mean largest, and the share of small ones
