@@ -82,6 +82,18 @@ def test_clips_are_encoded_once_and_noised_at_every_draw(name, monkeypatch, tmp_
         "items-00001.safetensors",
     ]
     assert stored.fingerprint() == data.fingerprint()
+    made = len(calls)
+    assert encode_media(pipe, items, folder=tmp_path, **options).fingerprint() == data.fingerprint()
+    assert len(calls) == made + 1  # the first one, for comparison
+    with torch.no_grad():
+        next(pipe.vae.parameters()).mul_(2)
+    other = encode_media(pipe, items, folder=tmp_path, **options)
+    assert len(calls) == made + 4
+    assert other.fingerprint() != data.fingerprint()
+    with torch.no_grad():
+        next(pipe.vae.parameters()).div_(2)
+    assert encode_media(pipe, items[:1], folder=tmp_path, **options).notes(0) == data.notes(0)
+    stored = encode_media(pipe, items, folder=tmp_path, **options)
     assert torch.equal(sample_of(stored.draw(0, seeded(0)).call), sample_of(one.call))
     assert torch.equal(load_data(tmp_path, pipe=pipe).draw(0, seeded(0)).truth, one.truth)
     both = collated([one, data.draw(1, seeded(2))])

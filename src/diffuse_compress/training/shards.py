@@ -46,6 +46,7 @@ def store_items(
         ModelStateError: the disk is full or cannot be written.
     """
     folder = Path(folder)
+    (folder / INDEX).unlink(missing_ok=True)  # of shards that are about to be overwritten
     places: list[dict[str, Any]] = []
     for number, part in enumerate(_parts(items, per_shard)):
         tensors: dict[str, torch.Tensor] = {}

@@ -43,7 +43,7 @@ from diffuse_compress.training.batches import (
     timestep_of,
 )
 from diffuse_compress.training.config import LossSpace
-from diffuse_compress.training.media import Media, encoded, fitted, is_media, media_in, read_media
+from diffuse_compress.training.media import Media, digest_of_media, encoded, fitted, is_media, media_in, read_media
 from diffuse_compress.training.noising import Density, Noising
 from diffuse_compress.training.shards import INDEX, StoredItems, store_items
 
@@ -70,6 +70,7 @@ def training_data(
     *,
     space: LossSpace | str = LossSpace.OUTPUT,
     seed: int = 0,
+    folder: str | Path | None = None,
     callback: Callback | None = None,
 ) -> TrainingData:
     """Whatever a user gives as data.
@@ -82,6 +83,7 @@ def training_data(
             arguments; for a model texts or dicts of forward arguments. None takes prompts of this package.
         space: of the loss.
         seed: of what is drawn.
+        folder: for latents of pictures and clips, as in :func:`encode_media`.
         callback: of progress.
 
     Raises:
@@ -102,7 +104,9 @@ def training_data(
         return _of_model(target, data)
     items = own_items(target) if data is None else list(data)
     if items and (isinstance(items[0], Media) or is_media(items[0])):
-        return encode_media(target, items, component=component, space=space, seed=seed, callback=callback)
+        return encode_media(
+            target, items, component=component, space=space, seed=seed, folder=folder, callback=callback
+        )
     return record_calls(target, items, component=component, space=space, seed=seed, callback=callback)
 
 
@@ -283,7 +287,8 @@ def encode_media(
         width: likewise.
         num_frames: likewise.
         seed: of the captions that are left out.
-        folder: keep the latents there; from another call they are read again.
+        folder: latents go there as they are made, and are read one by one; another call with the same items, arguments
+            and models reads what is there.
         callback: of progress.
         call_arguments: of the pipeline: max_sequence_length, ...
 
@@ -295,24 +300,40 @@ def encode_media(
     left_out = torch.rand(len(media), generator=seeded(seed)) < caption_dropout
     mus = set[float | None]()
 
+    def one(index: int) -> dict[str, Any]:
+        moments, size = encoded(pipe, media[index].content, height, width, num_frames)
+        caption = "" if bool(left_out[index]) else media[index].caption
+        arguments = _one_pass(pipe, component, caption, size, call_arguments)
+        call, mu = denoiser_call(pipe, component, arguments)
+        mus.add(mu)
+        return {**_item(pipe, call, moments), "mu": mu}
+
     def made() -> Iterator[dict[str, Any]]:
-        for index, item in track(list(enumerate(media)), "Encoding", pipe, callback, {}):
-            moments, size = encoded(pipe, item.content, height, width, num_frames)
-            caption = "" if bool(left_out[index]) else item.caption
-            arguments = _one_pass(pipe, component, caption, size, call_arguments)
-            call, mu = denoiser_call(pipe, component, arguments)
-            mus.add(mu)
-            yield {**_item(pipe, call, moments), "mu": mu}
+        return map(one, track(list(range(len(media))), "Encoding", pipe, callback, {}))
 
     with untouched(pipe):
         if folder is None:
             found: Sequence[Mapping[str, Any]] = list(made())
         else:
             # A clip at a time: a shard is all that is in memory, whatever the size of the data set.
-            settings = {"kind": "latents", "pipeline": type(pipe).__name__, "component": component}
-            found = store_items(folder, made(), settings=settings, notes=notes_of, per_shard=_CLIPS_IN_SHARD)
+            settings: dict[str, Any] = {"kind": "latents", "pipeline": type(pipe).__name__, "component": component}
+            asked = [height, width, num_frames, left_out.tolist(), call_arguments]
+            settings["source"] = digest_of_media(media, repr(asked))
+            stored = _stored(folder, settings)
+            # What was stored is taken if the first item, made anew, is the first one there: by these very models.
+            if stored is not None and stored.notes is not None and stored.notes[0] == notes_of(one(0)):
+                found = stored
+            else:
+                found = store_items(folder, made(), settings=settings, notes=notes_of, per_shard=_CLIPS_IN_SHARD)
     notes = found.notes if isinstance(found, StoredItems) else None
     return NoisedLatents(found, _noising(pipe, component, mus, density), space, notes=notes)
+
+
+def _stored(folder: str | Path, settings: Mapping[str, Any]) -> StoredItems | None:
+    if not (Path(folder) / INDEX).is_file():
+        return None
+    found = StoredItems(folder)
+    return found if found.settings == settings else None
 
 
 def synthetic_latents(

@@ -219,6 +219,7 @@ class QATTrainer:
             self._data_given,
             space=config.loss_space.value,
             seed=config.seed,
+            folder=self._data_folder(),
             callback=self.callback,
         )
         self._dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
@@ -247,6 +248,11 @@ class QATTrainer:
         self.average = self._averaged()
         self._scaler = torch.amp.GradScaler(self._device.type) if self._precision is torch.float16 else None
         self._resume()
+
+    def _data_folder(self) -> Path | None:
+        """For latents; of several processes each keeps its own in memory, and the command encodes before them."""
+        folder = self.options.output_dir
+        return None if folder is None or self._team.count > 1 else Path(folder) / "data"
 
     def _split(self) -> None:
         """Items that are trained on, and those that are held out."""
