@@ -22,6 +22,7 @@ from diffuse_compress.training.config import LossSpace, QVGenConfig, TrainingMet
 from diffuse_compress.training.media import media_in
 from diffuse_compress.training.noising import Density
 from diffuse_compress.training.options import LOSSES, LR_SCHEDULERS, TEACHERS, TrainerOptions
+from diffuse_compress.training.processes import refuse_launcher
 from diffuse_compress.training.setup import component_of, make_accelerator
 from diffuse_compress.training.shards import INDEX
 from diffuse_compress.training.sources import (
@@ -150,7 +151,9 @@ def _add_run(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--logging_dir", metavar="DIR", help="for trackers; default: --output_dir")
     group.add_argument("--spectrum_steps", type=int, help="steps between two logs of the branch's singular values")
     group.add_argument("--validation_prompt", action="append", default=[], help="repeat for more")
+    group.add_argument("--num_validation_videos", "--num_validation_images", type=int, default=1, help="of each prompt")
     group.add_argument("--validation_steps", type=int)
+    group.add_argument("--validation_epochs", type=int, help="instead of --validation_steps")
     group.add_argument("--push_to_hub", action="store_true")
     group.add_argument("--hub_model_id", help="default: the name of --output_dir")
     group.add_argument("--hub_token", help="default: that of `hf auth login`, or of HF_TOKEN")
@@ -165,6 +168,7 @@ def _train(args: argparse.Namespace) -> None:
         raise ConfigError("train: --push_to_hub needs --hub_model_id.")
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    refuse_launcher()
     accelerator = _accelerator(args)
     config = _config(args, 1 if accelerator is None else accelerator.num_processes)
     options = _options(args)
@@ -175,7 +179,11 @@ def _train(args: argparse.Namespace) -> None:
     component = component_of(target, args.component)
     data = _data(args, target, component, config, accelerator)
     if args.num_train_epochs is not None:
-        config = dataclasses.replace(config, max_train_steps=_steps(args, config, len(data), accelerator))
+        steps = _steps(args.num_train_epochs, args, config, len(data), accelerator)
+        config = dataclasses.replace(config, max_train_steps=steps)
+    if args.validation_epochs is not None:
+        every = _steps(args.validation_epochs, args, config, len(data), accelerator)
+        options = dataclasses.replace(options, validation_steps=every)
     trainer = QATTrainer(target, config, data, options=options, component=component, accelerator=accelerator)
     result = trainer.train()
     trainer.convert()
@@ -242,10 +250,10 @@ def _config(args: argparse.Namespace, processes: int) -> QVGenConfig:
     return dataclasses.replace(base, **changes)
 
 
-def _steps(args: argparse.Namespace, config: QVGenConfig, items: int, accelerator: Any) -> int:
+def _steps(epochs: int, args: argparse.Namespace, config: QVGenConfig, items: int, accelerator: Any) -> int:
     processes = 1 if accelerator is None else accelerator.num_processes
     size = processes * config.train_batch_size * config.gradient_accumulation_steps
-    return int(args.num_train_epochs) * -(-max(1, items - args.held_out) // size)
+    return epochs * -(-max(1, items - args.held_out) // size)
 
 
 def _options(args: argparse.Namespace) -> TrainerOptions:
@@ -264,7 +272,7 @@ def _options(args: argparse.Namespace) -> TrainerOptions:
         lr_num_cycles=args.lr_num_cycles,
         held_out=args.held_out,
         validation_steps=args.validation_steps,
-        validation_prompts=tuple(args.validation_prompt),
+        validation_prompts=tuple(p for p in args.validation_prompt for _ in range(args.num_validation_videos)),
         validation_arguments=_sizes(args),
     )
 

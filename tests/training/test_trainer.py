@@ -334,13 +334,18 @@ def test_a_failure_leaves_everything_as_it_was():
     assert "quantization_config" not in pipe.transformer.config
 
 
-def test_what_cannot_be_is_refused_before_anything_is_touched(tmp_path):
+def test_what_cannot_be_is_refused_before_anything_is_touched(tmp_path, monkeypatch):
     model, pipe = mlp(), tiny.build_pipeline("wan")
     before = bits(model)
     with pytest.raises(MissingDependencyError, match="pip install wandb"):
         dc.QATTrainer(model, config(), calls(), report_to="wandb", output_dir=tmp_path).train()
     with pytest.raises(ConfigError, match="unknown report_to='tensorbord'"):
         dc.QATTrainer(model, config(), calls(), report_to="tensorbord", output_dir=tmp_path).train()
+    with monkeypatch.context() as launched:
+        launched.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(ConfigError, match=r"DEEPSPEED optimizes copies.*fsdp2\.yaml"):
+            dc.QATTrainer(model, config(), calls()).train()
+        assert main(["train", "--pretrained_model_name_or_path", "no/such", "--output_dir", str(tmp_path)]) == 1
     with pytest.raises(ConfigError, match="say nothing of their outputs"):
         dc.QATTrainer(model, config(method="lsq"), calls()).train()
     with pytest.raises(ConfigError, match="has no teacher"):
@@ -394,13 +399,14 @@ def test_the_command_trains_saves_and_fails_with_a_code(tmp_path, capsys):
     command = ["train", "--pretrained_model_name_or_path", str(tmp_path / "wan"), "--device", "cpu", "--json"]
     command += ["--prompts", str(tmp_path / "prompts.txt"), "--num_samples", "4", "--num_inference_steps", "2"]
     command += ["--height", "32", "--width", "32", "--num_frames", "5", "--max_train_steps", "3", "--phi_rank", "1"]
+    command += ["--validation_epochs", "1", "--num_validation_videos", "2"]
     command += ["--validation_prompt", "a red cat", "--held_out", "1", "--output_dir", str(tmp_path / "out")]
     assert main(command) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["steps"] == len(found["losses"]) == 3
     assert {"kd_with_phi", "psnr_without_phi"} <= found["validation"][-1].keys()
     names = sorted(p.name for p in (tmp_path / "out" / "validation" / "step-3").iterdir())
-    assert names == ["0-with_phi.gif", "0-without_phi.gif"]
+    assert names == [f"{index}-{name}_phi.gif" for index in (0, 1) for name in ("with", "without")]
     again = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert type(again.transformer.blocks[0].attn1.to_q).__name__ == "QuantizedLinear"
     assert main([*command, "--synthetic", "2"]) == 1

@@ -15,6 +15,7 @@ from diffuse_compress.errors import ConfigError, MissingDependencyError, nearest
 from diffuse_compress.quantization.layer_base import QuantizedLayer
 from diffuse_compress.training.config import QVGenConfig
 from diffuse_compress.training.options import TrainerOptions
+from diffuse_compress.training.processes import refuse_launcher
 
 __all__ = ["accelerated", "cast_back", "checkpoint_blocks", "component_of", "make_accelerator", "precision_of"]
 
@@ -33,6 +34,7 @@ def component_of(target: Any, asked: str | None) -> str:
 @contextlib.contextmanager
 def accelerated(options: TrainerOptions, given: Any, config: QVGenConfig) -> Iterator[Any]:
     """The accelerator of a training: the caller's, or one of its own where there are other processes or trackers."""
+    refuse_launcher()
     if given is None and not options.report_to and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield None
         return
