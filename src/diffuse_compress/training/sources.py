@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ __all__ = [
 
 _PER_PROMPT = 8
 _BUNDLED = 16
-_CLIPS_IN_SHARD = 8  # of a clip in 480p moments and texts are some 20 MB
+_CLIPS_IN_SHARD = 8  # all that is in memory at a time; of a clip in 480p moments and texts are some 20 MB
 
 
 def training_data(
@@ -315,25 +315,26 @@ def encode_media(
         if folder is None:
             found: Sequence[Mapping[str, Any]] = list(made())
         else:
-            # A clip at a time: a shard is all that is in memory, whatever the size of the data set.
-            settings: dict[str, Any] = {"kind": "latents", "pipeline": type(pipe).__name__, "component": component}
-            asked = [height, width, num_frames, left_out.tolist(), call_arguments]
-            settings["source"] = digest_of_media(media, repr(asked))
-            stored = _stored(folder, settings)
-            # What was stored is taken if the first item, made anew, is the first one there: by these very models.
-            if stored is not None and stored.notes is not None and stored.notes[0] == notes_of(one(0)):
-                found = stored
-            else:
-                found = store_items(folder, made(), settings=settings, notes=notes_of, per_shard=_CLIPS_IN_SHARD)
-    notes = found.notes if isinstance(found, StoredItems) else None
+            asked = repr([height, width, num_frames, left_out.tolist(), call_arguments])
+            settings = {"kind": "latents", "pipeline": type(pipe).__name__, "component": component}
+            found = _on_disk(folder, {**settings, "source": digest_of_media(media, asked)}, one, made)
+    notes = getattr(found, "notes", None)
     return NoisedLatents(found, _noising(pipe, component, mus, density), space, notes=notes)
 
 
-def _stored(folder: str | Path, settings: Mapping[str, Any]) -> StoredItems | None:
-    if not (Path(folder) / INDEX).is_file():
-        return None
-    found = StoredItems(folder)
-    return found if found.settings == settings else None
+def _on_disk(
+    folder: str | Path,
+    settings: Mapping[str, Any],
+    one: Callable[[int], Mapping[str, Any]],
+    made: Callable[[], Iterable[Mapping[str, Any]]],
+) -> StoredItems:
+    """Items of a folder: those that are there, if they are of these settings and the first, made anew, is the first
+    there (by these very models, then); else they are made."""
+    if (Path(folder) / INDEX).is_file():
+        found = StoredItems(folder)
+        if found.settings == settings and found.notes is not None and found.notes[0] == notes_of(one(0)):
+            return found
+    return store_items(folder, made(), settings=settings, notes=notes_of, per_shard=_CLIPS_IN_SHARD)
 
 
 def synthetic_latents(
