@@ -302,8 +302,7 @@ def encode_media(
 
     def one(index: int) -> dict[str, Any]:
         moments, size = encoded(pipe, media[index].content, height, width, num_frames)
-        caption = "" if bool(left_out[index]) else media[index].caption
-        arguments = _one_pass(pipe, component, caption, size, call_arguments)
+        arguments = _one_pass(pipe, component, "" if left_out[index] else media[index].caption, size, call_arguments)
         call, mu = denoiser_call(pipe, component, arguments)
         mus.add(mu)
         return {**_item(pipe, call, moments), "mu": mu}
@@ -316,10 +315,9 @@ def encode_media(
             found: Sequence[Mapping[str, Any]] = list(made())
         else:
             asked = repr([height, width, num_frames, left_out.tolist(), call_arguments])
-            settings = {"kind": "latents", "pipeline": type(pipe).__name__, "component": component}
-            found = _on_disk(folder, {**settings, "source": digest_of_media(media, asked)}, one, made)
-    notes = getattr(found, "notes", None)
-    return NoisedLatents(found, _noising(pipe, component, mus, density), space, notes=notes)
+            settings = {"kind": "latents", "component": component, "source": digest_of_media(media, asked)}
+            found = _on_disk(folder, settings, one, made)
+    return NoisedLatents(found, _noising(pipe, component, mus, density), space, notes=getattr(found, "notes", None))
 
 
 def _on_disk(
