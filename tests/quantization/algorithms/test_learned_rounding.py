@@ -262,7 +262,7 @@ def test_block_begins_with_layers_that_have_learned() -> None:
     block, config = Block(), BRECQConfig(iterations=40)
     work = work_of(block, W4, inputs(4), unchanged=unchanged_twin(block))
     with contextlib.ExitStack() as stack:
-        name, collector = next(brecq._inputs(work))
+        name, collector = next(brecq.inputs_of(work))
         found = brecq._begin(work, name, collector, config, stack)
     assert found.cost < float(found.aim.cost(first_rounding(found.layer, found.aim, config).hard()).sum())
 
@@ -360,9 +360,9 @@ def test_low_rank_branch_and_smoothing_are_in_the_loop() -> None:
     with contextlib.ExitStack() as stack, torch.no_grad():
         learned = [
             brecq._begin(work, name, collector, BRECQConfig(iterations=2), stack)
-            for name, collector in brecq._inputs(work)
+            for name, collector in brecq.inputs_of(work)
         ]
-        weights = brecq._weights(learned, [one.rounding.hard() for one in learned])
+        weights = brecq.weights_of(learned, [one.rounding.hard() for one in learned])
         expected = torch.func.functional_call(model, weights, calls[0].args)
         assert torch.equal(calls[0].run(model), expected)
     for one in learned:

@@ -91,7 +91,7 @@ class SVDQuantConfig(AlgorithmConfig):
     def scales_input(self, layer: nn.Module, scheme: Scheme) -> bool:
         return self.num_alphas > 0 and scheme.activation is not None and takes_scale(layer)
 
-    def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+    def branch_bytes(self, layer: nn.Module, scheme: Scheme, name: str = "") -> int:
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
         rows, columns = weight.flatten(1).shape
