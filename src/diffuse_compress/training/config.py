@@ -74,9 +74,9 @@ class Gate(str, Enum):
 
 
 class TrainingMethod(str, Enum):
-    """QVGEN: weights, scales, clips and the branch. KD and LSQ: the same without a branch (Q-DM's and LSQ's training;
-    they differ in the loss). EFFICIENTDM: weights are frozen, a low-rank change of them is trained with the scales and
-    clips, and is part of the weight that is rounded."""
+    """QVGEN: weights, scales, clips and the branch. KD: the same without a branch (Q-DM's training). LSQ: as KD without
+    a teacher, from data that say what is right (noised latents, texts). EFFICIENTDM: weights are frozen, a low-rank
+    change of them is trained with the scales and clips, and is part of the weight that is rounded."""
 
     QVGEN = "qvgen"
     KD = "kd"
