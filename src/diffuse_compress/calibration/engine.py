@@ -22,9 +22,10 @@ from diffuse_compress.failures import is_out_of_memory
 from diffuse_compress.families.registry import family_of
 from diffuse_compress.families.roles import block_elements
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, calibrate_with, steps_of
-from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, unchanged_twin
+from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
 from diffuse_compress.quantization.algorithms.folding import fold_scales
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
+from diffuse_compress.quantization.algorithms.twin import unchanged_twin
 from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
 from diffuse_compress.quantization.observers import ObserverConfig
@@ -111,8 +112,7 @@ def calibrate_layers(
         model, layers, algorithm, weights, labels, replace, generator, observer, keep, folds, finished, home, there
     )
     run.ready.update(ready or {})
-    working = [name for name in blocks if any(True for _ in layers_of(name, layers))]
-    run.depths = {name: index / len(working) for index, name in enumerate(working)}
+    run.depths = _depths(blocks, layers)
 
     def visit(found: Visit) -> None:
         run.visit(found)
@@ -124,6 +124,12 @@ def calibrate_layers(
     missed = {name: scheme for name, scheme in layers.items() if name not in run.done}
     quantize_layers(missed, RTNConfig(), replace, generator=generator, device=device)
     return list(missed)
+
+
+def _depths(blocks: Sequence[str], layers: Mapping[str, Scheme]) -> dict[str, float]:
+    """For each block that holds some of ``layers``, the share of these blocks before it."""
+    working = [name for name in blocks if any(True for _ in layers_of(name, layers))]
+    return {name: index / len(working) for index, name in enumerate(working)}
 
 
 @dataclass

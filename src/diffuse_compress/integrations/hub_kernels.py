@@ -53,8 +53,8 @@ tags:
 # {title}
 
 Low-bit products of [diffuse_compress](https://github.com/diffuse-compress/diffuse-compress): int8 and float8 linear
-layers, int4 weights beside 8-bit and 16-bit inputs, int8 convolutions, and norms and activations that quantize what they
-return. Triton on NVIDIA GPUs of compute capability 8.0 and more, plain torch elsewhere; both give the same codes and
+layers, int4 weights beside 8-bit and 16-bit inputs, int8 convolutions, and norms and activations that quantize their
+results. Triton on NVIDIA GPUs of compute capability 8.0 and more, plain torch elsewhere; both give the same codes and
 int32 sums.
 
 ```python

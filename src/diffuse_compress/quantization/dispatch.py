@@ -16,7 +16,6 @@ Nothing here knows a gradient; layers wrap it (see ``layers.py``).
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -34,6 +33,7 @@ from diffuse_compress.quantization.numerics import (
     quantize_activation,
 )
 from diffuse_compress.quantization.packed import QuantizedWeight
+from diffuse_compress.quantization.product_dtype import product_dtype
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
     Bilevel,
@@ -76,7 +76,6 @@ __all__ = [
     "dense_weight",
     "linear",
     "per_column",
-    "product_dtype",
     "require_device",
 ]
 
@@ -572,23 +571,6 @@ def _dequantized_input(
         values, scheme.activation, inputs.scale, inputs.zero_point, feature_dims, inputs.clip
     )
     return dequantize_activation(codes, scale, zero_point, dtype), None
-
-
-def _multiplies_natively(dtype: torch.dtype) -> bool:
-    """True if this CPU has instructions for products in ``dtype``; without them float32 is several times faster."""
-    if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return dtype == torch.float32 or (dtype == torch.float16 and torch.cpu._is_amx_fp16_supported())
-
-
-_multiplies_natively = torch.compiler.assume_constant_result(_multiplies_natively)
-
-
-def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """Dtype of the dense product: that of x, or float32 on a CPU that would only emulate it."""
-    if x.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and not _multiplies_natively(x.dtype):
-        return torch.float32
-    return x.dtype
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------

@@ -7,9 +7,7 @@ parameter              shape, dtype                           meaning
 =====================  =====================================  =================================================
 ``bias``               [N], compute dtype                     as in the dense layer
 ``qweight``            see :class:`QuantizedWeight`           codes, packed below 8 bits
-``scale``              [1, 1], [N, 1], [N, G], [K, G] or, per  of the weight
-                       block, [N / 128, K / 128] rounded up,
-                       fp32
+``scale``              see :class:`QuantizedWeight`, fp32     of the weight
 ``zero_point``         as ``scale``, int8 or fp32             asymmetric weights
 ``group_scale``        [N, G] int8                            two-level and bilevel scales
 ``act_pre_shift``      [K] fp32, linear layers only           is subtracted from the input, in fp32

@@ -19,23 +19,22 @@ with them: :func:`expanded` gives these scales, and all equations hold with them
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from diffuse_compress.errors import ConfigError, IncompatibleShapeError, ModelStateError
-from diffuse_compress.quantization.bilevel import MIN_SCALE, bilevel, read_bilevel
-from diffuse_compress.quantization.blocks import over_blocks, over_columns, scale_rows
+from diffuse_compress.quantization.bilevel import MIN_SCALE, bilevel
+from diffuse_compress.quantization.blocks import over_blocks, over_columns
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.packing import pack, packed_columns, unpack
+from diffuse_compress.quantization.qparams import QParams, effective_scale, expanded, rows_of
 from diffuse_compress.quantization.scheme import (
     TWO_LEVEL_MAX_GROUP_SCALE,
     ActivationScheme,
     Bilevel,
     PerBlock,
     PerGroup,
-    PerInputGroup,
     PerTensor,
     PerToken,
     ScaleRule,
@@ -45,12 +44,10 @@ from diffuse_compress.quantization.scheme import (
 
 __all__ = [
     "MIN_SCALE",
-    "QParams",
     "choose_activation_qparams",
     "choose_qparams",
     "dequantize",
     "dequantize_activation",
-    "expanded",
     "fake_quantize",
     "fake_quantize_activation",
     "integer_weight",
@@ -67,22 +64,6 @@ _FLOAT8_ROUNDS_TO_MAX = 464.0
 # three fp32 copies of a chunk, 48 MiB.
 _CHUNK_CPU = 1 << 18
 _CHUNK_GPU = 1 << 22
-
-
-@dataclass(frozen=True)
-class QParams:
-    """Quantization parameters of one tensor, as a :class:`QuantizedWeight` stores them.
-
-    Attributes:
-        scale: fp32, at least ``MIN_SCALE``.
-        zero_point: None if symmetric, else int8 (fp32 with ``float_zero_point`` or ``additive_zero_point``) of
-            ``scale``'s shape.
-        group_scale: int8 [N, G]: in 1..16 for two-level scales, a byte of scale and zero point for bilevel ones.
-    """
-
-    scale: torch.Tensor
-    zero_point: torch.Tensor | None = None
-    group_scale: torch.Tensor | None = None
 
 
 # --- weights: qparams -------------------------------------------------------------------------------------------
@@ -215,14 +196,6 @@ def _two_level_qparams(
     return QParams(scale, None, group_scale.to(torch.int8))
 
 
-def expanded(qparams: QParams, scheme: WeightScheme) -> QParams:
-    """Qparams with one scale and zero point for each element of the granularity, fp32 and int8 [N, G] of bilevel ones;
-    others as they are."""
-    if not isinstance(scheme.granularity, Bilevel) or qparams.group_scale is None:
-        return qparams
-    return QParams(*read_bilevel(qparams.scale, qparams.group_scale))
-
-
 def _check_weight(weight: torch.Tensor, scheme: WeightScheme) -> None:
     if weight.dim() != 2 or not weight.is_floating_point():
         raise IncompatibleShapeError(
@@ -295,26 +268,6 @@ def row_chunks(weight: torch.Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, weight.shape[0]))
 
 
-def rows_of(qparams: QParams, scheme: WeightScheme, rows: slice | None, total: int) -> QParams:
-    """Qparams of some of ``total`` rows: per tensor those of the whole, of runs of rows one for each weight, of blocks
-    one for each row."""
-    zero_point, group_scale = qparams.zero_point, qparams.group_scale
-    if isinstance(scheme.granularity, PerInputGroup):
-        groups = torch.arange(total, device=qparams.scale.device)[rows or slice(None)] // scheme.granularity.rows
-        wide = None if zero_point is None else zero_point.t()[groups]
-        return QParams(qparams.scale.t()[groups], wide)
-    if isinstance(scheme.granularity, PerBlock):
-        start, stop, _ = (rows or slice(None)).indices(total)
-        return QParams(scale_rows(qparams.scale, scheme, stop - start, start))
-    if rows is None or isinstance(scheme.granularity, PerTensor):
-        return qparams
-    return QParams(
-        qparams.scale[rows],
-        None if zero_point is None else zero_point[rows],
-        None if group_scale is None else group_scale[rows],
-    )
-
-
 def _round_to_codes(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -> torch.Tensor:
     """Codes [N, K] of a weight, not packed: int8, or float8 for fp8 weights."""
     steps = weight_steps(weight, scheme, qparams)
@@ -342,14 +295,6 @@ def weight_steps(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -
         steps.round_()
     per_group_(steps, qparams.zero_point.float(), size, torch.Tensor.add_)
     return steps.round_() if scheme.float_zero_point else steps
-
-
-def effective_scale(qparams: QParams) -> torch.Tensor:
-    """fp32 size of one code step, per element of the granularity: ``scale``, times ``group_scale`` if two-level.
-
-    Bilevel qparams are :func:`expanded` first.
-    """
-    return qparams.scale if qparams.group_scale is None else qparams.scale * qparams.group_scale.float()
 
 
 def per_group_(values: torch.Tensor, factor: torch.Tensor, group_size: int | None, operation: Any) -> torch.Tensor:

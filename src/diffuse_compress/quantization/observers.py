@@ -19,10 +19,7 @@ from diffuse_compress.errors import ConfigError, ModelStateError, nearest
 from diffuse_compress.quantization.numerics import (
     FLOAT8,
     FLOAT8_MAX,
-    QParams,
     choose_qparams,
-    effective_scale,
-    expanded,
     qparams_from_range,
     qparams_from_weight_range,
     row_chunks,
@@ -30,6 +27,7 @@ from diffuse_compress.quantization.numerics import (
     valid_columns,
     weight_range,
 )
+from diffuse_compress.quantization.qparams import QParams, effective_scale, expanded
 from diffuse_compress.quantization.scheme import ActivationScheme, PerTensor, TwoLevel, WeightScheme
 
 __all__ = [

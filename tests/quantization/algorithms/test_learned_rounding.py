@@ -24,11 +24,12 @@ from diffuse_compress.quantization.algorithms.adaround import (
     round_adaptively,
 )
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, SequenceConfig
-from diffuse_compress.quantization.algorithms.block import LayerWork, unchanged_twin
+from diffuse_compress.quantization.algorithms.block import LayerWork
 from diffuse_compress.quantization.algorithms.brecq import BRECQConfig
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig, HessianCollector, round_columns
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig
+from diffuse_compress.quantization.algorithms.twin import unchanged_twin
 from diffuse_compress.quantization.numerics import choose_qparams, dequantize, quantize_weight
 from diffuse_compress.quantization.presets import PRESETS
 from diffuse_compress.quantization.scheme import NumberFormat, PerChannel, PerGroup, PerTensor, Scheme, WeightScheme

@@ -17,10 +17,11 @@ from diffuse_compress.quantization.algorithms.gptq import GPTQConfig
 from diffuse_compress.quantization.algorithms.spqr import find_outliers, gains
 from diffuse_compress.quantization.convert import requantize
 from diffuse_compress.quantization.layers import QuantizedLinear
-from diffuse_compress.quantization.numerics import choose_qparams, dequantize, expanded, quantize_weight
+from diffuse_compress.quantization.numerics import choose_qparams, dequantize, quantize_weight
 from diffuse_compress.quantization.packed import SparseOutliers
 from diffuse_compress.quantization.packing import unpack
 from diffuse_compress.quantization.presets import PRESETS
+from diffuse_compress.quantization.qparams import expanded
 from diffuse_compress.quantization.scheme import Bilevel, Scheme, WeightScheme
 from tolerance import KERNEL, assert_close, snr_db
 

@@ -18,10 +18,10 @@ from diffuse_compress.quantization.algorithms import tesseraq
 from diffuse_compress.quantization.algorithms.adaround import SoftRounding
 from diffuse_compress.quantization.algorithms.awq import AWQConfig
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, SequenceConfig
-from diffuse_compress.quantization.algorithms.block import unchanged_twin
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.tesseraq import ScaledRounding, TesseraQConfig, soft_shares
+from diffuse_compress.quantization.algorithms.twin import unchanged_twin
 from diffuse_compress.quantization.numerics import choose_qparams, dequantize, quantize_weight
 from diffuse_compress.quantization.presets import PRESETS
 from diffuse_compress.quantization.scheme import (

@@ -35,9 +35,10 @@ from diffuse_compress.quantization.algorithms.gptq import (
     inverse_factor,
     round_columns,
 )
-from diffuse_compress.quantization.numerics import QParams, choose_qparams, effective_scale, quantize_weight
+from diffuse_compress.quantization.numerics import choose_qparams, quantize_weight
 from diffuse_compress.quantization.observers import weight_qparams
 from diffuse_compress.quantization.packed import QuantizedWeight
+from diffuse_compress.quantization.qparams import QParams, effective_scale
 from diffuse_compress.quantization.scheme import Bilevel, WeightScheme
 
 __all__ = [

@@ -33,8 +33,9 @@ from diffuse_compress.quantization.algorithms.block import (
 from diffuse_compress.quantization.algorithms.folding import check_fold, set_scale
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig, quantize
 from diffuse_compress.quantization.algorithms.simulation import seen_as_quantized
-from diffuse_compress.quantization.numerics import QParams, choose_qparams, dequantize, fake_quantize, split_groups
+from diffuse_compress.quantization.numerics import choose_qparams, dequantize, fake_quantize, split_groups
 from diffuse_compress.quantization.observers import ObserverConfig
+from diffuse_compress.quantization.qparams import QParams
 from diffuse_compress.quantization.scheme import PerBlock, PerTensor, Scheme, TwoLevel, WeightScheme
 
 __all__ = [

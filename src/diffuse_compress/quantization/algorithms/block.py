@@ -9,7 +9,6 @@ the same sequence decided is in there already. Ranges of static inputs are chose
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +21,11 @@ from diffuse_compress.calls import Autocast, Call, autocast_as, autocast_now
 from diffuse_compress.errors import ModelStateError
 from diffuse_compress.failures import failures_explained
 from diffuse_compress.quantization.layer_base import LowRank
-from diffuse_compress.quantization.numerics import QParams, fake_quantize_activation
+from diffuse_compress.quantization.numerics import fake_quantize_activation
 from diffuse_compress.quantization.observers import Observer, ObserverConfig
 from diffuse_compress.quantization.outlier_columns import outlier_columns
 from diffuse_compress.quantization.packed import QuantizedWeight
+from diffuse_compress.quantization.qparams import QParams
 from diffuse_compress.quantization.rotation import rotate
 from diffuse_compress.quantization.scheme import ActivationScheme, Scheme
 
@@ -42,7 +42,6 @@ __all__ = [
     "prepared",
     "row_weights",
     "shifted",
-    "unchanged_twin",
 ]
 
 Dense = nn.Linear | nn.Conv2d
@@ -156,7 +155,7 @@ class BlockWork:
         device: of the block; None is where the calls are.
         weights: for each call how much it counts: a number, or one for each row of its hidden states. Rows of weight 0
             are padding: no algorithm looks at them (:meth:`counted`).
-        unchanged: the block as it was (:func:`unchanged_twin`), if the algorithm ``needs_reference``.
+        unchanged: the block as it was (``twin.py``), if the algorithm ``needs_reference``.
         references: for each call the arguments that ``unchanged`` has in a model of which nothing was changed; None,
             the same as ``calls``.
         samples: for each call the number of its sample and what else tells it, for messages; None, the calls' numbers.
@@ -575,28 +574,3 @@ def _copied(qparams: QParams, device: torch.device) -> QParams:
     """Layers must not share memory, or they could not be saved."""
     zero_point = None if qparams.zero_point is None else qparams.zero_point.to(device, copy=True)
     return QParams(qparams.scale.to(device, copy=True), zero_point)
-
-
-def unchanged_twin(module: nn.Module) -> nn.Module:
-    """A module that goes on computing what ``module`` does now, whatever layers are replaced in that.
-
-    It shares the memory of all tensors. A forward that someone else put on the instance is left out.
-    """
-    return _twin(module, {})
-
-
-def _twin(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    if module not in made:
-        twin = made[module] = type(module).__new__(type(module))
-        # Dicts are copied: hooks that are registered later belong to the module alone.
-        own = {key: copy.copy(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
-        own.pop("forward", None)
-        vars(twin).update(own)
-        for name, parameter in module._parameters.items():
-            # Parameters of its own on the same memory: layers that are replaced have theirs emptied.
-            twin._parameters[name] = (
-                None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
-            )
-        for name, child in module._modules.items():
-            twin._modules[name] = None if child is None else _twin(child, made)
-    return made[module]

@@ -30,15 +30,9 @@ from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
 from diffuse_compress.quantization.algorithms.folding import check_fold, set_scale
 from diffuse_compress.quantization.algorithms.gptq import collected
 from diffuse_compress.quantization.algorithms.smoothquant import AbsMaxCollector
-from diffuse_compress.quantization.numerics import (
-    MIN_SCALE,
-    QParams,
-    effective_scale,
-    per_group_,
-    quantize_weight,
-    split_groups,
-)
+from diffuse_compress.quantization.numerics import MIN_SCALE, per_group_, quantize_weight, split_groups
 from diffuse_compress.quantization.observers import weight_qparams
+from diffuse_compress.quantization.qparams import QParams, effective_scale
 from diffuse_compress.quantization.scheme import (
     TWO_LEVEL_MAX_GROUP_SCALE,
     Scheme,

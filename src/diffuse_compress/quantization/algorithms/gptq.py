@@ -30,19 +30,10 @@ import torch
 from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
-from diffuse_compress.quantization.numerics import (
-    FLOAT8,
-    FLOAT8_MAX,
-    QParams,
-    choose_qparams,
-    dequantize,
-    effective_scale,
-    expanded,
-    quantize_weight,
-    rows_of,
-)
+from diffuse_compress.quantization.numerics import FLOAT8, FLOAT8_MAX, choose_qparams, dequantize, quantize_weight
 from diffuse_compress.quantization.observers import weight_qparams
 from diffuse_compress.quantization.packed import SparseOutliers
+from diffuse_compress.quantization.qparams import QParams, effective_scale, expanded, rows_of
 from diffuse_compress.quantization.scheme import PerChannel, PerGroup, WeightScheme
 
 __all__ = [

@@ -31,7 +31,6 @@ import torch
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register
 from diffuse_compress.quantization.numerics import (
-    QParams,
     choose_qparams,
     quantize_weight,
     row_chunks,
@@ -39,6 +38,7 @@ from diffuse_compress.quantization.numerics import (
     valid_columns,
 )
 from diffuse_compress.quantization.packed import QuantizedWeight
+from diffuse_compress.quantization.qparams import QParams
 from diffuse_compress.quantization.scheme import Bilevel, PerTensor, WeightScheme
 
 __all__ = ["HQQConfig"]

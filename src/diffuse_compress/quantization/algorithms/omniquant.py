@@ -51,13 +51,13 @@ from diffuse_compress.quantization.numerics import (
     FLOAT8,
     FLOAT8_MAX,
     MIN_SCALE,
-    QParams,
     choose_qparams,
     dequantize,
     fake_quantize,
     qparams_from_range,
 )
 from diffuse_compress.quantization.observers import weight_qparams
+from diffuse_compress.quantization.qparams import QParams
 from diffuse_compress.quantization.scheme import (
     TWO_LEVEL_MAX_GROUP_SCALE,
     ActivationScheme,

@@ -29,8 +29,9 @@ from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork,
 from diffuse_compress.quantization.algorithms.gptq import shared_inputs
 from diffuse_compress.quantization.algorithms.smoothquant import AbsMaxCollector, smoothing_scale
 from diffuse_compress.quantization.layer_base import LowRank
-from diffuse_compress.quantization.numerics import QParams, choose_qparams, fake_quantize, fake_quantize_activation
+from diffuse_compress.quantization.numerics import choose_qparams, fake_quantize, fake_quantize_activation
 from diffuse_compress.quantization.observers import ObserverConfig, weight_qparams
+from diffuse_compress.quantization.qparams import QParams
 from diffuse_compress.quantization.rotation import rotate, rotate_back
 from diffuse_compress.quantization.scheme import PerTensor, Scheme
 

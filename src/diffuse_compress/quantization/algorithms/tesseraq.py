@@ -36,8 +36,9 @@ from diffuse_compress.quantization.algorithms.block import BlockWork
 from diffuse_compress.quantization.algorithms.brecq import Learned, Reconstruction, inputs_of
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig
 from diffuse_compress.quantization.algorithms.simulation import seen_as_quantized
-from diffuse_compress.quantization.numerics import MIN_SCALE, QParams, quantize_weight, split_groups
+from diffuse_compress.quantization.numerics import MIN_SCALE, quantize_weight, split_groups
 from diffuse_compress.quantization.packed import QuantizedWeight
+from diffuse_compress.quantization.qparams import QParams
 from diffuse_compress.quantization.scheme import WeightScheme
 
 __all__ = ["ScaledRounding", "TesseraQConfig", "soft_shares"]
