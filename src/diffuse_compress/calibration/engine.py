@@ -105,12 +105,10 @@ def calibrate_layers(
     """
     home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     there = home if device is None else torch.device(device)
-    weights = sample_weights(samples, model)
     blocks = calibration_blocks(model, [*layers, *(ready or {})], every=there != home)
     labels = [_label(index, sample) for index, sample in enumerate(samples)]
-    run = _Run(
-        model, layers, algorithm, weights, labels, replace, generator, observer, keep, folds, finished, home, there
-    )
+    given = (layers, algorithm, sample_weights(samples, model), labels, replace, generator, observer, keep, folds)
+    run = _Run(model, *given, finished, home, there)
     run.ready.update(ready or {})
     run.depths = _depths(blocks, layers)
 
