@@ -68,6 +68,8 @@ def algorithms(iterations: int | None) -> dict[str, AlgorithmConfig | list[Algor
         "adaround": dc.AdaRoundConfig(**steps),
         "brecq": dc.BRECQConfig(**steps),
         "awq+brecq": [dc.AWQConfig(), dc.BRECQConfig(**steps)],
+        "adadim": dc.AdaDimConfig(),
+        "tesseraq": dc.TesseraQConfig(),
     }
 
 

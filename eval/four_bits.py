@@ -4,9 +4,11 @@
     python eval/four_bits.py --model examples/reference_models/python_llama --out llama.json
     python eval/four_bits.py --model examples/reference_models/emoji_sd --out sd.json
     python eval/four_bits.py --table pixart.json llama.json sd.json
+    python eval/four_bits.py --model examples/reference_models/python_llama --scheme w3g128 --arms RTN OmniQuant
 
-Each arm compresses a fresh float32 model to "w4a4", once for each seed, as it is and with outlier channels of the same
-function (``diffuse_compress.evaluation.outliers``). The seed chooses calibration data, starting noise, outliers and
+Each arm compresses a fresh float32 model to "w4a4", or another ``--scheme``, once for each seed, as it is and with
+outlier channels of the same function (``diffuse_compress.evaluation.outliers``); ``--variants offsets`` moves channels
+far off zero. The seed chooses calibration data, starting noise, outliers and
 what an algorithm draws. A pipeline is judged by the relative error of its denoiser on recorded calls of prompts that
 were not calibrated on, and by the PSNR of pictures against the dense ones; a language model by its perplexity on
 held-out text. A UNet is measured as it is only. Results are written after each arm, and arms that the file has already
@@ -21,6 +23,7 @@ import json
 import math
 import random
 import statistics
+import sys
 import sysconfig
 import time
 from collections.abc import Callable
@@ -35,7 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import diffuse_compress as dc
 from diffuse_compress.evaluation.environment import command_line, device_name
 from diffuse_compress.evaluation.images import accepted_options
-from diffuse_compress.evaluation.outliers import add_outlier_channels
+from diffuse_compress.evaluation.outliers import add_offset_channels, add_outlier_channels
 
 ALGORITHMS: dict[str, Any] = {
     "dense": None,
@@ -51,15 +54,51 @@ ALGORITHMS: dict[str, Any] = {
     "QuaRot residual": dc.QuaRotConfig(residual=True),
     "QuaRot residual, GPTQ": [dc.QuaRotConfig(residual=True), dc.GPTQConfig()],
 }
+# Only where --arms names them.
+MORE: dict[str, Any] = {
+    "AWQ": dc.AWQConfig(),
+    "GPTQ": dc.GPTQConfig(),
+    "OS+": dc.OSPlusConfig(),
+    "OS+ scales": dc.OSPlusConfig(shift=False),
+    "OmniQuant": dc.OmniQuantConfig(),
+    "SpinQuant residual": dc.SpinQuantConfig(),
+    "DGQ": dc.DGQConfig(),
+    "AdaDim": dc.AdaDimConfig(),
+    "AdaDim, GPTQ": [dc.AdaDimConfig(), dc.GPTQConfig()],
+    "TesseraQ": dc.TesseraQConfig(iterations=10, stages=10),
+    "AWQ, TesseraQ": [dc.AWQConfig(), dc.TesseraQConfig(iterations=10, stages=10)],
+    "AWQ, OmniQuant": [dc.AWQConfig(), dc.OmniQuantConfig()],
+    "OmniQuant, GPTQ": [dc.OmniQuantConfig(), dc.GPTQConfig()],
+    "RTN, norms": [dc.RTNConfig(), dc.NormTweakingConfig()],
+    "GPTQ, norms": [dc.GPTQConfig(), dc.NormTweakingConfig()],
+}
+SCHEMES: dict[str, Any] = {
+    "w4a4": "w4a4",
+    "w8a8": "w8a8",
+    "w4a8": "w4a8",
+    "w4g128": dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT4, dc.PerGroup(128), symmetric=False)),
+    "w3g64": dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT3, dc.PerGroup(64), symmetric=False)),
+    "w3g128": dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT3, dc.PerGroup(128, pad=True), symmetric=False)),
+    "w2g64": dc.Scheme(dc.WeightScheme(dc.NumberFormat.INT2, dc.PerGroup(64), symmetric=False)),
+}
+VARIANTS = ("plain", "outliers", "offsets")
 CALIBRATION_PROMPTS, JUDGED_PROMPTS, PICTURES, STEPS, GUIDANCE = 8, 16, 4, 20, 3.0
 CALIBRATION_TEXTS, TEXT_CHARACTERS, JUDGED_TOKENS = 16, 1500, 8192
+
+
+def change(model: nn.Module, variant: str, seed: int) -> None:
+    """Give a dense model, in place, the channels that a variant is named after; its function stays."""
+    if variant == "outliers":
+        add_outlier_channels(model, seed=seed)
+    elif variant == "offsets":
+        add_offset_channels(model, seed=seed)
 
 
 class Pictures:
     """A pipeline: denoiser's error and PSNR."""
 
-    def __init__(self, folder: Path, seed: int, outliers: bool) -> None:
-        self.folder, self.seed, self.outliers = folder, seed, outliers
+    def __init__(self, folder: Path, seed: int, variant: str) -> None:
+        self.folder, self.seed, self.variant = folder, seed, variant
         # emoji_sd draws the prompts of emoji_pixart.
         prompts = (folder.parent / "emoji_pixart" / "prompts.txt").read_text().splitlines()
         random.Random(seed).shuffle(prompts)
@@ -74,8 +113,7 @@ class Pictures:
     def target(self) -> Any:
         pipe = DiffusionPipeline.from_pretrained(self.folder)
         pipe.set_progress_bar_config(disable=True)
-        if self.outliers:
-            add_outlier_channels(self.model(pipe), seed=self.seed)
+        change(self.model(pipe), self.variant, self.seed)
         return pipe
 
     def calibration(self, pipe: Any) -> dc.Calibration:
@@ -103,8 +141,8 @@ class Pictures:
 class Text:
     """A language model: perplexity."""
 
-    def __init__(self, folder: Path, seed: int, outliers: bool) -> None:
-        self.folder, self.seed, self.outliers = folder, seed, outliers
+    def __init__(self, folder: Path, seed: int, variant: str) -> None:
+        self.folder, self.seed, self.variant = folder, seed, variant
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         text = (folder / "heldout.txt").read_text(encoding="utf-8")
         self.tokens = torch.tensor(self.tokenizer(text, verbose=False).input_ids[: JUDGED_TOKENS + 1])
@@ -114,8 +152,7 @@ class Text:
 
     def target(self) -> Any:
         model = AutoModelForCausalLM.from_pretrained(self.folder).eval()
-        if self.outliers:
-            add_outlier_channels(model, seed=self.seed)
+        change(model, self.variant, self.seed)
         return model
 
     def calibration(self, model: Any) -> dc.Calibration:
@@ -135,12 +172,12 @@ class Text:
         return {"perplexity": math.exp(nats / JUDGED_TOKENS)}
 
 
-def run_arm(case: Pictures | Text, name: str) -> dict[str, float]:
+def run_arm(case: Pictures | Text, name: str, scheme: str = "w4a4") -> dict[str, float]:
     """Compress a fresh model and judge it."""
-    target, algorithm = case.target(), ALGORITHMS[name]
+    target, algorithm = case.target(), {**ALGORITHMS, **MORE}[name]
     started = time.perf_counter()
     if algorithm is not None:
-        config = dc.QuantizationConfig("w4a4", algorithm=algorithm, seed=case.seed)
+        config = dc.QuantizationConfig(SCHEMES[scheme], algorithm=algorithm, seed=case.seed)
         needs = config.spec.algorithm.needs_calibration
         given = {"calibration": case.calibration(target)} if needs else {}
         started = time.perf_counter()
@@ -154,16 +191,16 @@ def run(options: argparse.Namespace, save: Callable[[dict[str, Any]], None], res
     """Every arm that ``results`` lacks."""
     kind = Pictures if (options.model / "model_index.json").exists() else Text
     names = [name for name in options.arms or ALGORITHMS if kind is Text or "residual" not in name]
-    has_outliers = not (options.model / "unet").exists()
+    variants = options.variants or (("plain",) if (options.model / "unet").exists() else ("plain", "outliers"))
     for seed in range(options.seeds):
-        for outliers in (False, True) if has_outliers else (False,):
-            arms = {name: f"{name}/{'outliers' if outliers else 'plain'}/{seed}" for name in names}
+        for variant in variants:
+            arms = {name: f"{name}/{variant}/{seed}" for name in names}
             if all(key in results["arms"] for key in arms.values()):
                 continue
-            case = kind(options.model, seed, outliers)
+            case = kind(options.model, seed, variant)
             for name, key in arms.items():
                 if key not in results["arms"]:
-                    results["arms"][key] = run_arm(case, name)
+                    results["arms"][key] = run_arm(case, name, options.scheme)
                     save(results)
 
 
@@ -171,10 +208,13 @@ def table(results: dict[str, Any]) -> str:
     """Mean over the seeds, lowest and highest in brackets."""
     arms = results["arms"]
     metrics = [name for name in ("error", "psnr", "perplexity") if name in next(iter(arms.values()))]
-    kinds = [kind for kind in ("plain", "outliers") if any(f"/{kind}/" in key for key in arms)]
+    kinds = [kind for kind in VARIANTS if any(f"/{kind}/" in key for key in arms)]
     heads = [f"{metric}, {kind}" for kind in kinds for metric in metrics]
-    lines = [" | ".join(["", "w4a4", *heads, "bytes", "s", ""]).strip(), "|---" * (len(heads) + 3) + "|"]
-    for name in ALGORITHMS:
+    lines = [
+        " | ".join(["", results.get("scheme", "w4a4"), *heads, "bytes", "s", ""]).strip(),
+        "|---" * (len(heads) + 3) + "|",
+    ]
+    for name in (*ALGORITHMS, *MORE):
         cells = []
         for kind in kinds:
             found = [arm for key, arm in arms.items() if key.rsplit("/", 1)[0] == f"{name}/{kind}"]
@@ -192,7 +232,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a reference model")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--arms", nargs="+", choices=list(ALGORITHMS), help="run these alone")
+    parser.add_argument("--arms", nargs="+", choices=[*ALGORITHMS, *MORE], help="run these alone")
+    parser.add_argument("--scheme", default="w4a4", choices=list(SCHEMES))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: plain and, but in UNets, outliers")
     parser.add_argument("--out", type=Path, default=Path("four_bits.json"))
     parser.add_argument("--table", type=Path, nargs="*", metavar="RESULTS", help="only print these results")
     options = parser.parse_args()
@@ -201,11 +243,13 @@ def main() -> None:
     if options.model is None:
         return
     results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"arms": {}}
+    if results.setdefault("scheme", options.scheme) != options.scheme:
+        raise SystemExit(f"{options.out}: its arms have the scheme {results['scheme']}, these {options.scheme}.")
     results["environment"] = {
         "device": device_name("cpu"),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "command": command_line("python eval/four_bits.py", ["--model", str(options.model), "--out", options.out.name]),
+        "command": command_line("python eval/four_bits.py", sys.argv[1:]),
     }
     run(options, lambda found: options.out.write_text(json.dumps(found, indent=1)), results)
     print(table(results))

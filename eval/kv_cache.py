@@ -1,12 +1,15 @@
-"""Perplexity and bytes of a quantized KV cache, token by token as a model writes; see docs/language_models.md.
+"""Perplexity and bytes of a KV cache of ours, token by token as a model writes; see docs/language_models.md.
 
     python eval/kv_cache.py --model examples/reference_models/python_llama --out kv.json
     python eval/kv_cache.py --model examples/reference_models/python_llama --outliers --out kv_outliers.json
+    python eval/kv_cache.py --model examples/reference_models/python_llama --selection --out kv_selection.json
+    python eval/kv_cache.py --model examples/reference_models/python_llama --long --windows 2 --window 4096 --out l.json
 
 Each window of held-out text is fed one token at a time, so every prediction sees what ``generate`` would see: old
 tokens from codes, the newest as they are. Scored are all tokens but the first. ``--outliers`` makes two channels of
 every key head 16 times as large and the queries' as much smaller, which leaves the model's function as it is: keys of
-large models have such channels, those of the small one hardly. Results are written after each arm.
+large models have such channels, those of the small one hardly. ``--selection`` takes the arms that keep or fetch some
+tokens, ``--long`` those of a text longer than the model was trained on. Results are written after each arm.
 """
 
 from __future__ import annotations
@@ -23,12 +26,19 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from diffuse_compress import KIVIConfig, QuantizedKVCache
+from diffuse_compress import KIVIConfig, QuantizedKVCache, ShadowKVCache, ShadowKVConfig, SinkKVCache, SinkKVConfig
 from diffuse_compress.evaluation.environment import command_line, device_name
 from diffuse_compress.evaluation.perplexity import TextScore, perplexity_ratio
 
 SMALL: dict[str, Any] = {"group_size": 32, "scale_dtype": "float8", "residual_length": 32}
-ARMS: dict[str, KIVIConfig | None] = {
+Config = KIVIConfig | SinkKVConfig | ShadowKVConfig
+CACHES: dict[type, Any] = {
+    KIVIConfig: QuantizedKVCache,
+    SinkKVConfig: SinkKVCache,
+    ShadowKVConfig: ShadowKVCache,
+}
+SHADOW: dict[str, Any] = {"num_outlier_chunks": 2, "num_local_chunks": 4, "segment_length": 32}
+ARMS: dict[str, Config | None] = {
     "dense": None,
     "KIVI, 8 bits": KIVIConfig(bits=8, **SMALL),
     "KIVI, 4 bits": KIVIConfig(bits=4, **SMALL),
@@ -38,6 +48,21 @@ ARMS: dict[str, KIVIConfig | None] = {
     "KIVI, 2 bits, 128 newest tokens": KIVIConfig(**{**SMALL, "residual_length": 128}),
     "naive, 4 bits": KIVIConfig(bits=4, method="naive", **SMALL),
     "naive, 2 bits": KIVIConfig(method="naive", **SMALL),
+}
+SELECTION: dict[str, Config | None] = {
+    "dense": None,
+    **{f"window of {n}": SinkKVConfig(0, n) for n in (64, 128, 256)},
+    **{f"SinkKV, 4 and {n - 4}": SinkKVConfig(4, n - 4) for n in (64, 128, 256)},
+    **{
+        f"ShadowKV, rank {rank}, {n} fetched": ShadowKVConfig(rank=rank, sparse_budget=n, **SHADOW)
+        for rank, n in ((64, 512), (32, 512), (16, 512), (32, 64), (32, 128))
+    },
+}
+LONG: dict[str, Config | None] = {
+    "dense": None,
+    "window of 256": SinkKVConfig(0, 256),
+    "SinkKV, 4 and 252": SinkKVConfig(4, 252),
+    "SinkKV, 4 and 508": SinkKVConfig(4, 508),
 }
 FACTOR = 16.0
 
@@ -56,9 +81,9 @@ def add_key_outliers(model: Any) -> None:
 
 
 @torch.no_grad()
-def score(model: Any, rows: torch.Tensor, kv: KIVIConfig | None) -> tuple[TextScore, float | None]:
-    """(score of the windows [b, t], bytes of quantized tokens over those of bf16)."""
-    cache = DynamicCache(config=model.config) if kv is None else QuantizedKVCache(model.config, kv)
+def score(model: Any, rows: torch.Tensor, kv: Config | None) -> tuple[TextScore, float | None]:
+    """(score of the windows [b, t], bytes over those of a dense cache: of quantized tokens over bf16, or of all)."""
+    cache = DynamicCache(config=model.config) if kv is None else CACHES[type(kv)](model.config, kv)
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # renamed in 5.24
     nats = np.zeros(len(rows))
     for position in range(rows.shape[1] - 1):
@@ -67,6 +92,9 @@ def score(model: Any, rows: torch.Tensor, kv: KIVIConfig | None) -> tuple[TextSc
     found = TextScore(nats, np.full(len(rows), rows.shape[1] - 1), rows.shape[1])
     if kv is None:
         return found, None
+    if not isinstance(kv, KIVIConfig):
+        size = 2 * rows.shape[0] * (rows.shape[1] - 1) * model.config.num_key_value_heads * model.config.head_dim * 4
+        return found, cache.kept_layers[0].nbytes / size
     layer = cache.quantized_layers[0]
     batch, heads, _, size = layer.keys.shape
     return found, layer.quantized_nbytes / (2 * batch * heads * layer.num_quantized * size * 2)
@@ -79,8 +107,14 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--outliers", action="store_true")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--selection", action="store_true")
+    parser.add_argument("--long", action="store_true")
+    parser.add_argument("--arms", nargs="+")
     args = parser.parse_args()
+    arms = LONG if args.long else SELECTION if args.selection else ARMS
+    unknown = sorted(set(args.arms or ()) - set(arms))
+    if unknown:
+        parser.error(f"--arms: no {unknown[0]!r} among {', '.join(arms)}")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokens = tokenizer((args.model / "heldout.txt").read_text(encoding="utf-8"), verbose=False).input_ids
     rows = torch.tensor(tokens[: args.windows * args.window]).view(args.windows, args.window)
@@ -93,9 +127,9 @@ def main() -> None:
         "arms": {},
     }
     dense = None
-    for name in dict.fromkeys(["dense", *args.arms]):
+    for name in dict.fromkeys(["dense", *(args.arms or arms)]):
         start = time.perf_counter()
-        found, size = score(model, rows, ARMS[name])
+        found, size = score(model, rows, arms[name])
         dense = dense or found
         ratio = perplexity_ratio(dense, found)
         results["arms"][name] = {
@@ -105,7 +139,7 @@ def main() -> None:
             "seconds": time.perf_counter() - start,
         }
         args.out.write_text(json.dumps(results, indent=2) + "\n")
-        shown = "" if size is None else f", {size:.4f} of bf16"
+        shown = "" if size is None else f", {size:.4f} of the dense bytes"
         print(f"{name}: {found.perplexity:.3f}, {ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]{shown}")
 
 

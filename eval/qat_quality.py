@@ -39,7 +39,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ from diffuse_compress.training.batches import RecordedCalls, collated
 from diffuse_compress.training.config import QVGenConfig
 from diffuse_compress.training.loss import predicted
 from diffuse_compress.training.order import draw_generator
-from diffuse_compress.training.prepare import Prepared, prepare
+from diffuse_compress.training.prepare import prepare
 from diffuse_compress.training.sources import record_calls
 from diffuse_compress.training.trainer import QATTrainer
 
@@ -171,7 +170,7 @@ def task_of(pipe: Any, data: RecordedCalls, seed: int, options: argparse.Namespa
     finally:
         handle.remove()
     together = torch.stack([text for text, _ in known])
-    calls, targets, generator = [], [], torch.Generator().manual_seed(seed)
+    calls, truths, generator = [], [], torch.Generator().manual_seed(seed)
     for place in range(len(data)):
         call = data.call(place)
         distances = (together - call.kwargs["encoder_hidden_states"].cpu()).flatten(1).norm(dim=1)
@@ -181,8 +180,8 @@ def task_of(pipe: Any, data: RecordedCalls, seed: int, options: argparse.Namespa
         noise = torch.randn(clip.shape, generator=generator)
         sample = ((1 - sigma) * clip + sigma * noise).to(call.kwargs["hidden_states"].dtype)
         calls.append(Call(call.args, {**call.kwargs, "hidden_states": sample}))
-        targets.append(noise - clip)
-    return RecordedCalls(calls, targets=targets)
+        truths.append(noise - clip)
+    return RecordedCalls(calls, truths=truths)
 
 
 # --- arms ---------------------------------------------------------------------------------------------------------
@@ -263,16 +262,13 @@ class Bench:
         return {**self._figures(pipe), **found}, curves
 
     def _train(self, pipe: Any, config: QVGenConfig, data: RecordedCalls) -> dict[str, Any]:
-        spectra: dict[int, Mapping[str, list[float]]] = {}
-        every = max(1, config.max_train_steps // SNAPSHOTS)
-
-        def note(stage: str, done: int, total: int, metrics: Any) -> None:
-            if isinstance(trainer.prepared, Prepared) and config.has_phi and (done == 1 or done % every == 0):
-                spectra[done] = {name: rounded(values) for name, values in trainer.prepared.spectrum().items()}
-
-        trainer = QATTrainer(pipe, config, data, teacher="cached", callback=note)
+        every = max(1, config.max_train_steps // SNAPSHOTS) if config.has_phi else None
+        trainer = QATTrainer(pipe, config, data, teacher="cached", spectrum_steps=every)
         result = trainer.train()
         trainer.convert()
+        spectra = {
+            step: {name: rounded(values) for name, values in layers.items()} for step, layers in result.spectra.items()
+        }
         return {"loss": rounded(result.losses), "grad_norm": rounded(result.gradient_norms), "spectrum": spectra}
 
     def _figures(self, pipe: Any) -> dict[str, float]:

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 
 import diffuse_compress as dc
 import tiny
-from diffuse_compress import cli, demo
+from diffuse_compress import cli, cli_bench, demo
 from diffuse_compress.cli import main
 from diffuse_compress.integrations.component import get_state
 from diffuse_compress.skeleton import read_skeleton, stored_dtype
@@ -241,7 +241,7 @@ def test_paths_that_are_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_bench_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "has_fast_int4", lambda device: False)
+    monkeypatch.setattr(cli_bench, "has_fast_int4", lambda device: False)
     assert main(["bench", "--quick"]) == 1
     assert "bench: needs an NVIDIA GPU of compute capability 8.0 or more" in capsys.readouterr().err
 
@@ -262,8 +262,8 @@ def test_bench_calls_the_benchmarks(
     def import_module(name: str) -> SimpleNamespace:
         return SimpleNamespace(main=lambda given: calls.append((name, given)))
 
-    monkeypatch.setattr(cli, "has_fast_int4", lambda device: True)
-    monkeypatch.setattr(cli.importlib, "import_module", import_module)
+    monkeypatch.setattr(cli_bench, "has_fast_int4", lambda device: True)
+    monkeypatch.setattr(cli_bench.importlib, "import_module", import_module)
     assert main(["bench", *arguments]) == 0
     assert calls == [(f"diffuse_compress_kernels.benchmarks.{module}", passed)]
 

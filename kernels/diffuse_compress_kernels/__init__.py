@@ -7,7 +7,15 @@ Importing registers the operators and initialises no device.
 """
 
 from diffuse_compress_kernels.attention import attention_obstacle, int8_attention
-from diffuse_compress_kernels.fp8_linear import fp8_linear, fp8_linear_codes, has_fp8_matmul, quantize_rows_fp8
+from diffuse_compress_kernels.fp8_linear import (
+    fp8_block_linear_codes,
+    fp8_linear,
+    fp8_linear_codes,
+    has_fp8_block_matmul,
+    has_fp8_matmul,
+    quantize_groups_fp8,
+    quantize_rows_fp8,
+)
 from diffuse_compress_kernels.int4_linear import has_fast_int4, w4a8_linear, w4a8_linear_codes, w4a16_linear
 from diffuse_compress_kernels.int8_conv2d import int8_conv2d
 from diffuse_compress_kernels.int8_linear import (
@@ -26,10 +34,12 @@ __all__ = [
     "attention_obstacle",
     "can_expand",
     "expand_weight",
+    "fp8_block_linear_codes",
     "fp8_linear",
     "fp8_linear_codes",
     "has_fast_int4",
     "has_fast_int8",
+    "has_fp8_block_matmul",
     "has_fp8_matmul",
     "int8_attention",
     "int8_conv2d",
@@ -37,6 +47,7 @@ __all__ = [
     "int8_linear_codes",
     "int_matmul",
     "norm_quantize",
+    "quantize_groups_fp8",
     "quantize_rows",
     "quantize_rows_fp8",
     "quantized_once",

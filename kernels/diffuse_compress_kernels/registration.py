@@ -1,4 +1,4 @@
-"""Registration of torch operators (namespace ``diffuse_compress``)."""
+"""Registration of torch operators in the namespace of ``_ops.py``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from diffuse_compress_kernels._ops import add_op_namespace_prefix, ops
+
 __all__ = ["count_no_flops", "linear_flops", "operator"]
 
-_LIBRARY = torch.library.Library("diffuse_compress", "FRAGMENT")
+_LIBRARY = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "FRAGMENT")
 
 
 def linear_flops(rows: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
@@ -28,7 +30,7 @@ def count_no_flops(*_: Any, **__: Any) -> int:
 
 
 def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any], *, flops: Callable[..., int]) -> Any:
-    """The operator ``diffuse_compress::name``: a function for every device that changes no input and returns none.
+    """The operator ``name`` in our namespace: a function for every device that changes no input and returns none.
 
     ``torch.library.custom_op`` wraps such a function in Python for autograd and aliasing, at every call: 14 us on a
     host where this takes 4. Nothing here has a gradient, so callers hand over detached tensors.
@@ -42,7 +44,7 @@ def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any], 
     schema = torch.library.infer_schema(function, mutates_args=())
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"diffuse_compress::{name}", fake, lib=_LIBRARY)
-    packet = getattr(torch.ops.diffuse_compress, name)
+    torch.library.register_fake(add_op_namespace_prefix(name), fake, lib=_LIBRARY)
+    packet = getattr(ops, name)
     register_flop_formula(packet)(flops)
     return packet.default

@@ -51,7 +51,7 @@ from diffuse_compress.feature_cache import (
 from diffuse_compress.importing import import_quantized
 from diffuse_compress.integrations.attach import attach, register_quantizers
 from diffuse_compress.integrations.attention import set_attention
-from diffuse_compress.integrations.kv_cache import cache_class
+from diffuse_compress.integrations.kv_cache import CACHES, cache_class
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.layer_sensitivity import SensitivityReport
 from diffuse_compress.logging import (
@@ -62,24 +62,39 @@ from diffuse_compress.logging import (
     set_verbosity_warning,
 )
 from diffuse_compress.plan import CompressionPlan
+from diffuse_compress.quantization.algorithms.adadim import AdaDimConfig
 from diffuse_compress.quantization.algorithms.adaround import AdaRoundConfig
 from diffuse_compress.quantization.algorithms.awq import AWQConfig
 from diffuse_compress.quantization.algorithms.brecq import BRECQConfig
+from diffuse_compress.quantization.algorithms.dgq import DGQConfig
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig
 from diffuse_compress.quantization.algorithms.hqq import HQQConfig
+from diffuse_compress.quantization.algorithms.llm_int8 import LLMInt8Config
+from diffuse_compress.quantization.algorithms.norm_tweaking import NormTweakingConfig
+from diffuse_compress.quantization.algorithms.omniquant import OmniQuantConfig
+from diffuse_compress.quantization.algorithms.osplus import OSPlusConfig
+from diffuse_compress.quantization.algorithms.owq import OWQConfig
 from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
+from diffuse_compress.quantization.algorithms.quik import QUIKConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig
+from diffuse_compress.quantization.algorithms.spinquant import SpinQuantConfig
+from diffuse_compress.quantization.algorithms.spqr import SpQRConfig
 from diffuse_compress.quantization.algorithms.svdquant import SVDQuantConfig
+from diffuse_compress.quantization.algorithms.tesseraq import TesseraQConfig
 from diffuse_compress.quantization.attention import AttentionFormat
 from diffuse_compress.quantization.fused_attention import AttentionStats, attention_stats, reset_attention_stats
 from diffuse_compress.quantization.kv_cache import KIVIConfig
+from diffuse_compress.quantization.kv_config import ShadowKVConfig, SinkKVConfig
 from diffuse_compress.quantization.observers import ObserverConfig
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
+    Bilevel,
     NumberFormat,
+    PerBlock,
     PerChannel,
     PerGroup,
+    PerInputGroup,
     PerTensor,
     PerToken,
     ScaleRule,
@@ -97,16 +112,20 @@ from diffuse_compress.training.trainer import QATTrainer, TrainingResult
 
 if TYPE_CHECKING:
     from diffuse_compress.integrations.kv_layers import QuantizedKVCache
+    from diffuse_compress.integrations.kv_shadow import ShadowKVCache
+    from diffuse_compress.integrations.kv_sink import SinkKVCache
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "AWQConfig",
     "ActivationScheme",
+    "AdaDimConfig",
     "AdaRoundConfig",
     "AttentionFormat",
     "AttentionStats",
     "BRECQConfig",
+    "Bilevel",
     "CacheConfig",
     "CacheSchedule",
     "Calibration",
@@ -116,6 +135,7 @@ __all__ = [
     "CompressionReport",
     "CompressionStats",
     "ConfigError",
+    "DGQConfig",
     "DiffuseCompressError",
     "DiffuseCompressWarning",
     "FeatureCacheConfig",
@@ -124,17 +144,25 @@ __all__ = [
     "HarmoniCaConfig",
     "IncompatibleShapeError",
     "KIVIConfig",
+    "LLMInt8Config",
     "MissingDependencyError",
     "ModelStateError",
+    "NormTweakingConfig",
     "NumberFormat",
+    "OSPlusConfig",
+    "OWQConfig",
     "ObserverConfig",
+    "OmniQuantConfig",
     "PairedComparison",
+    "PerBlock",
     "PerChannel",
     "PerGroup",
+    "PerInputGroup",
     "PerTensor",
     "PerToken",
     "PlanMissedError",
     "QATTrainer",
+    "QUIKConfig",
     "QVGenConfig",
     "QuaRotConfig",
     "QuantizationConfig",
@@ -145,9 +173,16 @@ __all__ = [
     "ScaleRule",
     "Scheme",
     "SensitivityReport",
+    "ShadowKVCache",
+    "ShadowKVConfig",
+    "SinkKVCache",
+    "SinkKVConfig",
     "SmoothQuantConfig",
+    "SpQRConfig",
+    "SpinQuantConfig",
     "TFMQConfig",
     "TableConfig",
+    "TesseraQConfig",
     "TrainerOptions",
     "TrainingResult",
     "TwoLevel",
@@ -181,9 +216,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # A subclass of transformers' cache: that library is imported where it is asked for, and need not be there.
-    if name == "QuantizedKVCache":
-        return cache_class()
+    # Subclasses of transformers' cache: that library is imported where they are asked for, and need not be there.
+    if name in CACHES:
+        return cache_class(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

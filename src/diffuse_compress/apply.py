@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from diffuse_compress.apply_methods import apply_methods
+from diffuse_compress.apply_rotation import rotate
 from diffuse_compress.apply_temporal import (
     TemporalWork,
     put_tables_back,
@@ -36,7 +37,7 @@ from diffuse_compress.components import generates_text, is_pipeline, model_compo
 from diffuse_compress.errors import ConfigError, DiffuseCompressError
 from diffuse_compress.evaluation.environment import device_name
 from diffuse_compress.integrations.component import ComponentState, get_state, layer_entries, quantized_layers
-from diffuse_compress.integrations.doors import marks_of, untie_head
+from diffuse_compress.integrations.doors import marks_of
 from diffuse_compress.integrations.origin import repository_of
 from diffuse_compress.integrations.placement import require_free
 from diffuse_compress.logging import get_logger
@@ -45,7 +46,6 @@ from diffuse_compress.plan import ComponentPlan, CompressionPlan, stored_bytes
 from diffuse_compress.progress import Callback, bar, track
 from diffuse_compress.quantization.algorithms.base import algorithm_to_dict
 from diffuse_compress.quantization.convert import module_aliases, quantize_module
-from diffuse_compress.quantization.residual import rotate_residual
 from diffuse_compress.quantization.split import split_conv
 from diffuse_compress.report import component_report
 from diffuse_compress.temporal.config import TFMQConfig
@@ -209,7 +209,7 @@ def _quantize(
     callback: Callback | None,
 ) -> dict[str, LayerMeasurement]:
     if part.residual is not None:
-        _rotate(target, model, part, spill, callback)
+        rotate(target, model, part, spill, calibration, finished, device, callback)
     if not part.needs_calibration:
         measured = _install(model, part, path.ready, spill, probe)
         measured |= _convert(target, model, part, spill, probe, device, callback)
@@ -218,25 +218,8 @@ def _quantize(
         measured = _calibrate(target, model, part, path.ready, spill, probe, device, calibration, finished, callback)
     measured |= _install(model, part, path.late, spill, probe)
     layers = quantized_layers(model)
-    part.make_dynamic([name for name, scheme in part.layers.items() if layers[name].scheme != scheme])
+    part.take_over({name: layers[name].scheme for name, scheme in part.layers.items() if layers[name].scheme != scheme})
     return measured
-
-
-def _rotate(target: Any, model: nn.Module, part: ComponentPlan, spill: Transaction, callback: Callback | None) -> None:
-    """Rotate the residual stream inside the weights, of which those to be quantized are rounded afterwards."""
-    stream, stage = part.residual, f"Rotating {part.name or part.class_name}"
-    assert stream is not None
-    spill.on_rollback(untie_head(model, stream.head, stream.embedding))
-    kept = 0
-    with bar(stage, stream.num_parameters(model), target, callback) as advance:
-
-        def keep(parameter: nn.Parameter) -> None:
-            nonlocal kept
-            spill.keep(parameter)
-            kept += 1
-            advance(kept, {"component": part.name})
-
-        rotate_residual(model, stream, part.spec.generator("residual stream"), keep)
 
 
 def _convert(

@@ -28,7 +28,7 @@ from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.logging import get_logger
 from diffuse_compress.method_plan import MethodPlan
 from diffuse_compress.progress import Callback
-from diffuse_compress.quantization.kv_cache import KIVIConfig
+from diffuse_compress.quantization.kv_config import KVCacheConfig
 from diffuse_compress.quantization.spec import QuantizationSpec
 from diffuse_compress.temporal.config import TFMQConfig
 from diffuse_compress.transaction import Transaction
@@ -68,7 +68,7 @@ def apply_methods(
             spill.on_rollback(functools.partial(remove_cache, models[name]))
             apply_cache(models[name], schedule, config)
     for plan in plans:
-        if isinstance(plan.config, KIVIConfig):
+        if isinstance(plan.config, KVCacheConfig):
             spill.on_rollback(functools.partial(detach_kv_cache, models[plan.component]))
             attach_kv_cache(models[plan.component], plan.config)
     for name in dict.fromkeys(plan.component for plan in plans):

@@ -21,7 +21,7 @@ from diffuse_compress.progress import Callback
 from diffuse_compress.training.config import QVGenConfig
 from diffuse_compress.training.options import TrainerOptions
 from diffuse_compress.training.prepare import Prepared, planned_spec
-from diffuse_compress.training.snapshot import keep, restored_on_failure
+from diffuse_compress.training.snapshot import Kept, keep, restored_on_failure
 from diffuse_compress.training.trainer import QATTrainer
 
 __all__ = ["deploy", "mark_trained", "train_models", "training_among"]
@@ -79,16 +79,17 @@ def train_models(
     """
     models = model_components(target)
     configs = {name: config for name, config in configs.items() if name in plan.components}
+    kept: dict[str, Kept] = {}
     with contextlib.ExitStack() as stack:
         for name in configs:
             _, unmark = marks_of(models[name])
             spill = stack.enter_context(restored_on_failure(models[name], work_dir))
-            keep(models[name], spill)
+            kept[name] = keep(models[name], spill)
             spill.on_rollback(functools.partial(unmark, models[name]))
         for name, config in configs.items():
             own = options or _default_options(config, work_dir, name)
             trainer = QATTrainer(target, config, data, component=name, options=own, callback=callback)
-            trainer.train()
+            trainer.train_within(kept[name])
             trainer.convert()
             assert trainer.prepared is not None
             mark_trained(trainer.prepared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,9 @@ from diffuse_compress.skeleton import default_dtype, load, local_folder
 
 __all__ = [
     "DENSE",
+    "call_options",
     "dtype_text",
+    "json_or_text",
     "load_pipeline",
     "make_arm",
     "make_arms",
@@ -106,6 +109,35 @@ def make_arm(
     }
     loader = partial(load_pipeline, folder, chosen, loaded, device)
     return Arm(name, loader, model, None if chosen is None else chosen.to_dict(), folder)
+
+
+def call_options(texts: Sequence[str], steps: int | None, guidance: float | None) -> dict[str, Any]:
+    """Arguments of a pipeline's call.
+
+    Args:
+        texts: ``NAME=VALUE``, values in JSON or plain text.
+        steps: num_inference_steps; None leaves it to the pipeline.
+        guidance: guidance_scale, likewise.
+
+    Raises:
+        ConfigError: another form.
+    """
+    given = {"num_inference_steps": steps, "guidance_scale": guidance}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    for item in texts:
+        name, separator, text = item.partition("=")
+        if not separator or not name.isidentifier():
+            raise ConfigError(f"--set: need NAME=VALUE, got {item!r}. For example --set height=512.")
+        options[name] = json_or_text(text)
+    return options
+
+
+def json_or_text(text: str) -> Any:
+    """A value of a command line: what it says in JSON, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def load_pipeline(

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from diffuse_compress.calibration.engine import calibration_blocks
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.families.registry import family_of, residual_stream_of
 from diffuse_compress.families.roles import LayerRole, layer_roles
@@ -105,6 +106,7 @@ def assign_layers(model: nn.Module, spec: QuantizationSpec) -> dict[str, LayerAs
     for item in decided.values():
         if item.scheme is not None:
             try:
+                spec.algorithm.check_granularity(item.scheme.weight)
                 spec.algorithm.check(item.scheme.weight)
             except ConfigError as error:
                 raise ConfigError(f"{item.name}: {item.scheme.name}: {error}") from error
@@ -135,15 +137,27 @@ def _layers_of(model: nn.Module, splits: Mapping[str, int]) -> dict[str, nn.Modu
 
 
 def _require_work(model: nn.Module, decided: Mapping[str, LayerAssignment], spec: QuantizationSpec) -> None:
-    """Raise ConfigError if one of the algorithms is for quantized inputs and no layer has such."""
+    """Raise ConfigError if one of the algorithms is for formats that no layer has, or finds nothing to do in the
+    blocks that hold the layers."""
     schemes = [item.scheme for item in decided.values() if item.scheme is not None]
-    idle = [step for step in steps_of(spec.algorithm) if step.needs_quantized_inputs]
-    if idle and all(scheme.activation is None for scheme in schemes):
-        found = ", ".join(sorted({scheme.name for scheme in schemes}))
-        raise ConfigError(
-            f"{type(model).__name__}: {type(idle[0]).__name__} is for quantized inputs, got none ({found}). Leave it "
-            'out, or take a format that quantizes inputs, such as "w8a8".'
-        )
+    for step in steps_of(spec.algorithm):
+        idle = step.idle_with(schemes)
+        if idle is not None:
+            purpose, preset = idle
+            found = ", ".join(sorted({scheme.name for scheme in schemes}))
+            raise ConfigError(
+                f"{type(model).__name__}: {type(step).__name__} is for {purpose}, got none ({found}). Leave it out, or "
+                f'take a format that has such, like "{preset}".'
+            )
+    names = [name for name, item in decided.items() if item.scheme is not None]
+    blocks = [name for name in calibration_blocks(model, names) if name not in decided]
+    for step in steps_of(spec.algorithm):
+        reason = step.idle_in([model.get_submodule(name) for name in blocks])
+        if reason is not None:
+            raise ConfigError(
+                f"{type(model).__name__}: {type(step).__name__} has nothing to do: {reason}. Leave it out, or use it "
+                "where there are such."
+            )
 
 
 def unsupported_kind(module: nn.Module, parameter: torch.Tensor) -> str | None:
@@ -221,10 +235,10 @@ def _decide(
         return LayerAssignment(own_name, role, shape, None, reason)
 
     def converted(scheme: Scheme) -> LayerAssignment:
-        return assigned(spec.algorithm.format_of(module, scheme, own_name in rotated))
+        return assigned(spec.algorithm.format_of(module, scheme, own_name in rotated, name))
 
     def assigned(scheme: Scheme) -> LayerAssignment:
-        extra_bytes = spec.algorithm.extra_bytes(module, scheme) + scheme.input_bytes
+        extra_bytes = spec.algorithm.extra_bytes(module, scheme, name) + scheme.input_bytes
         return LayerAssignment(own_name, role, shape, scheme, extra_bytes=extra_bytes)
 
     if isinstance(module, QuantizedLinear | QuantizedConv2d):
@@ -261,8 +275,14 @@ def _decide(
     found = converted(scheme)
     # Asked for by name, or in a recipe that was made in a wider dtype, it is taken all the same.
     if found.extra_bytes and scheme.weight_bytes(shape) + found.extra_bytes > _bytes_of(module):
-        return keep("with its low-rank branch it would be larger")
+        return keep(f"with {_beside(spec)} it would be larger")
     return found
+
+
+def _beside(spec: QuantizationSpec) -> str:
+    """What the algorithm stores beside the codes, in words."""
+    kept = [step.kept_dense for step in steps_of(spec.algorithm) if step.kept_dense]
+    return f"its {kept[0]}" if kept and not spec.algorithm.adds_branch else "its low-rank branch"
 
 
 def _bytes_of(module: nn.Module) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import platform
@@ -22,12 +21,14 @@ from diffuse_compress.api import compress, compression_plan, compression_report
 from diffuse_compress.caching.artefact import FILE_NAME, load_schedules
 from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.card_results import attach_results, require_results_of
+from diffuse_compress.cli_bench import add_bench
 from diffuse_compress.cli_eval import add_eval
 from diffuse_compress.cli_train import add_train
 from diffuse_compress.components import SELF, model_components
 from diffuse_compress.demo import PROMPTS, run_demo
-from diffuse_compress.errors import ConfigError, UnsupportedHardwareError
+from diffuse_compress.errors import ConfigError
 from diffuse_compress.integrations.component import describe_methods, get_state, quantized_layers
+from diffuse_compress.integrations.hub_kernels import BACKENDS, export_kernels
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
 from diffuse_compress.integrations.saving import FORMATS, require_format
 from diffuse_compress.method_presets import METHOD_PRESETS
@@ -42,7 +43,6 @@ from diffuse_compress.report import report_kind, report_of
 from diffuse_compress.report_text import SPEED, format_count, headline
 from diffuse_compress.skeleton import default_dtype, load, local_folder, read_skeleton
 from diffuse_compress.versions import installed_versions
-from diffuse_compress_kernels import has_fast_int4
 
 __all__ = ["main"]
 
@@ -131,9 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
     demo.add_argument("--device", help="where to run, e.g. cuda (default: cpu)")
     demo.set_defaults(run=_demo)
-    _add_bench(verbs)
+    add_bench(verbs)
     add_eval(verbs)
     add_train(verbs)
+    _add_export_kernels(verbs)
     for name, verb in verbs.choices.items():
         if name == "eval":
             continue  # its commands have the option
@@ -141,17 +142,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_bench(verbs: Any) -> None:
-    bench = verbs.add_parser(
-        "bench",
-        help="measure this GPU: tile shapes of the kernels, or whole layers beside cuBLAS",
-        description="`tiles` (the default) finds this GPU's fastest tile shapes and keeps them where the kernels look. "
-        "`layers` times quantized layers of published models, quantization of the input included, beside dense ones.",
+def _add_export_kernels(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        "export-kernels",
+        help="write the kernels as a Hub repository of their own",
+        description="Writes the kernels in the layout of Hugging Face's `kernels` library: source and builds for CPUs "
+        "and CUDA devices. kernels.get_local_kernel loads the folder, kernels.get_kernel what is uploaded of it.",
     )
-    bench.add_argument("what", nargs="?", choices=("tiles", "layers"), default="tiles", help="default: tiles")
-    bench.add_argument("--quick", action="store_true", help="about 20 seconds instead of minutes")
-    bench.add_argument("--out", metavar="FILE", help="JSON of `layers` (default: gpu_layers.json)")
-    bench.set_defaults(run=_bench)
+    verb.add_argument("folder", metavar="DIR", help="new or empty")
+    verb.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="where it is to be published")
+    verb.add_argument("--version", type=int, default=1, help="of the functions (default: 1)")
+    verb.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS, help="default: all")
+    verb.set_defaults(run=_export_kernels)
 
 
 def _add_compress(verbs: Any) -> None:
@@ -535,25 +537,15 @@ def _step_lines(steps: dict[str, Any]) -> list[str]:
     return lines
 
 
-# --- bench ------------------------------------------------------------------------------------------------------
-
-
-def _bench(args: argparse.Namespace) -> None:
-    if not has_fast_int4(torch.device("cuda")):
-        raise UnsupportedHardwareError(
-            "bench: needs an NVIDIA GPU of compute capability 8.0 or more and triton. For CPUs: "
-            "python -m diffuse_compress_kernels.benchmarks.cpu_linear."
-        )
-    # By name: these modules import triton, which a machine without such a GPU need not have.
-    folder = "diffuse_compress_kernels.benchmarks"
-    if args.what == "tiles":
-        importlib.import_module(f"{folder}.tune").main(["--seconds", "20" if args.quick else "240"])
-    else:
-        minutes, out = "0.3" if args.quick else "5", args.out or "gpu_layers.json"
-        importlib.import_module(f"{folder}.gpu_layers").main(["--minutes", minutes, "--out", out])
-
-
 # --- demo -------------------------------------------------------------------------------------------------------
+
+
+def _export_kernels(args: argparse.Namespace) -> None:
+    folder = export_kernels(args.folder, args.repo_id, version=args.version, backends=args.backends)
+    print(
+        f'Wrote {folder}. Load it with kernels.get_local_kernel(Path("{folder}")), publish it with\n'
+        f"  hf upload {args.repo_id} {folder} . --revision v{args.version}"
+    )
 
 
 def _demo(args: argparse.Namespace) -> None:

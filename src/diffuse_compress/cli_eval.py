@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from diffuse_compress.arms import make_arms
+from diffuse_compress.arms import call_options, make_arms
 from diffuse_compress.cli_eval_language import add_language
 from diffuse_compress.cli_eval_reproduce import add_reproduce
 from diffuse_compress.errors import ConfigError
@@ -272,20 +272,7 @@ def _conditions(args: argparse.Namespace) -> tuple[list[Condition], str]:
 
 
 def _call_options(args: argparse.Namespace) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    if args.steps is not None:
-        options["num_inference_steps"] = args.steps
-    if args.guidance is not None:
-        options["guidance_scale"] = args.guidance
-    for item in args.set:
-        name, separator, text = item.partition("=")
-        if not separator or not name.isidentifier():
-            raise ConfigError(f"--set: need NAME=VALUE, got {item!r}. For example --set height=512.")
-        try:
-            options[name] = json.loads(text)
-        except ValueError:
-            options[name] = text
-    return options
+    return call_options(args.set, args.steps, args.guidance)
 
 
 # --- paired -----------------------------------------------------------------------------------------------------

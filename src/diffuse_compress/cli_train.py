@@ -21,8 +21,9 @@ from diffuse_compress.training.batches import TrainingData
 from diffuse_compress.training.config import LossSpace, QVGenConfig, TrainingMethod
 from diffuse_compress.training.media import media_in
 from diffuse_compress.training.noising import Density
-from diffuse_compress.training.options import LOSSES, TEACHERS, TrainerOptions
-from diffuse_compress.training.setup import component_of
+from diffuse_compress.training.options import LOSSES, LR_SCHEDULERS, TEACHERS, TrainerOptions
+from diffuse_compress.training.processes import refuse_launcher
+from diffuse_compress.training.setup import component_of, make_accelerator
 from diffuse_compress.training.shards import INDEX
 from diffuse_compress.training.sources import (
     encode_media,
@@ -125,10 +126,14 @@ def _add_optimization(verb: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", type=float)
     group.add_argument("--scale_lr", action="store_true", help="times processes, batch size and accumulation")
     group.add_argument("--lr_warmup_steps", type=int)
+    group.add_argument("--lr_scheduler", default="cosine", choices=LR_SCHEDULERS)
+    group.add_argument("--lr_num_cycles", type=int, default=1, help="of cosine_with_restarts")
     for name, kind in (("adam_beta1", float), ("adam_beta2", float), ("adam_epsilon", float)):
         group.add_argument(f"--{name}", type=kind)
     group.add_argument("--adam_weight_decay", type=float)
-    group.add_argument("--use_8bit_adam", action="store_true", help="needs bitsandbytes")
+    group.add_argument(
+        "--use_8bit_adam", action="store_true", help="by bitsandbytes on a GPU where installed, else torchao"
+    )
     group.add_argument("--use_ema", action="store_true", help="an average of the weights, of --ema_decay 0.9999")
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
     group.add_argument("--gradient_checkpointing", action="store_const", const=True)
@@ -143,10 +148,15 @@ def _add_run(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--resume_from_checkpoint", metavar="latest|DIR")
     group.add_argument("--report_to", help='"tensorboard", "wandb", ... or "all"')
     group.add_argument("--tracker_name", default="diffuse-compress-train")
+    group.add_argument("--logging_dir", metavar="DIR", help="for trackers; default: --output_dir")
+    group.add_argument("--spectrum_steps", type=int, help="steps between two logs of the branch's singular values")
     group.add_argument("--validation_prompt", action="append", default=[], help="repeat for more")
+    group.add_argument("--num_validation_videos", "--num_validation_images", type=int, default=1, help="of each prompt")
     group.add_argument("--validation_steps", type=int)
+    group.add_argument("--validation_epochs", type=int, help="instead of --validation_steps")
     group.add_argument("--push_to_hub", action="store_true")
     group.add_argument("--hub_model_id", help="default: the name of --output_dir")
+    group.add_argument("--hub_token", help="default: that of `hf auth login`, or of HF_TOKEN")
     group.add_argument("--json", action="store_true", help="print one JSON object at the end and nothing else")
 
 
@@ -158,6 +168,7 @@ def _train(args: argparse.Namespace) -> None:
         raise ConfigError("train: --push_to_hub needs --hub_model_id.")
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    refuse_launcher()
     accelerator = _accelerator(args)
     config = _config(args, 1 if accelerator is None else accelerator.num_processes)
     options = _options(args)
@@ -168,7 +179,11 @@ def _train(args: argparse.Namespace) -> None:
     component = component_of(target, args.component)
     data = _data(args, target, component, config, accelerator)
     if args.num_train_epochs is not None:
-        config = dataclasses.replace(config, max_train_steps=_steps(args, config, len(data), accelerator))
+        steps = _steps(args.num_train_epochs, args, config, len(data), accelerator)
+        config = dataclasses.replace(config, max_train_steps=steps)
+    if args.validation_epochs is not None:
+        every = _steps(args.validation_epochs, args, config, len(data), accelerator)
+        options = dataclasses.replace(options, validation_steps=every)
     trainer = QATTrainer(target, config, data, options=options, component=component, accelerator=accelerator)
     result = trainer.train()
     trainer.convert()
@@ -178,7 +193,8 @@ def _train(args: argparse.Namespace) -> None:
     if accelerator is None or accelerator.is_main_process:
         target.save_pretrained(args.output_dir)
         if args.push_to_hub:
-            pushed = str(target.push_to_hub(args.hub_model_id or Path(args.output_dir).name))
+            name = args.hub_model_id or Path(args.output_dir).name
+            pushed = str(target.push_to_hub(name, token=args.hub_token))
         _tell(args, result, pushed)
     if accelerator is not None:
         accelerator.wait_for_everyone()
@@ -200,11 +216,8 @@ def _accelerator(args: argparse.Namespace) -> Any:
     """Where a launcher has started processes, or trackers are wanted."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not args.report_to:
         return None
-    from accelerate import Accelerator
-
-    return Accelerator(
-        log_with=args.report_to, project_dir=args.output_dir, cpu=args.device == "cpu" or not torch.cuda.is_available()
-    )
+    cpu = args.device == "cpu" or not torch.cuda.is_available()
+    return make_accelerator(args.report_to, args.logging_dir or args.output_dir, cpu=cpu)
 
 
 def _config(args: argparse.Namespace, processes: int) -> QVGenConfig:
@@ -237,10 +250,10 @@ def _config(args: argparse.Namespace, processes: int) -> QVGenConfig:
     return dataclasses.replace(base, **changes)
 
 
-def _steps(args: argparse.Namespace, config: QVGenConfig, items: int, accelerator: Any) -> int:
+def _steps(epochs: int, args: argparse.Namespace, config: QVGenConfig, items: int, accelerator: Any) -> int:
     processes = 1 if accelerator is None else accelerator.num_processes
     size = processes * config.train_batch_size * config.gradient_accumulation_steps
-    return int(args.num_train_epochs) * -(-max(1, items - args.held_out) // size)
+    return epochs * -(-max(1, items - args.held_out) // size)
 
 
 def _options(args: argparse.Namespace) -> TrainerOptions:
@@ -254,9 +267,12 @@ def _options(args: argparse.Namespace) -> TrainerOptions:
         teacher=args.teacher,
         loss=args.loss,
         optimizer_8bit=args.use_8bit_adam,
+        spectrum_steps=args.spectrum_steps,
+        lr_scheduler=args.lr_scheduler,
+        lr_num_cycles=args.lr_num_cycles,
         held_out=args.held_out,
         validation_steps=args.validation_steps,
-        validation_prompts=tuple(args.validation_prompt),
+        validation_prompts=tuple(p for p in args.validation_prompt for _ in range(args.num_validation_videos)),
         validation_arguments=_sizes(args),
     )
 
@@ -268,6 +284,12 @@ def _sizes(args: argparse.Namespace) -> dict[str, int]:
 def _data(args: argparse.Namespace, target: Any, component: str, config: QVGenConfig, accelerator: Any) -> TrainingData:
     """Made once, by the first process, and kept beside the checkpoints."""
     given = [args.prompts, args.train_data_dir, args.synthetic]
+    if config.method is TrainingMethod.LSQ and is_pipeline(target) and args.train_data_dir is None:
+        if args.synthetic is None:
+            raise ConfigError(
+                "train: --method lsq learns what the data say, and trajectories of --prompts say nothing. Give "
+                "--train_data_dir; or learn of the teacher: --method kd."
+            )
     if sum(value is not None for value in given) > 1:
         raise ConfigError("train: give one of --prompts, --train_data_dir and --synthetic.")
     pipe = target if is_pipeline(target) else None
@@ -280,14 +302,17 @@ def _data(args: argparse.Namespace, target: Any, component: str, config: QVGenCo
         asked += Path(args.prompts).read_text(encoding="utf-8")
     folder = Path(args.output_dir) / f"data-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
     if not (folder / INDEX).is_file() and (accelerator is None or accelerator.is_main_process):
-        save_data(_made(args, target, component, config), folder)
+        made = _made(args, target, component, config, folder)
+        if not (folder / INDEX).is_file():
+            save_data(made, folder)
     if accelerator is not None:
         accelerator.wait_for_everyone()
     density = Density(args.timestep_density)
     return load_data(folder, pipe=pipe, component=component, space=config.loss_space, density=density)
 
 
-def _made(args: argparse.Namespace, target: Any, component: str, config: QVGenConfig) -> TrainingData:
+def _made(args: argparse.Namespace, target: Any, component: str, config: QVGenConfig, folder: Path) -> TrainingData:
+    """The data; pictures and clips are in ``folder`` then, encoded one after the other."""
     lines = None
     if args.prompts:
         lines = [line for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -298,7 +323,9 @@ def _made(args: argparse.Namespace, target: Any, component: str, config: QVGenCo
     if args.train_data_dir:
         sizes.pop("num_inference_steps", None)
         media = media_in(args.train_data_dir, args.caption_column, args.media_column)
-        return encode_media(target, media, caption_dropout=args.caption_dropout, **common, **sizes)
+        density = Density(args.timestep_density)
+        given = {"caption_dropout": args.caption_dropout, "density": density, "folder": folder}
+        return encode_media(target, media, **given, **common, **sizes)
     if args.synthetic is not None:
         return synthetic_latents(target, args.synthetic, **common, **sizes)
     if lines is None:

@@ -26,7 +26,7 @@ from diffuse_compress.progress import track
 from diffuse_compress.report_html import data_uri, render_template
 from diffuse_compress.skeleton import default_dtype, load, local_folder
 
-__all__ = ["PairedComparison", "compare"]
+__all__ = ["Drawn", "PairedComparison", "compare", "draw", "latent_errors"]
 
 _FRAME_MILLISECONDS = 125
 
@@ -116,10 +116,11 @@ def compare(
     if out is not None and Path(out).suffix.lower() != ".html":
         raise ConfigError(f"compare: out must end with .html, got {out}.")
     titles = names or _names(a, b)
+    asked = [(condition, seed) for condition in conditions for seed in numbers]
     sides = []
     for side, title in zip((a, b), titles, strict=True):
         with _loaded(side, device, dtype) as pipe:
-            sides.append(_draw(pipe, conditions, numbers, batch_size, pipe_kwargs, title))
+            sides.append(draw(pipe, asked, batch_size, pipe_kwargs, title))
     result = _result(sides[0], sides[1], (len(conditions), len(numbers)), titles, clip, out)
     if result.out is not None:
         write_atomically(result.out, _page(result, sides[0], sides[1], conditions, numbers))
@@ -127,7 +128,7 @@ def compare(
 
 
 def _result(
-    first: _Side, second: _Side, shape: tuple[int, int], titles: tuple[str, str], clip: str, out: str | Path | None
+    first: Drawn, second: Drawn, shape: tuple[int, int], titles: tuple[str, str], clip: str, out: str | Path | None
 ) -> PairedComparison:
     if first.pictures.shape != second.pictures.shape:
         raise ConfigError(
@@ -136,7 +137,7 @@ def _result(
         )
     values, absent = _measure(first, second, clip)
     per_sample = {name: value.double().cpu().reshape(shape) for name, value in values.items()}
-    errors = _latent_errors(first, second)
+    errors = latent_errors(first, second)
     return PairedComparison(
         titles,
         tuple(paired_metric(name, value, titles[0]) for name, value in per_sample.items()),
@@ -149,8 +150,14 @@ def _result(
 
 
 @dataclass
-class _Side:
-    """pictures: [n, 3, H, W] or [n, F, 3, H, W] in [0, 1]; latents: [n, ...] after each step."""
+class Drawn:
+    """What a pipeline drew.
+
+    Attributes:
+        pictures: [n, 3, H, W] or [n, F, 3, H, W] in [0, 1].
+        latents: [n, ...] after each step; empty where steps do not compare.
+        seconds: a sample, the first call included.
+    """
 
     pictures: torch.Tensor
     latents: list[torch.Tensor]
@@ -190,15 +197,18 @@ def _loaded(side: Any, device: str | torch.device | None, dtype: str) -> Iterato
         torch.cuda.empty_cache()
 
 
-def _draw(
-    pipe: Any,
-    conditions: Sequence[Condition],
-    seeds: Sequence[int],
-    batch_size: int,
-    options: dict[str, Any],
-    title: str,
-) -> _Side:
-    asked = [(condition, seed) for condition in conditions for seed in seeds]
+def draw(
+    pipe: Any, asked: Sequence[tuple[Condition, int]], batch_size: int, options: dict[str, Any], title: str
+) -> Drawn:
+    """Samples of a pipeline and their latents after each step; the pipeline is left as it was.
+
+    Args:
+        pipe: a diffusers pipeline, where it is.
+        asked: (what for, seed) of each sample.
+        batch_size: samples a call.
+        options: further arguments of the call.
+        title: of the progress bar.
+    """
     batches = [asked[start : start + batch_size] for start in range(0, len(asked), batch_size)]
     pictures: list[torch.Tensor] = []
     latents: list[list[torch.Tensor]] = []
@@ -214,7 +224,7 @@ def _draw(
     seconds = (time.perf_counter() - started) / len(asked)
     whole = len({len(steps) for steps in latents}) == 1
     joined = [torch.cat([steps[i] for steps in latents]) for i in range(len(latents[0]))] if whole else []
-    return _Side(torch.cat(pictures), joined, seconds)
+    return Drawn(torch.cat(pictures), joined, seconds)
 
 
 def _watch_steps(pipe: Any, seen: list[torch.Tensor]) -> None:
@@ -237,10 +247,10 @@ def _watch_steps(pipe: Any, seen: list[torch.Tensor]) -> None:
 # --- measurement ------------------------------------------------------------------------------------------------
 
 
-def _measure(first: _Side, second: _Side, clip: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _measure(first: Drawn, second: Drawn, clip: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """{metric: [n]} and {metric: why not}."""
     values, absent = paired_values(first.pictures, second.pictures, clip)
-    errors = _latent_errors(first, second)
+    errors = latent_errors(first, second)
     if errors is None:
         counts = f"{len(first.latents)} and {len(second.latents)}"
         absent["Latent error"] = f"the schedulers made {counts} comparable steps"
@@ -249,8 +259,8 @@ def _measure(first: _Side, second: _Side, clip: str) -> tuple[dict[str, torch.Te
     return values, absent
 
 
-def _latent_errors(first: _Side, second: _Side) -> torch.Tensor | None:
-    """[steps, n] relative errors, or None where the two sides' steps do not match."""
+def latent_errors(first: Drawn, second: Drawn) -> torch.Tensor | None:
+    """[steps, n] relative errors of the latents after each step, or None where the two sides' steps do not match."""
     one, two = first.latents, second.latents
     if not one or [step.shape for step in one] != [step.shape for step in two]:
         return None
@@ -262,7 +272,7 @@ def _latent_errors(first: _Side, second: _Side) -> torch.Tensor | None:
 
 
 def _page(
-    result: PairedComparison, first: _Side, second: _Side, conditions: Sequence[Condition], seeds: Sequence[int]
+    result: PairedComparison, first: Drawn, second: Drawn, conditions: Sequence[Condition], seeds: Sequence[int]
 ) -> str:
     largest = max((error.value for error in result.latent_error), default=0.0)
     decibels = result.per_sample["PSNR"].flatten().tolist()

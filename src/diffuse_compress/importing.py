@@ -57,8 +57,8 @@ def import_quantized(target: _Target) -> Any:
             * a diffusers model loaded with ``BFLQuantizationConfig``: fp8r;
             * the folder of a diffusers component in ``nunchaku_lite`` format (it holds ``config.json``), as a path: the
               files are read here, for diffusers loads them on some GPUs only;
-            * the folder of a transformers model in compressed-tensors, GPTQ or AWQ format, as a path: read here without
-              the packages of these.
+            * the folder of a transformers model in compressed-tensors, fp8 (FineGrainedFP8Config, as DeepSeek-V3's),
+              GPTQ or AWQ format, as a path: read here without the packages of these.
 
     Returns:
         ``target`` itself, compressed; for a folder the model, in the checkpoint's compute dtype on the CPU (a diffusers

@@ -113,6 +113,7 @@ def measure_layer(
 def _weight_error(dense: nn.Module, layer: QuantizedLinear | QuantizedConv2d) -> float:
     weight = dense.weight.detach().flatten(1)  # type: ignore[operator,union-attr]
     plain = layer.act_pre_scale is None and layer.low_rank_down is None and layer.scheme.input_rotation is None
+    plain = plain and layer.dense_columns is None
     quantized = layer.quantized_weight()
     # Smoothing scales, branches and rotations reach into the whole weight: there the layer says what it amounts to.
     whole = None if plain else layer.weight.detach().flatten(1)

@@ -16,7 +16,7 @@ from diffuse_compress.integrations.doors import library_of
 from diffuse_compress.integrations.kv_cache import kv_cache_extent
 from diffuse_compress.integrations.methods import KINDS
 from diffuse_compress.quantization.algorithms.adaround import AdaRoundConfig
-from diffuse_compress.quantization.kv_cache import KIVIConfig
+from diffuse_compress.quantization.kv_config import KVCacheConfig
 from diffuse_compress.quantization.layers import QuantizedLinear
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.temporal.config import Scope, TFMQConfig
@@ -39,7 +39,7 @@ class MethodPlan:
     """
 
     component: str
-    config: TFMQConfig | CacheConfig | KIVIConfig
+    config: TFMQConfig | CacheConfig | KVCacheConfig
     extent: str
     layers: frozenset[str] = frozenset()
 
@@ -64,7 +64,7 @@ class MethodPlan:
 def plan_methods(
     target: Any,
     models: Mapping[str, nn.Module],
-    wanted: Mapping[str, Iterable[TFMQConfig | CacheConfig | KIVIConfig]],
+    wanted: Mapping[str, Iterable[TFMQConfig | CacheConfig | KVCacheConfig]],
     formats: Mapping[str, Mapping[str, Scheme]],
 ) -> tuple[list[MethodPlan], list[str]]:
     """(plans in the order in which they are carried out, what is there already, in words).
@@ -95,7 +95,7 @@ def plan_methods(
     return sorted(plans, key=lambda plan: order.index(plan.kind)), present
 
 
-def _is_present(where: str, model: nn.Module, config: TFMQConfig | CacheConfig | KIVIConfig) -> bool:
+def _is_present(where: str, model: nn.Module, config: TFMQConfig | CacheConfig | KVCacheConfig) -> bool:
     there = KINDS[config.kind].config_of(model)
     if there is None:
         return False
@@ -114,11 +114,11 @@ def _planned(
     name: str,
     target: Any,
     model: nn.Module,
-    config: TFMQConfig | CacheConfig | KIVIConfig,
+    config: TFMQConfig | CacheConfig | KVCacheConfig,
     formats: Mapping[str, Scheme],
 ) -> MethodPlan:
     title = KINDS[config.kind].title
-    if isinstance(config, KIVIConfig):
+    if isinstance(config, KVCacheConfig):
         return MethodPlan(name, config, kv_cache_extent(where, model, config))
     if library_of(model) != "diffusers":
         raise ConfigError(f"{where}: {title} are for denoisers of diffusers, got a {type(model).__name__}.")

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from diffuse_compress.assignment import stock_name
 from diffuse_compress.components import model_components
 from diffuse_compress.errors import ConfigError, IncompatibleShapeError
 from diffuse_compress.families.roles import LayerRole
@@ -86,7 +87,7 @@ def _of_component(part: ComponentPlan, model: nn.Module, schemes: Sequence[Schem
         module = model.get_submodule(name)
         # As the algorithm will have them: rotated, say, unless what stands before the layer does that.
         arrives = item.scheme.activation is not None and item.scheme.input_rotation is None
-        family = [part.spec.algorithm.format_of(module, scheme, arrives) for scheme in family]
+        family = [part.spec.algorithm.format_of(module, scheme, arrives, stock_name(name)) for scheme in family]
         fitting = [scheme for scheme in family if _fits(part, module, item.shape, scheme)]
         first = [item.scheme] if item.scheme in fitting or schemes is None else []
         found[name] = list(dict.fromkeys([*first, *fitting])) or [item.scheme]
@@ -307,7 +308,7 @@ def _bytes_by_scheme(
         takes = [layer for layer, formats in layers.items() if scheme in formats]
         assigned = {}
         for layer in takes:
-            extra = part.spec.algorithm.extra_bytes(model.get_submodule(layer), scheme)
+            extra = part.spec.algorithm.extra_bytes(model.get_submodule(layer), scheme, stock_name(layer))
             assigned[layer] = dataclasses.replace(part.assigned[layer], scheme=scheme, extra_bytes=extra)
         for row in tensor_rows(model, assigned):
             if row.layer in assigned and row.scheme is not None:

@@ -33,7 +33,7 @@ _SECTION = re.compile(f"{re.escape(_BEGIN)}(?:(?!{re.escape(_BEGIN)}).)*?{re.esc
 # With the title that a card without text was given.
 _TITLED_SECTION = re.compile(rf"(?:^# [^\n]*, compressed\n+)?{_SECTION.pattern}", re.DOTALL | re.MULTILINE)
 # Names that schemes have, which are tags too.
-_LABEL = re.compile(r"w\d+a\d+|fp8(-weight-only)?")
+_LABEL = re.compile(r"w\d+a\d+|fp8(-tensor|-block)?(-static)?(-weight-only)?")
 # Fields that are read off the model: a card of nothing else tells nothing.
 _DERIVED = {"base_model", "library_name", "pipeline_tag"}
 _UNKNOWN_REPO = "PATH_OR_REPO"

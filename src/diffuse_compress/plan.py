@@ -196,13 +196,14 @@ class ComponentPlan:
         static = any(scheme.has_static_inputs for scheme in own.values())
         return static or (self.spec.algorithm.needs_calibration and bool(own))
 
-    def make_dynamic(self, layers: Iterable[str]) -> None:
-        """No sample reached these layers, which were to have static inputs."""
-        for name in layers:
+    def take_over(self, schemes: Mapping[str, Scheme]) -> None:
+        """The formats that layers were given by what the data said: no sample reached one that was to have static
+        inputs, or an algorithm chose the granularity."""
+        for name, scheme in schemes.items():
             item = self.assigned[name]
-            assert item.scheme is not None
-            self.assigned[name] = dataclasses.replace(item, scheme=item.scheme.with_dynamic_inputs())
-            self.made_dynamic.append(name)
+            if item.scheme is not None and item.scheme.has_static_inputs and not scheme.has_static_inputs:
+                self.made_dynamic.append(name)
+            self.assigned[name] = dataclasses.replace(item, scheme=scheme)
 
     @property
     def layers(self) -> dict[str, Scheme]:

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from diffuse_compress.components import GROUPS, SELF
+from diffuse_compress.quantization.algorithms.base import steps_of
 from diffuse_compress.quantization.dispatch import compute_path
+from diffuse_compress.quantization.scheme import PerInputGroup
 
 if TYPE_CHECKING:
     from diffuse_compress.plan import ComponentPlan, CompressionPlan, PlanRow
@@ -87,6 +89,8 @@ def _component_lines(part: ComponentPlan, plan: CompressionPlan) -> list[str]:
         path = compute_path(scheme, plan.device, part.compute_dtype)
         if part.spec.algorithm.adds_branch:
             path = path.with_branch()
+        for step in steps_of(part.spec.algorithm):
+            path = path.with_branch(step.kept_dense) if step.kept_dense else path
         speed = {None: "speed unmeasured here", True: "faster than dense", False: "slower than dense"}
         paths.append(f"  {scheme.name} on {plan.device}: {path.description}; {speed[path.faster_than_dense]}")
     return [*lines, *dict.fromkeys(paths)]
@@ -99,7 +103,9 @@ def scheme_labels(schemes: Sequence[Scheme]) -> dict[Scheme, str]:
         alike = [other for other in schemes if other.name == scheme.name]
         labels[scheme] = scheme.name
         if len({other.weight for other in alike}) > 1:
-            labels[scheme] += f" g{scheme.weight.group_size}"
+            granularity = scheme.weight.granularity
+            size = f"{granularity.rows} of rows" if isinstance(granularity, PerInputGroup) else scheme.weight.group_size
+            labels[scheme] += f" g{size}"
         if len({other.input_rotation for other in alike}) > 1:
             labels[scheme] += f" rotated by {scheme.input_rotation}" if scheme.input_rotation else " not rotated"
     return labels

@@ -12,14 +12,14 @@ from diffuse_compress.caching.config import CACHE_KIND, CACHE_PRESETS, CacheConf
 from diffuse_compress.errors import CheckpointError, ConfigError, DiffuseCompressError
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.method_presets import METHOD_PRESETS
-from diffuse_compress.quantization.kv_cache import KV_KIND, KIVIConfig
+from diffuse_compress.quantization.kv_config import KV_KIND, KVCacheConfig, kv_config_from_dict
 from diffuse_compress.quantization.presets import resolve_preset
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.temporal.config import TEMPORAL_KIND, TFMQConfig
 
 __all__ = ["MethodConfig", "Recipe", "as_recipe", "weights_among"]
 
-MethodConfig: TypeAlias = QuantizationConfig | TFMQConfig | CacheConfig | KIVIConfig
+MethodConfig: TypeAlias = QuantizationConfig | TFMQConfig | CacheConfig | KVCacheConfig
 """Configuration of one method; each kind (weights, temporal, cache, kv_cache, ...) at most once a component."""
 DEFAULT_GROUP = "denoisers"
 _SCHEMA_VERSION = 1
@@ -140,7 +140,7 @@ def _configs(value: Any, options: Mapping[str, Any], calibrated: bool) -> tuple[
         return (CACHE_PRESETS[value],)
     if isinstance(value, str) and value in METHOD_PRESETS:
         return METHOD_PRESETS[value].configs(options)
-    if isinstance(value, TFMQConfig | CacheConfig | KIVIConfig):
+    if isinstance(value, TFMQConfig | CacheConfig | KVCacheConfig):
         return (value,)
     if isinstance(value, str) and calibrated:
         return (QuantizationConfig(value, **{"algorithm": resolve_preset(value).calibrated, **options}),)
@@ -167,7 +167,7 @@ def _config(data: Mapping[str, Any]) -> MethodConfig:
         "weights": QuantizationConfig.from_dict,
         TEMPORAL_KIND: TFMQConfig.from_dict,
         CACHE_KIND: cache_config_from_dict,
-        KV_KIND: KIVIConfig.from_dict,
+        KV_KIND: kv_config_from_dict,
     }
     kind = data.get("kind")
     if kind not in readers:

@@ -32,6 +32,9 @@ CASES: dict[str, tuple[str, Any]] = {
     "svdquant, gptq": ("w4a4", [SVDQUANT, dc.GPTQConfig()]),
     "quarot, svdquant": ("w4a4", [QUAROT, SVDQUANT]),
     "quarot, gptq": ("w4a4", [QUAROT, dc.GPTQConfig()]),
+    "owq": ("w4a16", dc.OWQConfig(columns=4)),
+    "quik": ("w4a4", dc.QUIKConfig()),
+    "spqr": ("w4a16", dc.SpQRConfig(threshold=0.01)),
     "residual, svdquant": ("w4a4", [RESIDUAL, SVDQUANT]),
     "residual, gptq": ("w4a4", [RESIDUAL, dc.GPTQConfig()]),
 }

@@ -204,6 +204,12 @@ def test_what_torchao_cannot_hold_is_refused_before_anything_is_written(case: st
     ("given", "scheme", "reason"),
     [
         ({"low_rank": (torch.ones(4, 128), torch.ones(128, 4))}, Scheme(WeightScheme(INT8)), "low-rank branch"),
+        ({"dense_columns": (torch.tensor([3]), torch.ones(128, 1))}, Scheme(WeightScheme(INT8)), "dense input columns"),
+        (
+            {},
+            Scheme(WeightScheme(INT8), ActivationScheme(INT8, outlier_threshold=6.0)),
+            "columns chosen at run time",
+        ),
         ({"act_pre_scale": torch.ones(128)}, Scheme(WeightScheme(INT8)), "smooths only inputs that it quantizes"),
         ({"act_pre_scale": torch.ones(128)}, Scheme(WeightScheme(FP8)), "float8 tensors do not have"),
         (
@@ -212,7 +218,7 @@ def test_what_torchao_cannot_hold_is_refused_before_anything_is_written(case: st
             "static inputs",
         ),
     ],
-    ids=["low rank", "smoothed", "smoothed fp8", "static"],
+    ids=["low rank", "dense columns", "llm.int8", "smoothed", "smoothed fp8", "static"],
 )
 def test_layers_with_more_than_codes_and_scales_are_refused(
     given: dict[str, Any], scheme: Scheme, reason: str, tmp_path: Path

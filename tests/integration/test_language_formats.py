@@ -25,6 +25,7 @@ from diffuse_compress.quantization.layers import QuantizedLinear
 from diffuse_compress.quantization.numerics import dequantize
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
+    Bilevel,
     NumberFormat,
     PerChannel,
     PerGroup,
@@ -360,6 +361,25 @@ def test_transformers_configs_take_ours(tmp_path: Path) -> None:
 PLAIN = Scheme(WeightScheme(INT4, PerGroup(32)))
 REFUSED: dict[str, tuple[str, Scheme, dict[str, Any], str]] = {
     "low rank": (CT, PLAIN, {"low_rank": (torch.ones(4, 128), torch.ones(128, 4))}, "low-rank branch"),
+    "dense columns": (
+        CT,
+        PLAIN,
+        {"dense_columns": (torch.tensor([3]), torch.ones(128, 1))},
+        "dense input columns beside the codes",
+    ),
+    "columns at run time": (
+        CT,
+        Scheme(WeightScheme(INT8), ActivationScheme(INT8, outlier_threshold=6.0)),
+        {},
+        "columns chosen at run time",
+    ),
+    "gptq columns at run time": (
+        GPTQ,
+        Scheme(WeightScheme(INT8), ActivationScheme(INT8, outlier_threshold=6.0)),
+        {},
+        "columns chosen at run time",
+    ),
+    "bilevel": (AWQ, Scheme(WeightScheme(INT4, Bilevel(), symmetric=False)), {}, "scales that are codes themselves"),
     "smoothed": (CT, PLAIN, {"act_pre_scale": torch.ones(128)}, "smoothing scale of its inputs"),
     "rotated": (CT, dataclasses.replace(PLAIN, input_rotation=128), {}, "rotated at run time"),
     "two levels": (CT, Scheme(WeightScheme(INT4, TwoLevel())), {}, "two levels of scales"),

@@ -308,7 +308,7 @@ def test_speed_of_convolutions_is_told_by_their_window(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("native", [True, False])
 def test_dequantizing_product_avoids_emulated_dtypes(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without bf16 instructions multiplies in float32, which is faster there, and rounds the result."""
-    monkeypatch.setattr(dispatch, "_multiplies_natively", lambda dtype: native)
+    monkeypatch.setattr("diffuse_compress.quantization.product_dtype._multiplies_natively", lambda dtype: native)
     scheme = Scheme(WEIGHTS["int4 PerGroup asym"], None)
     weight, x = make_weight(scheme.weight), make_input(9, 160, dtype=torch.bfloat16)
     y = linear(x, weight, scheme)

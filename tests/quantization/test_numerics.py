@@ -13,7 +13,6 @@ from diffuse_compress.quantization import numerics
 from diffuse_compress.quantization.algorithms.hqq import HQQConfig
 from diffuse_compress.quantization.numerics import (
     MIN_SCALE,
-    QParams,
     choose_activation_qparams,
     choose_qparams,
     dequantize,
@@ -25,6 +24,7 @@ from diffuse_compress.quantization.numerics import (
     quantize_weight,
 )
 from diffuse_compress.quantization.packing import unpack
+from diffuse_compress.quantization.qparams import QParams
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
     NumberFormat,

@@ -10,7 +10,6 @@ import torch
 from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.quantization import numerics
 from diffuse_compress.quantization.numerics import (
-    QParams,
     choose_qparams,
     dequantize,
     dequantize_activation,
@@ -23,6 +22,7 @@ from diffuse_compress.quantization.observers import (
     MSEObserver,
     PercentileObserver,
 )
+from diffuse_compress.quantization.qparams import QParams
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
     NumberFormat,

@@ -14,6 +14,7 @@ from diffuse_compress.quantization.numerics import quantize_weight
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
     NumberFormat,
+    PerBlock,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -29,6 +30,7 @@ GRANULARITIES = (
     PerChannel(),
     PerToken(),
     TwoLevel(),
+    PerBlock(),
     *(PerGroup(size, pad) for size in (32, 64, 128) for pad in (False, True)),
 )
 
@@ -44,7 +46,7 @@ def _legal(cls: Any, *options: Any) -> list[Any]:
 
 
 WEIGHTS = _legal(WeightScheme, NumberFormat, GRANULARITIES, (True, False), ScaleRule, (True, False))
-ACTIVATIONS = _legal(ActivationScheme, NumberFormat, GRANULARITIES, (True, False), (True, False))
+ACTIVATIONS = list(dict.fromkeys(_legal(ActivationScheme, NumberFormat, GRANULARITIES, (True, False), (True, False))))
 
 
 def _schemes() -> list[Scheme]:
@@ -52,10 +54,10 @@ def _schemes() -> list[Scheme]:
 
 
 def test_number_of_legal_schemes() -> None:
-    # Weights: 4 integer formats x 8 granularities x (3 symmetric rules + 2 asymmetric kinds), two-level, 2 float8.
-    assert len(WEIGHTS) == 4 * 8 * 5 + 1 + 2
-    # Activations: 4 formats x (2 dynamic granularities + static per tensor), asymmetric static int8.
-    assert len(ACTIVATIONS) == 4 * 3 + 1
+    # Weights: 4 integer formats x 8 granularities x (3 symmetric rules + 2 asymmetric kinds), two-level, 3 float8.
+    assert len(WEIGHTS) == 4 * 8 * 5 + 1 + 3
+    # Activations: 4 formats x (2 dynamic granularities + static per tensor), asymmetric static int8, groups of float8.
+    assert len(set(ACTIVATIONS)) == 4 * 3 + 1 + 1
 
 
 def test_dict_through_json_gives_an_equal_scheme() -> None:
@@ -131,7 +133,7 @@ def test_from_dict_other_bad_input_is_refused() -> None:
             "additive_zero_point=True needs symmetric=False and float_zero_point=False",
         ),
         (lambda: ActivationScheme(NumberFormat.INT2), "must be int8, int4, int3 or float8_e4m3fn, got int2"),
-        (lambda: ActivationScheme(NumberFormat.INT8, PerChannel()), "must be PerTensor or PerToken"),
+        (lambda: ActivationScheme(NumberFormat.INT8, PerChannel()), "must be PerTensor, PerToken or PerGroup"),
         (lambda: ActivationScheme(NumberFormat.INT8, PerToken(), dynamic=False), "static scales are per tensor"),
         (lambda: ActivationScheme(NumberFormat.INT8, PerTensor(), symmetric=False), "needs dynamic=False"),
         (

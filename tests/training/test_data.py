@@ -61,7 +61,7 @@ def clip(seed: int, frames: int = 5) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
-def test_clips_are_encoded_once_and_noised_at_every_draw(name, monkeypatch):
+def test_clips_are_encoded_once_and_noised_at_every_draw(name, monkeypatch, tmp_path):
     pipe = cogvideox() if name == "cogvideox" else tiny.build_pipeline(name)
     calls, stock = [], type(pipe.vae).encode
     monkeypatch.setattr(type(pipe.vae), "encode", lambda self, x: (calls.append(x), stock(self, x))[1])
@@ -74,6 +74,28 @@ def test_clips_are_encoded_once_and_noised_at_every_draw(name, monkeypatch):
     assert not torch.equal(sample_of(one.call), sample_of(other.call))
     assert not torch.equal(timestep_of(one.call), timestep_of(other.call))
     assert len(calls) == 2
+    monkeypatch.setattr("diffuse_compress.training.sources._CLIPS_IN_SHARD", 1)
+    stored = encode_media(pipe, items, folder=tmp_path, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "index.json",
+        "items-00000.safetensors",
+        "items-00001.safetensors",
+    ]
+    assert stored.fingerprint() == data.fingerprint()
+    made = len(calls)
+    assert encode_media(pipe, items, folder=tmp_path, **options).fingerprint() == data.fingerprint()
+    assert len(calls) == made + 1  # the first one, for comparison
+    with torch.no_grad():
+        next(pipe.vae.parameters()).mul_(2)
+    other = encode_media(pipe, items, folder=tmp_path, **options)
+    assert len(calls) == made + 4
+    assert other.fingerprint() != data.fingerprint()
+    with torch.no_grad():
+        next(pipe.vae.parameters()).div_(2)
+    assert encode_media(pipe, items[:1], folder=tmp_path, **options).notes(0) == data.notes(0)
+    stored = encode_media(pipe, items, folder=tmp_path, **options)
+    assert torch.equal(sample_of(stored.draw(0, seeded(0)).call), sample_of(one.call))
+    assert torch.equal(load_data(tmp_path, pipe=pipe).draw(0, seeded(0)).truth, one.truth)
     both = collated([one, data.draw(1, seeded(2))])
     with torch.no_grad():
         found = both.call.run(pipe.transformer)[0]

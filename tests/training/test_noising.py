@@ -70,6 +70,7 @@ def test_the_clean_sample_comes_back_from_a_perfect_prediction(prediction):
         "flow_prediction": noise - clean,
     }[prediction]
     noisy = levels.noisy(clean, noise)
+    assert torch.equal(noising.truth(clean, noise, levels), output)
     torch.testing.assert_close(noising.x0(output, noisy, levels), clean, atol=1e-4, rtol=1e-4)
     # A squared distance of two outputs, times the weight, is that of what they stand for over sigma**2.
     other = output + 0.1 * torch.randn_like(output)
@@ -77,6 +78,15 @@ def test_the_clean_sample_comes_back_from_a_perfect_prediction(prediction):
     distance = (noising.x0(other, noisy, levels) - noising.x0(output, noisy, levels)).square().mean((1, 2))
     torch.testing.assert_close(outputs, distance / levels.sigma.square(), rtol=2e-3, atol=1e-5)
     assert torch.equal(noising.weights(levels, "output"), torch.ones(3))
+
+
+def test_levels_of_a_size_are_drawn_with_its_own_shift():
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    found = Noising(scheduler, mu=0.5).draw(64, seeded(0), 1.2).timesteps
+    assert torch.equal(found, Noising(scheduler, mu=1.2).draw(64, seeded(0)).timesteps)
+    assert not torch.equal(found, Noising(scheduler, mu=0.5).draw(64, seeded(0)).timesteps)
+    fixed = Noising(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    assert torch.equal(fixed.draw(8, seeded(0), 1.2).timesteps, fixed.draw(8, seeded(0)).timesteps)
 
 
 def test_levels_are_drawn_with_the_shift_of_the_pipeline():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -92,6 +93,26 @@ def test_a_bare_module_learns_and_is_deployed_as_it_was_trained():
     assert all(parameter.requires_grad for parameter in teacher.parameters())
 
 
+def test_training_halves_the_error_and_the_branch_lowers_the_first_gradients():
+    """The toy of the reference: nothing is claimed of the branch at the end but that it does no harm."""
+    found = {}
+    for method in ("kd", "qvgen"):
+        model = mlp()
+        with torch.no_grad():
+            for block in model.blocks:
+                for layer in (block[0], block[2]):
+                    layer.weight[:, ::11] *= 4
+        asked = config(scheme="w3a16", method=method, phi_rank=8, max_train_steps=60, decay_fraction=0.6)
+        asked = dataclasses.replace(asked, learning_rate=2e-3)
+        found[method] = dc.QATTrainer(model, asked, calls(16), held_out=2).train()
+    at_start = float(found["kd"].losses[0])  # rounded within ranges of least error, before the first step
+    last = {method: float(result.validation[-1]["kd_without_phi"]) for method, result in found.items()}
+    assert max(last.values()) < at_start / 2  # 2.2 and 2.3
+    assert last["qvgen"] < 1.05 * last["kd"]
+    norms = {method: float(result.gradient_norms[:8].mean()) for method, result in found.items()}
+    assert norms["qvgen"] < 0.9 * norms["kd"]  # 0.81
+
+
 def test_the_callers_forward_and_loss_are_used():
     seen = []
 
@@ -160,11 +181,12 @@ def _call(pipe: Any) -> dict[str, Any]:
 
 def test_checkpointed_blocks_accumulated_passes_and_cached_teachers_change_no_bit():
     pipe = tiny.build_pipeline("wan")
+    pipe.transformer = tiny.build("wan", num_layers=1)
     data = record_calls(pipe, ["a red cat", "the blue house"], num_samples=4, **_call(pipe))
-    base = {"quantize_all": False, "clip_groups": 8, "max_train_steps": 6, "phi_rank": 2}
+    base = {"quantize_all": False, "clip_groups": 8, "max_train_steps": 4, "phi_rank": 2}
 
     def losses(options: dict[str, Any] | None = None, **kwargs: Any) -> torch.Tensor:
-        own = copy.deepcopy(pipe)
+        own = copy.deepcopy(pipe.transformer)
         return dc.QATTrainer(own, config(**{**base, **kwargs}), data, **(options or {})).train().losses
 
     plain = losses()
@@ -254,6 +276,16 @@ def _one_of_two(index: int, folder: Path, port: int, sharded: bool) -> None:
         model, config(), calls(), accelerator=accelerator, output_dir=folder / "out", checkpointing_steps=6
     )
     result = trainer.train()
+    again = dc.QATTrainer(  # from the middle, across two phases
+        mlp(),
+        config(),
+        calls(),
+        accelerator=accelerator,
+        output_dir=folder / "out",
+        resume_from_checkpoint="checkpoint-6",
+    ).train()
+    assert torch.equal(again.losses, result.losses)
+    assert torch.equal(again.gradient_norms, result.gradient_norms)
     torch.save({"losses": result.losses, "norms": result.gradient_norms, "model": bits(model)}, folder / f"{index}.pt")
     torch.distributed.destroy_process_group()
 
@@ -302,11 +334,22 @@ def test_a_failure_leaves_everything_as_it_was():
     assert "quantization_config" not in pipe.transformer.config
 
 
-def test_what_cannot_be_is_refused_before_anything_is_touched():
+def test_what_cannot_be_is_refused_before_anything_is_touched(tmp_path, monkeypatch):
     model, pipe = mlp(), tiny.build_pipeline("wan")
     before = bits(model)
-    with pytest.raises(MissingDependencyError, match="bitsandbytes"):
-        dc.QATTrainer(model, config(), calls(), optimizer_8bit=True).train()
+    with pytest.raises(MissingDependencyError, match="pip install wandb"):
+        dc.QATTrainer(model, config(), calls(), report_to="wandb", output_dir=tmp_path).train()
+    with pytest.raises(ConfigError, match="unknown report_to='tensorbord'"):
+        dc.QATTrainer(model, config(), calls(), report_to="tensorbord", output_dir=tmp_path).train()
+    with monkeypatch.context() as launched:
+        launched.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(ConfigError, match=r"DEEPSPEED optimizes copies.*fsdp2\.yaml"):
+            dc.QATTrainer(model, config(), calls()).train()
+        assert main(["train", "--pretrained_model_name_or_path", "no/such", "--output_dir", str(tmp_path)]) == 1
+    with pytest.raises(ConfigError, match="say nothing of their outputs"):
+        dc.QATTrainer(model, config(method="lsq"), calls()).train()
+    with pytest.raises(ConfigError, match="has no teacher"):
+        dc.QATTrainer(model, config(method="lsq"), calls(), teacher=mlp()).train()
     with pytest.raises(ConfigError, match="held_out"):
         dc.QATTrainer(model, config(), calls(), held_out=8).train()
     latents = synthetic_latents(pipe, 1, **_call(pipe))
@@ -356,13 +399,14 @@ def test_the_command_trains_saves_and_fails_with_a_code(tmp_path, capsys):
     command = ["train", "--pretrained_model_name_or_path", str(tmp_path / "wan"), "--device", "cpu", "--json"]
     command += ["--prompts", str(tmp_path / "prompts.txt"), "--num_samples", "4", "--num_inference_steps", "2"]
     command += ["--height", "32", "--width", "32", "--num_frames", "5", "--max_train_steps", "3", "--phi_rank", "1"]
+    command += ["--validation_epochs", "1", "--num_validation_videos", "2"]
     command += ["--validation_prompt", "a red cat", "--held_out", "1", "--output_dir", str(tmp_path / "out")]
     assert main(command) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["steps"] == len(found["losses"]) == 3
     assert {"kd_with_phi", "psnr_without_phi"} <= found["validation"][-1].keys()
     names = sorted(p.name for p in (tmp_path / "out" / "validation" / "step-3").iterdir())
-    assert names == ["0-with_phi.gif", "0-without_phi.gif"]
+    assert names == [f"{index}-{name}_phi.gif" for index in (0, 1) for name in ("with", "without")]
     again = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert type(again.transformer.blocks[0].attn1.to_q).__name__ == "QuantizedLinear"
     assert main([*command, "--synthetic", "2"]) == 1

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 
 from diffuse_compress_kernels import triton_kernels
+from diffuse_compress_kernels._ops import add_op_namespace_prefix
 from diffuse_compress_kernels.fp8_linear.op import FLOAT8_MAX
 from diffuse_compress_kernels.int8_linear.op import contiguous_rows, is_plain
 from diffuse_compress_kernels.producers import stock
@@ -80,7 +81,7 @@ def _norm(
     return codes, row_scale, rows if keep else None
 
 
-@torch.library.custom_op("diffuse_compress::norm_quantize", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("norm_quantize"), mutates_args=())
 def _norm_quantize(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -228,7 +229,7 @@ def _activation(
     return codes, row_scale, rows if keep else None
 
 
-@torch.library.custom_op("diffuse_compress::activation_quantize", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("activation_quantize"), mutates_args=())
 def _activation_quantize(
     x: torch.Tensor,
     other: torch.Tensor | None,

@@ -22,13 +22,14 @@ from diffuse_compress.failures import is_out_of_memory
 from diffuse_compress.families.registry import family_of
 from diffuse_compress.families.roles import block_elements
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, calibrate_with, steps_of
-from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, unchanged_twin
+from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
 from diffuse_compress.quantization.algorithms.folding import fold_scales
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
+from diffuse_compress.quantization.algorithms.twin import unchanged_twin
 from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
 from diffuse_compress.quantization.observers import ObserverConfig
-from diffuse_compress.quantization.packed import QuantizedWeight
+from diffuse_compress.quantization.packed import QuantizedWeight, SparseOutliers
 from diffuse_compress.quantization.scheme import Scheme
 
 __all__ = [
@@ -104,13 +105,12 @@ def calibrate_layers(
     """
     home = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     there = home if device is None else torch.device(device)
-    weights = sample_weights(samples, model)
     blocks = calibration_blocks(model, [*layers, *(ready or {})], every=there != home)
     labels = [_label(index, sample) for index, sample in enumerate(samples)]
-    run = _Run(
-        model, layers, algorithm, weights, labels, replace, generator, observer, keep, folds, finished, home, there
-    )
+    given = (layers, algorithm, sample_weights(samples, model), labels, replace, generator, observer, keep, folds)
+    run = _Run(model, *given, finished, home, there)
     run.ready.update(ready or {})
+    run.depths = _depths(blocks, layers)
 
     def visit(found: Visit) -> None:
         run.visit(found)
@@ -122,6 +122,12 @@ def calibrate_layers(
     missed = {name: scheme for name, scheme in layers.items() if name not in run.done}
     quantize_layers(missed, RTNConfig(), replace, generator=generator, device=device)
     return list(missed)
+
+
+def _depths(blocks: Sequence[str], layers: Mapping[str, Scheme]) -> dict[str, float]:
+    """For each block that holds some of ``layers``, the share of these blocks before it."""
+    working = [name for name in blocks if any(True for _ in layers_of(name, layers))]
+    return {name: index / len(working) for index, name in enumerate(working)}
 
 
 @dataclass
@@ -143,6 +149,7 @@ class _Run:
     there: torch.device
     ready: dict[str, Quantized] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
+    depths: dict[str, float] = field(default_factory=dict)
 
     @functools.cached_property
     def shared(self) -> frozenset[int]:
@@ -161,7 +168,7 @@ class _Run:
         if stored is not None:
             for short, name in names.items():
                 self.model.get_submodule(name).to(self.home)
-                convert = functools.partial(_restored, scheme=self.layers[name], stored=stored.layers[short])
+                convert = functools.partial(_restored, stored=stored.layers[short])
                 self.replace(name, convert).to(self.there)
             for name, value in stored.parameters.items():
                 changes.set(name, value)
@@ -170,7 +177,7 @@ class _Run:
             work.unchanged = unchanged
             calibrate_block(work, self.algorithm)
             if self.finished is not None:
-                modules = {short: self.model.get_submodule(name) for short, name in names.items()}
+                modules: dict[str, Any] = {short: self.model.get_submodule(name) for short, name in names.items()}
                 self.finished.save(found.name, modules, changes.made)
         self.done.update(names.values())
 
@@ -191,7 +198,7 @@ class _Run:
         work.samples = [self.labels[index] for index in found.calls]
         work.observer = self.observer or work.observer
         work.change = None if self.keep is None else changes.set
-        work.folds, work.shared = self.folds, self.shared
+        work.folds, work.shared, work.depth = self.folds, self.shared, self.depths[found.name]
         return work
 
 
@@ -223,7 +230,7 @@ def calibrate_block(work: BlockWork, algorithm: AlgorithmConfig) -> None:
     """Let ``algorithm`` decide on a block, and round what it leaves to nearest.
 
     Ranges of static inputs are chosen when everything is decided that changes inputs, and nothing yet that must know
-    their grid. Scales are folded last, on codes that are final.
+    their grid. Scales are folded on codes that are final; what follows the codes comes last, on layers that are so too.
 
     Raises:
         ModelStateError: weights or inputs are not finite; the message names the layer, and of inputs the sample.
@@ -237,11 +244,15 @@ def calibrate_block(work: BlockWork, algorithm: AlgorithmConfig) -> None:
     if algorithm.needs_reference and work.unchanged is None:
         work.unchanged = unchanged_twin(work.block)
     with autocast_as(NO_AUTOCAST):
-        for config in (*steps_of(algorithm), RTNConfig()):
+        steps = steps_of(algorithm)
+        for config in (*(step for step in steps if not step.follows_codes), RTNConfig()):
             if config.chooses_codes:
                 work.observe_inputs()
             calibrate_with(config, work)
         fold_scales(work)
+        for config in steps:
+            if config.follows_codes:
+                calibrate_with(config, work)
 
 
 @contextlib.contextmanager
@@ -384,15 +395,19 @@ def quantized_layer(layer: LayerWork) -> Quantized:
     # A copy: layers that share an input share its scale until here, and must not share memory.
     scale = None if layer.act_pre_scale is None else layer.act_pre_scale.clone()
     given: dict[str, Any] = {"act_pre_scale": scale, "low_rank": layer.low_rank}
+    if layer.act_pre_shift is not None:
+        given["act_pre_shift"] = layer.act_pre_shift.clone()
+    if layer.dense_columns is not None and layer.dense_weight is not None:
+        given["dense_columns"] = (layer.dense_columns, layer.dense_weight)
     if layer.input_qparams is not None:
         given |= {"input_scale": layer.input_qparams.scale, "input_zero_point": layer.input_qparams.zero_point}
     return _layer_like(layer.dense, layer.quantized, layer.scheme, **given)
 
 
-def _restored(dense: nn.Module, *, scheme: Scheme, stored: FinishedLayer) -> Quantized:
+def _restored(dense: nn.Module, *, stored: FinishedLayer) -> Quantized:
     """The module that a :class:`FinishedBlocks` kept."""
     assert isinstance(dense, nn.Linear | nn.Conv2d)
-    found = {name: tensor.to(dense.weight.device) for name, tensor in stored.tensors.items()}
+    found, scheme = {name: tensor.to(dense.weight.device) for name, tensor in stored.tensors.items()}, stored.scheme
     quantized = QuantizedWeight(
         qweight=found["qweight"],
         scale=found["scale"],
@@ -401,10 +416,16 @@ def _restored(dense: nn.Module, *, scheme: Scheme, stored: FinishedLayer) -> Qua
         in_features=dense.weight.flatten(1).shape[1],
         scheme=scheme.weight,
     )
+    if "outlier_rows" in found:
+        quantized.outliers = SparseOutliers(*(found[f"outlier_{name}"] for name in ("rows", "columns", "values")))
     low_rank = (found["low_rank_down"], found["low_rank_up"]) if "low_rank_down" in found else None
     if "input_scale" not in found:  # of a layer in the block that no sample reached
         scheme = scheme.with_dynamic_inputs()
-    given = {name: found.get(name) for name in ("act_pre_scale", "input_scale", "input_zero_point")}
+    given: dict[str, Any] = {name: found.get(name) for name in ("act_pre_scale", "input_scale", "input_zero_point")}
+    if isinstance(dense, nn.Linear):  # as it was: a shift may be in it, with or without one that is left
+        given |= {"act_pre_shift": found.get("act_pre_shift"), "bias": found.get("bias")}
+    if "dense_columns" in found:
+        given["dense_columns"] = (found["dense_columns"], found["dense_weight"])
     layer = _layer_like(dense, quantized, scheme, low_rank=low_rank, **given)
     if "bias" in found:
         layer.bias.data = found["bias"]

@@ -3,6 +3,7 @@
     work_dir/recording-<hash>.safetensors    samples recorded from items; the hash is that of items and pipeline
     work_dir/<component>/manifest.json       what the blocks were computed from: the fingerprint
     work_dir/<component>/<block>.safetensors parameters of the block's quantized layers, and of its norms that changed
+    work_dir/<component>/<name>.state        of what is learned for the whole model before its blocks: rotations
 
 Every file is written under another name, flushed to the disk and renamed, so one that is there is whole. Blocks depend
 on all of the fingerprint: those of another one are never mixed in, and never deleted either.
@@ -25,6 +26,8 @@ from diffuse_compress.calibration.recording import Calibration
 from diffuse_compress.calibration.trees import hash_tensor, hash_tree
 from diffuse_compress.errors import CheckpointError, ConfigError, ModelStateError
 from diffuse_compress.logging import get_logger
+from diffuse_compress.quantization.layer_base import QuantizedLayer
+from diffuse_compress.quantization.scheme import Scheme
 
 __all__ = [
     "FinishedBlock",
@@ -158,10 +161,12 @@ def _brief(value: Any) -> str:
 
 @dataclass(frozen=True)
 class FinishedLayer:
-    """A quantized layer of a finished block: its parameters by name, on the CPU, and whether a scale was folded."""
+    """A quantized layer of a finished block: its parameters by name, on the CPU, whether a scale was folded, and its
+    format, which may follow from the samples."""
 
     tensors: dict[str, torch.Tensor]
     folded: bool
+    scheme: Scheme
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,7 @@ class FinishedBlocks:
                 described = json.loads((handle.metadata() or {})[_BLOCK_KEY])
                 tensors = {key: handle.get_tensor(key) for key in handle.keys()}
             folded, changed = set(described.pop("folded")), described.pop("changed")
+            schemes = [Scheme.from_dict(scheme) for scheme in described.pop("schemes")]
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(
                 f"work_dir: {path} is damaged ({type(error).__name__}: {error}). Delete it; the block is done again."
@@ -213,12 +219,15 @@ class FinishedBlocks:
             owner, _, leaf = key.rpartition(".")
             found.setdefault(owner, {})[leaf] = tensor
         return FinishedBlock(
-            {name: FinishedLayer(found[str(index)], name in folded) for index, name in enumerate(wanted)},
+            {
+                name: FinishedLayer(found[str(index)], name in folded, scheme)
+                for index, (name, scheme) in enumerate(zip(wanted, schemes, strict=True))
+            },
             {name: found[_CHANGED][str(index)] for index, name in enumerate(changed)},
         )
 
     def save(
-        self, block: str, layers: Mapping[str, nn.Module], changed: Mapping[str, torch.Tensor] | None = None
+        self, block: str, layers: Mapping[str, QuantizedLayer], changed: Mapping[str, torch.Tensor] | None = None
     ) -> None:
         """Write the layers of a finished block, and its other parameters that were changed, by name relative to it.
 
@@ -236,8 +245,41 @@ class FinishedBlocks:
         parameters |= {f"{_CHANGED}.{index}": parameter for index, parameter in enumerate(changed.values())}
         tensors = {key: parameter.detach().cpu().clone().contiguous() for key, parameter in parameters.items()}
         folded = [name for name, layer in layers.items() if getattr(layer, "folded", False)]
-        described = {"block": block, "layers": list(layers), "folded": folded, "changed": list(changed)}
+        schemes = [layer.scheme.to_dict() for layer in layers.values()]
+        described = {
+            "block": block,
+            "layers": list(layers),
+            "folded": folded,
+            "changed": list(changed),
+            "schemes": schemes,
+        }
         write_whole(self._path(block), lambda path: save_file(tensors, path, {_BLOCK_KEY: json.dumps(described)}))
+
+    def load_state(self, name: str) -> dict[str, torch.Tensor] | None:
+        """What :meth:`save_state` wrote last under a name, or None.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self.folder / f"{name}.state"
+        if not path.exists():
+            return None
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"work_dir: {path} is damaged ({type(error).__name__}: {error}). Delete it; that part is done again."
+            ) from error
+
+    def save_state(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep the state of work that is no block's; raises as :meth:`save`."""
+        from safetensors.torch import save_file
+
+        found = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+        write_whole(self.folder / f"{name}.state", lambda path: save_file(found, path))
 
     def _path(self, block: str) -> Path:
         return self.folder / f"{block or 'model'}.safetensors"

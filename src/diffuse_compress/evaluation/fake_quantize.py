@@ -15,15 +15,29 @@ from torch import nn
 from diffuse_compress.quantization.clips import clip_of_rows
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
 from diffuse_compress.quantization.numerics import choose_activation_qparams, dequantize, fake_quantize_activation
+from diffuse_compress.quantization.outlier_columns import outlier_columns
 from diffuse_compress.quantization.rotation import rotate
 from diffuse_compress.quantization.scheme import ActivationScheme
 
 __all__ = ["FakeQuantizedLayer", "to_fake_quantized"]
 
+_TENSORS = (
+    "act_pre_shift",
+    "act_pre_scale",
+    "input_scale",
+    "input_zero_point",
+    "low_rank_down",
+    "low_rank_up",
+    "input_clip",
+    "dense_columns",
+    "dense_weight",
+)
+
 
 class FakeQuantizedLayer(nn.Module):
-    """What a quantized layer stands for, in float32: ``y = dense(Q(x * act_pre_scale)) + low-rank branch``, with the
-    rotation of the scheme before Q.
+    """What a quantized layer stands for, in float32: ``y = dense(Q(u * act_pre_scale)) + low-rank branch``, with
+    ``u = x - act_pre_shift`` and the rotation of the scheme before Q; columns that are not quantized are multiplied as
+    they come.
 
     Args:
         layer: a QuantizedLinear or QuantizedConv2d; its codes, scales and bias are copied in float32.
@@ -31,12 +45,15 @@ class FakeQuantizedLayer(nn.Module):
     """
 
     dense: Any
+    act_pre_shift: torch.Tensor | None
     act_pre_scale: torch.Tensor | None
     input_scale: torch.Tensor | None
     input_zero_point: torch.Tensor | None
     low_rank_down: torch.Tensor | None
     low_rank_up: torch.Tensor | None
     input_clip: torch.Tensor | None
+    dense_columns: torch.Tensor | None
+    dense_weight: torch.Tensor | None
 
     def __init__(self, layer: QuantizedLinear | QuantizedConv2d, quantize_input: bool = True) -> None:
         super().__init__()
@@ -44,30 +61,47 @@ class FakeQuantizedLayer(nn.Module):
         with torch.no_grad():
             # to_dense folds smoothing and the low-rank branch into the weight; here they stay apart.
             dense.weight.copy_(dequantize(layer.quantized_weight(), torch.float32).view_as(dense.weight))
+            if dense.bias is not None:
+                dense.bias.copy_(layer.bias)
         self.dense = dense.requires_grad_(False)
         self.activation: ActivationScheme | None = layer.scheme.activation if quantize_input else None
         self.feature_dims = 3 if isinstance(dense, nn.Conv2d) else 1
         self.input_rotation = layer.scheme.input_rotation
         self.timestep_groups = layer.timestep_groups
-        for name in ("act_pre_scale", "input_scale", "input_zero_point", "low_rank_down", "low_rank_up", "input_clip"):
+        for name in _TENSORS:
             value = getattr(layer, name)
             self.register_buffer(name, None if value is None else value.detach().clone(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y in the dtype of x; shapes as in the stock layer."""
         values = x.float()
-        inputs = values
+        if self.act_pre_shift is not None:
+            values = (values - self.act_pre_shift).to(x.dtype).float()
+        columns = None if self.dense_columns is None else self.dense_columns.long()
+        act = self.activation
+        if act is not None and act.outlier_threshold is not None:
+            columns = outlier_columns(values, act.outlier_threshold).nonzero().flatten()
+        inputs = values if columns is None or act is None else values.index_fill(-1, columns, 0)
         if self.act_pre_scale is not None:
-            inputs = values * (self.act_pre_scale.view(-1, 1, 1) if self.feature_dims == 3 else self.act_pre_scale)
+            inputs = inputs * (self.act_pre_scale.view(-1, 1, 1) if self.feature_dims == 3 else self.act_pre_scale)
         if self.input_rotation is not None:
             inputs = rotate(inputs, self.input_rotation)
         if self.activation is not None:
             scale = self.input_scale if self.input_clip is None else self._clipped_scale(inputs, self.activation)
             inputs = fake_quantize_activation(inputs, self.activation, scale, self.input_zero_point, self.feature_dims)
         y = self.dense(inputs)
+        if columns is not None:
+            y = y + nn.functional.linear(values[..., columns], self._weight_of(columns))
         if self.low_rank_down is not None and self.low_rank_up is not None:
             y = y + self._low_rank(values, self.low_rank_up.float() @ self.low_rank_down.float())
         return y.to(x.dtype)
+
+    def _weight_of(self, columns: torch.Tensor) -> torch.Tensor:
+        """Of input columns that are not quantized: their own, or in a threshold's case that of the codes."""
+        if self.dense_weight is not None:
+            return self.dense_weight.float()
+        weight: torch.Tensor = self.dense.weight[:, columns]
+        return weight if self.act_pre_scale is None else weight * self.act_pre_scale[columns]
 
     def _clipped_scale(self, x: torch.Tensor, activation: ActivationScheme) -> torch.Tensor:
         assert self.input_clip is not None

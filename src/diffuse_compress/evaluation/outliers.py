@@ -40,11 +40,12 @@ from diffuse_compress.errors import ConfigError
 from diffuse_compress.families.base import Family
 from diffuse_compress.families.registry import family_of
 
-__all__ = ["FACTORS", "OutlierPair", "add_outlier_channels"]
+__all__ = ["FACTORS", "OutlierPair", "add_offset_channels", "add_outlier_channels"]
 
 FACTORS = (16.0, 32.0, 64.0)
 # Chunks of the six modulation vectors, in diffusers' order: shift, scale, gate of attention, then of feed-forward.
 _MODULATION = {"attn1": (0, 1), "ff": (3, 4)}
+_READERS = {"attn1": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "ff": ("ff.net.0.proj",)}
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,46 @@ def add_outlier_channels(
         if getattr(transformer, "caption_projection", None) is not None:
             pairs.append(_scale_caption(transformer, blocks, draw))
     return pairs
+
+
+def add_offset_channels(
+    transformer: nn.Module, *, fraction: float = 1 / 64, sizes: Sequence[float] = (8.0, 16.0, 32.0), seed: int = 0
+) -> dict[str, tuple[int, ...]]:
+    """Move channels of a PixArt-like transformer's modulated inputs far off zero, in place, with the same function.
+
+    Such asymmetric outliers are those of language models with biased norms. In each block a number is added to channels
+    of the shift of ``scale_shift_table``, and what it adds to the layers behind is taken from their biases.
+
+    Args:
+        transformer: dense, any dtype and device; a PixArtTransformer2DModel or one built alike.
+        fraction: of the channels of each place, at least one channel.
+        sizes: to draw from, uniformly; with a sign of its own for each channel.
+        seed: of a generator of its own.
+
+    Returns:
+        {layer behind: channels that were moved}.
+
+    Raises:
+        ConfigError: the model has no AdaLN-single blocks, is not dense, or has layers without a bias there.
+    """
+    draw, moved = _Draw(fraction, tuple(sizes), seed), {}
+    with torch.no_grad():
+        for index, block in enumerate(_blocks_of(transformer)):
+            for part, (shift, _) in _MODULATION.items():
+                table = block.scale_shift_table
+                channels, offsets = draw(table.shape[-1])
+                signs = torch.randint(0, 2, channels.shape, generator=draw.generator) * 2 - 1
+                offsets, places = (offsets * signs).to(table), channels.to(table.device)
+                before = table[shift, places].clone()
+                table[shift, places] = before + offsets
+                for reader in _READERS[part]:
+                    name, layer = f"transformer_blocks.{index}.{reader}", block.get_submodule(reader)
+                    _require_dense(layer)
+                    if layer.bias is None:
+                        raise ConfigError(f"add_offset_channels: {name} needs a bias, has none.")
+                    layer.bias -= layer.weight[:, places] @ (table[shift, places] - before).to(layer.weight)
+                    moved[name] = tuple(channels.tolist())
+    return moved
 
 
 class _Draw:
@@ -150,9 +191,8 @@ def _scale_modulation(transformer: Any, blocks: Sequence[Any], part: str, draw: 
         own, places = factors.to(table), channels.to(table.device)
         table[shift, places] = table[shift, places] * own
         table[scale, places] = (1 + table[scale, places]) * own - 1
-        readers = ("attn1.to_q", "attn1.to_k", "attn1.to_v") if part == "attn1" else ("ff.net.0.proj",)
-        _shrink_columns([block.get_submodule(reader) for reader in readers], channels, factors)
-        names += [f"transformer_blocks.{index}.{reader}" for reader in readers]
+        _shrink_columns([block.get_submodule(reader) for reader in _READERS[part]], channels, factors)
+        names += [f"transformer_blocks.{index}.{reader}" for reader in _READERS[part]]
     return _pair("adaln_single.linear", names, channels, factors)
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "TextScore",
     "perplexity_metrics",
     "perplexity_ratio",
+    "predicted_tokens",
     "read_text",
     "score_experiment",
     "score_text",
@@ -193,6 +194,23 @@ def score_tokens(
                 nats[i], counts[i] = fresh.sum(), len(fresh)
     digest = hashlib.sha256(tokens.cpu().numpy().astype("<i8").tobytes()).hexdigest()[:16]
     return TextScore(nats, counts, window, stride, digest)
+
+
+def predicted_tokens(
+    model: nn.Module, tokens: torch.Tensor, *, window: int | None = None, batch_size: int = 4
+) -> torch.Tensor:
+    """The most probable next token after each position of separate windows: [w, window - 1] int64, on the CPU.
+
+    How often two models agree on it is LLMC's "token accuracy". Arguments and errors as :func:`score_tokens`.
+    """
+    window = _checked_window(model, window)
+    spans = _spans(len(tokens), window, None)
+    device, found = next(model.parameters()).device, []
+    with evaluating(model):
+        for batch in track(_batches(spans, batch_size), "Predicting tokens", model, None, {}):
+            rows = torch.stack([tokens[spans[i][0] : spans[i][1] - 1] for i in batch]).long().to(device)
+            found.append(model(rows, use_cache=False).logits.argmax(dim=-1).cpu())
+    return torch.cat(found)
 
 
 def perplexity_ratio(reference: TextScore, score: TextScore) -> Interval:

@@ -169,15 +169,15 @@ def record_schema() -> dict[str, Any]:
     return schema
 
 
-def validate(data: Any, where: str = "record") -> None:
-    """Hold ``data`` to the schema.
+def validate(data: Any, where: str = "record", schema: Mapping[str, Any] | None = None) -> None:
+    """Hold ``data`` to a schema; None is that of a record.
 
     Covers the words that the schema uses: type, enum, required, properties, additionalProperties, items, minimum.
 
     Raises:
         CheckpointError: the first place that differs.
     """
-    _validate(data, record_schema(), where)
+    _validate(data, record_schema() if schema is None else schema, where)
 
 
 def _validate(value: Any, schema: Mapping[str, Any], where: str) -> None:
@@ -195,7 +195,9 @@ def _validate(value: Any, schema: Mapping[str, Any], where: str) -> None:
         extra = [key for key in value if key not in known] if schema.get("additionalProperties") is False else []
         if missing or extra:
             what = f"needs {', '.join(missing)}" if missing else f"does not know {', '.join(extra)}"
-            raise CheckpointError(f"{where}: a record {what}. Its schema: diffuse_compress.evaluation.record_schema().")
+            raise CheckpointError(
+                f"{where}: a record {what}. Its schema comes with the package, diffuse_compress/**/*.schema.json."
+            )
         for key, entry in value.items():
             if key in known:
                 _validate(entry, known[key], f"{where}.{key}")

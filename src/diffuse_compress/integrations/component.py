@@ -50,7 +50,7 @@ ASK_THE_MODEL = ""
 # What torch's own CPU allocations are aligned to, and what vectorised products expect.
 _ALIGNMENT = 64
 # Kept in fp32 whatever the model's dtype: rounding them to bf16 would cost 0.4 % of every weight.
-FP32_PARAMETER_NAMES = ("scale", "input_scale", "zero_point", "act_pre_scale")
+FP32_PARAMETER_NAMES = ("scale", "input_scale", "zero_point", "act_pre_shift", "act_pre_scale")
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,12 @@ class LayerEntry:
         compute_dtype: dtype of its inputs and bias.
         act_pre_scale: it has a per-input-channel smoothing scale.
         low_rank: rank of its low-rank branch, 0 for none.
+        dense_columns: number of its input columns that are dense beside the codes.
+        sparse_outliers: number of single weights that are added to what its codes stand for.
         folded: a smoothing scale of its input or output is inside other weights.
         part_channels: input channels of a part of a convolution that is split (``split.py``); 0 for a whole layer.
+        act_pre_shift: it has a shift of its input.
+        gained_bias: it has a bias, which the dense layer has not.
     """
 
     scheme: Scheme
@@ -72,6 +76,10 @@ class LayerEntry:
     low_rank: int = 0
     folded: bool = False
     part_channels: int = 0
+    act_pre_shift: bool = False
+    gained_bias: bool = False
+    dense_columns: int = 0
+    sparse_outliers: int = 0
 
 
 @dataclass
@@ -126,6 +134,7 @@ def layer_entries(model: nn.Module) -> dict[str, LayerEntry]:
     entries = {}
     for name, layer in quantized_layers(model).items():
         low_rank = getattr(layer, "low_rank_down", None)
+        columns, sparse = getattr(layer, "dense_columns", None), getattr(layer, "outlier_values", None)
         entries[name] = LayerEntry(
             layer.scheme,
             layer.compute_dtype,
@@ -133,6 +142,10 @@ def layer_entries(model: nn.Module) -> dict[str, LayerEntry]:
             0 if low_rank is None else low_rank.shape[0],
             layer.folded,
             _part_channels(model, name),
+            layer.act_pre_shift is not None,
+            layer.gained_bias,
+            0 if columns is None else columns.shape[0],
+            0 if sparse is None else sparse.shape[0],
         )
     return entries
 
@@ -195,6 +208,14 @@ def metadata_of(state: ComponentState) -> dict[str, str]:
             extra["folded"] = True
         if entry.part_channels:
             extra["part_channels"] = entry.part_channels
+        if entry.act_pre_shift:
+            extra["act_pre_shift"] = True
+        if entry.gained_bias:
+            extra["gained_bias"] = True
+        if entry.dense_columns:
+            extra["dense_columns"] = entry.dense_columns
+        if entry.sparse_outliers:
+            extra["sparse_outliers"] = entry.sparse_outliers
         layers[name] = [label, extra] if extra else [label]
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -296,6 +317,10 @@ def install_placeholders(model: nn.Module, layers: Mapping[str, LayerEntry]) -> 
                 compute_dtype=entry.compute_dtype,
                 act_pre_scale=entry.act_pre_scale,
                 low_rank=entry.low_rank,
+                act_pre_shift=entry.act_pre_shift,
+                bias=entry.gained_bias,
+                dense_columns=entry.dense_columns,
+                sparse_outliers=entry.sparse_outliers,
             )
             layer.folded = entry.folded
         except (AttributeError, DiffuseCompressError, TypeError) as error:

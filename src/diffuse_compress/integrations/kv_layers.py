@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedConfig
 
-from diffuse_compress.errors import ConfigError, IncompatibleShapeError, ModelStateError
+from diffuse_compress.errors import ConfigError, IncompatibleShapeError
+from diffuse_compress.integrations.kv_base import KeptKVCache, KeptKVLayer
 from diffuse_compress.quantization.kv_cache import (
     KIVIConfig,
     KVMethod,
@@ -21,7 +20,7 @@ from diffuse_compress.quantization.kv_cache import (
 __all__ = ["QuantizedKVCache", "QuantizedKVLayer"]
 
 
-class QuantizedKVLayer(DynamicLayer):  # type: ignore[misc]
+class QuantizedKVLayer(KeptKVLayer):
     """Keys and values of one attention layer: sink tokens, then packed blocks, then the newest tokens.
 
     An update returns all of them in the dtype that they came in, those of this very call as they are; so a prompt
@@ -29,23 +28,18 @@ class QuantizedKVLayer(DynamicLayer):  # type: ignore[misc]
     all, and ``residual_length`` to ``residual_length + group_size - 1`` tokens remain in it.
 
     Attributes:
-        keys, values: of all tokens, [B, H, T, D], dequantized at each access: some models read them past ``update``
-            (Llama 3.2 Vision's cross attention).
+        keys, values: of all tokens, [B, H, T, D], dequantized at each access.
         window: (keys, values) of the newest tokens [B, H, t, D]; with the sink tokens while nothing is quantized.
         sinks: (keys, values) [B, H, num_sink_tokens, D], once something is.
         packed: (keys, values) as codes, once there are some.
         record_past: nothing is quantized until the next ``crop``, which is therefore exact.
     """
 
-    is_croppable = True
-
     def __init__(self, config: KIVIConfig) -> None:
-        self.window: tuple[torch.Tensor, torch.Tensor] | None = None
         super().__init__()
         self.config = config
         self.sinks: tuple[torch.Tensor, torch.Tensor] | None = None
         self.packed: tuple[QuantizedStates, QuantizedStates] | None = None
-        self.record_past = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.config.summary}, {self.get_seq_length()} tokens)"
@@ -54,48 +48,7 @@ class QuantizedKVLayer(DynamicLayer):  # type: ignore[misc]
         """Start empty. Raises IncompatibleShapeError if groups do not fit the heads."""
         for states in (key_states, value_states):
             self.config.value_group(states.shape[-1])
-        self.device, self.is_initialized = key_states.device, True
-        self.window = key_states[..., :0, :], value_states[..., :0, :]
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take in keys and values [B, H, t, D] of new tokens; returns those of all tokens [B, H, T, D]."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        keys, values = self._window
-        self.window = torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
-        found = self._states(0), self._states(1)
-        if not self.record_past:
-            self._quantize_oldest()
-        return found
-
-    @property
-    def _window(self) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.window is not None
-        return self.window
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        return None if self.window is None else self._states(0)
-
-    @keys.setter
-    def keys(self, states: torch.Tensor | None) -> None:
-        self._forget(states)
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        return None if self.window is None else self._states(1)
-
-    @values.setter
-    def values(self, states: torch.Tensor | None) -> None:
-        self._forget(states)
-
-    def _forget(self, states: torch.Tensor | None) -> None:
-        # transformers' own layers set None, at the start and in reset.
-        if states is not None:
-            raise ModelStateError("QuantizedKVLayer: keys and values are read-only here; update() takes in new ones.")
-        self.window = None
+        super().lazy_initialization(key_states, value_states)
 
     def _states(self, which: int) -> torch.Tensor:
         """Keys (0) or values (1) of all tokens, [B, H, T, D]."""
@@ -105,7 +58,7 @@ class QuantizedKVLayer(DynamicLayer):  # type: ignore[misc]
         sinks = [] if self.sinks is None else [self.sinks[which]]
         return torch.cat([*sinks, dequantize_states(self.packed[which], self.config, window.dtype), window], dim=-2)
 
-    def _quantize_oldest(self) -> None:
+    def _settle(self) -> None:
         sinks = 0 if self.packed is not None else self.config.num_sink_tokens
         window = self._window
         count = window[0].shape[-2] - sinks - self.config.residual_length
@@ -147,71 +100,20 @@ class QuantizedKVLayer(DynamicLayer):  # type: ignore[misc]
         sinks = 0 if self.sinks is None else self.sinks[0].shape[-2]
         return sinks + self.num_quantized + self._window[0].shape[-2]
 
-    def activate_past_recording(self) -> None:
-        """Quantize in ``crop`` from now on, not in ``update``: what is not yet accepted can be taken back exactly."""
-        self.record_past = True
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest ``-tokens_to_remove`` tokens (0 or negative, as transformers has it).
-
-        Raises:
-            ValueError: a positive number.
-            ModelStateError: more than are kept in full precision; nothing is changed.
-        """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop: needs 0 or minus the number of tokens to remove, got {tokens_to_remove}.")
-        if not self.is_initialized:
-            return
-        kept = self._window[0].shape[-2]
-        left = kept + tokens_to_remove
-        if left < 0 and -tokens_to_remove < self.get_seq_length():
-            raise ModelStateError(
-                f"crop: {kept} newest tokens are kept in full precision, cannot take back "
-                f"{-tokens_to_remove}: older ones are quantized. Call activate_past_recording() before these tokens, "
-                "take a larger residual_length, or start anew with reset()."
-            )
-        if left < 0:
-            return self.reset()
-        self.window = self._window[0][..., :left, :], self._window[1][..., :left, :]
-        self._quantize_oldest()
-
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self.sinks = self.packed = None
 
     def _map(self, on_sequences: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if not self.is_initialized:
-            return
-        self.window = on_sequences(self._window[0]), on_sequences(self._window[1])
+        super()._map(on_sequences)
         if self.sinks is not None:
             self.sinks = on_sequences(self.sinks[0]), on_sequences(self.sinks[1])
         if self.packed is not None:
             self.packed = self.packed[0].map(on_sequences), self.packed[1].map(on_sequences)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Sequences of the batch in the order of ``beam_idx`` [B]: codes are moved, never made again."""
-        self._map(lambda part: part.index_select(0, beam_idx.to(part.device)))
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every sequence ``repeats`` times."""
-        self._map(lambda part: part.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Only these sequences."""
-        self._map(lambda part: part[indices.to(part.device)])
-
-    def offload(self) -> None:
-        """Everything to the CPU."""
-        self._map(lambda part: part.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Everything back to the device of the layer."""
-        if self.is_initialized and self._window[0].device != self.device:
-            self._map(lambda part: part.to(self.device, non_blocking=True))
-
-
-class QuantizedKVCache(DynamicCache):  # type: ignore[misc]
+class QuantizedKVCache(KeptKVCache):
     """A cache for ``generate`` and ``forward`` that keeps past keys and values as packed codes.
 
     ``generate(..., past_key_values=QuantizedKVCache(model.config))``; a model that was compressed with a
@@ -237,32 +139,18 @@ class QuantizedKVCache(DynamicCache):  # type: ignore[misc]
     Source: Liu et al. 2024, arXiv 2402.02750.
     """
 
-    def __init__(self, config: PreTrainedConfig, kv: KIVIConfig | None = None, *, offloading: bool = False) -> None:
-        if kv is not None and not isinstance(kv, KIVIConfig):
-            raise ConfigError(f"QuantizedKVCache: needs a KIVIConfig, got {type(kv).__name__}.")
-        self.kv = kv or KIVIConfig()
+    config_class = KIVIConfig
+
+    def _prepare(self, config: PreTrainedConfig) -> None:
         self.head_dim = _head_dim(config, self.kv)
-        super().__init__(config=config, offloading=offloading)
-        for index, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer:
-                self.layers[index] = QuantizedKVLayer(self.kv)
-        if not self.quantized_layers:
-            raise ConfigError(
-                "QuantizedKVCache: needs layers of full attention, and this model has none: a sliding window is short."
-            )
+
+    def _layer(self) -> QuantizedKVLayer:
+        return QuantizedKVLayer(self.kv)
 
     @property
     def quantized_layers(self) -> list[QuantizedKVLayer]:
         """Those that are quantized."""
-        return [layer for layer in self.layers if isinstance(layer, QuantizedKVLayer)]
-
-    @property
-    def nbytes(self) -> int:
-        """Of all layers; recurrent states of linear attention are not counted."""
-        dense = [layer for layer in self.layers if not isinstance(layer, QuantizedKVLayer)]
-        parts = [part for layer in dense for part in (getattr(layer, "keys", None), getattr(layer, "values", None))]
-        kept = sum(part.nbytes for part in parts if part is not None)
-        return kept + sum(layer.nbytes for layer in self.quantized_layers)
+        return self.kept_layers
 
 
 def _head_dim(config: PreTrainedConfig, kv: KIVIConfig) -> int | None:

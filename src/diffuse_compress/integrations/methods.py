@@ -28,7 +28,7 @@ from diffuse_compress.errors import (
 from diffuse_compress.integrations.compat import NO_PATCH_VARIABLE, may_patch
 from diffuse_compress.integrations.kv_cache import attach_kv_cache, detach_kv_cache, kv_config_of
 from diffuse_compress.integrations.quantization_config import QUANT_METHOD
-from diffuse_compress.quantization.kv_cache import KV_KIND, KIVIConfig
+from diffuse_compress.quantization.kv_config import KV_KIND, KVCacheConfig, kv_config_from_dict
 from diffuse_compress.temporal.config import TEMPORAL_KIND, TableConfig, TFMQConfig
 from diffuse_compress.temporal.maintenance import Maintained, maintained_of, set_maintained, table_config
 from diffuse_compress.temporal.persist import load_table_state, table_state
@@ -354,11 +354,11 @@ class ClipMethod(Method):
 
 
 class KVCacheMethod(Method):
-    """Quantized keys and values of ``generate`` (``kv_cache.py``): a configuration, no tensors."""
+    """How ``generate`` keeps keys and values (``kv_cache.py``): a configuration, no tensors."""
 
     kind, title = KV_KIND, "KV cache"
 
-    def config_of(self, model: nn.Module) -> KIVIConfig | None:
+    def config_of(self, model: nn.Module) -> KVCacheConfig | None:
         return kv_config_of(model)
 
     def is_embedded(self, model: nn.Module) -> bool:
@@ -370,7 +370,7 @@ class KVCacheMethod(Method):
         return Stored(config.to_dict(), {}, {})
 
     def restore(self, model: nn.Module, stored: Stored) -> None:
-        attach_kv_cache(model, KIVIConfig.from_dict(stored.config))
+        attach_kv_cache(model, kv_config_from_dict(stored.config))
 
     def remove(self, model: nn.Module) -> None:
         detach_kv_cache(model)
@@ -379,7 +379,7 @@ class KVCacheMethod(Method):
         return {"summary": self._described(model)}
 
     def describe(self, config: Mapping[str, Any], stored: Stored | None) -> str:
-        return KIVIConfig.from_dict(config).summary
+        return kv_config_from_dict(config).summary
 
 
 KINDS: dict[str, Method] = {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
 from diffuse_compress.assignment import assign_layers, require_patterns_match, resolve_rules
-from diffuse_compress.errors import CheckpointError, ConfigError
+from diffuse_compress.errors import CheckpointError, ConfigError, DiffuseCompressWarning
 from diffuse_compress.integrations.component import (
     ASK_THE_MODEL,
     ComponentState,
@@ -131,8 +132,17 @@ class QuantizerMixin:
     def _restore_dense_layers(model: Any) -> None:
         require_free(type(model).__name__, model, "decompress")
         remove_methods(model)
+        gained = [name for name, layer in quantized_layers(model).items() if layer.gained_bias]
         for name, layer in quantized_layers(model).items():
             replace_module(model, name, layer.to_dense())
+        if gained:
+            warnings.warn(
+                f"decompress: {len(gained)} layers, e.g. {gained[0]}, have a bias now that the model's class does not "
+                "have: the shift of their inputs. The model computes with it, but saved weights do not reload with it. "
+                "Compress with shift=False where that matters.",
+                DiffuseCompressWarning,
+                stacklevel=3,
+            )
         for name, module in list(model.named_modules()):
             if isinstance(module, SplitConv2d):
                 replace_module(model, name, module.merged())

@@ -10,14 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from diffuse_compress.errors import ModelStateError
+from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.integrations.compat import may_patch
 from diffuse_compress.integrations.component import get_state, quantized_layers
+from diffuse_compress.integrations.methods import live_methods
 from diffuse_compress.integrations.peft import warn_of_folding
 from diffuse_compress.integrations.wrapping import is_wrapped, wrapping
 from diffuse_compress.quantization.layers import QuantizedLinear
 
-__all__ = ["guard", "wrap_fusing", "wrap_ip_adapters", "wrap_layerwise_casting"]
+__all__ = ["guard", "require_none_carried", "wrap_fusing", "wrap_ip_adapters", "wrap_layerwise_casting"]
 
 
 def guard(cls: type, name: str, check: Callable[[Any], None]) -> None:
@@ -76,3 +77,16 @@ def _refuse_fusing(model: Any) -> None:
                 f"{module.get_submodule(packed[0]).scheme.name}. The fused layer would be a dense copy beside the "
                 "packed ones. Leave it out, or keep the attention dense with modules_to_not_convert=."
             )
+
+
+def require_none_carried(asked: str, model: nn.Module) -> None:
+    """Raise ConfigError if ``model`` carries what a format of others, ``asked`` for, has no place for."""
+    state = get_state(model)
+    carried = [method.title for method in live_methods(model).values()]
+    if state is not None and state.config.spec.attention is not None:
+        carried.append("quantized attention")
+    if carried:
+        raise ConfigError(
+            f"{asked} has no place for what the model carries beside its weights, found {', '.join(carried)}. Nothing "
+            "was written. Take it off first, or leave format= out."
+        )

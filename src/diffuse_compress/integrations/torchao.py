@@ -20,12 +20,15 @@ from diffuse_compress.integrations.compat import add_to_diffusers_config, requir
 from diffuse_compress.integrations.component import quantized_layers
 from diffuse_compress.integrations.doors import library_of
 from diffuse_compress.integrations.peft import has_adapters
+from diffuse_compress.integrations.refusals import require_none_carried
 from diffuse_compress.patterns import generalize
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
 from diffuse_compress.quantization.scheme import (
     NumberFormat,
+    PerBlock,
     PerChannel,
     PerGroup,
+    PerInputGroup,
     PerTensor,
     PerToken,
     Scheme,
@@ -53,6 +56,7 @@ def require_exact(where: str, model: nn.Module, planned: Mapping[str, LayerAssig
         raise ConfigError(
             f'{where}: format="torchao" needs a model without adapters, found peft layers. Fuse or unload them first.'
         )
+    require_none_carried(f'{where}: format="torchao"', model)
     found = {name: _reason_of_layer(layer) for name, layer in quantized_layers(model).items()}
     for name, item in (planned or {}).items():
         if item.scheme is not None:
@@ -78,7 +82,9 @@ def _reason_of_layer(layer: QuantizedLinear | QuantizedConv2d) -> str | None:
         layer.compute_dtype,
         is_smoothed=layer.act_pre_scale is not None,
         is_low_rank=layer.low_rank_down is not None,
+        has_dense_columns=layer.dense_columns is not None,
         is_clipped=layer.input_clip is not None,
+        is_shifted=layer.act_pre_shift is not None or layer.gained_bias,
     )
 
 
@@ -90,7 +96,9 @@ def _reason(
     is_convolution: bool = False,
     is_smoothed: bool = False,
     is_low_rank: bool = False,
+    has_dense_columns: bool = False,
     is_clipped: bool = False,
+    is_shifted: bool = False,
 ) -> str | None:
     """Why no torchao tensor holds a layer of this format exactly; None if one does.
 
@@ -101,12 +109,20 @@ def _reason(
         is_convolution: it is no linear layer.
         is_smoothed: it has an ``act_pre_scale``.
         is_low_rank: it has a low-rank branch.
+        has_dense_columns: some of its input columns have no codes.
         is_clipped: its inputs have learned clips.
+        is_shifted: a shift of its input is with it, or has given it a bias.
     """
     if is_convolution:
         return "a convolution; torchao's loaders know linear layers only"
     if is_low_rank:
         return f"{scheme.name} with a low-rank branch, which torchao's tensors do not have"
+    if is_shifted:
+        return f"{scheme.name} with a shift of its inputs, which torchao's tensors do not have"
+    if has_dense_columns:
+        return f"{scheme.name} with dense input columns, which torchao's tensors do not have"
+    if scheme.activation is not None and scheme.activation.outlier_threshold is not None:
+        return f"{scheme.name} with columns chosen at run time (LLM.int8), which torchao's tensors do not have"
     if is_clipped:
         return f"{scheme.name} with learned clips of its inputs, which torchao's tensors do not have"
     if scheme.input_rotation is not None:
@@ -126,6 +142,8 @@ def _int8_reason(scheme: Scheme, shape: Sequence[int], is_smoothed: bool) -> str
         return f"{scheme.name} with zero points, which torchao's int8 products ignore"
     if scheme.activation is not None and scheme.activation.format is not NumberFormat.INT8:
         return f"{scheme.name}; torchao quantizes no inputs to {scheme.activation.format.value}"
+    if isinstance(weight.granularity, PerInputGroup):
+        return f"{scheme.name} with groups of rows, which torchao does not have"
     if isinstance(weight.granularity, PerGroup):
         if scheme.activation is not None:
             return f"{scheme.name} with a scale per group; torchao's product of int8 inputs takes one per row"
@@ -140,6 +158,8 @@ def _float8_reason(scheme: Scheme, shape: Sequence[int], compute_dtype: torch.dt
     act = scheme.activation
     if is_smoothed:
         return f"{scheme.name} with smoothed inputs, which torchao's float8 tensors do not have"
+    if isinstance(scheme.weight.granularity, PerBlock):
+        return f'{scheme.name} with scales per block, which are not written so: take format="compressed-tensors"'
     if act is None:
         return None
     if isinstance(scheme.weight.granularity, PerChannel) != isinstance(act.granularity, PerToken):

@@ -11,10 +11,11 @@ from diffuse_compress.calls import NO_AUTOCAST, autocast_as
 from diffuse_compress.errors import ConfigError, DiffuseCompressError, ModelStateError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, quantize_with
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
+from diffuse_compress.quantization.layer_base import DenseColumns
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear, supports
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.rotation import rotate
-from diffuse_compress.quantization.scheme import PerTensor, Scheme
+from diffuse_compress.quantization.scheme import PerBlock, PerInputGroup, PerTensor, Scheme
 
 __all__ = ["module_aliases", "placeholder_for", "quantize_module", "replace_module", "requantize"]
 
@@ -48,7 +49,7 @@ def quantize_module(
         ModelStateError: the weight is on the meta device, or holds inf or nan.
 
     Cost:
-        Rows go to ``device`` in blocks of at most 64 MiB of fp32 (per-tensor schemes: the whole weight).
+        Rows go to ``device`` in blocks of at most 64 MiB of fp32 (where rows share scales: the whole weight).
     """
     label = name or type(module).__name__
     reason = supports(module, scheme)
@@ -80,7 +81,11 @@ def _quantize(
 ) -> QuantizedWeight:
     """Quantize by blocks of rows, which data-free algorithms treat independently, and collect at home."""
     rows, columns = weight.shape
-    step = rows if isinstance(scheme.weight.granularity, PerTensor) else max(1, ROW_BLOCK_BYTES // (4 * columns))
+    whole = isinstance(scheme.weight.granularity, PerTensor | PerInputGroup)
+    step = rows if whole else max(1, ROW_BLOCK_BYTES // (4 * columns))
+    if isinstance(scheme.weight.granularity, PerBlock):
+        size = scheme.weight.granularity.block_size
+        step = max(1, step // size) * size
     parts = []
     for start in range(0, rows, step):
         block = weight[start : start + step]
@@ -99,6 +104,7 @@ def _to_device(quantized: QuantizedWeight, device: torch.device) -> QuantizedWei
         group_scale=None if quantized.group_scale is None else quantized.group_scale.to(device),
         in_features=quantized.in_features,
         scheme=quantized.scheme,
+        outliers=None if quantized.outliers is None else quantized.outliers.to(device),
     )
 
 
@@ -123,8 +129,14 @@ def placeholder_for(
     device: torch.device | str = "meta",
     act_pre_scale: bool = False,
     low_rank: int = 0,
+    act_pre_shift: bool = False,
+    bias: bool = False,
+    dense_columns: int = 0,
+    sparse_outliers: int = 0,
 ) -> QuantizedLinear | QuantizedConv2d:
     """An empty quantized layer of the size of ``module``, to be filled from a checkpoint.
+
+    ``act_pre_shift`` and ``bias``, of a layer that had none, are for linears.
 
     Raises:
         ConfigError: the module cannot be converted.
@@ -133,19 +145,13 @@ def placeholder_for(
     reason = supports(module, scheme)
     if reason is not None:
         raise ConfigError(f"{type(module).__name__}: cannot be quantized, {reason}.")
+    given: dict[str, Any] = {"compute_dtype": compute_dtype, "device": device, "act_pre_scale": act_pre_scale}
+    given |= {"low_rank": low_rank, "dense_columns": dense_columns, "sparse_outliers": sparse_outliers}
     if isinstance(module, nn.Linear):
-        return QuantizedLinear.placeholder_like(
-            module,
-            scheme,
-            compute_dtype=compute_dtype,
-            device=device,
-            act_pre_scale=act_pre_scale,
-            low_rank=low_rank,
-        )
+        given |= {"act_pre_shift": act_pre_shift, "bias": bias}
+        return QuantizedLinear.placeholder_like(module, scheme, **given)
     assert isinstance(module, nn.Conv2d)
-    return QuantizedConv2d.placeholder_like(
-        module, scheme, compute_dtype=compute_dtype, device=device, act_pre_scale=act_pre_scale, low_rank=low_rank
-    )
+    return QuantizedConv2d.placeholder_like(module, scheme, **given)
 
 
 def requantize(
@@ -153,16 +159,25 @@ def requantize(
 ) -> QuantizedLinear | QuantizedConv2d:
     """``layer`` with another weight, that of ``dense``, rounded to nearest in the same format.
 
-    What it knows of its input stays, and so does a low-rank branch: codes stand for what it leaves of ``dense``.
+    What it knows of its input stays, and so does a low-rank branch: codes stand for what it leaves of ``dense``. Dense
+    columns take the new weight's values; single weights beside the codes stay, and codes stand for the rest.
     """
     weight = dense.weight.detach().flatten(1)
+    columns: DenseColumns | None = None
     with torch.no_grad(), autocast_as(NO_AUTOCAST):
         if layer._low_rank is not None:
             down, up = layer._low_rank
             weight = weight.float() - up.float() @ down.float()
+        if layer._dense_part is not None:
+            where = layer._dense_part[0].long()
+            columns = (where, weight[:, where])
+            weight = weight.index_fill(1, where, 0)
         if layer._column_scale is not None:
             weight = weight.float() / layer._column_scale
+        if layer._outliers is not None:
+            weight = weight.float() - layer._outliers.add_to(torch.zeros_like(weight, dtype=torch.float32), 0)
         quantized = _quantize(weight, layer.scheme, RTNConfig(), None, None)
+        quantized.outliers = layer._outliers
     given: dict[str, Any] = {
         name: getattr(layer, name) for name in ("act_pre_scale", "input_scale", "input_zero_point")
     }
@@ -170,7 +185,9 @@ def requantize(
     made: QuantizedLinear | QuantizedConv2d
     if isinstance(layer, QuantizedLinear):
         assert isinstance(dense, nn.Linear)
-        made = QuantizedLinear.from_dense(dense, quantized, layer.scheme, **given)
+        beside: dict[str, Any] = {"act_pre_shift": layer.act_pre_shift, "dense_columns": columns}
+        made = QuantizedLinear.from_dense(dense, quantized, layer.scheme, **beside, **given)
+        made.gained_bias = layer.gained_bias
     else:
         assert isinstance(dense, nn.Conv2d)
         made = QuantizedConv2d.from_dense(dense, quantized, layer.scheme, **given)

@@ -4,7 +4,7 @@ There are four kinds of path:
 
 * integer: codes of weight and input are multiplied and summed exactly in int32, equal bit for bit on every device;
   one fp32 epilogue. All schemes with ``Scheme.has_integer_path``.
-* float8: ``torch._scaled_mm``.
+* float8: ``torch._scaled_mm``, with scales per tensor and row, or per block where the device passes a trial of these.
 * weight-only on CUDA: codes are unpacked in registers, in front of a 16-bit tensor-core product.
 * dequantizing: the weight is expanded to the input's dtype, a bounded block of rows at a time, and multiplied by
   ``torch.nn.functional.linear``. Inputs with an activation scheme are quantized and dequantized first. The result is
@@ -16,7 +16,6 @@ Nothing here knows a gradient; layers wrap it (see ``layers.py``).
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from diffuse_compress.errors import UnsupportedHardwareError
+from diffuse_compress.quantization.blocks import scale_rows
 from diffuse_compress.quantization.measured import measured_conv, measured_on_cpu, measured_on_gpu
 from diffuse_compress.quantization.numerics import (
     choose_activation_qparams,
@@ -33,17 +33,31 @@ from diffuse_compress.quantization.numerics import (
     quantize_activation,
 )
 from diffuse_compress.quantization.packed import QuantizedWeight
-from diffuse_compress.quantization.scheme import ActivationScheme, NumberFormat, PerTensor, Scheme, TwoLevel
+from diffuse_compress.quantization.product_dtype import product_dtype
+from diffuse_compress.quantization.scheme import (
+    ActivationScheme,
+    Bilevel,
+    NumberFormat,
+    PerBlock,
+    PerGroup,
+    PerInputGroup,
+    PerTensor,
+    Scheme,
+    TwoLevel,
+)
 from diffuse_compress_kernels import (
     can_expand,
     expand_weight,
+    fp8_block_linear_codes,
     fp8_linear_codes,
     has_fast_int4,
     has_fast_int8,
+    has_fp8_block_matmul,
     has_fp8_matmul,
     int8_conv2d,
     int8_linear,
     int8_linear_codes,
+    quantize_groups_fp8,
     quantize_rows,
     quantize_rows_fp8,
     quantized_once,
@@ -62,7 +76,6 @@ __all__ = [
     "dense_weight",
     "linear",
     "per_column",
-    "product_dtype",
     "require_device",
 ]
 
@@ -75,8 +88,8 @@ class ComputePath:
     """How a layer is computed.
 
     Attributes:
-        name: "int8-vnni", "int8-cpu", "int8-cuda", "fp8-cuda", "int4-cuda", "w8a16-cuda", "dequantize" or
-            "dequantize-weight-only".
+        name: "int8-vnni", "int8-cpu", "int8-cuda", "fp8-cuda", "fp8-block-cuda", "int4-cuda", "w8a16-cuda",
+            "dequantize" or "dequantize-weight-only".
         is_integer: exact int32 sums; equal on every device that takes an integer path.
         description: one line for reports.
         faster_than_dense: measured against a dense layer in the input's dtype at 64 rows or more; None means
@@ -88,10 +101,10 @@ class ComputePath:
     description: str
     faster_than_dense: bool | None = None
 
-    def with_branch(self) -> ComputePath:
-        """Of a layer with a low-rank branch, whose time comes on top of what was measured."""
+    def with_branch(self, what: str = "a low-rank branch") -> ComputePath:
+        """Of a layer with a part beside its codes, whose time comes on top of what was measured."""
         faster = False if self.faster_than_dense is False else None
-        return replace(self, description=f"{self.description}, and a low-rank branch", faster_than_dense=faster)
+        return replace(self, description=f"{self.description}, and {what}", faster_than_dense=faster)
 
 
 @dataclass
@@ -133,10 +146,11 @@ _DESCRIPTIONS = {
     "int8-cpu": "int8 codes multiplied as float32, exact int32 sums; this CPU has no VNNI",
     "int8-cuda": "int8 tensor-core GEMM, exact int32 sums",
     "fp8-cuda": "float8 tensor-core GEMM, row-wise scales",
+    "fp8-block-cuda": "float8 tensor-core GEMM, scales per block",
     "int4-cuda": "int4 weights unpacked in registers, 16-bit tensor-core GEMM",
     "w8a16-cuda": "8-bit weights converted in registers, 16-bit tensor-core GEMM; from 65 tokens on written out first",
     "dequantize": "weight dequantized in blocks, then a dense product",
-    "dequantize-weight-only": "weight dequantized in blocks, input left alone: this device has no float8 matmul",
+    "dequantize-weight-only": "weight dequantized in blocks, input left alone: no float8 matmul for it here",
 }
 
 
@@ -169,7 +183,7 @@ def compute_path(
         else:
             name = "int8-vnni" if device.type == "cpu" and has_fast_int8() else "int8-cpu"
     else:
-        name = f"{chosen}-cuda" if chosen in ("fp8", "int4", "w8a16") else chosen
+        name = f"{chosen}-cuda" if chosen in ("fp8", "fp8-block", "int4", "w8a16") else chosen
     faster = None
     if kind == "linear" and device.type == "cpu":
         faster = measured_on_cpu(name, scheme, dtype)
@@ -181,7 +195,9 @@ def compute_path(
     if scheme.input_rotation is not None:
         # It comes on top of what was measured.
         description, faster = f"input rotated, then {description}", None
-    return ComputePath(name, chosen == "int8", description, faster)
+    path = ComputePath(name, chosen == "int8", description, faster)
+    threshold = None if scheme.activation is None else scheme.activation.outlier_threshold
+    return path if threshold is None else path.with_branch(f"input columns from {threshold:g} on in the input's dtype")
 
 
 def require_device(scheme: Scheme, device: torch.device | str) -> None:
@@ -200,13 +216,14 @@ def require_device(scheme: Scheme, device: torch.device | str) -> None:
 
 # torch.compile asks the hardware once, when it traces.
 _has_fp8_matmul = torch.compiler.assume_constant_result(has_fp8_matmul)
+_has_fp8_block_matmul = torch.compiler.assume_constant_result(has_fp8_block_matmul)
 _has_fast_int4 = torch.compiler.assume_constant_result(has_fast_int4)
 
 
 def _kind_of_path(
     scheme: Scheme, device: torch.device, kind: str, groups: int = 1, dtype: torch.dtype = torch.bfloat16
 ) -> str:
-    """ "int8", "fp8", "int4", "w8a16", "dequantize" or "dequantize-weight-only"."""
+    """ "int8", "fp8", "fp8-block", "int4", "w8a16", "dequantize" or "dequantize-weight-only"."""
     if scheme.has_integer_path and groups == 1:
         return "int8"
     if kind == "linear" and scheme.activation is None and device.type == "cuda" and _has_fast_int4(device):
@@ -217,21 +234,27 @@ def _kind_of_path(
     if scheme.weight.format.is_integer or scheme.activation is None:
         return "dequantize"
     if kind == "linear" and device.type == "cuda" and _has_fp8_matmul(device):
-        return "fp8"
+        if not isinstance(scheme.weight.granularity, PerBlock):
+            return "fp8"
+        if _has_fp8_block_matmul(device):
+            return "fp8-block"
     return "dequantize-weight-only"
 
 
 def _suits_int4(scheme: Scheme, dtype: torch.dtype) -> bool:
-    """True for weight-only int4 with integer zero points and 16-bit inputs."""
+    """True for weight-only int4 with integer zero points, scales by row and 16-bit inputs."""
     weight = scheme.weight
     if weight.format is not NumberFormat.INT4 or weight.stores_float_zero_point:
         return False
-    return not isinstance(weight.granularity, TwoLevel) and dtype in (torch.bfloat16, torch.float16)
+    has_kernel = not isinstance(weight.granularity, TwoLevel | Bilevel | PerInputGroup)
+    return has_kernel and dtype in (torch.bfloat16, torch.float16)
 
 
 def _suits_w8a16(scheme: Scheme, dtype: torch.dtype) -> bool:
-    """True for weight-only 8-bit codes and 16-bit inputs."""
+    """True for weight-only 8-bit codes, scales by row and 16-bit inputs."""
     weight = scheme.weight
+    if isinstance(weight.granularity, PerInputGroup):
+        return False
     return weight.format.bits == 8 and not weight.additive_zero_point and dtype in (torch.bfloat16, torch.float16)
 
 
@@ -271,11 +294,14 @@ def linear(
         y = _integer_linear(x, rows, weight, scheme, bias, inputs)
     elif path == "fp8":
         y = _fp8_linear(x, rows, weight, scheme, bias, inputs)
+    elif path == "fp8-block":
+        y = _fp8_block_linear(x, rows, weight, scheme, bias, inputs)
     elif path in ("int4", "w8a16"):
         values = rows if inputs.pre_scale is None else (rows.float() * inputs.pre_scale).to(x.dtype)
         multiply = w4a16_linear if path == "int4" else w8a16_linear
         group_size = scheme.weight.group_size or 0
-        y = multiply(values, weight.qweight, weight.scale, weight.zero_point, group_size, bias)
+        scale = scale_rows(weight.scale, scheme.weight, weight.qweight.shape[0])
+        y = multiply(values, weight.qweight, scale, weight.zero_point, group_size, bias)
     else:
         y = _dequantized_linear(rows, weight, scheme, bias, inputs, path)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
@@ -366,6 +392,28 @@ def _fp8_linear(
     return fp8_linear_codes(codes, code_scale, weight.qweight, weight.scale, bias, x.dtype)
 
 
+def _fp8_block_linear(
+    source: torch.Tensor,
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    scheme: Scheme,
+    bias: torch.Tensor | None,
+    inputs: InputQuantization,
+) -> torch.Tensor:
+    """``x`` is ``source`` as rows. Scales of rows and tensors stand for each of their groups."""
+    act = scheme.activation
+    if act is not None and isinstance(act.granularity, PerGroup):
+
+        def quantize() -> tuple[torch.Tensor, torch.Tensor]:
+            return quantize_groups_fp8(x, inputs.pre_scale)
+
+        own = inputs.pre_scale is not None
+        codes, scale = quantize() if own else quantized_once(source, weight.qweight, ("fp8-block",), quantize)
+    else:
+        codes, scale = quantize_rows_fp8(x, _given_scale(x, act, inputs), inputs.pre_scale)
+    return fp8_block_linear_codes(codes, scale, weight.qweight, weight.scale, bias, x.dtype)
+
+
 def _dequantized_linear(
     x: torch.Tensor,
     weight: QuantizedWeight,
@@ -393,9 +441,11 @@ def _dense_rows(
         return (_dense_rows(weight, torch.float32, None, rows) * pre_scale).to(dtype)
     scheme = weight.scheme
     simple = scheme.format.bits in (4, 8) and weight.group_scale is None and not scheme.additive_zero_point
+    simple = simple and not isinstance(scheme.granularity, PerInputGroup)
     if not simple or not can_expand(weight.qweight):
         return dequantize(weight, dtype, rows)
-    qweight, scale, zero_point = weight.qweight, weight.scale, weight.zero_point
+    qweight, zero_point = weight.qweight, weight.zero_point
+    scale = scale_rows(weight.scale, scheme, qweight.shape[0])
     if rows is not None:
         qweight, scale = qweight[rows], _rows_of(scale, rows)
         zero_point = None if zero_point is None else _rows_of(zero_point, rows)
@@ -521,23 +571,6 @@ def _dequantized_input(
         values, scheme.activation, inputs.scale, inputs.zero_point, feature_dims, inputs.clip
     )
     return dequantize_activation(codes, scale, zero_point, dtype), None
-
-
-def _multiplies_natively(dtype: torch.dtype) -> bool:
-    """True if this CPU has instructions for products in ``dtype``; without them float32 is several times faster."""
-    if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return dtype == torch.float32 or (dtype == torch.float16 and torch.cpu._is_amx_fp16_supported())
-
-
-_multiplies_natively = torch.compiler.assume_constant_result(_multiplies_natively)
-
-
-def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """Dtype of the dense product: that of x, or float32 on a CPU that would only emulate it."""
-    if x.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and not _multiplies_natively(x.dtype):
-        return torch.float32
-    return x.dtype
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------

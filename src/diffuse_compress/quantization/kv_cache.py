@@ -11,17 +11,17 @@ blocks as its third axis, and grows along it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from diffuse_compress.errors import ConfigError, IncompatibleShapeError, nearest
+from diffuse_compress.quantization.kv_config import KVCacheConfig
 
 __all__ = [
-    "KV_KIND",
     "KIVIConfig",
     "KVMethod",
     "KVScale",
@@ -32,7 +32,6 @@ __all__ = [
     "unpack_codes",
 ]
 
-KV_KIND = "kv_cache"
 _BITS = (2, 4, 8)
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(_FP8).max
@@ -58,7 +57,7 @@ class KVScale(str, Enum):
 
 
 @dataclass(frozen=True)
-class KIVIConfig:
+class KIVIConfig(KVCacheConfig):
     """Quantize what attention keeps of past tokens: keys per channel, values per token, the newest in full precision.
 
     At 2 bits, groups of 64 with fp16 scales (the default) and groups of 32 with fp8 scales take 2.5 bits an element,
@@ -88,7 +87,7 @@ class KIVIConfig:
     num_sink_tokens: int = 0
     scale_dtype: KVScale = KVScale.FLOAT16
 
-    kind: ClassVar[str] = KV_KIND
+    cache: ClassVar[str] = "quantized"
 
     def __post_init__(self) -> None:
         for name, values in (("method", KVMethod), ("scale_dtype", KVScale)):
@@ -101,10 +100,7 @@ class KIVIConfig:
             raise ConfigError(f"KIVIConfig: bits must be 2, 4 or 8, got {self.bits!r}.")
         if type(self.group_size) is not int or self.group_size < 8 or self.group_size % 8:
             raise ConfigError(f"KIVIConfig: group_size must be a multiple of 8, got {self.group_size!r}.")
-        for name in ("residual_length", "num_sink_tokens"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 0:
-                raise ConfigError(f"KIVIConfig: {name} must be a whole number of tokens, 0 or more, got {value!r}.")
+        self._require_whole(residual_length=0, num_sink_tokens=0)
 
     @property
     def summary(self) -> str:
@@ -131,19 +127,6 @@ class KIVIConfig:
         values = extra / self.value_group(head_dim)
         keys = values if self.method is KVMethod.NAIVE else extra / self.group_size
         return self.bits + (keys + values) / 2
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able; inverse of :meth:`from_dict`."""
-        return {name: getattr(value, "value", value) for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> KIVIConfig:
-        """Raises ConfigError for unknown keys or values."""
-        known = [field.name for field in fields(cls)]
-        unknown = next((name for name in data if name not in known), None)
-        if unknown is not None:
-            raise ConfigError(f"KIVIConfig: unknown key {unknown!r}; {nearest(unknown, known)}.")
-        return cls(**data)
 
 
 @dataclass

@@ -7,22 +7,35 @@ parameter              shape, dtype                           meaning
 =====================  =====================================  =================================================
 ``bias``               [N], compute dtype                     as in the dense layer
 ``qweight``            see :class:`QuantizedWeight`           codes, packed below 8 bits
-``scale``              [1, 1], [N, 1] or [N, G] fp32          of the weight
+``scale``              see :class:`QuantizedWeight`, fp32     of the weight
 ``zero_point``         as ``scale``, int8 or fp32             asymmetric weights
-``group_scale``        [N, G] int8                            two-level scales
+``group_scale``        [N, G] int8                            two-level and bilevel scales
+``act_pre_shift``      [K] fp32, linear layers only           is subtracted from the input, in fp32
 ``act_pre_scale``      [K] or [C] fp32                        multiplies the input, in fp32, before it is quantized
 ``input_scale``        [1] fp32                               static activations
 ``input_zero_point``   [1] int8                               static asymmetric activations
 ``low_rank_down``      [r, K], compute dtype                  with ``low_rank_up`` [N, r]: a dense branch
+``dense_columns``      [C] int32                              with ``dense_weight`` [N, C], compute dtype: input
+                                                              columns beside the codes, linear layers only
+``outlier_rows``       [N + 1] int32                          with ``outlier_columns`` [E] int16 and
+                                                              ``outlier_values`` [E], compute dtype: single weights
+                                                              added to the codes' (``packed.SparseOutliers``)
 ``input_clip``         [G] fp32, a buffer outside the state   dynamic inputs with learned clips (``clips.py``)
                        dict
 =====================  =====================================  =================================================
 
 and computes, with Q the quantizer of the input (the identity in weight-only layers)::
 
-    y = Q(x * act_pre_scale) @ dequantize(qweight, ...).T + bias + (x @ low_rank_down.T) @ low_rank_up.T
+    u = x - act_pre_shift
+    y = Q(u * act_pre_scale) @ dequantize(qweight, ...).T + bias + (u @ low_rank_down.T) @ low_rank_up.T
+        + u[dense_columns] @ dense_weight.T
 
-Where the scheme has an ``input_rotation``, a linear layer rotates ``x * act_pre_scale`` before Q; the rotation follows
+Where there is a shift, the bias holds what it takes from the dense layer's output, ``weight @ act_pre_shift``; a layer
+that had no bias then gets one. Convolutions have no shift: it would not be one at their padding.
+
+The u that is quantized is 0 in the dense columns, whose codes stand for 0. With an ``outlier_threshold`` (LLM.int8) the
+columns are those in which a value of the call reaches it; they are 0 for Q likewise, and their weights are dequantized.
+Where the scheme has an ``input_rotation``, a linear layer rotates ``u * act_pre_scale`` before Q; the rotation follows
 from its size alone (``rotation.py``), so it has no tensor. The low-rank branch reads the input as it comes, *before*
 ``act_pre_scale``: an algorithm that factors the smoothed weight multiplies the columns of ``low_rank_down`` by
 ``act_pre_scale`` once, and no second copy of x is made.
@@ -36,20 +49,19 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.grad import conv2d_input
 
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.dispatch import (
     ComputePath,
     Geometry,
-    InputQuantization,
     compute_path,
     conv2d,
-    dense_weight,
     linear,
     per_column,
 )
+from diffuse_compress.quantization.gradients import ConvFunction, LinearFunction
 from diffuse_compress.quantization.layer_base import (
+    DenseColumns,
     LowRank,
     QuantizedLayer,
     cast_for_autocast,
@@ -57,8 +69,9 @@ from diffuse_compress.quantization.layer_base import (
     empty_tensors,
     fill,
 )
+from diffuse_compress.quantization.outlier_columns import divide
 from diffuse_compress.quantization.packed import QuantizedWeight
-from diffuse_compress.quantization.scheme import Scheme
+from diffuse_compress.quantization.scheme import PerBlock, Scheme
 
 __all__ = ["QuantizedConv2d", "QuantizedLinear", "supports"]
 
@@ -90,6 +103,11 @@ def supports(module: nn.Module, scheme: Scheme) -> str | None:
         return "its weight is empty"
     if scheme.has_integer_path and weight.flatten(1).shape[1] > MAX_INTEGER_COLUMNS:
         return f"in_features over {MAX_INTEGER_COLUMNS} could overflow int32 sums"
+    if scheme.activation is not None and scheme.activation.outlier_threshold is not None:
+        if not isinstance(module, nn.Linear):
+            return "outlier columns are taken out of inputs of linear layers only"
+    if isinstance(scheme.weight.granularity, PerBlock) and not isinstance(module, nn.Linear):
+        return "scales of 128 by 128 blocks are for linear layers"
     return _unfit_rotation(module, scheme.input_rotation)
 
 
@@ -117,65 +135,46 @@ def _tensors_from_dense(
     input_scale: torch.Tensor | None,
     input_zero_point: torch.Tensor | None,
     low_rank: LowRank | None,
+    dense_columns: DenseColumns | None = None,
+    act_pre_shift: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Parameters of the ``cls`` that replaces ``dense``, checked against its placeholder."""
     check_given(scheme, input_scale, input_zero_point)
+    sparse = quantized.outliers
+    beside: dict[str, Any] = {"sparse_outliers": 0 if sparse is None else sparse.values.shape[0]}
+    if dense_columns is not None:
+        beside["dense_columns"] = dense_columns[0].shape[0]
+    if act_pre_shift is not None:
+        beside["act_pre_shift"] = True
+    bias = dense.bias if bias is None else bias
+    if bias is not None and dense.bias is None:
+        beside["bias"] = True
     expected = cls.placeholder_like(
         dense,
         scheme,
         compute_dtype=dtype,
         act_pre_scale=act_pre_scale is not None,
         low_rank=0 if low_rank is None else low_rank[0].shape[0],
+        **beside,
     )
     down, up = low_rank or (None, None)
+    columns, column_weight = dense_columns or (None, None)
     given = {
-        "bias": dense.bias,
+        "bias": bias,
+        "act_pre_shift": act_pre_shift,
         "act_pre_scale": act_pre_scale,
         "input_scale": input_scale,
         "input_zero_point": input_zero_point,
         "low_rank_down": down,
         "low_rank_up": up,
+        "dense_columns": columns,
+        "dense_weight": column_weight,
     }
     return fill(dict(expected.named_parameters()), quantized, given)
 
 
 # --- linear -----------------------------------------------------------------------------------------------------
-
-
-class _LinearFunction(torch.autograd.Function):
-    """Straight-through: the gradient of x is that of the dense layer with the dequantized weight."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        bias: torch.Tensor | None,
-        qweight: torch.Tensor,
-        scale: torch.Tensor,
-        zero_point: torch.Tensor | None,
-        group_scale: torch.Tensor | None,
-        pre_scale: torch.Tensor | None,
-        input_scale: torch.Tensor | None,
-        input_zero_point: torch.Tensor | None,
-        clip: torch.Tensor | None,
-        scheme: Scheme,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(qweight, scale, zero_point, group_scale, pre_scale)
-        ctx.weight_scheme, ctx.columns = scheme.weight, x.shape[-1]
-        weight = QuantizedWeight(qweight, scale, zero_point, group_scale, x.shape[-1], scheme.weight)
-        return linear(x, weight, scheme, bias, InputQuantization(input_scale, input_zero_point, pre_scale, clip))
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,) = grad_outputs
-        qweight, scale, zero_point, group_scale, pre_scale = ctx.saved_tensors
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            weight = QuantizedWeight(qweight, scale, zero_point, group_scale, ctx.columns, ctx.weight_scheme)
-            grad_x = grad @ dense_weight(weight, grad.dtype, pre_scale)
-        if ctx.needs_input_grad[1]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0)
-        return grad_x, grad_bias, *(None,) * 9
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
@@ -203,8 +202,11 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         *,
         compute_dtype: torch.dtype,
         device: torch.device | str = "meta",
+        act_pre_shift: bool = False,
         act_pre_scale: bool = False,
         low_rank: int = 0,
+        dense_columns: int = 0,
+        sparse_outliers: int = 0,
     ) -> QuantizedLinear:
         """A layer of uninitialised tensors, to be filled from a checkpoint.
 
@@ -220,8 +222,11 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             bias=bias,
             compute_dtype=compute_dtype,
             device=device,
+            act_pre_shift=act_pre_shift,
             act_pre_scale=act_pre_scale,
             low_rank=low_rank,
+            dense_columns=dense_columns,
+            sparse_outliers=sparse_outliers,
         )
         return cls(in_features, out_features, tensors, scheme, compute_dtype)
 
@@ -233,20 +238,29 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         *,
         compute_dtype: torch.dtype,
         device: torch.device | str = "meta",
+        act_pre_shift: bool = False,
         act_pre_scale: bool = False,
         low_rank: int = 0,
+        bias: bool = False,
+        dense_columns: int = 0,
+        sparse_outliers: int = 0,
     ) -> QuantizedLinear:
-        """:meth:`placeholder` of the size of a dense layer, in its training mode."""
+        """:meth:`placeholder` of the size of a dense layer, in its training mode; with ``bias`` also where that has
+        none."""
         layer = cls.placeholder(
             module.in_features,
             module.out_features,
-            module.bias is not None,
+            bias or module.bias is not None,
             scheme,
             compute_dtype=compute_dtype,
             device=device,
+            act_pre_shift=act_pre_shift,
             act_pre_scale=act_pre_scale,
             low_rank=low_rank,
+            dense_columns=dense_columns,
+            sparse_outliers=sparse_outliers,
         )
+        layer.gained_bias = bias and module.bias is None
         return layer.train(module.training)
 
     @classmethod
@@ -261,6 +275,9 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         input_scale: torch.Tensor | None = None,
         input_zero_point: torch.Tensor | None = None,
         low_rank: LowRank | None = None,
+        dense_columns: DenseColumns | None = None,
+        act_pre_shift: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
     ) -> QuantizedLinear:
         """The layer that replaces ``linear``, on the device of ``quantized``.
 
@@ -274,15 +291,22 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             input_scale: one number, static activations only.
             input_zero_point: one number, static asymmetric activations only.
             low_rank: (down [r, K], up [N, r]) on the input before ``act_pre_scale``.
+            dense_columns: (columns [C], weight [N, C]) likewise; ``quantized`` has to stand for 0 there.
+            act_pre_shift: [K]; the bias then is that of ``linear`` and ``linear.weight @ act_pre_shift``.
+            bias: [N], instead of these.
 
         Raises:
             ConfigError: static qparams are missing or not wanted.
             IncompatibleShapeError: a tensor's shape is not what the scheme asks for.
         """
         dtype = compute_dtype or linear.weight.dtype
-        given = (act_pre_scale, input_scale, input_zero_point, low_rank)
+        if act_pre_shift is not None and bias is None:
+            bias = _bias_of_shift(linear, act_pre_shift)
+        given = (act_pre_scale, input_scale, input_zero_point, low_rank, dense_columns, act_pre_shift, bias)
         tensors = _tensors_from_dense(cls, linear, quantized, scheme, dtype, *given)
-        return cls(linear.in_features, linear.out_features, tensors, scheme, dtype).train(linear.training)
+        layer = cls(linear.in_features, linear.out_features, tensors, scheme, dtype).train(linear.training)
+        layer.gained_bias = layer.bias is not None and linear.bias is None
+        return layer
 
     @property
     def _columns(self) -> int:
@@ -294,7 +318,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """Dense equivalent [N, K] in the compute dtype: ``F.linear(x, layer.weight, layer.bias)`` without Q.
+        """Dense equivalent [N, K] in the compute dtype: ``F.linear(u, layer.weight, layer.bias)`` without Q.
 
         Computed on every access; smoothing and low-rank branch are folded in.
         """
@@ -302,18 +326,25 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """y [..., N] in the dtype of the input, [..., K]; the equation is in the module docstring."""
-        x = cast_for_autocast(input)
-        rotated, pre_scale = self._rotated(x)
+        x = self._shifted(cast_for_autocast(input))
+        coded, aside = self._coded(x), None
+        act = self.scheme.activation
+        if act is not None and act.outlier_threshold is not None:
+            coded, aside = divide(x, self.quantized_weight(), act.outlier_threshold, self.act_pre_scale)
+        rotated, pre_scale = self._rotated(coded)
         if self._needs_grad(x):
             y = cast(
                 torch.Tensor,
-                _LinearFunction.apply(
+                LinearFunction.apply(
                     rotated,
                     self.bias,
                     self.qweight,
                     self.scale,
                     self.zero_point,
                     self.group_scale,
+                    self.outlier_rows,
+                    self.outlier_columns,
+                    self.outlier_values,
                     pre_scale,
                     self.input_scale,
                     self.input_zero_point,
@@ -323,9 +354,14 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
             )
         else:
             y = linear(rotated, self.quantized_weight(), self.scheme, self.bias, self._inputs(pre_scale, x))
+        if aside is not None:
+            y = y + aside
         low_rank = self._low_rank
         if low_rank is not None:
             y = y + F.linear(F.linear(x, low_rank[0].to(x.dtype)), low_rank[1].to(x.dtype))
+        if self._dense_part is not None:
+            columns, weight = self._dense_part
+            y = y + F.linear(x.index_select(-1, columns), weight.to(x.dtype))
         return y
 
     def compute_path(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ComputePath:
@@ -334,9 +370,16 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         return self._with_branch(compute_path(self.scheme, device, dtype, outputs=self.out_features))
 
     def to_dense(self) -> nn.Linear:
-        """A stock layer with the weight rounded to the grid, same device, compute dtype and training mode."""
+        """A stock layer with the weight rounded to the grid, same device, compute dtype and training mode.
+
+        Of a shift, its bias tells what is not the same without: one that had none keeps the bias that it has gained.
+        """
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta", self.compute_dtype)
-        return _finish_dense(dense, self.weight, self.bias, self.training)
+        weight, bias = self.weight, self.bias
+        if self.act_pre_shift is not None:
+            bias = bias.detach().float() - weight.float() @ self.act_pre_shift.detach()
+            bias = nn.Parameter(bias.to(self.compute_dtype), requires_grad=False)
+        return _finish_dense(dense, weight, bias, self.training)
 
     def extra_repr(self) -> str:
         """Sizes, scheme and dtype."""
@@ -349,6 +392,12 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
 _Dense = TypeVar("_Dense", nn.Linear, nn.Conv2d)
 
 
+def _bias_of_shift(linear: nn.Linear, shift: torch.Tensor) -> torch.Tensor:
+    """fp32 [N]: bias with which ``linear`` returns the same for an input less ``shift``."""
+    moved = linear.weight.detach().float() @ shift.to(linear.weight.device, torch.float32)
+    return moved if linear.bias is None else linear.bias.detach().float() + moved
+
+
 def _finish_dense(dense: _Dense, weight: torch.Tensor, bias: nn.Parameter | None, training: bool) -> _Dense:
     dense.weight = nn.Parameter(weight)
     if bias is not None:
@@ -357,49 +406,6 @@ def _finish_dense(dense: _Dense, weight: torch.Tensor, bias: nn.Parameter | None
 
 
 # --- convolution ------------------------------------------------------------------------------------------------
-
-
-class _ConvFunction(torch.autograd.Function):
-    """As :class:`_LinearFunction`, for a convolution."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        bias: torch.Tensor | None,
-        qweight: torch.Tensor,
-        scale: torch.Tensor,
-        zero_point: torch.Tensor | None,
-        group_scale: torch.Tensor | None,
-        pre_scale: torch.Tensor | None,
-        column_scale: torch.Tensor | None,
-        input_scale: torch.Tensor | None,
-        input_zero_point: torch.Tensor | None,
-        scheme: Scheme,
-        geometry: Geometry,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(qweight, scale, zero_point, group_scale, column_scale)
-        ctx.weight_scheme, ctx.geometry, ctx.input_size = scheme.weight, geometry, x.shape
-        weight = QuantizedWeight(qweight, scale, zero_point, group_scale, geometry.columns(x.shape[1]), scheme.weight)
-        inputs = InputQuantization(input_scale, input_zero_point, pre_scale)
-        return conv2d(x, weight, scheme, geometry, bias, inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,) = grad_outputs
-        qweight, scale, zero_point, group_scale, column_scale = ctx.saved_tensors
-        geometry: Geometry = ctx.geometry
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            columns = geometry.columns(ctx.input_size[1])
-            weight = QuantizedWeight(qweight, scale, zero_point, group_scale, columns, ctx.weight_scheme)
-            kernel = dense_weight(weight, grad.dtype, column_scale).unflatten(1, (-1, *geometry.kernel))
-            grad_x = conv2d_input(
-                ctx.input_size, kernel, grad, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-            )
-        if ctx.needs_input_grad[1]:
-            grad_bias = grad.sum(dim=(0, 2, 3))
-        return grad_x, grad_bias, *(None,) * 10
 
 
 class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
@@ -427,14 +433,18 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
         device: torch.device | str = "meta",
         act_pre_scale: bool = False,
         low_rank: int = 0,
+        dense_columns: int = 0,
+        sparse_outliers: int = 0,
     ) -> QuantizedConv2d:
         """A layer of uninitialised tensors with the geometry of ``module``.
 
         Raises:
             IncompatibleShapeError: its columns do not fit the scheme's group size.
-            ConfigError: a low-rank branch for a grouped convolution.
+            ConfigError: a low-rank branch for a grouped convolution, or dense columns for any.
         """
         columns = _conv_columns(module)
+        if dense_columns:
+            raise ConfigError(f"placeholder: convolutions take no dense columns, got {dense_columns}.")
         scheme.weight.check_shape("placeholder", columns)
         if low_rank and module.groups != 1:
             raise ConfigError(f"placeholder: grouped convolutions take no low-rank branch, got groups={module.groups}.")
@@ -446,8 +456,10 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
             bias=module.bias is not None,
             compute_dtype=compute_dtype,
             device=device,
+            act_pre_shift=False,
             act_pre_scale=act_pre_scale,
             low_rank=low_rank,
+            sparse_outliers=sparse_outliers,
         )
         return cls(module, tensors, scheme, compute_dtype).train(module.training)
 
@@ -512,13 +524,16 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
         if self._needs_grad(x):
             y = cast(
                 torch.Tensor,
-                _ConvFunction.apply(
+                ConvFunction.apply(
                     x,
                     self.bias,
                     self.qweight,
                     self.scale,
                     self.zero_point,
                     self.group_scale,
+                    self.outlier_rows,
+                    self.outlier_columns,
+                    self.outlier_values,
                     self.act_pre_scale,
                     self._column_scale,
                     self.input_scale,

@@ -2,7 +2,9 @@
 
 All arithmetic is IEEE float32 whatever the input's dtype, rounding is half to even, and every function is
 deterministic. Weights are [N, K]; each scale belongs to one *element* of the granularity: the tensor, a row, or a
-run of ``group_size`` columns of a row, so qparams have shape [1, 1], [N, 1] or [N, G]. The equations are
+run of ``group_size`` columns of a row, so qparams have shape [1, 1], [N, 1] or [N, G]; where runs of rows of a column
+share one (``PerInputGroup``), it is [K, G], that of the transposed weight; a block of 128 rows by 128 columns shares
+one, [ceil(N / 128), G]. The equations are
 
     q = clamp(round(w / scale) + zero_point),    w = scale * (q - zero_point)
 
@@ -10,22 +12,29 @@ with codes and integer zero points in the signed domain (int4: -8..7). A float z
 additive one is part of the weight's domain: ``w = scale * q + zero_point``.
 Two-level weights are ``w = scale[n] * (group_scale[n, g] * q)``: the bracket is exact in int8, so dequantizing here
 and rescaling the int32 sums of a GEMM with one scale per row use the very same integers.
+Bilevel weights are those of small groups whose scales are rounded to a grid of their own before anything else is done
+with them: :func:`expanded` gives these scales, and all equations hold with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from diffuse_compress.errors import ConfigError, IncompatibleShapeError, ModelStateError
+from diffuse_compress.quantization.bilevel import MIN_SCALE, bilevel
+from diffuse_compress.quantization.blocks import over_blocks, over_columns
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.packing import pack, packed_columns, unpack
+from diffuse_compress.quantization.qparams import QParams, effective_scale, expanded, rows_of
 from diffuse_compress.quantization.scheme import (
     TWO_LEVEL_MAX_GROUP_SCALE,
     ActivationScheme,
+    Bilevel,
+    PerBlock,
+    PerGroup,
     PerTensor,
     PerToken,
     ScaleRule,
@@ -35,7 +44,6 @@ from diffuse_compress.quantization.scheme import (
 
 __all__ = [
     "MIN_SCALE",
-    "QParams",
     "choose_activation_qparams",
     "choose_qparams",
     "dequantize",
@@ -57,25 +65,6 @@ _FLOAT8_ROUNDS_TO_MAX = 464.0
 _CHUNK_CPU = 1 << 18
 _CHUNK_GPU = 1 << 22
 
-MIN_SCALE = torch.finfo(torch.float32).tiny
-"""Smallest scale, the smallest normal float32: an all-zero element quantizes to zeros without a division by 0."""
-
-
-@dataclass(frozen=True)
-class QParams:
-    """Quantization parameters of one tensor, as a :class:`QuantizedWeight` stores them.
-
-    Attributes:
-        scale: fp32, at least ``MIN_SCALE``.
-        zero_point: None if symmetric, else int8 (fp32 with ``float_zero_point`` or ``additive_zero_point``) of
-            ``scale``'s shape.
-        group_scale: int8 [N, G] in 1..16 for two-level scales, else None.
-    """
-
-    scale: torch.Tensor
-    zero_point: torch.Tensor | None = None
-    group_scale: torch.Tensor | None = None
-
 
 # --- weights: qparams -------------------------------------------------------------------------------------------
 
@@ -92,7 +81,8 @@ def choose_qparams(
             None keeps the full range. For two-level scales it shrinks the range of the row.
 
     Returns:
-        scale [1, 1], [N, 1] or [N, G] fp32; zero_point and group_scale as the scheme has them.
+        scale [1, 1], [N, 1], [N, G], [K, G] or (blocks) [ceil(N / 128), G] fp32; zero_point and group_scale as the
+        scheme has them.
 
     Raises:
         IncompatibleShapeError: not a matrix, or K does not fit the group size.
@@ -112,12 +102,19 @@ def weight_range(weight: torch.Tensor, scheme: WeightScheme) -> tuple[torch.Tens
     else:
         low = grouped.amin(dim=-1).float().clamp_(max=0)
         high = grouped.amax(dim=-1).float().clamp_(min=0)
+    if isinstance(scheme.granularity, PerBlock):
+        return over_blocks(low, scheme.granularity, torch.amin), over_blocks(high, scheme.granularity, torch.amax)
     return low, high
 
 
 def split_groups(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
-    """View of a weight [N, K] as [rows, elements per row, columns per element]; the last group is padded by zeros."""
+    """View of a weight [N, K] as [rows, elements per row, columns per element]; the last group is padded by zeros.
+
+    Of runs of rows, as [columns, elements per column, rows per element].
+    """
     weight = weight.detach()
+    if scheme.transposed is not None:
+        return split_groups(weight.t(), scheme.transposed)
     rows, cols = weight.shape
     size = scheme.group_size
     if size is not None:
@@ -132,6 +129,8 @@ def valid_columns(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor | 
 
     Padding costs no error where 0 is exact; a float zero point does not keep it so.
     """
+    if scheme.transposed is not None:
+        return valid_columns(weight.t(), scheme.transposed)
     size, cols = scheme.group_size, weight.shape[1]
     if size is None or cols % size == 0:
         return None
@@ -178,6 +177,9 @@ def qparams_from_weight_range(
         return _two_level_qparams(low, high, scheme, clip_ratio)
     if clip_ratio is not None:
         low, high = low * clip_ratio, high * clip_ratio
+    if isinstance(scheme.granularity, Bilevel):
+        scale, byte = bilevel(qparams_from_range(low, high, scheme).scale, low, high, scheme.format)
+        return QParams(scale, None, byte)
     return qparams_from_range(low, high, scheme)
 
 
@@ -246,7 +248,7 @@ def quantize_weight(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams
         device=weight.device,
     )
     for part in row_chunks(weight):
-        codes = _round_to_codes(weight[part], scheme, _rows_of(qparams, scheme, part))
+        codes = _round_to_codes(weight[part], scheme, rows_of(qparams, scheme, part, rows))
         qweight[part] = codes if bits == 8 else pack(codes, bits)
     return QuantizedWeight(
         qweight=qweight,
@@ -266,18 +268,6 @@ def row_chunks(weight: torch.Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, weight.shape[0]))
 
 
-def _rows_of(qparams: QParams, scheme: WeightScheme, rows: slice | None) -> QParams:
-    """Qparams of some rows; per tensor they are those of the whole."""
-    if rows is None or isinstance(scheme.granularity, PerTensor):
-        return qparams
-    zero_point, group_scale = qparams.zero_point, qparams.group_scale
-    return QParams(
-        qparams.scale[rows],
-        None if zero_point is None else zero_point[rows],
-        None if group_scale is None else group_scale[rows],
-    )
-
-
 def _round_to_codes(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -> torch.Tensor:
     """Codes [N, K] of a weight, not packed: int8, or float8 for fp8 weights."""
     steps = weight_steps(weight, scheme, qparams)
@@ -287,8 +277,11 @@ def _round_to_codes(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams
 
 
 def weight_steps(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -> torch.Tensor:
-    """fp32 codes before clamping: round(w / scale) + zero_point (float8: w / scale, not rounded)."""
-    size = scheme.group_size
+    """fp32 codes before clamping: round(w / scale) + zero_point (float8: w / scale, not rounded).
+
+    ``qparams`` are those of these rows (:func:`rows_of`).
+    """
+    size, qparams = scheme.group_size, expanded(qparams, scheme)
     steps = weight.detach().to(torch.float32, copy=True)
     if scheme.additive_zero_point and qparams.zero_point is not None:
         per_group_(steps, qparams.zero_point, size, torch.Tensor.sub_)
@@ -302,11 +295,6 @@ def weight_steps(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -
         steps.round_()
     per_group_(steps, qparams.zero_point.float(), size, torch.Tensor.add_)
     return steps.round_() if scheme.float_zero_point else steps
-
-
-def effective_scale(qparams: QParams) -> torch.Tensor:
-    """fp32 size of one code step, per element of the granularity: ``scale``, times ``group_scale`` if two-level."""
-    return qparams.scale if qparams.group_scale is None else qparams.scale * qparams.group_scale.float()
 
 
 def per_group_(values: torch.Tensor, factor: torch.Tensor, group_size: int | None, operation: Any) -> torch.Tensor:
@@ -344,7 +332,7 @@ def integer_weight(weight: QuantizedWeight, rows: slice | None = None) -> torch.
         ConfigError: the scale varies along K or there is a zero point, so no such matrix exists.
     """
     scheme = weight.scheme
-    per_row = weight.group_scale is not None or scheme.group_size is None
+    per_row = weight.group_scale is not None or (scheme.group_size is None and scheme.transposed is None)
     if not (scheme.format.is_integer and scheme.symmetric and per_row):
         raise ConfigError(
             f"integer_weight: need a symmetric integer weight with one scale per row, got {scheme}. Use dequantize."
@@ -370,13 +358,17 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32, rows
     Cost:
         One fp32 tensor of the result's shape.
     """
-    qparams = _rows_of(QParams(weight.scale, weight.zero_point, weight.group_scale), weight.scheme, rows)
-    return codes_to_values(unpacked_codes(weight, rows), weight.scheme, qparams).to(dtype)
+    qparams = QParams(weight.scale, weight.zero_point, weight.group_scale)
+    qparams = rows_of(qparams, weight.scheme, rows, weight.qweight.shape[0])
+    values = codes_to_values(unpacked_codes(weight, rows), weight.scheme, qparams)
+    if weight.outliers is not None:
+        weight.outliers.add_to(values, 0 if rows is None else rows.start)
+    return values.to(dtype)
 
 
 def codes_to_values(codes: torch.Tensor, scheme: WeightScheme, qparams: QParams) -> torch.Tensor:
-    """fp32 values of codes [N, K]; two-level codes are overwritten."""
-    size = scheme.group_size
+    """fp32 values of codes [N, K]; two-level codes are overwritten. ``qparams`` are those of these rows."""
+    size, qparams = scheme.group_size, expanded(qparams, scheme)
     if qparams.group_scale is not None:
         return per_group_(codes, qparams.group_scale, size, torch.Tensor.mul_).float().mul_(qparams.scale)
     values = codes.to(torch.float32)
@@ -432,6 +424,7 @@ def fake_quantize(weight: torch.Tensor, scheme: WeightScheme, qparams: QParams |
     """
     if qparams is None:
         qparams = qparams_from_weight_range(*weight_range(weight, scheme), scheme)
+    qparams = rows_of(qparams, scheme, None, weight.shape[0])
     steps = weight_steps(weight, scheme, qparams)
     low, high = scheme.range if scheme.format.is_integer else (-FLOAT8_MAX, FLOAT8_MAX)
     inside = _not_clamped(steps, low, high)
@@ -450,18 +443,24 @@ def choose_activation_qparams(
 
     Args:
         x: [..., K] floating point.
-        scheme: symmetric schemes divide the largest magnitude by 127 (int8), 7 (int4) or 448 (float8).
+        scheme: symmetric schemes divide the largest magnitude by 127 (int8), 7 (int4) or 448 (float8); PerGroup is for
+            inputs of linear layers.
         feature_dims: trailing dimensions that share a scale under PerToken: 1 for linear inputs [..., K],
             3 for the input [B, C, H, W] of a convolution.
         clip: fp32, broadcastable to the scale, in (0, 1]: the share of each range that codes cover (``clips.py``);
             symmetric schemes only.
 
     Returns:
-        scale fp32: [..., 1] under PerToken (``feature_dims`` ones at the end), [1] under PerTensor. A row of zeros
+        scale fp32: [..., 1] under PerToken (``feature_dims`` ones at the end), [..., ceil(K / 128)] under PerGroup, [1]
+        under PerTensor. A row of zeros
         gets ``MIN_SCALE``; a row with a NaN gets a NaN scale, so that it stays visible in the output.
     """
     x = x.detach()
-    if isinstance(scheme.granularity, PerToken):
+    if isinstance(scheme.granularity, PerGroup):
+        x = torch.nn.functional.pad(x, (0, -x.shape[-1] % scheme.granularity.group_size))
+        x = x.unflatten(-1, (-1, scheme.granularity.group_size)) if x.numel() else x.unsqueeze(-1)
+        dims, shape = (-1,), x.shape[:-1]
+    elif isinstance(scheme.granularity, PerToken):
         dims = tuple(range(-feature_dims, 0))
         shape = x.shape[:-feature_dims] + (1,) * feature_dims
     else:
@@ -521,7 +520,7 @@ def dequantize_activation(
     values = codes.to(torch.float32, copy=True)
     if zero_point is not None:
         values.sub_(zero_point)
-    return values.mul_(scale).to(dtype)
+    return values.mul_(over_columns(scale, values.shape[-1])).to(dtype)
 
 
 def fake_quantize_activation(
@@ -553,6 +552,7 @@ def _activation_steps(
     """fp32 codes before clamping: round(x / scale) + zero_point (float8: x / scale, not rounded)."""
     # A tensor without dimensions would not promote bf16 inputs to float32.
     scale = scale.float() if scale.dim() else scale.float().reshape(1)
+    scale = over_columns(scale, x.shape[-1])
     steps = torch.div(x.detach(), scale)
     if not scheme.format.is_integer:
         return steps.float()

@@ -19,9 +19,7 @@ from diffuse_compress.errors import ConfigError, ModelStateError, nearest
 from diffuse_compress.quantization.numerics import (
     FLOAT8,
     FLOAT8_MAX,
-    QParams,
     choose_qparams,
-    effective_scale,
     qparams_from_range,
     qparams_from_weight_range,
     row_chunks,
@@ -29,6 +27,7 @@ from diffuse_compress.quantization.numerics import (
     valid_columns,
     weight_range,
 )
+from diffuse_compress.quantization.qparams import QParams, effective_scale, expanded
 from diffuse_compress.quantization.scheme import ActivationScheme, PerTensor, TwoLevel, WeightScheme
 
 __all__ = [
@@ -228,7 +227,7 @@ class MSEObserver:
 
     def compute_range(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(low, high) that the codes of the best qparams reach, per element (two-level weights: per group)."""
-        qparams = self.qparams()
+        qparams = expanded(self.qparams(), self.scheme)
         step = effective_scale(qparams)
         low, high = self.scheme.range if self.scheme.format.is_integer else (-FLOAT8_MAX, FLOAT8_MAX)
         zero_point = 0.0 if qparams.zero_point is None else qparams.zero_point.float()
@@ -246,6 +245,10 @@ class MSEObserver:
             return full
         if isinstance(scheme.granularity, PerTensor):
             return self._search(weight)
+        if scheme.transposed is not None:
+            turned = MSEObserver(scheme.transposed, self.norm, self.num_ratios, self.min_ratio)
+            turned.update(weight.t())
+            return turned.qparams()
         search = self._search_two_level if isinstance(scheme.granularity, TwoLevel) else self._search
         parts = [search(weight[rows]) for rows in row_chunks(weight)]
         return QParams(
@@ -269,7 +272,7 @@ class MSEObserver:
         coarse = best_ratio.clone()
         for i in (-3, -2, -1, 1, 2, 3):
             _keep_better(best_ratio, best_error, (coarse + i * step / 4).clamp_(max=1), error)
-        return qparams_from_range(low * best_ratio, high * best_ratio, self.scheme)
+        return qparams_from_weight_range(low * best_ratio, high * best_ratio, self.scheme)
 
     def _search_two_level(self, weight: torch.Tensor) -> QParams:
         low, high = weight_range(weight, self.scheme)

@@ -14,8 +14,10 @@ from diffuse_compress.quantization.algorithms.svdquant import SVDQuantConfig
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
     NumberFormat,
+    PerBlock,
     PerChannel,
     PerGroup,
+    PerTensor,
     PerToken,
     Scheme,
     TwoLevel,
@@ -35,6 +37,12 @@ _W8A8 = Scheme(_INT8_WEIGHT, _INT8_PER_TOKEN)
 _W4A8 = Scheme(_INT4_TWO_LEVEL, _INT8_PER_TOKEN)
 _FP8_WEIGHT_ONLY = Scheme(WeightScheme(NumberFormat.FLOAT8_E4M3, PerChannel()))
 _FP8 = Scheme(_FP8_WEIGHT_ONLY.weight, ActivationScheme(NumberFormat.FLOAT8_E4M3, PerToken()))
+_FP8_TENSOR = Scheme(
+    WeightScheme(NumberFormat.FLOAT8_E4M3, PerTensor()), ActivationScheme(NumberFormat.FLOAT8_E4M3, PerTensor())
+)
+_FP8_BLOCK = Scheme(
+    WeightScheme(NumberFormat.FLOAT8_E4M3, PerBlock()), ActivationScheme(NumberFormat.FLOAT8_E4M3, PerGroup(128))
+)
 _W4A4 = Scheme(_INT4_TWO_LEVEL, ActivationScheme(NumberFormat.INT4, PerToken()))
 
 _AWQ_GPTQ = SequenceConfig((AWQConfig(), GPTQConfig()))
@@ -106,7 +114,27 @@ PRESETS: dict[str, QuantizationPreset] = {
             calibrated=GPTQConfig(),
             mixed=(_FP8,),
             mixed_modulation=(_FP8_WEIGHT_ONLY,),
-            aliases=("float8", "fp8_dynamic", "fp8dq", "fp8_row", "float8_e4m3fn", "w8a8_fp8"),
+            aliases=("float8", "fp8_dynamic", "fp8dq", "fp8_row", "fp8_channel", "float8_e4m3fn", "w8a8_fp8"),
+        ),
+        QuantizationPreset(
+            "fp8_tensor",
+            _FP8_TENSOR,
+            _FP8_WEIGHT_ONLY,
+            "float8 e4m3 weights and activations (per tensor, dynamic); weight-only without an fp8 matmul",
+            calibrated=GPTQConfig(),
+            mixed=(_FP8_TENSOR,),
+            mixed_modulation=(_FP8_WEIGHT_ONLY,),
+            aliases=("fp8_per_tensor", "float8_tensor", "fp8_tensorwise"),
+        ),
+        QuantizationPreset(
+            "fp8_block",
+            _FP8_BLOCK,
+            _FP8_WEIGHT_ONLY,
+            "float8 e4m3 weights (128x128 blocks) and activations (1x128, dynamic) of linear layers, as DeepSeek-V3",
+            calibrated=GPTQConfig(),
+            mixed=(_FP8_BLOCK,),
+            mixed_modulation=(_FP8_WEIGHT_ONLY,),
+            aliases=("fp8_blockwise", "fp8_per_block", "float8_block", "finegrained_fp8", "fine_grained_fp8"),
         ),
         QuantizationPreset(
             "w8a16",

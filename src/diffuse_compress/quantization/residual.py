@@ -8,7 +8,7 @@ rotated, and what reads it can undo that. The rotation of the value heads is tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.rotation import MIN_ROTATION, rotate, rotation_size
 
-__all__ = ["ResidualStream", "rotate_residual"]
+__all__ = ["ResidualStream", "Rotations", "by_heads", "hadamard_rotations", "rotate_residual"]
 
 _CHUNK_ELEMENTS = 1 << 24
 
@@ -68,8 +68,57 @@ class ResidualStream:
         return len({self.embedding, *self.norms, *readers, *turned}) + biases
 
 
+@dataclass(frozen=True)
+class Rotations:
+    """Orthogonal matrices that multiply from the right what is rotated.
+
+    Attributes:
+        stream: float64 [width, width], of the residual stream (SpinQuant's R1).
+        heads: {value projection: float64 [head_dim, head_dim]}, of each attention's heads (R2).
+    """
+
+    stream: torch.Tensor
+    heads: Mapping[str, torch.Tensor]
+
+    @property
+    def matrices(self) -> list[torch.Tensor]:
+        """All of them, the stream's first."""
+        return [self.stream, *self.heads.values()]
+
+    def of(self, matrices: Sequence[torch.Tensor]) -> Rotations:
+        """Others in the places of :attr:`matrices`."""
+        return Rotations(matrices[0], dict(zip(self.heads, matrices[1:], strict=True)))
+
+    def to(self, device: torch.device | str) -> Rotations:
+        """The same on ``device``."""
+        return self.of([matrix.to(device) for matrix in self.matrices])
+
+
+def hadamard_rotations(stream: ResidualStream, generator: torch.Generator) -> Rotations:
+    """The matrices that :func:`rotate_residual` multiplies by if it is given none, from the same generator."""
+    signs = torch.randint(0, 2, (stream.width,), generator=generator).double() * 2 - 1
+    of_stream, of_heads = (rotation_size(size) for size in (stream.width, stream.head_dim))
+    assert of_stream is not None
+    assert of_heads is not None
+    head = rotate(torch.eye(stream.head_dim, dtype=torch.float64), of_heads)
+    return Rotations(
+        rotate(torch.eye(stream.width, dtype=torch.float64), of_stream, signs),
+        {value: head.clone() for value, _ in stream.values},
+    )
+
+
+def by_heads(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Every run of ``head_dim`` columns of ``rows`` [..., K] times ``matrix`` [head_dim, head_dim]."""
+    turned: torch.Tensor = rows.unflatten(-1, (-1, matrix.shape[0])) @ matrix
+    return turned.flatten(-2)
+
+
 def rotate_residual(
-    model: nn.Module, stream: ResidualStream, generator: torch.Generator, keep: Callable[[nn.Parameter], Any]
+    model: nn.Module,
+    stream: ResidualStream,
+    generator: torch.Generator,
+    keep: Callable[[nn.Parameter], Any],
+    rotations: Rotations | None = None,
 ) -> None:
     """Rotate ``stream`` and the value heads of ``model``, in place; its logits stay, hidden states do not.
 
@@ -80,14 +129,21 @@ def rotate_residual(
         stream: of the model.
         generator: draws the signs of the stream's rotation.
         keep: called once with each parameter before it is changed.
+        rotations: to be used instead of random Hadamard matrices.
     """
     signs = torch.randint(0, 2, (stream.width,), generator=generator).double() * 2 - 1
-    _Rotation(model, signs, keep).run(stream)
+    _Rotation(model, signs, keep, rotations).run(stream)
 
 
 class _Rotation:
-    def __init__(self, model: nn.Module, signs: torch.Tensor, keep: Callable[[nn.Parameter], Any]) -> None:
-        self.model, self.signs, self.keep = model, signs, keep
+    def __init__(
+        self,
+        model: nn.Module,
+        signs: torch.Tensor,
+        keep: Callable[[nn.Parameter], Any],
+        rotations: Rotations | None,
+    ) -> None:
+        self.model, self.signs, self.keep, self.rotations = model, signs, keep, rotations
         self._kept: set[int] = set()
 
     def run(self, stream: ResidualStream) -> None:
@@ -109,6 +165,8 @@ class _Rotation:
 
     def _columns(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows Q`` for rows of the stream's width."""
+        if self.rotations is not None:
+            return rows @ self.rotations.stream.to(rows)
         size = rotation_size(rows.shape[-1])
         assert size is not None
         return rotate(rows, size, self.signs.to(rows))
@@ -119,6 +177,8 @@ class _Rotation:
         assert size is not None
 
         def turn(rows: torch.Tensor) -> torch.Tensor:
+            if self.rotations is not None:
+                return by_heads(rows, self.rotations.heads[value].to(rows))
             return rotate(rows, size)
 
         self._write(value, turn)

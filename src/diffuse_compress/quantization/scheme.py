@@ -3,13 +3,14 @@
 A :class:`Scheme` says how a layer's weight is stored and, if its inputs are quantized too, how. It knows no
 tensor, no device and no model; ``to_dict`` is the vocabulary of compressed-tensors' ``QuantizationScheme``
 ("weights", "input_activations", "num_bits", "strategy", ...) with additions of ours, each under its own key:
-``scale_rule``, ``pad``, ``float_zero_point``, ``additive_zero_point``, ``input_rotation`` and the strategy
-``two_level``.
+``scale_rule``, ``pad``, ``float_zero_point``, ``additive_zero_point``, ``input_rotation``, ``outlier_threshold`` and
+the strategies ``two_level``, ``bilevel`` and ``input_group`` (with ``rows``).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeAlias
@@ -19,10 +20,13 @@ from diffuse_compress.quantization.rotation import is_rotation_size
 
 __all__ = [
     "ActivationScheme",
+    "Bilevel",
     "Granularity",
     "NumberFormat",
+    "PerBlock",
     "PerChannel",
     "PerGroup",
+    "PerInputGroup",
     "PerTensor",
     "PerToken",
     "ScaleRule",
@@ -32,8 +36,13 @@ __all__ = [
 ]
 
 GROUP_SIZES = (32, 64, 128)
+BLOCK_SIZE = 128
 TWO_LEVEL_GROUP_SIZE = 128
 TWO_LEVEL_MAX_GROUP_SCALE = 16
+BILEVEL_GROUP_SIZES = (8, 16, 32)
+BILEVEL_GROUPS = 16
+"""Groups of a row whose scales are codes of one grid, in bilevel formats."""
+BILEVEL_MAX_CODE = 15
 
 
 class NumberFormat(str, Enum):
@@ -110,6 +119,22 @@ class PerGroup:
 
 
 @dataclass(frozen=True)
+class PerInputGroup:
+    """One scale per input channel and ``rows`` consecutive output rows: scale [K, ceil(N / rows)].
+
+    A column whose weights are larger or smaller than the others' has scales of its own, where PerGroup makes it share
+    them with its neighbours. The last group may be shorter. Source: Heo et al. 2023, "Rethinking Channel Dimensions to
+    Isolate Outliers for Low-bit Weight Quantization of Large Language Models", arXiv 2309.15531, section 3.
+    """
+
+    rows: int = 128
+
+    def __post_init__(self) -> None:
+        if self.rows not in GROUP_SIZES:
+            raise ConfigError(f"PerInputGroup: rows must be one of {GROUP_SIZES}, got {self.rows}.")
+
+
+@dataclass(frozen=True)
 class TwoLevel:
     """fp32 scale per row times an integer 1..16 per 128 columns; int8 arithmetic stays exact.
 
@@ -126,14 +151,64 @@ class TwoLevel:
             raise ConfigError(f"TwoLevel: group_size must be {TWO_LEVEL_GROUP_SIZE}, got {self.group_size}.")
 
 
-Granularity: TypeAlias = PerTensor | PerChannel | PerGroup | PerToken | TwoLevel
+@dataclass(frozen=True)
+class Bilevel:
+    """Small groups, whose scale and zero point take one byte: ``scale[n, g] = base[n, b] + step[n, b] * c[n, g]``.
+
+    ``c`` is a 4-bit code, ``b = g // 16`` counts runs of 16 groups of a row with an fp32 ``base`` and ``step`` of their
+    own, and the other half of the byte is the zero point, an integer in the range of the weight's codes. In groups of
+    16 that is 0.75 bits per weight, where :class:`PerGroup` would take 2.5. The last group and run may be shorter.
+
+    Source: Dettmers et al. 2023, "SpQR", arXiv 2306.03078, section 4.1; differs: zero points, which are codes of 2 to 4
+    bits as they are, are kept exactly, and scales have 4 bits instead of 3, so that a byte holds both.
+
+    Args:
+        group_size: 8, 16 or 32 consecutive columns.
+    """
+
+    group_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.group_size not in BILEVEL_GROUP_SIZES:
+            raise ConfigError(f"Bilevel: group_size must be one of {BILEVEL_GROUP_SIZES}, got {self.group_size}.")
+
+
+@dataclass(frozen=True)
+class PerBlock:
+    """One scale per block of 128 rows by 128 columns: scale [ceil(N / 128), ceil(K / 128)]; float8 weights only.
+
+    Blocks at the right and lower edge may be smaller. Inputs beside it have one scale per row and 128 columns,
+    ``PerGroup(128)``. Source: DeepSeek-V3 (arXiv 2412.19437, section 3.3); ``FP8_BLOCK`` of llm-compressor,
+    ``weight_block_size=[128, 128]`` of transformers.
+    """
+
+    block_size: int = BLOCK_SIZE
+
+    def __post_init__(self) -> None:
+        if self.block_size != BLOCK_SIZE:
+            raise ConfigError(f"PerBlock: block_size must be {BLOCK_SIZE}, got {self.block_size}.")
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale."""
+        return self.block_size
+
+    def num_blocks(self, rows: int) -> int:
+        """Rows of the scale of a weight with ``rows`` rows."""
+        return -(-rows // self.block_size)
+
+
+Granularity: TypeAlias = PerTensor | PerChannel | PerGroup | PerBlock | PerInputGroup | PerToken | TwoLevel | Bilevel
 
 _STRATEGY: dict[type, str] = {
     PerTensor: "tensor",
     PerChannel: "channel",
     PerGroup: "group",
+    PerInputGroup: "input_group",
+    PerBlock: "block",
     PerToken: "token",
     TwoLevel: "two_level",
+    Bilevel: "bilevel",
 }
 
 
@@ -143,7 +218,7 @@ class WeightScheme:
 
     Args:
         format: element type.
-        granularity: PerTensor, PerChannel, PerGroup or TwoLevel.
+        granularity: PerTensor, PerChannel, PerGroup, PerBlock, PerInputGroup, TwoLevel or Bilevel.
         symmetric: False stores a ``zero_point`` of ``scale``'s shape; ``w = scale * (q - zero_point)``.
         scale_rule: the symmetric rule; asymmetric, float8 and two-level formats have one rule and refuse another.
         float_zero_point: keep ``zero_point`` in fp32 instead of rounding it to int8 (HQQ).
@@ -162,11 +237,23 @@ class WeightScheme:
         object.__setattr__(self, "format", NumberFormat(self.format))
         object.__setattr__(self, "scale_rule", ScaleRule(self.scale_rule))
         if isinstance(self.granularity, PerToken):
-            raise ConfigError("WeightScheme: a weight has no tokens; use PerTensor, PerChannel, PerGroup or TwoLevel.")
+            raise ConfigError(
+                "WeightScheme: a weight has no tokens; use PerTensor, PerChannel, PerGroup, PerBlock or TwoLevel."
+            )
+        grouped = isinstance(self.granularity, PerGroup | PerInputGroup)
+        if isinstance(self.granularity, Bilevel) and (
+            self.format.bits > 4 or self.symmetric or self.float_zero_point or self.additive_zero_point
+        ):
+            raise ConfigError(
+                "WeightScheme: Bilevel needs int4, int3 or int2 with integer zero points (symmetric=False), got "
+                f"{self.format.value}, symmetric={self.symmetric}. For 8 bits use PerChannel() or PerGroup()."
+            )
         if isinstance(self.granularity, TwoLevel) and (self.format is not NumberFormat.INT4 or not self.symmetric):
             raise ConfigError(f"WeightScheme: TwoLevel needs symmetric int4, got {self.format.value}.")
-        if not self.format.is_integer and (not self.symmetric or isinstance(self.granularity, PerGroup)):
-            raise ConfigError("WeightScheme: float8 weights are symmetric, per tensor or per channel.")
+        if not self.format.is_integer and (not self.symmetric or grouped):
+            raise ConfigError("WeightScheme: float8 weights are symmetric, per tensor, per channel or per block.")
+        if isinstance(self.granularity, PerBlock) and self.format.is_integer:
+            raise ConfigError(f"WeightScheme: PerBlock is for float8 weights, got {self.format.value}. Use PerGroup.")
         if self.scale_rule is not ScaleRule.AMAX_OVER_QMAX and (
             not self.format.is_integer or not self.symmetric or isinstance(self.granularity, TwoLevel)
         ):
@@ -188,8 +275,28 @@ class WeightScheme:
         return self.float_zero_point or self.additive_zero_point
 
     @property
+    def transposed(self) -> WeightScheme | None:
+        """Of PerInputGroup, the scheme in which the transposed weight [K, N] has the same scales; else None."""
+        if not isinstance(self.granularity, PerInputGroup):
+            return None
+        return dataclasses.replace(self, granularity=PerGroup(self.granularity.rows, pad=True))
+
+    def scale_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Of the scales of a weight [N, K]."""
+        rows, columns = shape
+        if isinstance(self.granularity, PerInputGroup):
+            return columns, -(-rows // self.granularity.rows)
+        if isinstance(self.granularity, PerTensor):
+            return 1, 1
+        if isinstance(self.granularity, PerBlock):
+            return self.granularity.num_blocks(rows), self.num_groups(columns)
+        if isinstance(self.granularity, Bilevel):  # a base and a step for each run of groups
+            return rows, 2 * -(-self.num_groups(columns) // BILEVEL_GROUPS)
+        return rows, self.num_groups(columns) if isinstance(self.granularity, PerGroup) else 1
+
+    @property
     def group_size(self) -> int | None:
-        """Columns per scale, or None when a whole row (or the tensor) shares one."""
+        """Columns per scale, or None when it is not a run of columns that shares one."""
         return getattr(self.granularity, "group_size", None)
 
     def num_groups(self, in_features: int) -> int:
@@ -222,15 +329,20 @@ class ActivationScheme:
 
     Args:
         format: int8, int4 or int3 (held in an int8 container at run time) or float8_e4m3fn.
-        granularity: PerTensor or PerToken.
+        granularity: PerTensor, PerToken, or PerGroup(128): per row and 128 columns, dynamic float8 only, for weights
+            PerBlock(); its last group may be shorter.
         dynamic: True measures the scale on every call; False stores ``input_scale`` [1] (PerTensor only).
         symmetric: False adds ``input_zero_point``; static int8 only.
+        outlier_threshold: input columns with a magnitude of this or more in any row of a call are left out of the
+            int8 product and multiplied in the layer's dtype (LLM.int8); None leaves none out. Dynamic int8 per token
+            of linear layers with int8 weights per channel or tensor, whose columns can be dequantized one by one.
     """
 
     format: NumberFormat
     granularity: Granularity = PerToken()
     dynamic: bool = True
     symmetric: bool = True
+    outlier_threshold: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", NumberFormat(self.format))
@@ -238,12 +350,31 @@ class ActivationScheme:
             raise ConfigError(
                 f"ActivationScheme: format must be int8, int4, int3 or float8_e4m3fn, got {self.format.value}."
             )
-        if not isinstance(self.granularity, PerTensor | PerToken):
-            raise ConfigError("ActivationScheme: granularity must be PerTensor or PerToken.")
+        if isinstance(self.granularity, PerGroup):
+            if self.format.is_integer or self.granularity.group_size != BLOCK_SIZE:
+                raise ConfigError(
+                    f"ActivationScheme: groups of inputs are float8, of {BLOCK_SIZE} columns, got "
+                    f"{self.format.value} in groups of {self.granularity.group_size}. Use PerToken()."
+                )
+            # Rows of inputs are never packed: whether the last group is full makes no difference.
+            object.__setattr__(self, "granularity", PerGroup(BLOCK_SIZE))
+        elif not isinstance(self.granularity, PerTensor | PerToken):
+            raise ConfigError("ActivationScheme: granularity must be PerTensor, PerToken or PerGroup(128).")
         if not self.dynamic and not isinstance(self.granularity, PerTensor):
             raise ConfigError("ActivationScheme: static scales are per tensor; use granularity=PerTensor().")
         if not self.symmetric and (self.dynamic or self.format is not NumberFormat.INT8):
             raise ConfigError("ActivationScheme: symmetric=False needs dynamic=False and format int8.")
+        threshold = self.outlier_threshold
+        if threshold is None:
+            return
+        if not (isinstance(threshold, int | float) and math.isfinite(threshold) and threshold >= 0):
+            raise ConfigError(
+                f"ActivationScheme: outlier_threshold must be a finite number >= 0, got {threshold!r}. None has no "
+                "outliers."
+            )
+        if self.format is not NumberFormat.INT8 or not self.dynamic or not isinstance(self.granularity, PerToken):
+            raise ConfigError("ActivationScheme: outlier_threshold needs dynamic int8 inputs, one scale per token.")
+        object.__setattr__(self, "outlier_threshold", float(threshold))
 
 
 @dataclass(frozen=True)
@@ -273,6 +404,17 @@ class Scheme:
                 f"Scheme: {weight.format.value} weights with {act.format.value} activations have no matmul. "
                 "Use two integer formats, two float8 formats, or activation=None."
             )
+        if act is not None and act.outlier_threshold is not None:
+            if not (exact and weight.format is NumberFormat.INT8) or self.input_rotation is not None:
+                raise ConfigError(
+                    "Scheme: outlier_threshold needs symmetric int8 weights, per channel or tensor, and inputs that "
+                    'are not rotated: take the weights of "w8a8".'
+                )
+        if act is not None and isinstance(act.granularity, PerGroup) and not isinstance(weight.granularity, PerBlock):
+            raise ConfigError(
+                "Scheme: inputs with a scale per 128 columns go with weights in blocks. Use WeightScheme(..., "
+                "PerBlock()), or PerToken() inputs."
+            )
         if self.input_rotation is not None and not is_rotation_size(self.input_rotation):
             raise ConfigError(
                 f"Scheme: input_rotation must be the order of a Hadamard matrix, got {self.input_rotation!r}. Use a "
@@ -281,10 +423,11 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """Short label: ``w4a8``, ``fp8``, ``w8a8-static``; for people, not for identity (compare objects for that)."""
+        """Short label: ``w4a8``, ``fp8-block``, ``w8a8-static``; for people, not for identity (compare objects)."""
         static = "-static" if self.has_static_inputs else ""
         if not self.weight.format.is_integer:
-            return f"fp8{static}" if self.activation is not None else "fp8-weight-only"
+            form = {PerTensor: "fp8-tensor", PerBlock: "fp8-block"}.get(type(self.weight.granularity), "fp8")
+            return f"{form}{static}" if self.activation is not None else f"{form}-weight-only"
         act = 16 if self.activation is None else self.activation.format.bits
         return f"w{self.weight.format.bits}a{act}{static}"
 
@@ -317,13 +460,11 @@ class Scheme:
         bits = weight.format.bits
         stored_row = cols if bits == 8 else -(-cols // 128) * 16 * bits
         gran = weight.granularity
-        num_scales = 1 if isinstance(gran, PerTensor) else rows
-        if isinstance(gran, PerGroup):
-            num_scales = rows * weight.num_groups(cols)
+        num_scales = math.prod(weight.scale_shape(shape))
         total = rows * stored_row + 4 * num_scales
-        if isinstance(gran, TwoLevel):
+        if isinstance(gran, TwoLevel | Bilevel):
             total += rows * weight.num_groups(cols)
-        if not weight.symmetric:
+        if not weight.symmetric and not isinstance(gran, Bilevel):  # its zero points share a byte with the scales
             total += num_scales * (4 if weight.stores_float_zero_point else 1)
         return total
 
@@ -337,6 +478,8 @@ class Scheme:
                 weights[name] = True
         act = self.activation
         inputs = None if act is None else _args_to_dict(act.format, act.granularity, act.symmetric, dynamic=act.dynamic)
+        if inputs is not None and act is not None and act.outlier_threshold is not None:
+            inputs["outlier_threshold"] = act.outlier_threshold
         data: dict[str, Any] = {"weights": weights, "input_activations": inputs}
         if self.input_rotation is not None:
             data["input_rotation"] = f"{_ROTATION}{self.input_rotation}"
@@ -359,8 +502,9 @@ class Scheme:
         inputs = data.get("input_activations")
         act = None
         if inputs is not None:
-            dynamic = bool(inputs.get("dynamic", False))
-            act = ActivationScheme(dynamic=dynamic, **_args_from_dict(dict(inputs)))
+            inputs = dict(inputs)
+            dynamic, threshold = bool(inputs.get("dynamic", False)), inputs.pop("outlier_threshold", None)
+            act = ActivationScheme(dynamic=dynamic, outlier_threshold=threshold, **_args_from_dict(inputs))
         return cls(weight, act, _rotation_from(data.get("input_rotation")))
 
     def replace(self, **changes: Any) -> Scheme:
@@ -380,8 +524,12 @@ def _args_to_dict(fmt: NumberFormat, granularity: Granularity, symmetric: bool, 
         "strategy": _STRATEGY[type(granularity)],
         "dynamic": dynamic,
     }
-    if isinstance(granularity, PerGroup | TwoLevel):
+    if isinstance(granularity, PerGroup | TwoLevel | Bilevel):
         args["group_size"] = granularity.group_size
+    if isinstance(granularity, PerInputGroup):
+        args["rows"] = granularity.rows
+    if isinstance(granularity, PerBlock):
+        args["block_structure"] = [granularity.block_size] * 2
     if isinstance(granularity, PerGroup) and granularity.pad:
         args["pad"] = True
     return args
@@ -414,8 +562,12 @@ def _args_from_dict(args: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"Scheme.from_dict: unknown strategy {strategy!r}; {nearest(str(strategy), by_name)}")
     kind = by_name[strategy]
     # compressed-tensors writes group_size=None where a strategy has none.
-    options = {key: args.pop(key) for key in ("group_size", "pad") if key in args}
+    options = {key: args.pop(key) for key in ("group_size", "pad", "rows") if key in args}
     options = {key: value for key, value in options.items() if value is not None}
+    block = args.pop("block_structure", None)
+    if strategy == "block" and block is not None:
+        if list(block) != [BLOCK_SIZE] * 2:
+            raise ConfigError(f"Scheme.from_dict: block_structure must be [{BLOCK_SIZE}, {BLOCK_SIZE}], got {block}.")
     unfit = set(options) - {field.name for field in dataclasses.fields(kind)}
     if unfit:
         raise ConfigError(f"Scheme.from_dict: strategy {strategy!r} has no {' or '.join(sorted(unfit))}.")

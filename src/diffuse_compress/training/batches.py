@@ -22,7 +22,8 @@ from diffuse_compress.families.base import SAMPLE_NAMES, TIMESTEP_NAMES
 from diffuse_compress.training.config import LossSpace
 from diffuse_compress.training.noising import Noising
 
-__all__ = ["Batch", "NoisedLatents", "RecordedCalls", "TrainingData", "collated", "sample_of", "timestep_of"]
+__all__ = ["Batch", "NoisedLatents", "RecordedCalls", "TrainingData", "collated", "notes_of", "sample_of"]
+__all__ += ["timestep_of"]
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,18 @@ class Batch:
         call: its arguments.
         weight: float32 [rows], what a row's squared error counts.
         target: the teacher's output, if it was kept.
+        truth: what a perfect model would answer, if the data know it: of noised latents the noise or velocity.
     """
 
     call: Call
     weight: torch.Tensor
     target: torch.Tensor | None = None
+    truth: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on ``device``."""
-        target = None if self.target is None else self.target.to(device)
-        return Batch(self.call.to(device), self.weight.to(device), target)
+        target, truth = (None if value is None else value.to(device) for value in (self.target, self.truth))
+        return Batch(self.call.to(device), self.weight.to(device), target, truth)
 
 
 class TrainingData(ABC):
@@ -73,19 +76,24 @@ class TrainingData(ABC):
         """What decides the draws, JSON-able."""
         return {"items": len(self), "kind": type(self).__name__}
 
+    def item(self, index: int) -> Mapping[str, Any]:
+        """All that an item is, a tree ``{"call": {"args", "kwargs"}, ...}`` of tensors and JSON values."""
+        call = self.call(index)
+        return {"call": {"args": tuple(call.args), "kwargs": dict(call.kwargs)}}
+
+    def notes(self, index: int) -> Mapping[str, str]:
+        """:func:`notes_of` an item; from a disk without reading it."""
+        return notes_of(self.item(index))
+
     def signature(self, index: int) -> str:
         """Items of one signature can be one batch."""
-        call = self.call(index)
-        rows, digest = rows_of(call), hashlib.sha256()
-        found = map_tensors(lambda tensor: _shape(tensor, rows, digest), [call.args, dict(call.kwargs)])
-        return hashlib.sha256(f"{json.dumps(found, default=str)} {digest.hexdigest()}".encode()).hexdigest()[:16]
+        return self.notes(index)["signature"]
 
     def fingerprint(self) -> str:
         """Hash of every item, for a resumed run to be compared with."""
         digest = hashlib.sha256()
         for index in range(len(self)):
-            call = self.call(index)
-            hash_tree(digest, [list(call.args), dict(call.kwargs)], str(index))
+            digest.update(self.notes(index)["digest"].encode())
         return digest.hexdigest()[:16]
 
 
@@ -96,6 +104,8 @@ class RecordedCalls(TrainingData):
         calls: on the CPU; may be read from a disk one by one.
         weights: by item, of its rows; 1 without.
         targets: the teacher's outputs by item, if they are known.
+        truths: what a perfect model would answer, by item; ``method="lsq"`` learns that.
+        notes: by item, where they are stored beside it.
     """
 
     def __init__(
@@ -103,11 +113,14 @@ class RecordedCalls(TrainingData):
         calls: Sequence[Call],
         weights: Sequence[torch.Tensor] | None = None,
         targets: Sequence[torch.Tensor] | None = None,
+        truths: Sequence[torch.Tensor] | None = None,
+        *,
+        notes: Sequence[Mapping[str, str]] | None = None,
     ) -> None:
-        self._calls, self._weights, self._targets = calls, weights, targets
+        self._calls, self._weights, self._targets, self._truths, self._notes = calls, weights, targets, truths, notes
         if not len(calls):
             raise ConfigError("training: at least one item is needed, got none.")
-        for name, given in (("weights", weights), ("targets", targets)):
+        for name, given in (("weights", weights), ("targets", targets), ("truths", truths)):
             if given is not None and len(given) != len(calls):
                 raise ConfigError(f"training: {name} must be {len(calls)}, one for each item, got {len(given)}.")
 
@@ -131,22 +144,34 @@ class RecordedCalls(TrainingData):
         """The recorded call; nothing is random."""
         call = self._calls[index]
         weight = torch.ones(rows_of(call)) if self._weights is None else self._weights[index].float()
-        return Batch(call, weight, self.target(index))
+        return Batch(call, weight, self.target(index), None if self._truths is None else self._truths[index])
+
+    def item(self, index: int) -> Mapping[str, Any]:
+        """The call, the weights of its rows, and what is known of its outputs."""
+        batch = self.draw(index, torch.Generator())
+        known = {name: value for name in ("target", "truth") if (value := getattr(batch, name)) is not None}
+        return {**super().item(index), "weight": batch.weight, **known}
+
+    def notes(self, index: int) -> Mapping[str, str]:
+        """Of an item."""
+        return super().notes(index) if self._notes is None else self._notes[index]
 
     def with_targets(self, targets: Sequence[torch.Tensor]) -> RecordedCalls:
         """The same with the teacher's outputs."""
-        return RecordedCalls(self._calls, self._weights, targets)
+        return RecordedCalls(self._calls, self._weights, targets, self._truths)
 
 
 class NoisedLatents(TrainingData):
     """Clean latents under captions: a draw takes a level of the scheduler's, and noise, for each.
 
     Args:
-        items: trees ``{"call": {"args", "kwargs"}, "latents" or "mean" and "std", "timestep_scale"}``, on the CPU; may
-            be read from a disk one by one. ``call`` is one of the denoiser for the caption, whose sample and timestep
-            are replaced. Of ``mean`` and ``std`` latents are drawn anew each time.
+        items: trees ``{"call": {"args", "kwargs"}, "latents" or "mean" and "std", "timestep_scale", "mu"}``, on the
+            CPU; may be read from a disk one by one. ``call`` is one of the denoiser for the caption, whose sample and
+            timestep are replaced. Of ``mean`` and ``std`` latents are drawn anew each time. ``mu`` is the shift of
+            levels for the item's own size, where the scheduler has one.
         noising: of the pipeline's scheduler.
         space: of the loss, which decides the weights.
+        notes: by item, where they are stored beside it.
     """
 
     def __init__(
@@ -154,10 +179,12 @@ class NoisedLatents(TrainingData):
         items: Sequence[Mapping[str, Any]],
         noising: Noising,
         space: LossSpace | str = LossSpace.OUTPUT,
+        *,
+        notes: Sequence[Mapping[str, str]] | None = None,
     ) -> None:
         if not len(items):
             raise ConfigError("training: at least one item is needed, got none.")
-        self.items, self.noising, self.space = items, noising, LossSpace(space)
+        self.items, self.noising, self.space, self._notes = items, noising, LossSpace(space), notes
 
     def __len__(self) -> int:
         return len(self.items)
@@ -166,6 +193,14 @@ class NoisedLatents(TrainingData):
         """That of the caption."""
         made = self.items[index]["call"]
         return Call(tuple(made["args"]), made["kwargs"])
+
+    def item(self, index: int) -> Mapping[str, Any]:
+        """Latents and the call of the caption."""
+        return self.items[index]
+
+    def notes(self, index: int) -> Mapping[str, str]:
+        """Of an item."""
+        return super().notes(index) if self._notes is None else self._notes[index]
 
     def describe(self) -> dict[str, Any]:
         """Items, levels and the space of the loss."""
@@ -178,11 +213,25 @@ class NoisedLatents(TrainingData):
         if clean is None:
             mean = item["mean"]
             clean = mean + item["std"] * torch.randn(mean.shape, generator=generator)
-        levels = self.noising.draw(len(clean), generator)
+        levels = self.noising.draw(len(clean), generator, item.get("mu"))
         noise = torch.randn(clean.shape, generator=generator)
         noisy = levels.noisy(clean, noise)
         made = _with_sample(call, noisy, levels.timesteps * float(item.get("timestep_scale", 1.0)))
-        return Batch(made, self.noising.weights(levels, self.space))
+        return Batch(made, self.noising.weights(levels, self.space), None, self.noising.truth(clean, noise, levels))
+
+
+def notes_of(item: Mapping[str, Any]) -> dict[str, str]:
+    """{"digest": hash of all that an item holds, "signature": hash of the shapes of its call}."""
+    digest = hashlib.sha256()
+    hash_tree(digest, item, "")
+    call = Call(tuple(item["call"]["args"]), item["call"]["kwargs"])
+    return {"digest": digest.hexdigest()[:32], "signature": _signature(call)}
+
+
+def _signature(call: Call) -> str:
+    rows, digest = rows_of(call), hashlib.sha256()
+    found = map_tensors(lambda tensor: _shape(tensor, rows, digest), [call.args, dict(call.kwargs)])
+    return hashlib.sha256(f"{json.dumps(found, default=str)} {digest.hexdigest()}".encode()).hexdigest()[:16]
 
 
 def collated(batches: Sequence[Batch]) -> Batch:
@@ -197,9 +246,9 @@ def collated(batches: Sequence[Batch]) -> Batch:
         values = [call.kwargs.get(name) for call in calls]
         if all(isinstance(value, torch.Tensor) and value.ndim == 0 for value in values):
             kwargs[name] = torch.cat([v.expand(r) for v, r in zip(values, rows, strict=True) if v is not None])
-    targets = [batch.target for batch in batches if batch.target is not None]
-    target = torch.cat(targets) if len(targets) == len(batches) else None
-    return Batch(Call(args, kwargs), torch.cat([batch.weight for batch in batches]), target)
+    known = [[getattr(batch, name) for batch in batches] for name in ("target", "truth")]
+    target, truth = (None if any(value is None for value in values) else torch.cat(values) for values in known)
+    return Batch(Call(args, kwargs), torch.cat([batch.weight for batch in batches]), target, truth)
 
 
 def sample_of(call: Call) -> torch.Tensor | None:

@@ -13,9 +13,11 @@ from diffuse_compress.quantization.algorithms.trained import TrainedConfig
 from diffuse_compress.quantization.presets import PRESETS, resolve_preset
 from diffuse_compress.quantization.scheme import (
     ActivationScheme,
+    Bilevel,
     NumberFormat,
     PerChannel,
     PerGroup,
+    PerInputGroup,
     PerToken,
     ScaleRule,
     Scheme,
@@ -72,9 +74,9 @@ class Gate(str, Enum):
 
 
 class TrainingMethod(str, Enum):
-    """QVGEN: weights, scales, clips and the branch. KD and LSQ: the same without a branch (Q-DM's and LSQ's training;
-    they differ in the loss). EFFICIENTDM: weights are frozen, a low-rank change of them is trained with the scales and
-    clips, and is part of the weight that is rounded."""
+    """QVGEN: weights, scales, clips and the branch. KD: the same without a branch (Q-DM's training). LSQ: as KD without
+    a teacher, from data that say what is right (noised latents, texts). EFFICIENTDM: weights are frozen, a low-rank
+    change of them is trained with the scales and clips, and is part of the weight that is rounded."""
 
     QVGEN = "qvgen"
     KD = "kd"
@@ -374,6 +376,12 @@ def _check_trainable(name: str, scheme: Scheme) -> None:
         problem = "integer weights, whose step is learned"
     elif weight.additive_zero_point:
         problem = "zero points among the codes (additive_zero_point=False)"
+    elif isinstance(weight.granularity, PerInputGroup):
+        problem = "scales that rows do not share: PerChannel() or PerGroup()"
+    elif isinstance(weight.granularity, Bilevel):
+        problem = "one scale for each group (PerGroup)"
+    elif act is not None and act.outlier_threshold is not None:
+        problem = "inputs without an outlier_threshold"
     elif scheme.input_rotation is not None:
         problem = "inputs that are not rotated (input_rotation=None)"
     elif act is not None and not (act.dynamic and isinstance(act.granularity, PerToken)):

@@ -24,17 +24,16 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from diffuse_compress.quantization.dispatch import product_dtype
 from diffuse_compress.quantization.numerics import (
     MIN_SCALE,
-    QParams,
     codes_to_values,
     dequantize_activation,
-    effective_scale,
     per_group_,
     quantize_activation,
     weight_steps,
 )
+from diffuse_compress.quantization.product_dtype import product_dtype
+from diffuse_compress.quantization.qparams import QParams, effective_scale
 from diffuse_compress.quantization.scheme import PerGroup, PerTensor, Scheme, WeightScheme
 from diffuse_compress_kernels import int8_linear_codes, quantize_rows
 

@@ -15,8 +15,9 @@ from diffuse_compress.quantization.algorithms.svdquant import truncated_svd
 from diffuse_compress.quantization.clips import TimestepGroups, clip_of_rows
 from diffuse_compress.quantization.layer_base import cast_for_autocast
 from diffuse_compress.quantization.layers import QuantizedLinear
-from diffuse_compress.quantization.numerics import QParams, fake_quantize, quantize_weight
+from diffuse_compress.quantization.numerics import fake_quantize, quantize_weight
 from diffuse_compress.quantization.observers import weight_qparams
+from diffuse_compress.quantization.qparams import QParams
 from diffuse_compress.quantization.scheme import Scheme
 from diffuse_compress.training.config import PhiInit, QVGenConfig, RangeInit, TrainingMethod
 from diffuse_compress.training.fake_quantize import stored_qparams, trained_product

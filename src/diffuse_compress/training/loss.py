@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
-from diffuse_compress.errors import ModelStateError
+from diffuse_compress.errors import ConfigError, ModelStateError
 from diffuse_compress.training.batches import Batch, sample_of
 
-__all__ = ["distance", "output_of", "predicted"]
+__all__ = ["distance", "has_task", "output_of", "predicted", "task_loss"]
+
+_IGNORED = -100  # of cross_entropy
 
 
 def output_of(output: Any) -> torch.Tensor:
@@ -51,8 +53,16 @@ def distance(student: torch.Tensor, teacher: torch.Tensor, batch: Batch, kind: s
         teacher: its like.
         batch: that they are for.
         kind: "mse", or "kl", the divergence of the student's next token from the teacher's.
+
+    Raises:
+        ModelStateError: they are of different shapes.
     """
     student, teacher = student.float(), teacher.float()
+    if student.shape != teacher.shape:
+        raise ModelStateError(
+            f"training: what is learned has the shape {tuple(teacher.shape)}, and the model's output "
+            f"{tuple(student.shape)}. Give data of this model, or loss=."
+        )
     if kind == "kl":
         error = torch.nn.functional.kl_div(
             student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True
@@ -71,3 +81,36 @@ def distance(student: torch.Tensor, teacher: torch.Tensor, batch: Batch, kind: s
     else:
         per_row = error.flatten(1).mean(1) if error.ndim > 1 else error
     return (per_row * weight).mean()
+
+
+def has_task(batch: Batch) -> bool:
+    """Whether a batch says what is right, without a teacher: noised latents do, and texts, of their next tokens."""
+    return batch.truth is not None or _tokens(batch) is not None
+
+
+def task_loss(student: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """How far the student is from what the data say: :func:`distance` to ``batch.truth``, or of a language model the
+    cross entropy of the next token, padding left out.
+
+    Raises:
+        ConfigError: the data do not say (:func:`has_task`).
+    """
+    if batch.truth is not None:
+        return distance(student, batch.truth, batch)
+    tokens = _tokens(batch)
+    if tokens is None or student.ndim != 3:
+        raise ConfigError(
+            'training: method="lsq" learns what the data say, and these calls say nothing of their outputs. Give clips '
+            'or pictures with captions, latents, or texts for a language model; or learn of the teacher: method="kd".'
+        )
+    wanted = tokens[:, 1:].to(student.device)
+    mask = batch.call.kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.shape == tokens.shape:
+        wanted = wanted.masked_fill(mask[:, 1:].to(wanted.device) == 0, _IGNORED)
+    return torch.nn.functional.cross_entropy(student[:, :-1].float().flatten(0, 1), wanted.flatten())
+
+
+def _tokens(batch: Batch) -> torch.Tensor | None:
+    found = batch.call.kwargs.get("input_ids", batch.call.args[0] if batch.call.args else None)
+    is_text = isinstance(found, torch.Tensor) and found.ndim == 2 and not found.is_floating_point()
+    return found if is_text else None

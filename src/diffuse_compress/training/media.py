@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +13,10 @@ from typing import Any
 
 import torch
 
+from diffuse_compress.calibration.trees import hash_tensor
 from diffuse_compress.errors import ConfigError, MissingDependencyError, ModelStateError
 
-__all__ = ["Media", "encoded", "fitted", "is_media", "media_in", "read_media"]
+__all__ = ["Media", "digest_of_media", "encoded", "fitted", "is_media", "media_in", "read_media"]
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _CLIPS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif")
@@ -40,6 +42,25 @@ def read_media(item: Mapping[str, Any]) -> Media:
     """A dict ``{"video" | "image": ..., "caption" | "prompt" | "text": ...}`` as an item."""
     content = next(item[key] for key in _KEYS if key in item)
     return Media(content, str(next((item[key] for key in _CAPTIONS if item.get(key) is not None), "")))
+
+
+def digest_of_media(items: Sequence[Media], asked: str) -> str:
+    """Hash of items and of what is asked for: of files their names, sizes and times, of pixels their bytes."""
+    digest = hashlib.sha256(asked.encode())
+    for item in items:
+        digest.update(item.caption.encode())
+        _add_content(digest, item.content)
+    return digest.hexdigest()[:32]
+
+
+def _add_content(digest: Any, content: Any) -> None:
+    if isinstance(content, str | Path):
+        path = Path(content)
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            known = file.stat()
+            digest.update(f"{file.resolve()} {known.st_size} {known.st_mtime_ns}".encode())
+    else:
+        hash_tensor(digest, "", frames_of(content))
 
 
 def media_in(folder: str | Path, caption_column: str | None = None, media_column: str | None = None) -> list[Media]:

@@ -83,6 +83,8 @@ class Noising:
         self.is_flow = _is_flow(scheduler)
         self.prediction = "flow_prediction" if self.is_flow else str(config.get("prediction_type", "epsilon"))
         self._terminal = config.get("shift_terminal")
+        self._dynamic = self.is_flow and bool(config.get("use_dynamic_shifting", False))
+        self._is_linear = config.get("time_shift_type") == "linear"
         self._alphas: torch.Tensor | None = None
         if self.is_flow:
             self.shift = _shift(scheduler, mu)
@@ -95,16 +97,17 @@ class Noising:
             )
         self._alphas = alphas.detach().float().cpu()
 
-    def draw(self, count: int, generator: torch.Generator) -> Levels:
-        """Levels of ``count`` samples."""
+    def draw(self, count: int, generator: torch.Generator, mu: float | None = None) -> Levels:
+        """Levels of ``count`` samples; ``mu`` is that of their size, where the scheduler shifts by it."""
+        shift = self._shift_of(mu)
         if self.density is Density.UNIFORM:
             position = torch.rand(count, generator=generator)
         else:
             position = torch.sigmoid(torch.randn(count, generator=generator))
-        low, high = (self._before_shift(value) for value in (self.low, self.high))
+        low, high = (self._before_shift(value, shift) for value in (self.low, self.high))
         position = low + (high - low) * position
         if self._alphas is None:
-            return self.at(self._shifted(position) * self.num_train_timesteps)
+            return self.at(self._shifted(position, shift) * self.num_train_timesteps)
         return self.at((position * self.num_train_timesteps).floor().clamp_max(self.num_train_timesteps - 1))
 
     def at(self, timesteps: torch.Tensor) -> Levels:
@@ -137,6 +140,23 @@ class Noising:
             return output
         raise ConfigError(f"noising: {self.name} predicts {self.prediction!r}, of which x0 is not known here.")
 
+    def truth(self, clean: torch.Tensor, noise: torch.Tensor, levels: Levels) -> torch.Tensor:
+        """What a perfect model would predict of ``levels.noisy(clean, noise)``, float32.
+
+        Raises:
+            ConfigError: a prediction type of another kind.
+        """
+        clean, noise = clean.float(), noise.float()
+        if self.prediction == "flow_prediction":
+            return noise - clean
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "v_prediction":
+            return _over(levels.alpha, clean) * noise - _over(levels.sigma, clean) * clean
+        if self.prediction == "sample":
+            return clean
+        raise ConfigError(f"noising: {self.name} predicts {self.prediction!r}, which is not known here.")
+
     def weights(self, levels: Levels, space: LossSpace | str) -> torch.Tensor:
         """Float32 [samples], what a squared distance of two outputs counts.
 
@@ -153,19 +173,29 @@ class Noising:
     def to_dict(self) -> dict[str, Any]:
         """What decides the draws, JSON-able."""
         found = {"scheduler": self.name, "prediction": self.prediction, "density": self.density.value}
-        return {**found, "low": self.low, "high": self.high, **({"shift": self.shift} if self.is_flow else {})}
+        return {
+            **found,
+            "low": self.low,
+            "high": self.high,
+            **({"shift": self.shift} if self.is_flow and not self._dynamic else {}),
+        }
 
-    def _shifted(self, position: torch.Tensor) -> torch.Tensor:
-        sigma = self.shift * position / (1 + (self.shift - 1) * position)
+    def _shift_of(self, mu: float | None) -> float:
+        if not self.is_flow:
+            return 1.0
+        return self.shift if mu is None or not self._dynamic else _of_mu(mu, self._is_linear)
+
+    def _shifted(self, position: torch.Tensor, shift: float) -> torch.Tensor:
+        sigma = shift * position / (1 + (shift - 1) * position)
         return sigma if self._terminal is None else 1 - (1 - sigma) * (1 - self._terminal)
 
-    def _before_shift(self, value: float) -> float:
+    def _before_shift(self, value: float, shift: float) -> float:
         """Inverse of the shift; of a boundary at which the experts take turns."""
         if not self.is_flow:
             return value
         if self._terminal is not None:
             value = max(0.0, 1 - (1 - value) / (1 - self._terminal))
-        return value / (self.shift - (self.shift - 1) * value)
+        return value / (shift - (shift - 1) * value)
 
 
 def _is_flow(scheduler: Any) -> bool:
@@ -183,7 +213,11 @@ def _shift(scheduler: Any, mu: float | None) -> float:
             f"noising: {type(scheduler).__name__} shifts its levels by the size of the picture, and mu= is not known. "
             "Give the one that the pipeline hands to set_timesteps."
         )
-    return float(mu if config.get("time_shift_type") == "linear" else math.exp(mu))
+    return _of_mu(mu, config.get("time_shift_type") == "linear")
+
+
+def _of_mu(mu: float, is_linear: bool) -> float:
+    return float(mu if is_linear else math.exp(mu))
 
 
 def _over(values: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:

@@ -300,9 +300,10 @@ _OWN_GROUPS = tuple(dict.fromkeys(_GROUP_OF.values()))
 
 
 def _share(layer: TrainedLinear) -> None:
-    """Let all processes go on with the first one's factors: theirs may differ in the last bits on other hardware."""
+    """Let all processes go on with the first one's factors, and the weight that took in what left: theirs may differ in
+    the last bits on other hardware."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    for parameter in (layer.phi_up, layer.phi_down):
+    for parameter in (layer.weight, layer.phi_up, layer.phi_down):
         if parameter is not None and not is_sharded(parameter):
             torch.distributed.broadcast(parameter.data, src=0)

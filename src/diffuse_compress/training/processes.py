@@ -7,6 +7,7 @@ clips are small, stay whole in every process, and so are handled as without it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,9 +18,29 @@ from diffuse_compress.errors import ConfigError
 from diffuse_compress.runtime.processes import Processes
 from diffuse_compress.training.sharding import is_sharded, whole
 
-__all__ = ["Team", "gathered", "like", "placed", "unshard"]
+__all__ = ["Team", "gathered", "like", "placed", "refuse_launcher", "unshard"]
 
 _BUCKET = 64 << 20
+_REFUSED = {"DEEPSPEED": "ACCELERATE_USE_DEEPSPEED", "MEGATRON_LM": "ACCELERATE_USE_MEGATRON_LM"}
+
+
+def refuse_launcher() -> None:
+    """Raise before any weight is read if the launcher was told what cannot be.
+
+    Raises:
+        ConfigError: DeepSpeed or Megatron.
+    """
+    for kind, variable in _REFUSED.items():
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise _refusal(kind)
+
+
+def _refusal(kind: str) -> ConfigError:
+    return ConfigError(
+        f"training: {kind} optimizes copies of parameters in buffers of fixed layout, and where a phase of the branch "
+        "ends, weights take in what leaves it and moments are forgotten. Launch with FSDP2 "
+        "(examples/training/fsdp2.yaml), which shards the same weights, gradients and moments."
+    )
 
 
 class Team(Processes):
@@ -35,11 +56,8 @@ class Team(Processes):
     def __init__(self, state: Any = None) -> None:
         super().__init__(state)
         kind = "" if state is None else str(getattr(state, "distributed_type", "")).rpartition(".")[2]
-        if kind in ("DEEPSPEED", "MEGATRON_LM"):
-            raise ConfigError(
-                f"training: {kind} keeps parameters in buffers of fixed size, and the branch's rank shrinks. Launch "
-                "with FSDP2 (examples/training/fsdp2.yaml), which shards the same states."
-            )
+        if kind in _REFUSED:
+            raise _refusal(kind)
         self.shards = kind == "FSDP"
 
     @property

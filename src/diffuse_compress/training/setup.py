@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from diffuse_compress.components import resolve_names
-from diffuse_compress.errors import ConfigError
+from diffuse_compress.errors import ConfigError, MissingDependencyError, nearest
 from diffuse_compress.quantization.layer_base import QuantizedLayer
 from diffuse_compress.training.config import QVGenConfig
 from diffuse_compress.training.options import TrainerOptions
+from diffuse_compress.training.processes import refuse_launcher
 
-__all__ = ["accelerated", "cast_back", "checkpoint_blocks", "component_of", "precision_of"]
+__all__ = ["accelerated", "cast_back", "checkpoint_blocks", "component_of", "make_accelerator", "precision_of"]
 
 
 def component_of(target: Any, asked: str | None) -> str:
@@ -33,15 +34,13 @@ def component_of(target: Any, asked: str | None) -> str:
 @contextlib.contextmanager
 def accelerated(options: TrainerOptions, given: Any, config: QVGenConfig) -> Iterator[Any]:
     """The accelerator of a training: the caller's, or one of its own where there are other processes or trackers."""
+    refuse_launcher()
     if given is None and not options.report_to and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield None
         return
     made = given
     if given is None:
-        from accelerate import Accelerator
-
-        reports = list(options.report_to) if isinstance(options.report_to, tuple) else options.report_to
-        made = Accelerator(log_with=reports, project_dir=options.output_dir and str(options.output_dir))
+        made = make_accelerator(options.report_to, options.output_dir)
     if options.report_to:
         plain = {key: value for key, value in config.to_dict().items() if isinstance(value, str | int | float)}
         made.init_trackers(options.tracker_name, plain, {k: dict(v) for k, v in options.tracker_settings.items()})
@@ -52,8 +51,35 @@ def accelerated(options: TrainerOptions, given: Any, config: QVGenConfig) -> Ite
             made.end_training()
 
 
-def precision_of(asked: str | None, dtype: torch.dtype) -> torch.dtype | None:
-    """dtype of the products; the weights themselves are float32 then. None for models in float32."""
+def make_accelerator(report_to: Any, folder: Any, *, cpu: bool = False) -> Any:
+    """accelerate's, with these trackers.
+
+    Raises:
+        ConfigError: a tracker that accelerate does not know.
+        MissingDependencyError: one whose package is not installed; accelerate itself would log nowhere.
+    """
+    from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    asked = list(report_to) if isinstance(report_to, list | tuple) else [report_to] if report_to else []
+    known = [kind.value for kind in LoggerType]
+    there = [str(getattr(kind, "value", kind)) for kind in get_available_trackers()]
+    for name in asked:
+        if isinstance(name, str) and name not in known:
+            raise ConfigError(f"training: unknown report_to={name!r}; {nearest(name, known)}")
+        if isinstance(name, str) and name != "all" and name not in there:
+            raise MissingDependencyError(f"training: report_to={name!r} needs its package: pip install {name}.")
+    where = None if folder is None else str(folder)
+    return Accelerator(log_with=asked or None, project_dir=where, cpu=cpu)
+
+
+def precision_of(asked: str | None, dtype: torch.dtype, accelerator: Any = None) -> torch.dtype | None:
+    """dtype of the products; the weights themselves are float32 then. None for models in float32. What a launcher was
+    told counts where the config says nothing."""
+    told = None if accelerator is None else getattr(accelerator, "mixed_precision", None)
+    if asked is None and told in ("bf16", "fp16"):
+        asked = told
     if asked is not None:
         return torch.bfloat16 if asked == "bf16" else torch.float16
     return dtype if dtype in (torch.bfloat16, torch.float16) else None

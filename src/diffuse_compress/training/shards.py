@@ -9,7 +9,7 @@ Nothing is pickled. Captions and file names are not stored, only what the model 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -26,7 +26,12 @@ _SCHEMA_VERSION = 1
 
 
 def store_items(
-    folder: str | Path, items: Iterable[Mapping[str, Any]], *, settings: Mapping[str, Any], per_shard: int = 64
+    folder: str | Path,
+    items: Iterable[Mapping[str, Any]],
+    *,
+    settings: Mapping[str, Any],
+    notes: Callable[[Mapping[str, Any]], Mapping[str, str]] | None = None,
+    per_shard: int = 64,
 ) -> StoredItems:
     """Write ``items`` (trees of tensors and JSON values) as they come; the index last, so a folder with one is whole.
 
@@ -34,17 +39,21 @@ def store_items(
         folder: is made if it is not there.
         items: may be a generator: one shard is in memory at a time.
         settings: how they were made, JSON-able.
+        notes: what the index says of an item, so that it need not be read for that.
         per_shard: items in a file.
 
     Raises:
         ModelStateError: the disk is full or cannot be written.
     """
     folder = Path(folder)
+    (folder / INDEX).unlink(missing_ok=True)  # of shards that are about to be overwritten
     places: list[dict[str, Any]] = []
     for number, part in enumerate(_parts(items, per_shard)):
         tensors: dict[str, torch.Tensor] = {}
         name = f"items-{number:05d}.safetensors"
-        places += [{"shard": name, "tree": flatten(dict(item), str(at), tensors)} for at, item in enumerate(part)]
+        for at, item in enumerate(part):
+            known = {} if notes is None else {"notes": dict(notes(item))}
+            places.append({"shard": name, "tree": flatten(dict(item), str(at), tensors), **known})
         _write_shard(folder / name, tensors)
     content = {"schema_version": _SCHEMA_VERSION, "settings": dict(settings), "items": places}
     write_whole(folder / INDEX, lambda path: path.write_text(json.dumps(content)))
@@ -103,6 +112,12 @@ class StoredItems(Sequence[Any]):
                 return unflatten(place["tree"], _Lazy(handle))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}). Make the items anew.") from error
+
+    @property
+    def notes(self) -> list[Mapping[str, str]] | None:
+        """What the index says of each item; None without notes."""
+        found = [place.get("notes") for place in self._places]
+        return None if any(note is None for note in found) else found
 
     def part(self, name: str) -> Sequence[Any]:
         """What each item has under ``name``."""

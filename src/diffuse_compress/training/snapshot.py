@@ -11,7 +11,7 @@ from torch import nn
 
 from diffuse_compress.transaction import Transaction
 
-__all__ = ["restored_on_failure"]
+__all__ = ["Kept", "keep", "restored_on_failure"]
 
 _TABLES = ("_parameters", "_buffers", "_modules", "_forward_pre_hooks", "_forward_hooks")
 _WITH_KWARGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
@@ -27,7 +27,7 @@ def restored_on_failure(model: nn.Module, work_dir: str | Path | None) -> Transa
     return Transaction(size, work_dir)
 
 
-class _State:
+class Kept:
     """Everything of a module tree that a training changes, but for the bytes of parameters."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -69,9 +69,9 @@ class _State:
                 module._gradient_checkpointing_func = function
 
 
-def keep(model: nn.Module, spill: Transaction) -> _State:
+def keep(model: nn.Module, spill: Transaction) -> Kept:
     """Write what ``model`` is into ``spill``; returns its flags, for the end of a training that succeeds."""
-    state = _State(model)
+    state = Kept(model)
     for parameter in _once(model.parameters()):
         spill.keep(parameter)
     spill.after_rollback(state.put_back)

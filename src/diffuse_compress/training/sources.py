@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,16 @@ from diffuse_compress.pipeline_call import (
     untouched,
 )
 from diffuse_compress.progress import Callback, track
-from diffuse_compress.training.batches import NoisedLatents, RecordedCalls, TrainingData, sample_of, timestep_of
+from diffuse_compress.training.batches import (
+    NoisedLatents,
+    RecordedCalls,
+    TrainingData,
+    notes_of,
+    sample_of,
+    timestep_of,
+)
 from diffuse_compress.training.config import LossSpace
-from diffuse_compress.training.media import Media, encoded, fitted, is_media, media_in, read_media
+from diffuse_compress.training.media import Media, digest_of_media, encoded, fitted, is_media, media_in, read_media
 from diffuse_compress.training.noising import Density, Noising
 from diffuse_compress.training.shards import INDEX, StoredItems, store_items
 
@@ -53,6 +60,7 @@ __all__ = [
 
 _PER_PROMPT = 8
 _BUNDLED = 16
+_CLIPS_IN_SHARD = 8  # all that is in memory at a time; of a clip in 480p moments and texts are some 20 MB
 
 
 def training_data(
@@ -62,6 +70,7 @@ def training_data(
     *,
     space: LossSpace | str = LossSpace.OUTPUT,
     seed: int = 0,
+    folder: str | Path | None = None,
     callback: Callback | None = None,
 ) -> TrainingData:
     """Whatever a user gives as data.
@@ -74,6 +83,7 @@ def training_data(
             arguments; for a model texts or dicts of forward arguments. None takes prompts of this package.
         space: of the loss.
         seed: of what is drawn.
+        folder: for latents of pictures and clips, as in :func:`encode_media`.
         callback: of progress.
 
     Raises:
@@ -94,7 +104,9 @@ def training_data(
         return _of_model(target, data)
     items = own_items(target) if data is None else list(data)
     if items and (isinstance(items[0], Media) or is_media(items[0])):
-        return encode_media(target, items, component=component, space=space, seed=seed, callback=callback)
+        return encode_media(
+            target, items, component=component, space=space, seed=seed, folder=folder, callback=callback
+        )
     return record_calls(target, items, component=component, space=space, seed=seed, callback=callback)
 
 
@@ -275,7 +287,8 @@ def encode_media(
         width: likewise.
         num_frames: likewise.
         seed: of the captions that are left out.
-        folder: keep the latents there; from another call they are read again.
+        folder: latents go there as they are made, and are read one by one; another call with the same items, arguments
+            and models reads what is there.
         callback: of progress.
         call_arguments: of the pipeline: max_sequence_length, ...
 
@@ -287,21 +300,39 @@ def encode_media(
     left_out = torch.rand(len(media), generator=seeded(seed)) < caption_dropout
     mus = set[float | None]()
 
+    def one(index: int) -> dict[str, Any]:
+        moments, size = encoded(pipe, media[index].content, height, width, num_frames)
+        arguments = _one_pass(pipe, component, "" if left_out[index] else media[index].caption, size, call_arguments)
+        call, mu = denoiser_call(pipe, component, arguments)
+        mus.add(mu)
+        return {**_item(pipe, call, moments), "mu": mu}
+
     def made() -> Iterator[dict[str, Any]]:
-        for index, item in track(list(enumerate(media)), "Encoding", pipe, callback, {}):
-            moments, size = encoded(pipe, item.content, height, width, num_frames)
-            caption = "" if bool(left_out[index]) else item.caption
-            arguments = _one_pass(pipe, component, caption, size, call_arguments)
-            call, mu = denoiser_call(pipe, component, arguments)
-            mus.add(mu)
-            yield {**_item(pipe, call, moments), "mu": mu}
+        return map(one, track(list(range(len(media))), "Encoding", pipe, callback, {}))
 
     with untouched(pipe):
         if folder is None:
             found: Sequence[Mapping[str, Any]] = list(made())
         else:
-            found = store_items(folder, made(), settings={"pipeline": type(pipe).__name__, "component": component})
-    return NoisedLatents(found, _noising(pipe, component, mus, density), space)
+            asked = repr([height, width, num_frames, left_out.tolist(), call_arguments])
+            settings = {"kind": "latents", "component": component, "source": digest_of_media(media, asked)}
+            found = _on_disk(folder, settings, one, made)
+    return NoisedLatents(found, _noising(pipe, component, mus, density), space, notes=getattr(found, "notes", None))
+
+
+def _on_disk(
+    folder: str | Path,
+    settings: Mapping[str, Any],
+    one: Callable[[int], Mapping[str, Any]],
+    made: Callable[[], Iterable[Mapping[str, Any]]],
+) -> StoredItems:
+    """Items of a folder: those that are there, if they are of these settings and the first, made anew, is the first
+    there (by these very models, then); else they are made."""
+    if (Path(folder) / INDEX).is_file():
+        found = StoredItems(folder)
+        if found.settings == settings and found.notes is not None and found.notes[0] == notes_of(one(0)):
+            return found
+    return store_items(folder, made(), settings=settings, notes=notes_of, per_shard=_CLIPS_IN_SHARD)
 
 
 def synthetic_latents(
@@ -342,7 +373,7 @@ def _item(pipe: Any, call: Call, moments: Mapping[str, torch.Tensor]) -> dict[st
 def _described(call: Call) -> dict[str, Any]:
     timestep = timestep_of(call)
     scale = 1.0 if timestep is None else _timestep_scale(timestep, 1000)
-    return {"call": {"args": call.args, "kwargs": dict(call.kwargs)}, "timestep_scale": scale}
+    return {"call": {"args": tuple(call.args), "kwargs": dict(call.kwargs)}, "timestep_scale": scale}
 
 
 def _noising(pipe: Any, component: str, mus: set[float | None], density: Density | str) -> Noising:
@@ -369,16 +400,11 @@ def save_data(data: TrainingData, folder: str | Path) -> None:
         ConfigError: data of a class of its own.
     """
     if isinstance(data, NoisedLatents):
-        store_items(folder, data.items, settings={"kind": "latents"})
+        store_items(folder, data.items, settings={"kind": "latents"}, notes=notes_of)
         return
     if not isinstance(data, RecordedCalls):
         raise ConfigError(f"training: {type(data).__name__} cannot be stored; latents and recorded calls can.")
-    items = []
-    for index in range(len(data)):
-        batch, call = data.draw(index, seeded(0)), data.call(index)
-        kept = {} if batch.target is None else {"target": batch.target}
-        items.append({"call": {"args": call.args, "kwargs": dict(call.kwargs)}, "weight": batch.weight, **kept})
-    store_items(folder, items, settings={"kind": "calls"})
+    store_items(folder, map(data.item, range(len(data))), settings={"kind": "calls"}, notes=notes_of)
 
 
 def load_data(
@@ -406,13 +432,13 @@ def load_data(
     items = StoredItems(folder)
     first = items[0]
     if "weight" in first:
-        calls = _Calls(items.part("call"))
-        return RecordedCalls(calls, items.part("weight"), items.part("target") if "target" in first else None)
+        known = [items.part(name) if name in first else None for name in ("weight", "target", "truth")]
+        return RecordedCalls(_Calls(items.part("call")), *known, notes=items.notes)
     if noising is None:
         if pipe is None:
             raise ConfigError(f"{folder}: latents are noised by a scheduler: pass noising= or pipe=.")
         noising = _noising(pipe, component, {first.get("mu")}, density)
-    return NoisedLatents(items, noising, space)
+    return NoisedLatents(items, noising, space, notes=items.notes)
 
 
 class _Calls(Sequence[Call]):

@@ -31,23 +31,34 @@ from diffuse_compress.logging import get_logger
 from diffuse_compress.progress import Callback, bar
 from diffuse_compress.training.batches import Batch, RecordedCalls, collated
 from diffuse_compress.training.checkpoints import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
-from diffuse_compress.training.config import QVGenConfig
-from diffuse_compress.training.loss import distance, output_of, predicted
-from diffuse_compress.training.optimization import Average, clip_gradients, learning_rate_factor, make_optimizer
+from diffuse_compress.training.config import QVGenConfig, TrainingMethod
+from diffuse_compress.training.loss import distance, has_task, output_of, predicted, task_loss
+from diffuse_compress.training.optimization import (
+    Average,
+    clip_gradients,
+    learning_rate_factor,
+    make_optimizer,
+    restored_state,
+    set_learning_rates,
+    stored_state,
+    uncompiled_on_cpu,
+)
 from diffuse_compress.training.options import TrainerOptions
 from diffuse_compress.training.order import BatchOrder, draw_generator
 from diffuse_compress.training.prepare import Prepared, prepare
-from diffuse_compress.training.processes import Team, gathered, like, placed, unshard
+from diffuse_compress.training.processes import Team, gathered, placed, unshard
 from diffuse_compress.training.setup import accelerated, cast_back, checkpoint_blocks, component_of, precision_of
-from diffuse_compress.training.snapshot import keep, restored_on_failure
+from diffuse_compress.training.snapshot import Kept, keep, restored_on_failure
 from diffuse_compress.training.sources import training_data
-from diffuse_compress.training.validation import generated, held_out_loss, psnr, save_clip, student_in
+from diffuse_compress.training.validation import generated, held_out_loss, psnr, student_in
 from diffuse_compress.versions import installed_versions
 
 __all__ = ["QATTrainer", "TrainingResult"]
 
 _logger = get_logger(__name__)
 _STAGE = "Training"
+_SMALL = 14
+_LEAST_SCALE = 2.0**-8  # of losses in float16: that of the gradients is 2**16 at first
 Forward = Callable[[nn.Module, Batch], Any]
 """``forward(model, batch)``: what is learned of the model's output."""
 
@@ -62,6 +73,7 @@ class TrainingResult:
         gradient_norms: float64 [steps], before they were clipped.
         validation: at each validation {"step", "kd_with_phi", "kd_without_phi", ...}.
         component: that was trained, "" for a bare model.
+        spectra: {step: {layer: singular values of its branch, gates included}}, where ``spectrum_steps`` asks for them.
     """
 
     steps: int
@@ -69,6 +81,7 @@ class TrainingResult:
     gradient_norms: torch.Tensor = field(repr=False)
     validation: Sequence[Mapping[str, float]] = ()
     component: str = ""
+    spectra: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict, repr=False)
 
     def summary(self) -> str:
         """First and last losses, in a line."""
@@ -89,7 +102,8 @@ class QATTrainer:
         component: of a pipeline, if it has several denoisers.
         forward: ``forward(model, batch)``, the prediction that is learned; by default the tensor that the model returns
             (without the variance that some return beside it), or logits.
-        loss: ``loss(student, teacher, batch)``, a scalar; by default that of ``options``.
+        loss: ``loss(student, teacher, batch)``, a scalar; by default that of ``options``. With ``method="lsq"``, which
+            has no teacher, the second is ``batch.truth``.
         teacher: another dense model to learn from; or as in ``options``, by default a frozen copy.
         accelerator: accelerate's, of a run on several processes or with trackers of the caller's; one is made where
             a launcher has started several.
@@ -108,7 +122,7 @@ class QATTrainer:
         options: TrainerOptions | None = None,
         component: str | None = None,
         forward: Forward | None = None,
-        loss: Callable[[torch.Tensor, torch.Tensor, Batch], torch.Tensor] | str | None = None,
+        loss: Callable[[torch.Tensor, Any, Batch], torch.Tensor] | str | None = None,
         teacher: nn.Module | str | None = None,
         accelerator: Any = None,
         callback: Callback | None = None,
@@ -132,6 +146,7 @@ class QATTrainer:
         self._losses: list[float] = []
         self._norms: list[float] = []
         self._validation: list[dict[str, float]] = []
+        self._spectra: dict[int, dict[str, torch.Tensor]] = {}
 
     # --- the verbs ------------------------------------------------------------------------------------------------
 
@@ -141,6 +156,11 @@ class QATTrainer:
         Raises:
             DiffuseCompressError: data, checkpoints or settings that do not fit; the model is as it was.
         """
+        with restored_on_failure(self.model, self.options.output_dir) as spill:
+            return self.train_within(keep(self.model, spill))
+
+    def train_within(self, kept: Kept) -> TrainingResult:
+        """:meth:`train` inside a transaction of the caller's, who has written the model down in it and restores it."""
         if self.prepared is not None:
             raise ModelStateError("training: this trainer has trained already. Make another one to go on.")
         if torch.is_inference_mode_enabled():
@@ -150,11 +170,9 @@ class QATTrainer:
             accelerated(self.options, self._accelerator, self.config) as accelerator,
             torch.random.fork_rng(devices=list(devices)),
             torch.enable_grad(),
-            restored_on_failure(self.model, None) as spill,
         ):
             self._team = Team(accelerator)
             self._accelerator = accelerator
-            state = keep(self.model, spill)
             try:
                 self._begin()
                 self._loop()
@@ -162,13 +180,14 @@ class QATTrainer:
             except BaseException:
                 self.prepared = None
                 raise
-            state.put_back_flags()
+            kept.put_back_flags()
         self.result = TrainingResult(
             len(self._losses),
             torch.tensor(self._losses, dtype=torch.float64),
             torch.tensor(self._norms, dtype=torch.float64),
             tuple(self._validation),
             self.component,
+            dict(self._spectra),
         )
         _logger.info("%s", self.result)
         return self.result
@@ -200,16 +219,17 @@ class QATTrainer:
             self._data_given,
             space=config.loss_space.value,
             seed=config.seed,
+            folder=self._data_folder(),
             callback=self.callback,
         )
+        self._dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
+        self._precision = precision_of(config.mixed_precision, self._dtype, self._accelerator)
         self._fingerprint = self._described()
         self._split()
         self.teacher = self._make_teacher()
         self._references: list[torch.Tensor] | None = None
         if self.options.validation_prompts and is_pipeline(self.target):
             self._references = self._generate()
-        self._dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
-        self._precision = precision_of(config.mixed_precision, self._dtype)
         if self._precision is not None:
             for parameter in self.model.parameters():
                 if parameter.is_floating_point():
@@ -221,13 +241,18 @@ class QATTrainer:
             checkpoint_blocks(self.model)
         groups = list(self.prepared.parameter_groups(config))
         self._parameters = [p for group in groups for p in group["params"]]
-        self._team.same(self._parameters)
+        self._team.same(self._parameters)  # once: factors of a decomposition may come with other signs elsewhere
         if team.shards:
             groups = self._shard(groups)
         self.optimizer = make_optimizer(groups, betas=config.betas, eps=config.eps, in_8bit=self.options.optimizer_8bit)
         self.average = self._averaged()
         self._scaler = torch.amp.GradScaler(self._device.type) if self._precision is torch.float16 else None
         self._resume()
+
+    def _data_folder(self) -> Path | None:
+        """For latents; of several processes each keeps its own in memory, and the command encodes before them."""
+        folder = self.options.output_dir
+        return None if folder is None or self._team.count > 1 else Path(folder) / "data"
 
     def _split(self) -> None:
         """Items that are trained on, and those that are held out."""
@@ -241,7 +266,14 @@ class QATTrainer:
         self._order = BatchOrder(signatures, size, self.config.seed)
 
     def _make_teacher(self) -> nn.Module | None:
-        """The frozen dense model; None where its outputs are known."""
+        """The frozen dense model; None where its outputs are known, or the data say what is right."""
+        if self.config.method is TrainingMethod.LSQ:
+            if self._teacher_given is not None:
+                raise ConfigError('training: method="lsq" has no teacher; leave teacher= out, or take method="kd".')
+            first = self.data.draw(0, draw_generator(0, 0))
+            if self._loss is None and not has_task(first):
+                task_loss(torch.empty(0), first)  # raises, saying what to give
+            return None
         if self._teacher_given is not None:
             return self._teacher_given.requires_grad_(False).eval().to(self._device)
         if self.options.teacher == "cached":
@@ -293,6 +325,8 @@ class QATTrainer:
             "held_out": self.options.held_out,
             "processes": self._team.count,
             "loss": self.options.loss if self._loss is None else "given",
+            "precision": str(self._precision),
+            "adam": "8 bits" if self.options.optimizer_8bit else "32 bits",
             "torch": installed_versions().get("torch"),
         }
 
@@ -310,6 +344,8 @@ class QATTrainer:
                 every = self.options.validation_steps
                 if every is not None and done % every == 0 and done < total:
                     metrics |= self._validate(done)
+                if self._notes_spectrum(done):
+                    metrics |= self._note_spectrum(done)
                 if self._accelerator is not None and (done % self.options.log_every == 0 or done == total):
                     self._accelerator.log(metrics, step=done)
                 saves = self.options.checkpointing_steps
@@ -321,21 +357,20 @@ class QATTrainer:
         """One step of the optimizer."""
         config, prepared = self.config, self.prepared
         assert prepared is not None
-        factor = learning_rate_factor(step, config.max_train_steps, config.warmup_fraction)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        before = _rank(prepared)
+        factor = learning_rate_factor(
+            step, config.max_train_steps, config.warmup_fraction, self.options.lr_scheduler, self.options.lr_num_cycles
+        )
+        set_learning_rates(self.optimizer, factor)
         prepared.before_step(step, self.optimizer)
-        if _rank(prepared) != before:
-            self._team.same(self._parameters)
         passes, losses = config.gradient_accumulation_steps, []
         for number in range(step * passes, (step + 1) * passes):
             batch = self._batch(number)
             torch.manual_seed(config.seed + number * self._team.count + self._team.index)  # of models that draw
             loss = self._loss_of(batch)
             if not bool(torch.isfinite(loss)) and self._scaler is None:
+                found = float(loss.detach())
                 raise ModelStateError(
-                    f"training: the loss of step {step} is {float(loss)}. Lower the learning_rate, or train in "
+                    f"training: the loss of step {step} is {found}. Lower the learning_rate, or train in "
                     'mixed_precision="bf16".'
                 )
             scaled = loss / passes
@@ -345,11 +380,15 @@ class QATTrainer:
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
         norm = clip_gradients(self._parameters, config.max_grad_norm)
-        if self._scaler is None:
-            self.optimizer.step()
-        else:
-            self._scaler.step(self.optimizer)
+        with uncompiled_on_cpu(self._device):
+            self.optimizer.step() if self._scaler is None else self._scaler.step(self.optimizer)
+        if self._scaler is not None:
             self._scaler.update()
+            if self._scaler.get_scale() < _LEAST_SCALE:
+                raise ModelStateError(
+                    f"training: gradients of step {step} overflow in float16 whatever they are scaled by. Lower the "
+                    'learning_rate, or train in mixed_precision="bf16".'
+                )
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update()
@@ -357,10 +396,26 @@ class QATTrainer:
         return {
             "loss": float(found),
             "grad_norm": float(norm),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
             "rank": _rank(prepared),
             "gate": _gate(prepared),
         }
+
+    def _notes_spectrum(self, done: int) -> bool:
+        every = self.options.spectrum_steps
+        return every is not None and (done == 1 or done % every == 0)
+
+    def _note_spectrum(self, done: int) -> dict[str, float]:
+        """Keep the singular values of all branches; of them for trackers the mean largest, and the share of small ones
+        (at least 14 times below their layer's largest, as figure 4 of the paper counts)."""
+        assert self.prepared is not None
+        found = {name: values.cpu() for name, values in self.prepared.spectrum().items() if len(values)}
+        if not found:
+            return {}
+        self._spectra[done] = found
+        small = torch.cat([values < values[0] / _SMALL for values in found.values()])
+        largest = torch.stack([values[0] for values in found.values()])
+        return {"sigma_largest": float(largest.mean()), "sigma_small_share": float(small.float().mean())}
 
     def _batch(self, number: int) -> Batch:
         """This process's share of the ``number``-th batch."""
@@ -374,6 +429,10 @@ class QATTrainer:
         return collated(drawn).to(self._device)
 
     def _loss_of(self, batch: Batch) -> torch.Tensor:
+        if self.config.method is TrainingMethod.LSQ:
+            with self._autocast():
+                student = self._predict(self.model, batch)
+            return task_loss(student, batch) if self._loss is None else self._loss(student, batch.truth, batch)
         target = batch.target
         if self.teacher is not None:
             with torch.no_grad():
@@ -412,6 +471,7 @@ class QATTrainer:
         """Losses and clips with the branch and without it."""
         assert self.prepared is not None
         found: dict[str, float] = {}
+        kind = "task" if self.config.method is TrainingMethod.LSQ else "kd"
         average = self.average if step < self.config.max_train_steps else None
         if average is not None:
             average.exchange()
@@ -426,7 +486,7 @@ class QATTrainer:
                                 self._held_out,
                                 self.config.seed,
                             )
-                        found[f"kd_{name}"] = float(value)
+                        found[f"{kind}_{name}"] = float(value)
                     if self._references is not None:
                         clips = self._generate(self.model, name, step)
                         values = [psnr(clip, ref) for clip, ref in zip(clips, self._references, strict=True)]
@@ -440,13 +500,12 @@ class QATTrainer:
 
     def _generate(self, model: nn.Module | None = None, name: str = "teacher", step: int = 0) -> list[torch.Tensor]:
         options, pipe, seed = self.options, self.target, self.config.seed
+        places: list[Path] | None = None
+        if options.output_dir is not None and self._team.is_first and getattr(pipe, "vae", None) is not None:
+            folder = Path(options.output_dir) / "validation" / f"step-{step}"
+            places = [folder / f"{index}-{name}" for index in range(len(options.validation_prompts))]
         with student_in(pipe, self.component, model or self.model), self._autocast_if(model):
-            found = generated(pipe, options.validation_prompts, options.validation_arguments, seed)
-            if options.output_dir is not None and self._team.is_first and getattr(pipe, "vae", None) is not None:
-                for index, prompt in enumerate(options.validation_prompts):
-                    path = Path(options.output_dir) / "validation" / f"step-{step}" / f"{index}-{name}"
-                    save_clip(pipe, prompt, options.validation_arguments, seed + index, path)
-        return found
+            return generated(pipe, options.validation_prompts, options.validation_arguments, seed, places)
 
     def _autocast_if(self, model: nn.Module | None) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if model is None else self._autocast()
@@ -460,10 +519,11 @@ class QATTrainer:
         content: dict[str, Any] = {
             "model": gathered(self.model.state_dict()),
             "layers": self.prepared.state_dict(),
-            "optimizer": [gathered(dict(state.get(p, {}))) for p in self._in_groups()],
+            "optimizer": [stored_state(gathered(dict(state.get(p, {})))) for p in self._in_groups()],
             "losses": self._losses,
             "gradient_norms": self._norms,
             "validation": self._validation,
+            "spectra": {str(step): values for step, values in self._spectra.items()},
             "average": None if self.average is None else gathered(self.average.values),
             "average_steps": 0 if self.average is None else self.average.steps,
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
@@ -491,7 +551,7 @@ class QATTrainer:
         self.model.load_state_dict(placed(content["model"], self.model.state_dict()))
         for parameter, values in zip(self._in_groups(), content["optimizer"], strict=True):
             if values:
-                self.optimizer.state[parameter] = {name: like(v, parameter, name) for name, v in values.items()}
+                self.optimizer.state[parameter] = restored_state(values, parameter)
         if self.average is not None:
             self.average.values = placed(content["average"], self.average.values)
             self.average.steps = int(content["average_steps"])
@@ -499,6 +559,7 @@ class QATTrainer:
             self._scaler.load_state_dict(content["scaler"])
         self._losses, self._norms = list(content["losses"]), list(content["gradient_norms"])
         self._validation = list(content["validation"])
+        self._spectra = {int(step): dict(values) for step, values in content["spectra"].items()}
         _logger.info("Training goes on from %s", path)
 
 

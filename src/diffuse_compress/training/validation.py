@@ -14,7 +14,7 @@ from diffuse_compress.pipeline_call import from_noise, outputs_of, picture_of, u
 from diffuse_compress.training.batches import TrainingData
 from diffuse_compress.training.order import draw_generator
 
-__all__ = ["generated", "held_out_loss", "psnr", "save_clip", "student_in"]
+__all__ = ["generated", "held_out_loss", "psnr", "student_in"]
 
 _HELD_OUT_STREAM = 7_919
 _LIMIT_DB = 100.0
@@ -39,20 +39,51 @@ def student_in(pipe: Any, component: str, model: nn.Module) -> Iterator[None]:
         yield
 
 
-def generated(pipe: Any, prompts: Sequence[Any], arguments: Mapping[str, Any], seed: int) -> list[torch.Tensor]:
-    """Latents, float32 on the CPU, of what the pipeline makes of each prompt; item i from noise ``seed + i``."""
+def generated(
+    pipe: Any, prompts: Sequence[Any], arguments: Mapping[str, Any], seed: int, places: Sequence[Path] | None = None
+) -> list[torch.Tensor]:
+    """Latents, float32 on the CPU, of what the pipeline makes of each prompt; item i from noise ``seed + i``. Where
+    clips are written they are those that the VAE is given, in its own scale.
+
+    Args:
+        pipe: is called once for each prompt.
+        prompts: or dicts of the call's arguments.
+        arguments: of all calls.
+        seed: of the noise.
+        places: where to write pictures or clips, without suffix.
+    """
     found = []
     for index, prompt in enumerate(prompts):
-        given = dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}
-        call = from_noise(pipe, {**arguments, **given}, seed + index)
-        found.append(torch.as_tensor(outputs_of(pipe(**call))).float().cpu())
+        given = {**arguments, **(dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt})}
+        if places is None:
+            output = pipe(**from_noise(pipe, given, seed + index))
+            found.append(torch.as_tensor(outputs_of(output)).float().cpu())
+            continue
+        with _decoded_by(pipe.vae) as latents:
+            output = pipe(**from_noise(pipe, {**given, "output_type": "pil"}, seed + index, decode=True))
+        found.append(torch.cat(latents))
+        _save(output, places[index])
     return found
 
 
-def save_clip(pipe: Any, prompt: Any, arguments: Mapping[str, Any], seed: int, path: Path) -> None:
-    """Write what the pipeline makes of a prompt: a picture, or a clip as an animated one."""
-    given = dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}
-    output = pipe(**from_noise(pipe, {**arguments, **given, "output_type": "pil"}, seed, decode=True))
+@contextlib.contextmanager
+def _decoded_by(vae: Any) -> Iterator[list[torch.Tensor]]:
+    """What a VAE is given inside, float32 on the CPU."""
+    stock, seen = vae.decode, list[torch.Tensor]()
+
+    def decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(latents.detach().float().cpu())
+        return stock(latents, *args, **kwargs)
+
+    vae.decode = decode
+    try:
+        yield seen
+    finally:
+        del vae.decode
+
+
+def _save(output: Any, path: Path) -> None:
+    """Write what a pipeline has made: a picture, or a clip as an animated one."""
     found = outputs_of(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = found[0] if found is not None and len(found) and isinstance(found[0], list) else None

@@ -21,7 +21,7 @@ from diffuse_compress.quantization.algorithms.base import (
     algorithm_from_dict,
     algorithm_to_dict,
 )
-from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, as_rows, unchanged_twin
+from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, as_rows
 from diffuse_compress.quantization.algorithms.brecq import BRECQConfig
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig, collected
 from diffuse_compress.quantization.algorithms.hqq import HQQConfig
@@ -29,6 +29,7 @@ from diffuse_compress.quantization.algorithms.quarot import QuaRotConfig
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig, smoothing_scale
 from diffuse_compress.quantization.algorithms.svdquant import SVDQuantConfig
+from diffuse_compress.quantization.algorithms.twin import unchanged_twin
 from diffuse_compress.quantization.convert import quantize_module
 from diffuse_compress.quantization.numerics import choose_qparams, dequantize, quantize_weight
 from diffuse_compress.quantization.presets import PRESETS

@@ -17,12 +17,13 @@ from diffuse_compress.errors import ConfigError
 from diffuse_compress.families.registry import family_of
 from diffuse_compress.quantization.algorithms.awq import AWQConfig
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, SequenceConfig
-from diffuse_compress.quantization.algorithms.block import BlockWork, unchanged_twin
+from diffuse_compress.quantization.algorithms.block import BlockWork
 from diffuse_compress.quantization.algorithms.folding import Fold, preceding, set_scale
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig, collected
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig
 from diffuse_compress.quantization.algorithms.svdquant import SVDQuantConfig
+from diffuse_compress.quantization.algorithms.twin import unchanged_twin
 from diffuse_compress.quantization.layers import QuantizedLinear
 from diffuse_compress.quantization.presets import PRESETS
 from diffuse_compress.quantization.scheme import NumberFormat, PerChannel, PerTensor, Scheme, WeightScheme

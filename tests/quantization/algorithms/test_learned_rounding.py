@@ -24,11 +24,12 @@ from diffuse_compress.quantization.algorithms.adaround import (
     round_adaptively,
 )
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, SequenceConfig
-from diffuse_compress.quantization.algorithms.block import LayerWork, unchanged_twin
+from diffuse_compress.quantization.algorithms.block import LayerWork
 from diffuse_compress.quantization.algorithms.brecq import BRECQConfig
 from diffuse_compress.quantization.algorithms.gptq import GPTQConfig, HessianCollector, round_columns
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig
 from diffuse_compress.quantization.algorithms.smoothquant import SmoothQuantConfig
+from diffuse_compress.quantization.algorithms.twin import unchanged_twin
 from diffuse_compress.quantization.numerics import choose_qparams, dequantize, quantize_weight
 from diffuse_compress.quantization.presets import PRESETS
 from diffuse_compress.quantization.scheme import NumberFormat, PerChannel, PerGroup, PerTensor, Scheme, WeightScheme
@@ -262,7 +263,7 @@ def test_block_begins_with_layers_that_have_learned() -> None:
     block, config = Block(), BRECQConfig(iterations=40)
     work = work_of(block, W4, inputs(4), unchanged=unchanged_twin(block))
     with contextlib.ExitStack() as stack:
-        name, collector = next(brecq._inputs(work))
+        name, collector = next(brecq.inputs_of(work))
         found = brecq._begin(work, name, collector, config, stack)
     assert found.cost < float(found.aim.cost(first_rounding(found.layer, found.aim, config).hard()).sum())
 
@@ -360,9 +361,9 @@ def test_low_rank_branch_and_smoothing_are_in_the_loop() -> None:
     with contextlib.ExitStack() as stack, torch.no_grad():
         learned = [
             brecq._begin(work, name, collector, BRECQConfig(iterations=2), stack)
-            for name, collector in brecq._inputs(work)
+            for name, collector in brecq.inputs_of(work)
         ]
-        weights = brecq._weights(learned, [one.rounding.hard() for one in learned])
+        weights = brecq.weights_of(learned, [one.rounding.hard() for one in learned])
         expected = torch.func.functional_call(model, weights, calls[0].args)
         assert torch.equal(calls[0].run(model), expected)
     for one in learned:

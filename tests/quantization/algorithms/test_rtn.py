@@ -37,7 +37,10 @@ SCHEMES = {
 }
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
 
-KINDS = "adaround, awq, brecq, gptq, hqq, quarot, rtn, smoothquant, svdquant"
+KINDS = (
+    "adadim, adaround, awq, brecq, dgq, gptq, hqq, llm_int8, norm_tweaking, omniquant, osplus, owq, quarot, quik, rtn, "
+    "smoothquant, spinquant, spqr, svdquant, tesseraq"
+)
 
 
 def _weight() -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 
 from diffuse_compress.quantization.layers import QuantizedConv2d, QuantizedLinear
 from diffuse_compress.quantization.packed import QuantizedWeight
-from diffuse_compress.quantization.scheme import PerGroup, Scheme, TwoLevel
+from diffuse_compress.quantization.scheme import Bilevel, PerGroup, PerInputGroup, Scheme, TwoLevel
 from diffuse_compress.quantization.word_packing import unsigned_codes
 
 __all__ = ["LanguageFormat", "LayerFacts", "Layout", "layout_of", "stored_scale"]
@@ -28,6 +28,8 @@ class LayerFacts:
         is_convolution: it is no linear layer.
         is_smoothed: it has an ``act_pre_scale``.
         is_low_rank: it has a low-rank branch.
+        is_shifted: a shift of its input is with it, or has given it a bias.
+        has_dense_columns: some of its input columns have no codes.
         weight: codes and scales; None for a layer that is not quantized yet.
     """
 
@@ -36,7 +38,9 @@ class LayerFacts:
     is_convolution: bool = False
     is_smoothed: bool = False
     is_low_rank: bool = False
+    has_dense_columns: bool = False
     weight: QuantizedWeight | None = None
+    is_shifted: bool = False
 
     @classmethod
     def of(cls, layer: QuantizedLinear | QuantizedConv2d) -> LayerFacts:
@@ -48,7 +52,9 @@ class LayerFacts:
             isinstance(layer, QuantizedConv2d),
             layer.act_pre_scale is not None,
             layer.low_rank_down is not None,
+            layer.dense_columns is not None,
             weight,
+            layer.act_pre_shift is not None or layer.gained_bias,
         )
 
 
@@ -87,8 +93,22 @@ class LanguageFormat(ABC):
             return f"a convolution; {self.title} knows linear layers only"
         if facts.is_low_rank:
             return f"{scheme.name} with a low-rank branch, which {self.title} does not have"
+        if facts.has_dense_columns:
+            return f"{scheme.name} with dense input columns beside the codes, which {self.title} does not have"
+        if scheme.activation is not None and scheme.activation.outlier_threshold is not None:
+            return f"{scheme.name} with columns chosen at run time (LLM.int8), which {self.title} does not have"
+        if isinstance(granularity, Bilevel):
+            return (
+                f"{scheme.name} with scales that are codes themselves and sparse outliers (SpQR), which {self.title} "
+                "does not have: use PerGroup(128)"
+            )
         if scheme.input_rotation is not None:
             return f"{scheme.name} of inputs that are rotated at run time, which {self.title}'s readers do not do"
+        if facts.is_shifted:
+            return (
+                f"{scheme.name} with a shift of its inputs, or a bias that came of one, for which {self.title} has no "
+                "place: use shift=False"
+            )
         if facts.is_smoothed:
             return (
                 f"{scheme.name} with a smoothing scale of its inputs, which {self.title} does not have: use fold=True, "
@@ -96,6 +116,8 @@ class LanguageFormat(ABC):
             )
         if isinstance(granularity, TwoLevel):
             return f"{scheme.name} with two levels of scales, which {self.title} does not have: use PerGroup(128)"
+        if isinstance(granularity, PerInputGroup):
+            return f"{scheme.name} with groups of rows, which {self.title} does not have: use PerGroup(128)"
         if scheme.weight.stores_float_zero_point:
             return f"{scheme.name} with zero points that are no integers, which {self.title} does not have"
         if isinstance(granularity, PerGroup) and facts.shape[1] % granularity.group_size:

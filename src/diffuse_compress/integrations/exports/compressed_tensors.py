@@ -8,6 +8,7 @@ Source: github.com/vllm-project/compressed-tensors, release 0.20, whose formats 
 * ``int-quantized``, int8 with int8 inputs: ``weight`` int8 [N, K], ``weight_scale`` [N, G] or [1],
   ``weight_zero_point`` int8 of its shape, and for static inputs ``input_scale`` [1] and ``input_zero_point`` int8 [1];
 * ``float-quantized``, float8 with float8 inputs: the same with float8_e4m3fn; ``naive-quantized`` without such inputs.
+  Per block of 128 by 128 ``weight_scale`` is [N / 128, K / 128], rounded up; inputs are then in groups of 128.
 
 Scales are defined in the model's dtype. Ours are fp32 and written so where rounding would change one: a reader that
 holds them in bfloat16 rounds them as it loads.
@@ -22,9 +23,11 @@ import torch
 from diffuse_compress.integrations.exports.base import LanguageFormat, LayerFacts, Layout, stored_scale
 from diffuse_compress.quantization.layers import QuantizedLinear
 from diffuse_compress.quantization.scheme import (
+    BLOCK_SIZE,
     ActivationScheme,
     Granularity,
     NumberFormat,
+    PerBlock,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -36,7 +39,13 @@ from diffuse_compress.quantization.word_packing import pack_words, unsigned_code
 __all__ = ["CompressedTensors"]
 
 _MIXED = "mixed-precision"
-_STRATEGIES: dict[type, str] = {PerTensor: "tensor", PerChannel: "channel", PerGroup: "group", PerToken: "token"}
+_STRATEGIES: dict[type, str] = {
+    PerTensor: "tensor",
+    PerChannel: "channel",
+    PerGroup: "group",
+    PerBlock: "block",
+    PerToken: "token",
+}
 
 
 class CompressedTensors(LanguageFormat):
@@ -57,6 +66,8 @@ class CompressedTensors(LanguageFormat):
             return f"{scheme.name}; compressed-tensors packs weights below eight bits for inputs in 16 bits"
         if act is None and weight.format.is_integer and isinstance(weight.granularity, PerTensor):
             return f"{scheme.name} with one scale for the tensor, which its packed format does not have"
+        if isinstance(weight.granularity, PerBlock) and facts.shape[1] % weight.granularity.block_size:
+            return f"{scheme.name} with a last block of columns that is not full, which its readers refuse"
         return None
 
     def whole_reason(self, layout: Layout) -> str | None:
@@ -137,11 +148,13 @@ def _of_inputs(act: ActivationScheme) -> dict[str, Any]:
 
 
 def _arguments(fmt: NumberFormat, granularity: Granularity, symmetric: bool, *, dynamic: bool) -> dict[str, Any]:
-    return {
+    is_block = isinstance(granularity, PerBlock)
+    found: dict[str, Any] = {
         "num_bits": fmt.bits,
         "type": "int" if fmt.is_integer else "float",
         "symmetric": symmetric,
         "strategy": _STRATEGIES[type(granularity)],
-        "group_size": getattr(granularity, "group_size", None),
+        "group_size": None if is_block else getattr(granularity, "group_size", None),
         "dynamic": dynamic,
     }
+    return found | ({"block_structure": [BLOCK_SIZE, BLOCK_SIZE]} if is_block else {})

@@ -11,19 +11,20 @@ from torch import nn
 
 from diffuse_compress.assignment import LayerAssignment
 from diffuse_compress.errors import ConfigError, reasons_text
-from diffuse_compress.integrations.component import get_state, quantized_layers
+from diffuse_compress.integrations.component import quantized_layers
 from diffuse_compress.integrations.doors import door, library_of
 from diffuse_compress.integrations.exports.awq import AWQ
 from diffuse_compress.integrations.exports.base import LanguageFormat, LayerFacts, layout_of
 from diffuse_compress.integrations.exports.compressed_tensors import CompressedTensors
+from diffuse_compress.integrations.exports.fp8 import FP8
 from diffuse_compress.integrations.exports.gptq import GPTQ
-from diffuse_compress.integrations.methods import live_methods
 from diffuse_compress.integrations.peft import has_adapters
+from diffuse_compress.integrations.refusals import require_none_carried
 from diffuse_compress.quantization.layers import QuantizedLinear
 
 __all__ = ["LANGUAGE_FORMATS", "require_exact", "written_as"]
 
-LANGUAGE_FORMATS: dict[str, LanguageFormat] = {item.name: item for item in (CompressedTensors(), GPTQ(), AWQ())}
+LANGUAGE_FORMATS: dict[str, LanguageFormat] = {item.name: item for item in (CompressedTensors(), FP8(), GPTQ(), AWQ())}
 
 
 def require_exact(
@@ -45,15 +46,7 @@ def require_exact(
         )
     if has_adapters(model):
         raise ConfigError(f"{asked} needs a model without adapters, found peft layers. Fuse or unload them first.")
-    state = get_state(model)
-    carried = [method.title for method in live_methods(model).values()]
-    if state is not None and state.config.spec.attention is not None:
-        carried.append("quantized attention")
-    if carried:
-        raise ConfigError(
-            f"{asked} has no place for what the model carries beside its weights, found {', '.join(carried)}. Nothing "
-            "was written. Take it off first, or leave format= out."
-        )
+    require_none_carried(asked, model)
     facts = {name: LayerFacts.of(layer) for name, layer in quantized_layers(model).items()}
     for name, item in (planned or {}).items():
         if item.scheme is not None:

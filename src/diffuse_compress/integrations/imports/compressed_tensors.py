@@ -11,10 +11,12 @@ import torch
 from diffuse_compress.integrations.imports.base import ForeignLayer, NotImportableError
 from diffuse_compress.quantization.packed import QuantizedWeight
 from diffuse_compress.quantization.scheme import (
+    BLOCK_SIZE,
     GROUP_SIZES,
     ActivationScheme,
     Granularity,
     NumberFormat,
+    PerBlock,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -130,11 +132,13 @@ def _weight_granularity(arguments: Mapping[str, Any]) -> Granularity:
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"
     if strategy == "group" and size in GROUP_SIZES:
         return PerGroup(size)
+    if strategy == "block" and arguments.get("block_structure") == [BLOCK_SIZE, BLOCK_SIZE]:
+        return PerBlock()
     plain: dict[str, Granularity] = {"tensor": PerTensor(), "channel": PerChannel()}
     if strategy not in plain:
         raise NotImportableError(
-            f"scales by {strategy!r}, group size {size}; ours are per tensor, per channel, or per "
-            f"{', '.join(map(str, GROUP_SIZES))} columns"
+            f"scales by {strategy!r}, group size {size}; ours are per tensor, per channel, per "
+            f"{', '.join(map(str, GROUP_SIZES))} columns, or per block of {BLOCK_SIZE} by {BLOCK_SIZE}"
         )
     return plain[strategy]
 
@@ -145,6 +149,9 @@ def _activation(arguments: Mapping[str, Any] | None) -> ActivationScheme | None:
     fmt = _number_format(arguments, "inputs")
     dynamic, symmetric = bool(arguments.get("dynamic", False)), bool(arguments.get("symmetric", True))
     strategy = arguments.get("strategy") or "tensor"
+    grouped = strategy == "group" and dynamic and not fmt.is_integer and arguments.get("group_size") == BLOCK_SIZE
+    if grouped and symmetric:
+        return ActivationScheme(fmt, PerGroup(BLOCK_SIZE))
     if strategy not in ("tensor", "token") or (dynamic and not symmetric):
         how = "dynamic" if dynamic else "static"
         raise NotImportableError(f"{how} inputs by {strategy!r}, symmetric={symmetric}, which our layers do not have")
@@ -170,6 +177,8 @@ def _plain(own: Mapping[str, torch.Tensor], scheme: WeightScheme) -> QuantizedWe
     if codes.dtype != expected or (scheme.format.is_integer and scheme.format is not NumberFormat.INT8):
         raise NotImportableError(f"{scheme.format.value} in {codes.dtype}, which we do not read")
     rows = 1 if isinstance(scheme.granularity, PerTensor) else codes.shape[0]
+    if isinstance(scheme.granularity, PerBlock):
+        rows = scheme.granularity.num_blocks(rows)
     scale, zero_point = own["weight_scale"].float().reshape(rows, -1), None
     if not scheme.symmetric:
         zero_point = own["weight_zero_point"].to(torch.int8).reshape(scale.shape)

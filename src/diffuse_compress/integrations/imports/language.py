@@ -1,4 +1,4 @@
-"""Folders of language models in compressed-tensors, GPTQ or AWQ format, read without the packages of these."""
+"""Folders of language models in compressed-tensors, fp8, GPTQ or AWQ format, read without the packages of these."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from diffuse_compress.errors import CheckpointError, ConfigError
 from diffuse_compress.integrations.component import ComponentState, LayerEntry, metadata_of
-from diffuse_compress.integrations.imports import compressed_tensors, gptq
+from diffuse_compress.integrations.imports import compressed_tensors, fp8, gptq
 from diffuse_compress.integrations.imports.base import ForeignLayer, NotImportableError, as_linear, config_error
 from diffuse_compress.integrations.quantization_config import QuantizationConfig
 from diffuse_compress.progress import track
@@ -38,6 +38,7 @@ METHODS: dict[str, tuple[Callable[[_Tensors], list[str]], _Read, tuple[str, ...]
         compressed_tensors.TENSORS,
         compressed_tensors.whole_reason,
     ),
+    fp8.METHOD: (fp8.names, fp8.read, fp8.TENSORS, fp8.whole_reason),
     gptq.METHOD: (gptq.names, gptq.read, gptq.TENSORS, gptq.whole_reason),
     gptq.AWQ_METHOD: (gptq.names, gptq.read_awq, gptq.TENSORS, gptq.whole_reason_awq),
 }

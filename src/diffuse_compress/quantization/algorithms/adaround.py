@@ -21,7 +21,7 @@ fewer than the authors'.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -35,19 +35,23 @@ from diffuse_compress.quantization.algorithms.gptq import (
     inverse_factor,
     round_columns,
 )
-from diffuse_compress.quantization.numerics import QParams, choose_qparams, effective_scale, quantize_weight
+from diffuse_compress.quantization.numerics import choose_qparams, quantize_weight
 from diffuse_compress.quantization.observers import weight_qparams
 from diffuse_compress.quantization.packed import QuantizedWeight
-from diffuse_compress.quantization.scheme import WeightScheme
+from diffuse_compress.quantization.qparams import QParams, effective_scale
+from diffuse_compress.quantization.scheme import Bilevel, WeightScheme
 
 __all__ = [
     "AdaRoundConfig",
     "Aim",
     "Annealing",
     "LearnedRoundingConfig",
+    "RoundingStart",
     "SoftRounding",
     "aim_of",
     "first_rounding",
+    "per_column",
+    "require_integers",
     "round_adaptively",
 ]
 
@@ -59,6 +63,22 @@ _FIRST_STEP = 0.1
 _SMALLEST_RIDGE, _LARGEST_RIDGE = 0.01, 1.0
 # Of its mean, where the ridge is there already.
 _DAMPING = 1e-6
+
+
+class RoundingStart(Protocol):
+    """What of a config decides where learning starts; the fields are those of :class:`LearnedRoundingConfig`."""
+
+    @property
+    def observer(self) -> str:
+        """ "mse" or "minmax"."""
+
+    @property
+    def start(self) -> str:
+        """ "gptq" or "nearest"."""
+
+    @property
+    def ridge(self) -> float:
+        """At least 0."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +105,7 @@ class LearnedRoundingConfig(AlgorithmConfig):
     ridge: float = 8.0
     needs_calibration: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
+    rounds_input_groups: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -104,15 +125,25 @@ class LearnedRoundingConfig(AlgorithmConfig):
             raise ConfigError(f"{name}: need ridge >= 0, got {self.ridge}.")
 
     def check(self, scheme: WeightScheme) -> None:
-        if not scheme.format.is_integer:
-            raise ConfigError(
-                f"{type(self).__name__}: rounds up or down to integer codes, got {scheme.format.value} weights. Use "
-                "GPTQConfig() or RTNConfig() for these."
-            )
+        require_integers(self, scheme)
 
     def for_search(self) -> GPTQConfig:
         """GPTQ, whose errors are near those of learned rounding and which takes a tenth of the time."""
         return GPTQConfig(observer=self.observer).for_search()
+
+
+def require_integers(config: AlgorithmConfig, scheme: WeightScheme) -> None:
+    """Raise ConfigError unless ``scheme`` has integer codes, each group with a scale of its own."""
+    if not scheme.format.is_integer:
+        raise ConfigError(
+            f"{type(config).__name__}: rounds up or down to integer codes, got {scheme.format.value} weights. Use "
+            "GPTQConfig() or RTNConfig() for these."
+        )
+    if isinstance(scheme.granularity, Bilevel):
+        raise ConfigError(
+            f"{type(config).__name__}: needs one scale and zero point for each group, got bilevel scales. Use "
+            "SpQRConfig() or GPTQConfig() for these."
+        )
 
 
 @dataclass(frozen=True)
@@ -159,10 +190,10 @@ class SoftRounding:
 
     def __init__(self, weight: torch.Tensor, scheme: WeightScheme, qparams: QParams) -> None:
         self.scheme, self.qparams = scheme, qparams
-        self._scale = _per_column(effective_scale(qparams), weight.shape, scheme)
+        self._scale = per_column(effective_scale(qparams), weight.shape, scheme)
         self._zero: torch.Tensor | None = None
         if qparams.zero_point is not None:
-            self._zero = _per_column(qparams.zero_point.float(), weight.shape, scheme)
+            self._zero = per_column(qparams.zero_point.float(), weight.shape, scheme)
         steps = self._in_steps(weight)
         self._floor = steps.floor()
         self.v = torch.logit(((steps - self._floor) - _LOW) / (_HIGH - _LOW))
@@ -229,8 +260,10 @@ class SoftRounding:
         return found.mul_((h > 0) & (h < 1)).mul_(s * (1 - s) * (_HIGH - _LOW))
 
 
-def _per_column(values: torch.Tensor, shape: torch.Size, scheme: WeightScheme) -> torch.Tensor:
-    """Qparams [1, 1], [N, 1] or [N, G] for each element of a weight [N, K]."""
+def per_column(values: torch.Tensor, shape: torch.Size, scheme: WeightScheme) -> torch.Tensor:
+    """Qparams [1, 1], [N, 1], [N, G] or [K, G] for each element of a weight [N, K]."""
+    if scheme.transposed is not None:
+        return per_column(values, shape[::-1], scheme.transposed).t()
     size = scheme.group_size
     wide = values if size is None or values.shape[1] == 1 else values.repeat_interleave(size, dim=1)
     return wide[:, : shape[1]].expand(shape)
@@ -257,7 +290,7 @@ class Aim:
         return (self.weight - weight) @ self.hessian
 
 
-def aim_of(layer: LayerWork, collector: HessianCollector, config: LearnedRoundingConfig) -> Aim:
+def aim_of(layer: LayerWork, collector: HessianCollector, config: RoundingStart) -> Aim:
     """The aim of a layer whose inputs were collected, with those of the unchanged model."""
     hessian, weight = collector.hessian(), layer.target()
     diagonal = torch.diagonal(hessian)
@@ -273,7 +306,7 @@ def aim_of(layer: LayerWork, collector: HessianCollector, config: LearnedRoundin
     return Aim(weight, hessian)
 
 
-def first_rounding(layer: LayerWork, aim: Aim, config: LearnedRoundingConfig) -> SoftRounding:
+def first_rounding(layer: LayerWork, aim: Aim, config: RoundingStart) -> SoftRounding:
     """The rounding of a layer before anything is learned; in its ``ranges`` if an algorithm before chose some."""
     scheme, weight = layer.scheme.weight, aim.weight
     if config.start == "gptq" and torch.diagonal(aim.hessian).any():

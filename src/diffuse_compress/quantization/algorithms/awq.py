@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,18 +25,28 @@ from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, regis
 from diffuse_compress.quantization.algorithms.block import (
     BlockWork,
     LayerWork,
-    as_the_layer_sees_it,
     observed_qparams,
     per_channel,
     prepared,
+    shifted,
 )
 from diffuse_compress.quantization.algorithms.folding import check_fold, set_scale
 from diffuse_compress.quantization.algorithms.rtn import RTNConfig, quantize
-from diffuse_compress.quantization.numerics import QParams, choose_qparams, dequantize, fake_quantize, split_groups
+from diffuse_compress.quantization.algorithms.simulation import seen_as_quantized
+from diffuse_compress.quantization.numerics import choose_qparams, dequantize, fake_quantize, split_groups
 from diffuse_compress.quantization.observers import ObserverConfig
-from diffuse_compress.quantization.scheme import PerTensor, Scheme, TwoLevel, WeightScheme
+from diffuse_compress.quantization.qparams import QParams
+from diffuse_compress.quantization.scheme import PerBlock, PerTensor, Scheme, TwoLevel, WeightScheme
 
-__all__ = ["AWQConfig", "AbsMeanCollector", "RowCollector", "clip_weight"]
+__all__ = [
+    "AWQConfig",
+    "AbsMeanCollector",
+    "Candidates",
+    "RowCollector",
+    "best_scale",
+    "clip_weight",
+    "output_distance",
+]
 
 _SMALLEST_SCALE = 1e-4
 _CHUNK_ELEMENTS = 1 << 24
@@ -138,7 +148,7 @@ def calibrate(work: BlockWork, config: AWQConfig) -> None:
         layers = [work.layers[name] for name in names]
         # Beside a low-rank branch the error of the codes alone says nothing.
         chosen = [layer for layer in layers if layer.act_pre_scale is None and layer.low_rank is None]
-        chosen = [layer for layer in chosen if _is_plain(layer)]
+        chosen = [layer for layer in chosen if _is_plain(layer) and layer.act_pre_shift is None]
         if chosen:
             _search_scale(work, chosen, config)
     if config.clip:
@@ -148,7 +158,7 @@ def calibrate(work: BlockWork, config: AWQConfig) -> None:
         work.collect(collectors, quantized_inputs=True)
         for layer in layers:
             rows = collectors[layer.name].rows()
-            if rows is not None and not isinstance(layer.scheme.weight.granularity, PerTensor | TwoLevel):
+            if rows is not None and not isinstance(layer.scheme.weight.granularity, PerTensor | PerBlock | TwoLevel):
                 layer.ranges = clip_weight(layer.target(), rows, layer.scheme.weight, config.clip_steps)
 
 
@@ -166,35 +176,74 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
     if inputs is None or not inputs.any():
         return
     reached = inputs > 0
-    weights = [layer.rest() for layer in layers]
-    magnitude = _relative_magnitude(layers, weights)
-    parent, observed, given, changing = _observed(work, layers)
-    best, best_error = None, float("inf")
-    for step in range(config.num_ratios):
-        ratio = step / config.num_ratios
-        scale = inputs**ratio / (magnitude ** (1 - ratio) if config.duo_scaling else 1.0)
-        scale = scale.clamp(min=_SMALLEST_SCALE)
-        # A channel that was never seen keeps its weights: as small as its inputs they would all be rounded to 0.
-        scale = torch.where(reached, scale / (scale[reached].max() * scale[reached].min()).sqrt(), 1.0)
-        if step == 0:
-            scale = torch.ones_like(scale)  # the candidate that changes nothing is always among them
-        with _tried(layers, weights, scale, given, work.observer), torch.no_grad():
-            error = sum(
-                _distance(
-                    work.forward(parent, call.copied(None) if changing else call),
-                    output,
-                    functools.partial(work.counted, index=index),
-                )
-                for index, call, output in observed
-            )
-        if error < best_error:
-            best, best_error = scale, error
-    if best is not None and not torch.equal(best, torch.ones_like(best)):
+    magnitude = _relative_magnitude(layers, [layer.rest() for layer in layers])
+
+    def candidates() -> Iterator[torch.Tensor]:
+        yield torch.ones_like(inputs)  # the candidate that changes nothing is always among them
+        for step in range(1, config.num_ratios):
+            ratio = step / config.num_ratios
+            scale = inputs**ratio / (magnitude ** (1 - ratio) if config.duo_scaling else 1.0)
+            scale = scale.clamp(min=_SMALLEST_SCALE)
+            # A channel that was never seen keeps its weights: as small as its inputs they would all be rounded to 0.
+            yield torch.where(reached, scale / (scale[reached].max() * scale[reached].min()).sqrt(), 1.0)
+
+    best = best_scale(work, layers, candidates())
+    if not torch.equal(best, torch.ones_like(best)):
         set_scale(work, layers, 1.0 / best, config.fold)
         for layer in layers:
             # A least-squares range would clip the very channels that were scaled up because they matter. Two-level
             # scales are searched together, and tried so.
             layer.ranges = None if _is_two_level(layer.scheme.weight) else layer.target()
+
+
+def best_scale(work: BlockWork, layers: Sequence[LayerWork], candidates: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Of some scales of the input that ``layers`` share, the one that changes least of what their parent returns.
+
+    Args:
+        work: the block, in which the layers are dense.
+        layers: without codes and scales.
+        candidates: fp32 [C], one at least; inputs are divided by them, and weights multiplied and rounded to nearest.
+    """
+    judged = Candidates(work, layers)
+    best, best_error = None, float("inf")
+    for scale in candidates:
+        error = judged.error(scale)
+        if best is None or error < best_error:
+            best, best_error = scale, error
+    assert best is not None
+    return best
+
+
+class Candidates:
+    """Scales and shifts of the input that some layers share, judged by the output of what they are in.
+
+    Args:
+        work: the block; its layers are dense.
+        layers: that were all given one tensor.
+
+    Attributes:
+        weights: fp32 [N, K] of the layers, on the input as it comes.
+    """
+
+    def __init__(self, work: BlockWork, layers: Sequence[LayerWork]) -> None:
+        self._work, self._layers = work, layers
+        self.weights = [layer.rest() for layer in layers]
+        self._parent, self._observed, self._given, self._changing = _observed(work, layers)
+
+    def error(self, scale: torch.Tensor, shift: torch.Tensor | None = None) -> float:
+        """Squared error of the output with rounded weights and inputs, where these are the given ones less ``shift``,
+        divided by ``scale``; both fp32 [K] (convolutions [C], without a shift)."""
+        work = self._work
+        tried = _tried(self._layers, self.weights, scale, shift, self._given, work.observer)
+        with tried, torch.no_grad():
+            return sum(
+                output_distance(
+                    work.forward(self._parent, call.copied(None) if self._changing else call),
+                    output,
+                    functools.partial(work.counted, index=index),
+                )
+                for index, call, output in self._observed
+            )
 
 
 def _relative_magnitude(layers: Sequence[LayerWork], weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -290,31 +339,24 @@ def _tried(
     layers: Sequence[LayerWork],
     weights: Sequence[torch.Tensor],
     scale: torch.Tensor,
+    shift: torch.Tensor | None,
     given: Sequence[torch.Tensor],
     observer: ObserverConfig,
 ) -> Iterator[None]:
-    """Inside, the layers compute as they will with ``1 / scale`` on their inputs and rounded weights; static ranges are
-    those of ``given``."""
+    """Inside, the layers compute as they will with ``shift`` and ``1 / scale`` on their inputs and rounded weights;
+    static ranges are those of ``given``."""
     ranges: dict[Scheme, QParams] = {}
-    dense = [layer.dense.weight.data for layer in layers]
-    handles = []
-    try:
+    with contextlib.ExitStack() as stack:
         for layer, weight in zip(layers, weights, strict=True):
-            trial = LayerWork(layer.name, layer.dense, layer.scheme, act_pre_scale=1.0 / scale)
+            trial = LayerWork(layer.name, layer.dense, layer.scheme, act_pre_scale=1.0 / scale, act_pre_shift=shift)
             if layer.scheme.activation is not None and trial.needs_range:
                 if layer.scheme not in ranges:
-                    inputs = (prepared(x, trial) for x in given)
+                    inputs = (prepared(shifted(x, trial), trial) for x in given)
                     ranges[layer.scheme] = observed_qparams(inputs, layer.scheme.activation, observer)
                 trial.input_qparams = ranges[layer.scheme]
             rounded = _rounded(trial.as_codes_see_it(weight), layer.scheme.weight)
-            layer.dense.weight.data = rounded.to(dense[0].dtype).reshape(layer.dense.weight.shape)
-            handles.append(layer.dense.register_forward_pre_hook(_scaled(trial)))
+            stack.enter_context(seen_as_quantized(trial, rounded))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer, original in zip(layers, dense, strict=True):
-            layer.dense.weight.data = original
 
 
 def _rounded(weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
@@ -328,22 +370,15 @@ def _is_two_level(scheme: WeightScheme) -> bool:
     return isinstance(scheme.granularity, TwoLevel)
 
 
-def _scaled(layer: LayerWork) -> Any:
-    def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (as_the_layer_sees_it(args[0], layer), *args[1:])
-
-    return enter
-
-
-def _distance(a: Any, b: Any, counted: Callable[[torch.Tensor], torch.Tensor]) -> float:
+def output_distance(a: Any, b: Any, counted: Callable[[torch.Tensor], torch.Tensor]) -> float:
     """Summed squared difference of the rows that count in all floating tensors of two outputs."""
     if isinstance(a, torch.Tensor):
         difference = counted(a.float() - b.float()) if a.is_floating_point() else torch.zeros(1)
         return float(difference.square().sum(dtype=torch.float64))
     if isinstance(a, dict):
-        return sum(_distance(a[key], b[key], counted) for key in a)
+        return sum(output_distance(a[key], b[key], counted) for key in a)
     if isinstance(a, tuple | list):
-        return sum(_distance(x, y, counted) for x, y in zip(a, b, strict=True))
+        return sum(output_distance(x, y, counted) for x, y in zip(a, b, strict=True))
     return 0.0
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import importlib
 import itertools
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -21,13 +21,15 @@ from torch import nn
 
 from diffuse_compress.errors import ConfigError, nearest
 from diffuse_compress.quantization.packed import QuantizedWeight
-from diffuse_compress.quantization.scheme import Scheme, WeightScheme
+from diffuse_compress.quantization.scheme import PerInputGroup, Scheme, WeightScheme
 
 __all__ = [
     "AlgorithmConfig",
     "SequenceConfig",
     "algorithm_from_dict",
+    "algorithm_kinds",
     "algorithm_to_dict",
+    "bytes_of_shift",
     "calibrate_with",
     "quantize_with",
     "register",
@@ -47,8 +49,12 @@ class AlgorithmConfig:
     ``chooses_scales`` whether it gives channels of the inputs a scale, ``needs_quantized_inputs`` whether it has
     nothing to do where inputs stay as they are, ``needs_reference`` whether it also wants the block and its inputs as
     they are in the model before any change, ``adds_branch`` whether layers get a dense branch beside their codes: it
-    makes 4-bit inputs usable where a layer cannot be rotated, and takes time, ``reconstructs_blocks`` whether it learns
-    the layers of a block together, so that the block's output on the samples stays.
+    makes 4-bit inputs usable where a layer cannot be rotated, and takes time, ``kept_dense`` what else layers keep
+    dense beside their codes, in words, ``reconstructs_blocks`` whether it learns the layers of a block together, so
+    that the block's output on the samples stays, ``follows_codes`` whether it works on blocks whose layers are
+    quantized: in a sequence it comes after what chooses the codes, ``chooses_formats`` whether the data may change the
+    granularity of a layer's weight, ``rounds_input_groups`` whether it works on weights with groups of rows
+    (``PerInputGroup``).
     """
 
     kind: ClassVar[str]
@@ -59,7 +65,11 @@ class AlgorithmConfig:
     chooses_scales: ClassVar[bool] = False
     needs_quantized_inputs: ClassVar[bool] = False
     adds_branch: ClassVar[bool] = False
+    kept_dense: ClassVar[str] = ""
     reconstructs_blocks: ClassVar[bool] = False
+    follows_codes: ClassVar[bool] = False
+    chooses_formats: ClassVar[bool] = False
+    rounds_input_groups: ClassVar[bool] = False
 
     @property
     def rotates_residual(self) -> bool:
@@ -74,18 +84,32 @@ class AlgorithmConfig:
     def check(self, scheme: WeightScheme) -> None:
         """Raise ConfigError if this algorithm cannot reach ``scheme``; asked before any weight is touched."""
 
+    def idle_with(self, schemes: Sequence[Scheme]) -> tuple[str, str] | None:
+        """What it is for and a preset that has such, if ``schemes`` of all layers leave it nothing to do; else None."""
+        if self.needs_quantized_inputs and all(scheme.activation is None for scheme in schemes):
+            return "quantized inputs", "w8a8"
+        return None
+
     def idle_after(self, earlier: AlgorithmConfig) -> str | None:
         """Why ``earlier`` in a sequence leaves it nothing to do; None if it does not."""
         return "both choose the codes, and the first has" if self.chooses_codes and earlier.chooses_codes else None
+
+    def check_granularity(self, scheme: WeightScheme) -> None:
+        """Raise ConfigError if ``scheme`` has groups of rows and it cannot work on such."""
+        if isinstance(scheme.granularity, PerInputGroup) and not self.rounds_input_groups:
+            raise ConfigError(
+                f"{type(self).__name__}: looks at weights row by row, got groups of rows (PerInputGroup). Use "
+                "RTNConfig() or GPTQConfig() for these, or PerGroup()."
+            )
 
     def unsupported(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """Why a linear or convolution, dense and perhaps on the meta device, cannot be taken; None if it can."""
         return None
 
-    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False) -> Scheme:
+    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False, name: str = "") -> Scheme:
         """The format of a layer that was to get ``scheme``: what the algorithm decides without data belongs to it.
 
-        ``arrives_rotated`` says that what stands before the layer will rotate its input.
+        ``arrives_rotated`` says that what stands before the layer will rotate its input, ``name`` is its full name.
         """
         return scheme
 
@@ -93,27 +117,50 @@ class AlgorithmConfig:
         """Whether it may give a linear or convolution a smoothing scale of its input (``act_pre_scale``)."""
         return False
 
-    def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
-        """Bytes of the low-rank branch that it stores with a layer."""
+    def shift_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        """Bytes of the shift of its input (``act_pre_shift``) that it may give a layer, and of the bias that needs."""
+        return 0
+
+    def idle_in(self, blocks: Sequence[nn.Module]) -> str | None:
+        """Why the dense blocks that hold the layers leave it nothing to do; None if they do not."""
+        return None
+
+    def branch_bytes(self, layer: nn.Module, scheme: Scheme, name: str = "") -> int:
+        """Bytes of what it stores dense beside a layer's codes, at most: a low-rank branch, columns, single weights."""
+        return 0
+
+    def format_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        """Bytes by which another granularity that it may choose is larger than that of ``scheme``, at most."""
         return 0
 
     def for_search(self) -> AlgorithmConfig:
         """What a search judges formats by, one after the other: itself, or what comes near it in much less time."""
         return self
 
-    def extra_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+    def extra_bytes(self, layer: nn.Module, scheme: Scheme, name: str = "") -> int:
         """Bytes that are stored with a layer beside its codes and their scales, at most.
 
-        Only the data tell whether a smoothing scale is folded into what precedes the layer, or changes nothing.
+        Only the data tell whether a smoothing scale or a shift is folded into what precedes the layer, or changes
+        nothing, and which granularity is chosen.
         """
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        return self.branch_bytes(layer, scheme) + (4 * weight.shape[1] if self.scales_input(layer, scheme) else 0)
+        scale = 4 * weight.shape[1] if self.scales_input(layer, scheme) else 0
+        beside = self.branch_bytes(layer, scheme, name) + self.shift_bytes(layer, scheme)
+        return beside + scale + self.format_bytes(layer, scheme)
 
 
 def takes_scale(layer: nn.Module) -> bool:
     """Whether a layer can have a smoothing scale of its input: linears and ungrouped convolutions can."""
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+
+
+def bytes_of_shift(layer: nn.Module) -> int:
+    """Bytes of a shift of a layer's input, and of a bias if it has none; 0 where it can have no shift."""
+    if not isinstance(layer, nn.Linear):
+        return 0
+    gained = layer.out_features * layer.weight.element_size() if layer.bias is None else 0
+    return 4 * layer.in_features + gained
 
 
 BlockCalibrator = Callable[[Any, Any], None]
@@ -126,7 +173,8 @@ class SequenceConfig(AlgorithmConfig):
     """Several algorithms, each building on what the ones before it decided: smoothing, then GPTQ.
 
     Args:
-        algorithms: configs, at most one of each class; the last chooses the codes.
+        algorithms: configs, at most one of each class: what prepares layers, then what chooses the codes, then what
+            follows the codes.
     """
 
     algorithms: tuple[AlgorithmConfig, ...]
@@ -140,14 +188,24 @@ class SequenceConfig(AlgorithmConfig):
                 "algorithm: a sequence holds two or more different algorithms, got "
                 f"[{', '.join(kind.__name__ for kind in kinds)}]."
             )
-        choosing = [config.chooses_codes for config in self.algorithms]
-        if choosing != sorted(choosing):
-            late = kinds[choosing.index(False, choosing.index(True))]
-            raise ConfigError(
-                f"algorithm: {late.__name__} prepares layers for the choice of codes, and must come before it, got "
-                f"[{', '.join(kind.__name__ for kind in kinds)}]."
-            )
+        stages = [_stage(config) for config in self.algorithms]
+        for (index, earlier), (other, later) in itertools.combinations(enumerate(stages), 2):
+            if earlier <= later:
+                continue
+            early, late = kinds[index].__name__, kinds[other].__name__
+            reason = f"{late} prepares layers for the choice of codes, and must come before it"
+            if earlier == _FOLLOWS:
+                reason = f"{early} works on layers that have their codes, and must come after {late}"
+            raise ConfigError(f"algorithm: {reason}, got [{', '.join(kind.__name__ for kind in kinds)}].")
         for earlier, later in itertools.combinations(self.algorithms, 2):
+            if earlier.chooses_formats and (
+                later.chooses_scales or (later.chooses_codes and not later.rounds_input_groups)
+            ):
+                raise ConfigError(
+                    f"algorithm: {type(later).__name__} cannot follow {type(earlier).__name__}, which may give layers "
+                    "groups of rows: what chooses scales comes before it, and RTNConfig() or GPTQConfig() after it, "
+                    f"got [{', '.join(kind.__name__ for kind in kinds)}]."
+                )
             reason = later.idle_after(earlier)
             if reason is not None:
                 raise ConfigError(
@@ -187,6 +245,10 @@ class SequenceConfig(AlgorithmConfig):
         for config in self.algorithms:
             config.check(scheme)
 
+    def check_granularity(self, scheme: WeightScheme) -> None:
+        for config in self.algorithms:
+            config.check_granularity(scheme)
+
     def unsupported(self, layer: nn.Module, scheme: Scheme) -> str | None:
         """The first reason; what prepares layers has none to keep one dense that gets a branch."""
         reasons = [(config, config.unsupported(layer, scheme)) for config in self.algorithms]
@@ -194,19 +256,36 @@ class SequenceConfig(AlgorithmConfig):
         counted = (reason for config, reason in reasons if config.chooses_codes or not with_branch)
         return next((reason for reason in counted if reason is not None), None)
 
-    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False) -> Scheme:
+    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False, name: str = "") -> Scheme:
         for config in self.algorithms:
-            scheme = config.format_of(layer, scheme, arrives_rotated)
+            scheme = config.format_of(layer, scheme, arrives_rotated, name)
         return scheme
 
     def scales_input(self, layer: nn.Module, scheme: Scheme) -> bool:
         return any(config.scales_input(layer, scheme) for config in self.algorithms)
 
-    def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
-        return sum(config.branch_bytes(layer, scheme) for config in self.algorithms)
+    def shift_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        return max(config.shift_bytes(layer, scheme) for config in self.algorithms)
+
+    def branch_bytes(self, layer: nn.Module, scheme: Scheme, name: str = "") -> int:
+        return sum(config.branch_bytes(layer, scheme, name) for config in self.algorithms)
+
+    def format_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+        return sum(config.format_bytes(layer, scheme) for config in self.algorithms)
 
     def for_search(self) -> AlgorithmConfig:
-        return SequenceConfig(tuple(config.for_search() for config in self.algorithms))
+        # What follows the codes is for the last of them only.
+        steps = tuple(config.for_search() for config in self.algorithms if not config.follows_codes)
+        return steps[0] if len(steps) == 1 else SequenceConfig(steps)
+
+
+_PREPARES, _CHOOSES, _FOLLOWS = range(3)
+
+
+def _stage(config: AlgorithmConfig) -> int:
+    if config.follows_codes:
+        return _FOLLOWS
+    return _CHOOSES if config.chooses_codes else _PREPARES
 
 
 def steps_of(config: AlgorithmConfig) -> tuple[AlgorithmConfig, ...]:
@@ -219,15 +298,26 @@ _Quantizer = TypeVar("_Quantizer", bound=WeightQuantizer)
 
 # Modules that register an algorithm when they are imported: listing the kinds imports nothing.
 _MODULES: dict[str, str] = {
+    "adadim": "diffuse_compress.quantization.algorithms.adadim",
     "adaround": "diffuse_compress.quantization.algorithms.adaround",
     "awq": "diffuse_compress.quantization.algorithms.awq",
     "brecq": "diffuse_compress.quantization.algorithms.brecq",
+    "dgq": "diffuse_compress.quantization.algorithms.dgq",
     "gptq": "diffuse_compress.quantization.algorithms.gptq",
     "hqq": "diffuse_compress.quantization.algorithms.hqq",
+    "llm_int8": "diffuse_compress.quantization.algorithms.llm_int8",
+    "owq": "diffuse_compress.quantization.algorithms.owq",
+    "norm_tweaking": "diffuse_compress.quantization.algorithms.norm_tweaking",
+    "omniquant": "diffuse_compress.quantization.algorithms.omniquant",
+    "osplus": "diffuse_compress.quantization.algorithms.osplus",
     "quarot": "diffuse_compress.quantization.algorithms.quarot",
+    "quik": "diffuse_compress.quantization.algorithms.quik",
     "rtn": "diffuse_compress.quantization.algorithms.rtn",
     "smoothquant": "diffuse_compress.quantization.algorithms.smoothquant",
+    "spinquant": "diffuse_compress.quantization.algorithms.spinquant",
+    "spqr": "diffuse_compress.quantization.algorithms.spqr",
     "svdquant": "diffuse_compress.quantization.algorithms.svdquant",
+    "tesseraq": "diffuse_compress.quantization.algorithms.tesseraq",
     "trained": "diffuse_compress.quantization.algorithms.trained",
 }
 _REGISTRY: dict[type[AlgorithmConfig], WeightQuantizer] = {}
@@ -280,7 +370,7 @@ def quantize_with(
     Raises:
         ConfigError: no algorithm is registered for the class, or it cannot reach ``scheme``.
     """
-    config = steps_of(config)[-1]
+    config = next((step for step in reversed(steps_of(config)) if not step.follows_codes), config)
     if type(config) not in _REGISTRY:
         raise ConfigError(f"algorithm: no quantizer for {type(config).__name__}. Available: {', '.join(_kinds())}")
     return _REGISTRY[type(config)](weight, scheme, config, generator)
@@ -331,3 +421,8 @@ def algorithm_from_dict(data: Mapping[str, Any]) -> AlgorithmConfig:
 
 def _kinds() -> list[str]:
     return sorted(set(_MODULES) | {cls.kind for cls in _registered()})
+
+
+def algorithm_kinds() -> list[str]:
+    """Every ``kind`` that :func:`algorithm_from_dict` knows but the sequence of several, sorted."""
+    return _kinds()

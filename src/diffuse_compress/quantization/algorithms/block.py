@@ -9,7 +9,6 @@ the same sequence decided is in there already. Ranges of static inputs are chose
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +21,11 @@ from diffuse_compress.calls import Autocast, Call, autocast_as, autocast_now
 from diffuse_compress.errors import ModelStateError
 from diffuse_compress.failures import failures_explained
 from diffuse_compress.quantization.layer_base import LowRank
-from diffuse_compress.quantization.numerics import QParams, fake_quantize_activation
+from diffuse_compress.quantization.numerics import fake_quantize_activation
 from diffuse_compress.quantization.observers import Observer, ObserverConfig
+from diffuse_compress.quantization.outlier_columns import outlier_columns
 from diffuse_compress.quantization.packed import QuantizedWeight
+from diffuse_compress.quantization.qparams import QParams
 from diffuse_compress.quantization.rotation import rotate
 from diffuse_compress.quantization.scheme import ActivationScheme, Scheme
 
@@ -40,7 +41,7 @@ __all__ = [
     "per_channel",
     "prepared",
     "row_weights",
-    "unchanged_twin",
+    "shifted",
 ]
 
 Dense = nn.Linear | nn.Conv2d
@@ -68,34 +69,43 @@ class LayerWork:
         name: relative to the block; "" where the block is the layer itself.
         dense: the module, as it is in the block until it is replaced.
         scheme: the format to reach.
+        act_pre_shift: fp32 [K] that is subtracted from the input of a linear, or None. All below, and every collector,
+            sees the input after it; what it takes from the output goes into the bias.
         act_pre_scale: fp32 [K] (convolutions [C]) that multiplies the input, or None.
         low_rank: (down [r, K], up [N, r]) that is added, on the input before ``act_pre_scale``, or None.
+        dense_columns: int64 [C], ascending, input columns of a linear that are to have no codes; or None.
+        dense_weight: fp32 [N, C], their weights on the input before ``act_pre_scale``, once codes are decided.
         weight: fp32 [N, K] that the codes are to stand for; None is that of ``dense`` with the two above taken out,
             rotated where the scheme rotates inputs.
         quantized: codes, once decided.
         ranges: fp32 [N, K] whose smallest and largest values the codes are to span, in each element of the granularity;
             None leaves the choice to what chooses the codes.
         input_qparams: of a static input, scale [1] fp32 and zero point [1] int8 or None; None until they are chosen.
-        observed_scale: the ``act_pre_scale`` they were chosen for.
+        observed_scale, observed_shift: the ``act_pre_scale`` and ``act_pre_shift`` they were chosen for.
     """
 
     name: str
     dense: Dense
     scheme: Scheme
     act_pre_scale: torch.Tensor | None = None
+    act_pre_shift: torch.Tensor | None = None
     low_rank: LowRank | None = None
+    dense_columns: torch.Tensor | None = None
+    dense_weight: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     quantized: QuantizedWeight | None = None
     ranges: torch.Tensor | None = None
     input_qparams: QParams | None = None
     observed_scale: torch.Tensor | None = None
+    observed_shift: torch.Tensor | None = None
 
     @property
     def needs_range(self) -> bool:
-        """Its input is static, and no range was chosen yet, or for another ``act_pre_scale``."""
+        """Its input is static, and no range was chosen yet, or for another ``act_pre_scale`` or ``act_pre_shift``."""
         if self.quantized is not None or not self.scheme.has_static_inputs:
             return False
-        return self.input_qparams is None or self.observed_scale is not self.act_pre_scale
+        moved = self.observed_scale is not self.act_pre_scale or self.observed_shift is not self.act_pre_shift
+        return self.input_qparams is None or moved
 
     @property
     def column_scale(self) -> torch.Tensor | None:
@@ -145,7 +155,7 @@ class BlockWork:
         device: of the block; None is where the calls are.
         weights: for each call how much it counts: a number, or one for each row of its hidden states. Rows of weight 0
             are padding: no algorithm looks at them (:meth:`counted`).
-        unchanged: the block as it was (:func:`unchanged_twin`), if the algorithm ``needs_reference``.
+        unchanged: the block as it was (``twin.py``), if the algorithm ``needs_reference``.
         references: for each call the arguments that ``unchanged`` has in a model of which nothing was changed; None,
             the same as ``calls``.
         samples: for each call the number of its sample and what else tells it, for messages; None, the calls' numbers.
@@ -153,6 +163,7 @@ class BlockWork:
         change: sets a parameter of the block, by its name, so that a failure undoes it; None, where nothing but the
             layers may change.
         folds: whether scales are folded into what precedes the layers where a config does not say (``folding.py``).
+        depth: share of the model's blocks that come before it, in [0, 1).
         shared: ids of the parameters that the model has under several names: they stay.
         autocast: that the model is run in; what algorithms compute themselves is not cast.
         reached, folded: what ``folding.py`` has found, and decided.
@@ -172,6 +183,7 @@ class BlockWork:
     observer: ObserverConfig = field(default_factory=ObserverConfig)
     change: Callable[[str, torch.Tensor], None] | None = None
     folds: bool = False
+    depth: float = 0.0
     shared: frozenset[int] = frozenset()
     autocast: Autocast = field(default_factory=autocast_now)
     reached: dict[str, set[str]] | None = field(default=None, repr=False)
@@ -243,6 +255,7 @@ class BlockWork:
         def give(name: str, index: int, x: torch.Tensor) -> None:
             layer = self.layers[name]
             x = self.counted(x, index) if isinstance(layer.dense, nn.Linear) else x
+            x = _without_dense_columns(x, layer)
             if x.numel() and layer.scheme.activation is not None:
                 if name not in observers:
                     observers[name] = self.observer.make(layer.scheme.activation)
@@ -258,7 +271,7 @@ class BlockWork:
                 layer.scheme = layer.scheme.with_dynamic_inputs()
             else:
                 layer.input_qparams = _copied(qparams, layer.dense.weight.device)
-                layer.observed_scale = layer.act_pre_scale
+                layer.observed_scale, layer.observed_shift = layer.act_pre_scale, layer.act_pre_shift
 
     def _seeing_alike(self, names: Iterable[str]) -> dict[str, str]:
         """{layer: the first one that quantizes the very same values}."""
@@ -267,8 +280,11 @@ class BlockWork:
         owner = {}
         for name in names:
             layer = self.layers[name]
-            scale = None if layer.act_pre_scale is None else tuple(layer.act_pre_scale.tolist())
-            seen = (group_of.get(name, name), scale, layer.scheme.input_rotation, layer.scheme.activation)
+            moved = [
+                None if one is None else tuple(one.tolist())
+                for one in (layer.act_pre_scale, layer.act_pre_shift, layer.dense_columns)
+            ]
+            seen = (group_of.get(name, name), *moved, layer.scheme.input_rotation, layer.scheme.activation)
             owner[name] = first.setdefault(seen, name)
         return owner
 
@@ -382,7 +398,8 @@ class BlockWork:
     def _hooked(
         self, block: nn.Module, layers: Iterable[str], give: Callable[[str, int, torch.Tensor], None]
     ) -> Iterator[Callable[[int, Call], None]]:
-        """Inside, what is yielded runs ``block`` on a call, and gives ``give(layer, number of the call, input)``.
+        """Inside, what is yielded runs ``block`` on a call, and gives ``give(layer, number of the call, input)``, of
+        the input what ``act_pre_shift`` leaves.
 
         A run ends where the last of the layers has its input: nothing behind that is looked at.
         """
@@ -397,7 +414,7 @@ class BlockWork:
                         f"{self.full_name(name)}: calibration needs finite inputs, got inf or nan in sample "
                         f"{self.sample(now['call'])}. {_why_not_finite(x.dtype)}, or leave the sample out."
                     )
-                give(name, now["call"], x)
+                give(name, now["call"], shifted(x, self.layers[name]))
                 awaited.discard(name)
                 if stops and not awaited:
                     raise _Enough
@@ -497,8 +514,13 @@ def per_channel(layer: Dense, columns: torch.Tensor, reduce: Callable[..., torch
     return reduce(columns.reshape(-1, kernel), dim=1)
 
 
+def shifted(x: torch.Tensor, layer: LayerWork) -> torch.Tensor:
+    """Input ``x`` less ``act_pre_shift``, in its dtype."""
+    return x if layer.act_pre_shift is None else (x.float() - layer.act_pre_shift).to(x.dtype)
+
+
 def prepared(x: torch.Tensor, layer: LayerWork) -> torch.Tensor:
-    """Input ``x`` multiplied by ``act_pre_scale`` and rotated, in its dtype."""
+    """Input ``x``, shifted already, multiplied by ``act_pre_scale`` and rotated, in its dtype."""
     if layer.act_pre_scale is not None:
         shape = (-1,) if isinstance(layer.dense, nn.Linear) else (-1, 1, 1)
         x = (x.float() * layer.act_pre_scale.reshape(shape)).to(x.dtype)
@@ -506,18 +528,33 @@ def prepared(x: torch.Tensor, layer: LayerWork) -> torch.Tensor:
 
 
 def as_the_layer_sees_it(x: torch.Tensor, layer: LayerWork) -> torch.Tensor:
-    """Input ``x`` multiplied by ``act_pre_scale``, rotated and rounded to the grid of its scheme, in its dtype.
+    """Input ``x``, shifted already, as its codes stand for it: multiplied by ``act_pre_scale``, rotated and rounded, in
+    its dtype.
 
-    Of a static scheme, the grid of ``input_qparams``, which must have been chosen.
+    Of a static scheme, the grid of ``input_qparams``, which must have been chosen. What codes do not multiply, in dense
+    columns and in those over an ``outlier_threshold``, is left as it is.
     """
-    x = prepared(x, layer)
-    scheme = layer.scheme.activation
+    scheme, given = layer.scheme.activation, x
     if scheme is None:
-        return x
+        return prepared(x, layer)
+    columns = layer.dense_columns
+    if scheme.outlier_threshold is not None:
+        columns = outlier_columns(x, scheme.outlier_threshold).nonzero().flatten()
+    if columns is not None and columns.numel():
+        rounded = _rounded(prepared(x.index_fill(-1, columns, 0), layer), layer, scheme)
+        return rounded.index_copy(-1, columns, prepared(given, layer).index_select(-1, columns))
+    return _rounded(prepared(x, layer), layer, scheme)
+
+
+def _rounded(x: torch.Tensor, layer: LayerWork, scheme: ActivationScheme) -> torch.Tensor:
     if scheme.dynamic:
         return fake_quantize_activation(x, scheme, feature_dims=1 if isinstance(layer.dense, nn.Linear) else 3)
     assert layer.input_qparams is not None, "BlockWork.observe_inputs() comes first"
     return fake_quantize_activation(x, scheme, layer.input_qparams.scale, layer.input_qparams.zero_point)
+
+
+def _without_dense_columns(x: torch.Tensor, layer: LayerWork) -> torch.Tensor:
+    return x if layer.dense_columns is None else x.index_fill(-1, layer.dense_columns, 0)
 
 
 def observed_qparams(inputs: Iterable[torch.Tensor], scheme: ActivationScheme, observer: ObserverConfig) -> QParams:
@@ -537,28 +574,3 @@ def _copied(qparams: QParams, device: torch.device) -> QParams:
     """Layers must not share memory, or they could not be saved."""
     zero_point = None if qparams.zero_point is None else qparams.zero_point.to(device, copy=True)
     return QParams(qparams.scale.to(device, copy=True), zero_point)
-
-
-def unchanged_twin(module: nn.Module) -> nn.Module:
-    """A module that goes on computing what ``module`` does now, whatever layers are replaced in that.
-
-    It shares the memory of all tensors. A forward that someone else put on the instance is left out.
-    """
-    return _twin(module, {})
-
-
-def _twin(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    if module not in made:
-        twin = made[module] = type(module).__new__(type(module))
-        # Dicts are copied: hooks that are registered later belong to the module alone.
-        own = {key: copy.copy(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
-        own.pop("forward", None)
-        vars(twin).update(own)
-        for name, parameter in module._parameters.items():
-            # Parameters of its own on the same memory: layers that are replaced have theirs emptied.
-            twin._parameters[name] = (
-                None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
-            )
-        for name, child in module._modules.items():
-            twin._modules[name] = None if child is None else _twin(child, made)
-    return made[module]

@@ -17,16 +17,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
-from diffuse_compress.calls import autocast_as
 from diffuse_compress.errors import ConfigError
-from diffuse_compress.failures import is_out_of_memory
 from diffuse_compress.quantization.algorithms.adaround import (
     Aim,
     Annealing,
@@ -37,10 +32,20 @@ from diffuse_compress.quantization.algorithms.adaround import (
     round_adaptively,
 )
 from diffuse_compress.quantization.algorithms.base import register_block
-from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork, as_rows, as_the_layer_sees_it
+from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
 from diffuse_compress.quantization.algorithms.gptq import HessianCollector, collected
+from diffuse_compress.quantization.algorithms.reconstruction import (
+    block_error,
+    block_loss,
+    gradients_explained,
+    parameter_name,
+    targets_of,
+)
+from diffuse_compress.quantization.algorithms.simulation import seen_as_quantized
 
-__all__ = ["BRECQConfig"]
+__all__ = ["BRECQConfig", "Learned", "Reconstruction", "inputs_of", "weights_of"]
+
+_Rounding = TypeVar("_Rounding")
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class BRECQConfig(LearnedRoundingConfig):
 def calibrate(work: BlockWork, config: BRECQConfig) -> None:
     """Learn the layers of a block that have no codes yet."""
     with contextlib.ExitStack() as stack:
-        learned = [_begin(work, name, collector, config, stack) for name, collector in _inputs(work)]
+        learned = [_begin(work, name, collector, config, stack) for name, collector in inputs_of(work)]
         if learned:
             _reconstruct(work, learned, config)
     for one in learned:
@@ -80,12 +85,12 @@ def calibrate(work: BlockWork, config: BRECQConfig) -> None:
 
 
 @dataclass
-class _Learned:
+class Learned(Generic[_Rounding]):
     """A layer whose rounding is learned, and what its codes cost at first."""
 
     layer: LayerWork
     aim: Aim
-    rounding: SoftRounding
+    rounding: _Rounding
     cost: float
 
     def gradient(self, weight: torch.Tensor) -> torch.Tensor:
@@ -93,7 +98,7 @@ class _Learned:
         return self.aim.downhill(weight).mul_(-2 * weight.numel() / self.cost if self.cost > 0 else 0.0)
 
 
-def _inputs(work: BlockWork) -> Iterator[tuple[str, HessianCollector]]:
+def inputs_of(work: BlockWork) -> Iterator[tuple[str, HessianCollector]]:
     """What each layer without codes is given, once those that run before it have begun."""
     reached = set[str]()
     for names in work.subsets:
@@ -107,7 +112,7 @@ def _inputs(work: BlockWork) -> Iterator[tuple[str, HessianCollector]]:
 
 def _begin(
     work: BlockWork, name: str, collector: HessianCollector, config: BRECQConfig, stack: contextlib.ExitStack
-) -> _Learned:
+) -> Learned[SoftRounding]:
     """The layer by itself; until ``stack`` is closed it computes as its quantized form will."""
     layer = work.layers[name]
     aim = aim_of(layer, collector, config)
@@ -115,134 +120,79 @@ def _begin(
     round_adaptively(rounding, aim, config)
     codes = rounding.hard()
     rounding.begin_at(codes, aim.downhill(codes))
-    stack.enter_context(_seen_as_quantized(layer, codes))
-    return _Learned(layer, aim, rounding, float(aim.cost(codes).sum()))
+    stack.enter_context(seen_as_quantized(layer, codes))
+    return Learned(layer, aim, rounding, float(aim.cost(codes).sum()))
 
 
-def _reconstruct(work: BlockWork, learned: Sequence[_Learned], config: BRECQConfig) -> None:
+def _reconstruct(work: BlockWork, learned: Sequence[Learned[SoftRounding]], config: BRECQConfig) -> None:
     """Learn roundings so that ``|block(call) - unchanged(reference)|^2``, weighted and summed, is small."""
-    targets = _targets(work)
     roundings = [one.rounding for one in learned]
-
-    def error_of_codes() -> float:
-        weights = _weights(learned, [rounding.hard() for rounding in roundings])
-        with torch.no_grad():
-            return sum(float(_loss(work, weights, index, targets)) for index in range(len(targets)))
-
-    error, start = error_of_codes(), [rounding.v.clone() for rounding in roundings]
-    if error <= 0:
+    block = Reconstruction(work, learned, config.batch_size, "BRECQ")
+    start = [rounding.v.clone() for rounding in roundings]
+    if block.error_at_first <= 0:
         return
     annealing = Annealing(config.iterations, config.warmup)
-    # Gradients of a size that Adam's epsilon does not matter for.
-    size = sum(rounding.v.numel() for rounding in roundings)
     optimizer = torch.optim.Adam([rounding.v for rounding in roundings], lr=config.learning_rate)
-    generator, batch = work.generators(learned[0].layer.name), min(config.batch_size, len(targets))
     for step in range(config.iterations):
-        values = [rounding.soft() for rounding in roundings]
-        gradients = [one.gradient(value) for one, value in zip(learned, values, strict=True)]
-        weights = _weights(learned, values)
+        gradients = block.gradients([rounding.soft() for rounding in roundings])
+        for rounding, gradient in zip(roundings, gradients, strict=True):
+            rounding.v.grad = rounding.gradient(gradient, config.regularization, annealing(step))
+        optimizer.step()
+    if block.error([rounding.hard() for rounding in roundings]) > block.error_at_first:
+        for rounding, v in zip(roundings, start, strict=True):  # nothing promises that what was learned is better
+            rounding.v = v
+
+
+class Reconstruction:
+    """A block's output, as a function of the weights of the layers that are learned, beside the unchanged block's.
+
+    Args:
+        work: the block; the layers compute as their quantized forms will (:func:`seen_as_quantized`).
+        learned: the layers; what their roundings come to now is where the errors are counted from.
+        batch_size: calls that each gradient looks at.
+        name: of the algorithm, for messages.
+
+    Attributes:
+        error_at_first: of the codes that the layers begin with.
+    """
+
+    def __init__(self, work: BlockWork, learned: Sequence[Learned[Any]], batch_size: int, name: str) -> None:
+        self.work, self.learned, self.name = work, learned, name
+        self._targets = targets_of(work)
+        self._batch = min(batch_size, len(self._targets))
+        self._generator = work.generators(learned[0].layer.name)
+        values = [one.rounding.hard() for one in learned]
+        # Gradients of a size that Adam's epsilon does not matter for.
+        self._size = sum(value.numel() for value in values)
+        self.error_at_first = self.error(values)
+
+    def error(self, values: Sequence[torch.Tensor]) -> float:
+        """Squared error of the block's output over all calls with weights ``values``, fp32 [N, K] of each layer."""
+        return block_error(self.work, weights_of(self.learned, values), self._targets)
+
+    def gradients(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Gradient in the weights, fp32 [N, K] each, on calls that are drawn anew, relative to the error at first.
+
+        The gradients of the layers' own errors are added.
+        """
+        gradients = [one.gradient(value) for one, value in zip(self.learned, values, strict=True)]
+        weights = weights_of(self.learned, values)
         leaves = [weight.requires_grad_() for weight in weights.values()]
-        for index in torch.randperm(len(targets), generator=generator)[:batch].tolist():
-            with _gradients_explained(work), torch.enable_grad():
-                loss = _loss(work, weights, index, targets) * (size * len(targets) / batch / error)
+        factor = self._size * len(self._targets) / self._batch / self.error_at_first
+        for index in torch.randperm(len(self._targets), generator=self._generator)[: self._batch].tolist():
+            with gradients_explained(self.work, self.name, "AdaRoundConfig() needs none"), torch.enable_grad():
+                loss = block_loss(self.work, weights, index, self._targets) * factor
                 slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
             for total, found in zip(gradients, slopes, strict=True):
                 if found is not None:
                     total.add_(found.flatten(1))
-        for rounding, gradient in zip(roundings, gradients, strict=True):
-            rounding.v.grad = rounding.gradient(gradient, config.regularization, annealing(step))
-        optimizer.step()
-    if error_of_codes() > error:  # nothing promises that what was learned is better
-        for rounding, v in zip(roundings, start, strict=True):
-            rounding.v = v
+        return gradients
 
 
-@contextlib.contextmanager
-def _gradients_explained(work: BlockWork) -> Iterator[None]:
-    """A block may compute, and yet have no gradients: one that changes in place what they are computed from."""
-    try:
-        yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise ConfigError(
-            f"{work.name}: BRECQ needs gradients of the block, and they cannot be computed ({error}). "
-            "AdaRoundConfig() needs none."
-        ) from error
-
-
-def _targets(work: BlockWork) -> list[list[torch.Tensor]]:
-    """For each call the floating-point tensors that the unchanged block gives, kept where the call is."""
-    found = []
-    with torch.no_grad():
-        for call in work.reference_calls:
-            home = next((leaf.device for leaf in tree_leaves((call.args, dict(call.kwargs))) if _is_float(leaf)), None)
-            output = work.forward(work.reference_block, call)
-            found.append([leaf if home is None else leaf.to(home) for leaf in tree_leaves(output) if _is_float(leaf)])
-    return found
-
-
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-
-
-def _weights(learned: Sequence[_Learned], values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+def weights_of(learned: Sequence[Learned[Any]], values: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """The block's parameters that stand for these weights [N, K], by name."""
     layers = (one.layer for one in learned)
     return {
-        f"{layer.name}.weight".lstrip("."): value.to(layer.dense.weight.dtype).reshape(layer.dense.weight.shape)
+        parameter_name(layer.name, "weight"): value.to(layer.dense.weight.dtype).reshape(layer.dense.weight.shape)
         for layer, value in zip(layers, values, strict=True)
     }
-
-
-def _loss(
-    work: BlockWork, weights: dict[str, torch.Tensor], index: int, targets: Sequence[Sequence[torch.Tensor]]
-) -> torch.Tensor:
-    """Squared error of the rows of the block's output on a call that count, times the call's weight; fp32 scalar."""
-    call = work.here(work.calls[index])
-    with autocast_as(work.autocast):
-        output = functional_call(work.block, weights, call.args, dict(call.kwargs))
-    pairs = zip([leaf for leaf in tree_leaves(output) if _is_float(leaf)], targets[index], strict=True)
-    differences = [found.float() - target.to(found.device).float() for found, target in pairs]
-    errors = [work.counted(difference, index).square().sum() for difference in differences]
-    return torch.stack(errors).sum() * work.weight(index)
-
-
-@contextlib.contextmanager
-def _seen_as_quantized(layer: LayerWork, value: torch.Tensor) -> Iterator[None]:
-    """Inside, a dense layer computes as its quantized form will, with a weight ``value`` [N, K]: it smooths and rounds
-    its input, and adds its low-rank branch."""
-    given: list[torch.Tensor] = []
-    handles = [layer.dense.register_forward_pre_hook(_enter(layer, given))]
-    if layer.low_rank is not None:
-        handles.append(layer.dense.register_forward_hook(_leave(layer, given)))
-    weight = layer.dense.weight.data
-    try:
-        layer.dense.weight.data = value.to(weight.dtype).reshape(weight.shape)
-        yield
-    finally:
-        layer.dense.weight.data = weight
-        for handle in handles:
-            handle.remove()
-
-
-def _enter(layer: LayerWork, given: list[torch.Tensor]) -> Any:
-    def enter(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        if layer.low_rank is not None:
-            given.append(args[0])
-        return (as_the_layer_sees_it(args[0], layer), *args[1:])
-
-    return enter
-
-
-def _leave(layer: LayerWork, given: list[torch.Tensor]) -> Any:
-    def leave(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        assert layer.low_rank is not None
-        down, up = (part.to(output.dtype) for part in layer.low_rank)
-        branch = as_rows(layer.dense, given.pop()) @ down.t() @ up.t()
-        if output.dim() == 4 and isinstance(layer.dense, nn.Conv2d):
-            batch, channels = output.shape[:2]
-            branch = branch.reshape(batch, -1, channels).transpose(1, 2)
-        return output + branch.reshape(output.shape)
-
-    return leave

@@ -5,6 +5,8 @@ that returns reaches the layers and nothing else, through views and products alo
 before gate, up; ``up_proj`` before ``down_proj``, of which the input is ``act(gate) * up``; ``v_proj`` before
 ``o_proj`` where every head has its own values. No model class is named here. One call of the block, with every
 operation looked at, tells what reaches what; a second one, with factors moved by hand, must come to the same outputs.
+A shift goes the same way where what precedes the layers has a bias, and a third call says so: a LayerNorm's, or that of
+``v_proj``, as the weights of attention sum to one.
 
 Nothing is folded before all codes are chosen. Until then the scale stays with the layers (``act_pre_scale``), and
 algorithms see the block as it was. Rows are then scaled in the scales of the codes, and of what is dense only norms
@@ -14,6 +16,7 @@ change: of their dtype, the layers get the scale that the norm's rounded paramet
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +30,9 @@ from diffuse_compress.calls import autocast_as
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
 from diffuse_compress.quantization.layer_base import QuantizedLayer
-from diffuse_compress.quantization.scheme import PerTensor
+from diffuse_compress.quantization.scheme import PerBlock, PerInputGroup, PerTensor
 
-__all__ = ["Fold", "check_fold", "fold_scales", "preceding", "set_scale"]
+__all__ = ["Fold", "check_fold", "fold_scales", "folds", "preceding", "set_scale", "takes_shift"]
 
 # A norm's dtype may be too coarse for a gain: the scale that it holds must be this near to the one that was chosen.
 _NEAR = 1 / 16
@@ -43,11 +46,13 @@ class Fold:
         producer: name of a norm, or of a linear that is quantized too; relative to the block.
         layers: names of all the layers that read it.
         unit_offset: the norm multiplies by 1 + weight (Gemma).
+        takes_shift: a shift of their input is subtracted from its bias.
     """
 
     producer: str
     layers: tuple[str, ...]
     unit_offset: bool = False
+    takes_shift: bool = False
 
 
 def check_fold(where: str, fold: Any) -> None:
@@ -56,41 +61,70 @@ def check_fold(where: str, fold: Any) -> None:
         raise ConfigError(f"{where}: fold is True, False or None (in language models), got {fold!r}.")
 
 
-def set_scale(work: BlockWork, layers: Sequence[LayerWork], scale: torch.Tensor, fold: bool | None) -> None:
-    """Let ``scale`` multiply the input that ``layers`` share, and be folded at the end where that is exact.
+def set_scale(
+    work: BlockWork,
+    layers: Sequence[LayerWork],
+    scale: torch.Tensor | None,
+    fold: bool | None,
+    shift: torch.Tensor | None = None,
+) -> None:
+    """Let ``scale`` multiply the input that ``layers`` share, less ``shift``, and both be folded at the end where that
+    is exact. What an earlier call said of these layers is forgotten.
 
     Args:
         work: the block; its layers are dense.
         layers: that were all given one tensor.
-        scale: fp32 [K] (convolutions [C]), positive. All of the layers get the same tensor: by that it is known later
-            that they see the same rows.
+        scale: fp32 [K] (convolutions [C]), positive, or None. All of the layers get the same tensor: by that it is
+            known later that they see the same rows.
         fold: whether to fold; None, what holds for the model.
+        shift: fp32 [K], of linears only; likewise.
     """
     names = tuple(layer.name for layer in layers)
-    if work.change is not None and (work.folds if fold is None else fold):
+    work.folded.pop(names, None)
+    if folds(work, fold) and (scale is not None or shift is not None):
         found = preceding(work, names)
-        held = None if found is None else _as_held(work, found, scale)
-        if found is not None and held is not None:
-            work.folded[names], scale = found, held
+        if found is not None:
+            takes_shift = shift is not None and _takes_shift(work, found)
+            found = dataclasses.replace(found, takes_shift=takes_shift)
+            ones = torch.ones_like(shift if scale is None else scale)  # type: ignore[arg-type]
+            held = _as_held(work, found, ones if scale is None else scale, shift)
+            if held is not None and (scale is not None or takes_shift):
+                work.folded[names], (scale, shift) = found, held
     for layer in layers:
-        layer.act_pre_scale = scale
+        layer.act_pre_scale, layer.act_pre_shift = scale, shift
+
+
+def folds(work: BlockWork, fold: bool | None) -> bool:
+    """Whether something is to be folded in this block."""
+    return work.change is not None and (work.folds if fold is None else fold)
+
+
+def takes_shift(work: BlockWork, names: Sequence[str]) -> bool:
+    """Whether a shift of the input of these layers, which share it, can go into the bias of what precedes them."""
+    found = preceding(work, names)
+    return found is not None and _takes_shift(work, found)
 
 
 def fold_scales(work: BlockWork) -> None:
-    """Move the scales that :func:`set_scale` decided to fold, once every layer has been replaced."""
+    """Move the scales and shifts that :func:`set_scale` decided to fold, once every layer has been replaced."""
     for names, fold in work.folded.items():
         scale = work.layers[names[0]].act_pre_scale
+        shift = work.layers[names[0]].act_pre_shift if fold.takes_shift else None
         assert scale is not None
         producer = work.block.get_submodule(fold.producer)
         if isinstance(producer, QuantizedLayer):
             producer.scale_outputs(scale)
+            if shift is not None:
+                producer.shift_outputs(-shift * scale)
         else:
-            for name, parameter in _moved(producer, scale, fold.unit_offset).items():
+            for name, parameter in _moved(producer, scale, fold.unit_offset, shift).items():
                 assert work.change is not None
                 work.change(f"{fold.producer}.{name}", parameter)
         for name in names:
             layer = work.block.get_submodule(name)
             assert isinstance(layer, QuantizedLayer)
+            if shift is not None:
+                layer.fold_pre_shift()
             layer.fold_pre_scale()
 
 
@@ -148,7 +182,8 @@ def _is_producer(work: BlockWork, module: nn.Module) -> bool:
 
 
 def _scales_rows(layer: LayerWork) -> bool:
-    return isinstance(layer.dense, nn.Linear) and not isinstance(layer.scheme.weight.granularity, PerTensor)
+    by_row = not isinstance(layer.scheme.weight.granularity, PerTensor | PerBlock | PerInputGroup)
+    return isinstance(layer.dense, nn.Linear) and by_row
 
 
 class _Paths(TorchDispatchMode):
@@ -270,6 +305,27 @@ def _is_exact(work: BlockWork, fold: Fold) -> bool:
     return len(found) == len(expected) and all(map(_agree, expected, found))
 
 
+def _takes_shift(work: BlockWork, fold: Fold) -> bool:
+    """Whether layers and block return the same when numbers are subtracted from the bias of what precedes the layers,
+    and what that takes from their outputs is added there. Half of the digits must be equal."""
+    layers = [work.layers[name] for name in fold.layers]
+    producer = work.block.get_submodule(fold.producer)
+    bias = producer._parameters.get("bias")
+    if bias is None or not all(isinstance(layer.dense, nn.Linear) for layer in layers):
+        return False
+    expected = _outputs(work, layers)
+    wanted = torch.randn(bias.shape, generator=torch.Generator().manual_seed(0)).to(bias)
+    moved = {"bias": bias.detach() - wanted}
+    shift = bias.detach() - moved["bias"]  # as the bias holds it
+    with _replaced(producer, moved), contextlib.ExitStack() as stack:
+        for layer in layers:
+            taken = nn.functional.linear(shift, layer.dense.weight.detach())
+            handle = layer.dense.register_forward_hook(lambda module, args, output, taken=taken: output + taken)
+            stack.callback(handle.remove)
+        found = _outputs(work, layers)
+    return len(found) == len(expected) and all(map(_agree, expected, found))
+
+
 def _outputs(work: BlockWork, layers: Sequence[LayerWork]) -> list[torch.Tensor]:
     """What the layers and the block return for the first call: floating tensors."""
     found: list[torch.Tensor] = []
@@ -296,8 +352,10 @@ def _agree(expected: torch.Tensor, found: torch.Tensor) -> bool:
     return bool(error <= torch.finfo(expected.dtype).eps ** 0.5 * expected.double().norm())
 
 
-def _moved(producer: nn.Module, scale: torch.Tensor, unit_offset: bool) -> dict[str, torch.Tensor]:
-    """Parameters with which ``producer`` returns ``scale`` times what it does, in their dtype."""
+def _moved(
+    producer: nn.Module, scale: torch.Tensor, unit_offset: bool, shift: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Parameters with which ``producer`` returns ``scale`` times what it does, less ``shift``, in their dtype."""
     found = {}
     for name, parameter in producer._parameters.items():
         if parameter is not None:
@@ -305,23 +363,35 @@ def _moved(producer: nn.Module, scale: torch.Tensor, unit_offset: bool) -> dict[
             factors = scale.to(value.device, torch.float64 if value.device.type != "mps" else torch.float32)
             offset = float(unit_offset and name == "weight")
             factors = factors.reshape(-1, *(1,) * (value.ndim - 1))
+            if shift is not None and name == "bias":
+                offset = -shift.to(factors)
+                found[name] = ((value.to(factors) + offset) * factors).to(value.dtype)
+                continue
             found[name] = ((value.to(factors) + offset) * factors - offset).to(value.dtype)
     return found
 
 
-def _as_held(work: BlockWork, fold: Fold, scale: torch.Tensor) -> torch.Tensor | None:
-    """``scale`` as it is once it is folded: a norm rounds its gain. None if that is another scale, or none at all."""
+def _as_held(
+    work: BlockWork, fold: Fold, scale: torch.Tensor, shift: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """``scale`` and ``shift`` as they are once they are folded: a norm rounds its gain and bias. None if that is
+    another scale, or none at all."""
     if fold.producer in work.layers:
-        return scale
+        return scale, shift
     norm = work.block.get_submodule(fold.producer)
-    moved = _moved(norm, scale, fold.unit_offset)
+    moved = _moved(norm, scale, fold.unit_offset, shift if fold.takes_shift else None)
     if not all(bool(torch.isfinite(value).all()) for value in moved.values()):
         return None
     assert isinstance(norm.weight, nn.Parameter)
     offset = float(fold.unit_offset)
     before, after = norm.weight.detach().float() + offset, moved["weight"].float() + offset
     held = torch.where(before == 0, scale, after / before)  # a channel that is always zero takes any
-    return held if bool(((held / scale - 1).abs() <= _NEAR).all()) else None
+    if not bool(((held / scale - 1).abs() <= _NEAR).all()):
+        return None
+    if fold.takes_shift:
+        assert isinstance(norm.bias, nn.Parameter)
+        shift = norm.bias.detach().float() - moved["bias"].float() / held
+    return held, shift
 
 
 @contextlib.contextmanager

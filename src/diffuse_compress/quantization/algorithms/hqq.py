@@ -31,7 +31,6 @@ import torch
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register
 from diffuse_compress.quantization.numerics import (
-    QParams,
     choose_qparams,
     quantize_weight,
     row_chunks,
@@ -39,7 +38,8 @@ from diffuse_compress.quantization.numerics import (
     valid_columns,
 )
 from diffuse_compress.quantization.packed import QuantizedWeight
-from diffuse_compress.quantization.scheme import PerTensor, WeightScheme
+from diffuse_compress.quantization.qparams import QParams
+from diffuse_compress.quantization.scheme import Bilevel, PerTensor, WeightScheme
 
 __all__ = ["HQQConfig"]
 
@@ -71,6 +71,11 @@ class HQQConfig(AlgorithmConfig):
                 f"HQQ: needs asymmetric integer weights, got symmetric {scheme.format.value}. HQQ moves the zero "
                 'point, which a symmetric scheme does not have. Use symmetric=False (the preset "w4a16" is), or '
                 "RTNConfig()."
+            )
+        if isinstance(scheme.granularity, Bilevel):
+            raise ConfigError(
+                "HQQ: moves the zero point of each group by itself, got bilevel scales. Use SpQRConfig(), "
+                "GPTQConfig() or RTNConfig()."
             )
         if scheme.additive_zero_point:
             raise ConfigError(

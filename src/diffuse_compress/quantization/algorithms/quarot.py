@@ -47,6 +47,7 @@ class QuaRotConfig(AlgorithmConfig):
     block_size: int | None = None
     kind: ClassVar[str] = "quarot"
     chooses_codes: ClassVar[bool] = False
+    rounds_input_groups: ClassVar[bool] = True
 
     @property
     def summary(self) -> str:
@@ -73,6 +74,9 @@ class QuaRotConfig(AlgorithmConfig):
                 f"{self.block_size}. Use a power of two, or leave it out."
             )
 
+    def idle_after(self, earlier: AlgorithmConfig) -> str | None:
+        return "it has rotated the inputs" if earlier.rotates_residual else None
+
     def unsupported(self, layer: nn.Module, scheme: Scheme) -> str | None:
         if scheme.activation is None:
             return None
@@ -83,7 +87,7 @@ class QuaRotConfig(AlgorithmConfig):
             return f"QuaRot: its in_features, {layer.in_features}, cannot be cut into {wanted}"
         return None
 
-    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False) -> Scheme:
+    def format_of(self, layer: nn.Module, scheme: Scheme, arrives_rotated: bool = False, name: str = "") -> Scheme:
         """``scheme`` with a rotation, if it quantizes inputs, names none itself and needs one."""
         if arrives_rotated or scheme.activation is None or not isinstance(layer, nn.Linear):
             return scheme

@@ -37,6 +37,7 @@ class RTNConfig(AlgorithmConfig):
     num_ratios: int = 20
     min_ratio: float = 0.2
     kind: ClassVar[str] = "rtn"
+    rounds_input_groups: ClassVar[bool] = True
 
     @property
     def summary(self) -> str:

@@ -8,6 +8,7 @@ into, it stays with the layers (``act_pre_scale``), where input quantization app
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork,
 from diffuse_compress.quantization.algorithms.folding import check_fold, set_scale
 from diffuse_compress.quantization.scheme import Scheme
 
-__all__ = ["AbsMaxCollector", "SmoothQuantConfig"]
+__all__ = ["AbsMaxCollector", "SmoothQuantConfig", "smooth", "smoothing_scale"]
 
 _SMALLEST = 1e-5
 
@@ -42,6 +43,7 @@ class SmoothQuantConfig(AlgorithmConfig):
     chooses_codes: ClassVar[bool] = False
     chooses_scales: ClassVar[bool] = True
     needs_quantized_inputs: ClassVar[bool] = True
+    rounds_input_groups: ClassVar[bool] = True
 
     def idle_after(self, earlier: AlgorithmConfig) -> str | None:
         return "it has chosen the scales of the channels" if earlier.chooses_scales else None
@@ -82,11 +84,15 @@ def calibrate(work: BlockWork, config: SmoothQuantConfig) -> None:
             continue
         collector = AbsMaxCollector(chosen[0])
         work.collect({chosen[0].name: collector})
-        if collector.value is None:
-            continue
-        weights = [per_channel(layer.dense, layer.rest().abs().amax(dim=0), torch.amax) for layer in chosen]
-        scale = smoothing_scale(collector.value, torch.stack(weights).amax(dim=0), config.alpha)
-        set_scale(work, chosen, 1.0 / scale, config.fold)
+        if collector.value is not None:
+            smooth(work, chosen, collector.value, config.alpha, config.fold)
+
+
+def smooth(work: BlockWork, layers: Sequence[LayerWork], inputs: torch.Tensor, alpha: float, fold: bool | None) -> None:
+    """Give layers that share an input the scale of its channels, whose largest magnitudes are ``inputs`` fp32 [C]."""
+    weights = [per_channel(layer.dense, layer.rest().abs().amax(dim=0), torch.amax) for layer in layers]
+    scale = smoothing_scale(inputs, torch.stack(weights).amax(dim=0), alpha)
+    set_scale(work, layers, 1.0 / scale, fold, layers[0].act_pre_shift)
 
 
 def smoothing_scale(inputs: torch.Tensor, weights: torch.Tensor, alpha: float) -> torch.Tensor:

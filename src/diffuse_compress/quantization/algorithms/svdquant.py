@@ -29,8 +29,9 @@ from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork,
 from diffuse_compress.quantization.algorithms.gptq import shared_inputs
 from diffuse_compress.quantization.algorithms.smoothquant import AbsMaxCollector, smoothing_scale
 from diffuse_compress.quantization.layer_base import LowRank
-from diffuse_compress.quantization.numerics import QParams, choose_qparams, fake_quantize, fake_quantize_activation
+from diffuse_compress.quantization.numerics import choose_qparams, fake_quantize, fake_quantize_activation
 from diffuse_compress.quantization.observers import ObserverConfig, weight_qparams
+from diffuse_compress.quantization.qparams import QParams
 from diffuse_compress.quantization.rotation import rotate, rotate_back
 from diffuse_compress.quantization.scheme import PerTensor, Scheme
 
@@ -91,7 +92,7 @@ class SVDQuantConfig(AlgorithmConfig):
     def scales_input(self, layer: nn.Module, scheme: Scheme) -> bool:
         return self.num_alphas > 0 and scheme.activation is not None and takes_scale(layer)
 
-    def branch_bytes(self, layer: nn.Module, scheme: Scheme) -> int:
+    def branch_bytes(self, layer: nn.Module, scheme: Scheme, name: str = "") -> int:
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
         rows, columns = weight.flatten(1).shape

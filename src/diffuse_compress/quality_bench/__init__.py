@@ -1,0 +1,1 @@
+"""``diffuse-compress bench quality``: models times formats times algorithms, one table."""
