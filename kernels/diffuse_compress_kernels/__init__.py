@@ -6,7 +6,7 @@ Needs torch alone; with triton installed, CUDA devices of compute capability 8.0
 Importing registers the operators and initialises no device.
 """
 
-from diffuse_compress_kernels.attention import attention_obstacle, int8_attention
+from diffuse_compress_kernels.attention import attention_is_measured, attention_obstacle, int8_attention
 from diffuse_compress_kernels.fp8_linear import (
     fp8_block_linear_codes,
     fp8_linear,
@@ -31,6 +31,7 @@ from diffuse_compress_kernels.weight_only import can_expand, expand_weight, w8a1
 
 __all__ = [
     "activation_quantize",
+    "attention_is_measured",
     "attention_obstacle",
     "can_expand",
     "expand_weight",

@@ -22,9 +22,9 @@ from diffuse_compress_kernels.attention.plain import attend_plain
 from diffuse_compress_kernels.attention.reference import keep_mask
 from diffuse_compress_kernels.int8_linear.op import is_plain
 from diffuse_compress_kernels.registration import operator
-from diffuse_compress_kernels.triton_kernels.attention_tables import MAX_HEAD_DIM, choose_attention
+from diffuse_compress_kernels.triton_kernels.attention_tables import MAX_HEAD_DIM, choose_attention, is_measured
 
-__all__ = ["attention_obstacle", "int8_attention"]
+__all__ = ["attention_is_measured", "attention_obstacle", "int8_attention"]
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 LEAST_FLOAT8_CAPABILITY = (8, 9)
@@ -50,6 +50,11 @@ def attention_obstacle(
     if query.shape[0] > GRID_LIMIT or query.shape[1] > GRID_LIMIT // 2:
         return "too many heads or samples"
     return None
+
+
+def attention_is_measured(device: torch.device) -> bool:
+    """True where somebody has timed the fused kernel against the stock product; see the tables."""
+    return triton_kernels.usable(device) and is_measured(triton_kernels.capability(device))
 
 
 def _attention_now(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 
 from diffuse_compress.errors import DiffuseCompressWarning
 from diffuse_compress.quantization.attention import AttentionFormat
-from diffuse_compress_kernels import attention_obstacle, int8_attention
+from diffuse_compress_kernels import attention_is_measured, attention_obstacle, int8_attention
 
 __all__ = ["AttentionStats", "attention_stats", "fused_attention", "reset_attention_stats"]
 
@@ -36,14 +37,17 @@ class AttentionStats:
     Attributes:
         fused: calls that low-bit products computed.
         stock: calls that the stock product computed, by format and reason.
+        unmeasured: devices on which low-bit products ran, and nobody has timed them.
     """
 
     fused: Counter[str] = field(default_factory=Counter)
     stock: Counter[tuple[str, str]] = field(default_factory=Counter)
+    unmeasured: set[str] = field(default_factory=set)
 
     def __str__(self) -> str:
         lines = [f"{name}: {count} calls" for name, count in self.fused.most_common()]
         lines += [f"{name}: stock product {count} times: {why}" for (name, why), count in self.stock.most_common()]
+        lines += [f"speed of low-bit products: unmeasured on {name}" for name in sorted(self.unmeasured)]
         return "\n".join(lines) or "No attention ran on low-bit products."
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,7 +55,7 @@ class AttentionStats:
         stock: dict[str, dict[str, int]] = {}
         for (name, why), count in self.stock.items():
             stock.setdefault(name, {})[why] = count
-        return {"fused": dict(self.fused), "stock": stock}
+        return {"fused": dict(self.fused), "stock": stock, "unmeasured": sorted(self.unmeasured)}
 
 
 _STATS = AttentionStats()
@@ -59,13 +63,14 @@ _STATS = AttentionStats()
 
 def attention_stats() -> AttentionStats:
     """Attention calls on low-bit products since the start, or :func:`reset_attention_stats`."""
-    return AttentionStats(Counter(_STATS.fused), Counter(_STATS.stock))
+    return AttentionStats(Counter(_STATS.fused), Counter(_STATS.stock), set(_STATS.unmeasured))
 
 
 def reset_attention_stats() -> None:
     """Count from 0, and warn of stock products again."""
     _STATS.fused.clear()
     _STATS.stock.clear()
+    _STATS.unmeasured.clear()
 
 
 def fused_attention(
@@ -98,7 +103,7 @@ def fused_attention(
     """
     obstacle = _obstacle(query, key, value, attn_mask, dropout_p, scale, enable_gqa, form)
     if not torch.compiler.is_compiling():
-        _count(form, obstacle)
+        _count(form, obstacle, query.device)
     if obstacle is not None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -141,9 +146,11 @@ def _obstacle(
     return attention_obstacle(query, key, value, fp8_values=form is AttentionFormat.FP8_PV)
 
 
-def _count(form: AttentionFormat, obstacle: str | None) -> None:
+def _count(form: AttentionFormat, obstacle: str | None, device: torch.device) -> None:
     if obstacle is None:
         _STATS.fused[form.value] += 1
+        if not attention_is_measured(device):
+            _STATS.unmeasured.add(_name_of(device))
         return
     _STATS.stock[form.value, obstacle] += 1
     if obstacle not in _NOT_WORTH_IT and _STATS.stock[form.value, obstacle] == 1:
@@ -153,3 +160,8 @@ def _count(form: AttentionFormat, obstacle: str | None) -> None:
             DiffuseCompressWarning,
             stacklevel=3,
         )
+
+
+@cache
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
