@@ -15,6 +15,7 @@ import torch
 import diffuse_compress as dc
 import tiny
 from diffuse_compress.calibration.work_folder import FinishedBlocks, digest_of_items, digest_of_weights
+from diffuse_compress.integrations.component import quantized_layers
 
 SEQUENCE = [dc.SmoothQuantConfig(), dc.GPTQConfig()]
 CONFIG = dc.QuantizationConfig("w8a8", algorithm=SEQUENCE)
@@ -118,8 +119,9 @@ def test_damaged_and_unwritable_files(tmp_path: Path) -> None:
         model.compress(dc.QuantizationConfig("w8a8", algorithm=dc.GPTQConfig()), **given)
     assert digest_of_weights(model) == before
     blocks = FinishedBlocks(tmp_path / "model")
+    layer = next(iter(quantized_layers(tiny.build("llama").compress("w8a8", measure=False)).values()))
     with pytest.raises(dc.ModelStateError, match=r"cannot be written .* pass work_dir="):
-        blocks.save("model.layers.1", {"": torch.nn.Linear(2, 2)})
+        blocks.save("model.layers.1", {"": layer})
     with pytest.raises(dc.CheckpointError, match=r"must hold model\.layers\.0 with the layers \['q'\], got"):
         blocks.load("model.layers.0", ["q"])
     assert not list(tmp_path.rglob("*.tmp"))

@@ -261,7 +261,9 @@ def _one_of_two(index: int, folder: Path, port: int, sharded: bool) -> None:
     place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # a test before may have left one of a single process
     accelerator = Accelerator(cpu=True)
     stock = trainer_module.Team
 

@@ -322,15 +322,21 @@ def _serve(config: PreTrainedConfig) -> None:
 
     @wrapping(stock)
     def attention(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, *args: Any, **kwargs: Any
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,  # by position or by this name, as models like
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         layer = getattr(key, _LAYER, None)
         if layer is None:
-            return stock(module, query, key, value, mask, *args, **kwargs)
+            return stock(module, query, key, value, attention_mask, *args, **kwargs)
         unknown = next((name for name in _UNKNOWN if kwargs.get(name) is not None), None)
         if unknown is not None:
             raise ModelStateError(f"ShadowKV: attention with {unknown} is not supported. Use KIVIConfig().")
         scaling = kwargs.get("scaling")
-        return layer.attend(query, mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+        return layer.attend(query, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
 
     ALL_ATTENTION_FUNCTIONS.register(used, attention)

@@ -14,6 +14,7 @@ from diffuse_compress.calibration.engine import calibrate_block
 from diffuse_compress.calls import Call
 from diffuse_compress.errors import ConfigError
 from diffuse_compress.quantization.algorithms import omniquant
+from diffuse_compress.quantization.algorithms.adaround import per_column
 from diffuse_compress.quantization.algorithms.awq import AWQConfig
 from diffuse_compress.quantization.algorithms.base import (
     AlgorithmConfig,
@@ -78,7 +79,7 @@ def test_soft_weights_are_what_the_codes_of_their_ranges_stand_for(scheme: Weigh
     if share is None:
         ranges = weight
     else:
-        ends = [omniquant.of_each_weight(end, weight.shape, scheme) for end in (low, high)]
+        ends = [per_column(end, weight.shape, scheme) for end in (low, high)]
         ranges = weight.clamp(*ends)
         assert not torch.equal(ranges, weight)
     expected = dequantize(quantize_weight(weight, scheme, choose_qparams(ranges, scheme)))
@@ -98,12 +99,8 @@ def test_gradients_of_clips_are_those_of_finite_differences(name: str) -> None:
     def step_and_zero(logit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         ends = clipped_range(weight, scheme, torch.sigmoid(logit), torch.sigmoid(logit))
         qparams = omniquant.qparams_from_range(*(end.clone() for end in ends), scheme)
-        zero = (
-            None
-            if qparams.zero_point is None
-            else omniquant.of_each_weight(qparams.zero_point.float(), weight.shape, scheme)
-        )
-        return omniquant.of_each_weight(qparams.scale, weight.shape, scheme), zero
+        zero = None if qparams.zero_point is None else per_column(qparams.zero_point.float(), weight.shape, scheme)
+        return per_column(qparams.scale, weight.shape, scheme), zero
 
     with torch.no_grad():
         step, zero = step_and_zero(logits)

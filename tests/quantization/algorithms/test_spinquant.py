@@ -127,7 +127,7 @@ def test_learning_lowers_the_loss_and_leaves_the_model(objective: str) -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 3] *= 20  # something to rotate away
         model.model.embed_tokens.weight[:, 40] *= -15
-    config = SpinQuantConfig(iterations=8, objective=objective, learning_rate=0.5)
+    config = SpinQuantConfig(iterations=8, objective=objective)
     found = learner(model, config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     start = hadamard_rotations(found.stream, torch.Generator().manual_seed(0))

@@ -238,7 +238,7 @@ def test_awq_tries_scales_with_the_static_range_they_will_get() -> None:
     work = work_of(block, W8A8, calls, observer=MINMAX)
     layer, scale = work.layers["up"], torch.rand(128) + 0.5
     parent, observed, given, _ = _observed(work, [layer])
-    with _tried([layer], [layer.rest()], scale, given, MINMAX), torch.no_grad():
+    with _tried([layer], [layer.rest()], scale, None, given, MINMAX), torch.no_grad():
         tried = observed[0][1].run(parent)
     assert torch.equal(parent.weight, layer.dense.weight)
     layer.act_pre_scale = 1.0 / scale

@@ -242,7 +242,7 @@ class RotationLearner:
                 tried = rotations.of(leaves)
                 loss = self._loss(tried, self._tensors(tried), call, weight) / len(calls)
                 slopes = torch.autograd.grad(loss, leaves)
-            total += float(loss)
+            total += float(loss.detach())
             for found, slope in zip(sums, slopes, strict=True):
                 found.add_(slope)
         return total, sums
