@@ -102,7 +102,7 @@ def test_asymmetric_calibration_of_a_model_is_nearer_to_it() -> None:
     assert loss(dc.GPTQConfig(asymmetric=True, asymmetric_share=1.0)) < 0.97 * loss(dc.GPTQConfig())
 
 
-@pytest.mark.parametrize("name", ["unet_sd1", "llama"])
+@pytest.mark.parametrize("name", [pytest.param("unet_sd1", marks=pytest.mark.slow), "llama"])
 @pytest.mark.parametrize("algorithm", [dc.AdaRoundConfig(iterations=3), dc.BRECQConfig(iterations=2, batch_size=1)])
 def test_learned_rounding_of_models_there_and_back(name: str, algorithm: Any, tmp_path: Path) -> None:
     """Blocks visited on "another" device (``cpu:0`` is compared by name) give the same bytes, also from a work_dir."""

@@ -242,6 +242,7 @@ def run_two_processes(arguments: list[str]) -> None:
         assert process.returncode == 0, output[-3000:]
 
 
+@pytest.mark.slow
 def test_two_processes_make_and_score_what_one_does(pipeline_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     (tmp_path / "classifier.py").write_text(

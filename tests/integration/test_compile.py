@@ -122,8 +122,15 @@ def test_repeated_blocks_of_a_class_that_names_none_is_the_stock_error(name: str
         tiny.build(name).compress("w8a8", measure=False).compile_repeated_blocks(fullgraph=True)
 
 
-@pytest.mark.parametrize("preset", ["w8a8", "w4a16"])
-@pytest.mark.parametrize("name", ["pixart", "flux"])
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("pixart", "w8a8"),
+        pytest.param("pixart", "w4a16", marks=pytest.mark.slow),
+        pytest.param("flux", "w8a8", marks=pytest.mark.slow),
+        pytest.param("flux", "w4a16", marks=pytest.mark.slow),
+    ],
+)
 def test_inductor(name: str, preset: str) -> None:
     model = compressed(name, preset)
     rule = KERNEL[torch.float32 if preset == "w4a16" else torch.bfloat16]

@@ -50,6 +50,7 @@ def run(code: str, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *args], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_two_families_alternately_in_one_process(tmp_path: Path) -> None:
     classes = {}
     for name in NAMES:

@@ -31,6 +31,7 @@ SHIFT = ConvConfig("shift", 128, 128, 128, 4, 3, weight_left=True)
 GATHER = ConvConfig("gather", 128, 128, 128, 4, 3, weight_left=True)
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
