@@ -146,8 +146,10 @@ def test_language_model():
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("given", [{}, {"is_causal": True}, {"attn_mask": torch.rand(300, 300) > 0.3}], ids=str)
-def test_signature_of_the_stock_product(form, given):
+@pytest.mark.parametrize("masked", ["not", "causal", "by a mask"])
+def test_signature_of_the_stock_product(form, masked):
+    masks = {"not": {}, "causal": {"is_causal": True}, "by a mask": {"attn_mask": torch.rand(300, 300) > 0.3}}
+    given = masks[masked]
     query, key, value = (torch.randn(1, 2, 300, 32) for _ in range(3))
     found = fused_attention(query, key, value, **given, form=dc.AttentionFormat(form))
     stock = F.scaled_dot_product_attention(query, key, value, **given)
