@@ -214,18 +214,32 @@ class QuantizedLayer(nn.Module):
 
     @property
     def _low_rank(self) -> LowRank | None:
-        down, up = self.low_rank_down, self.low_rank_up
-        return None if down is None or up is None else (down, up)
+        down = self.low_rank_down
+        # Most layers have no such part, and each look-up of a parameter costs a microsecond of every call.
+        if down is None:
+            return None
+        up = self.low_rank_up
+        assert up is not None
+        return down, up
 
     @property
     def _dense_part(self) -> DenseColumns | None:
-        columns, weight = self.dense_columns, self.dense_weight
-        return None if columns is None or weight is None else (columns, weight)
+        columns = self.dense_columns
+        if columns is None:
+            return None
+        weight = self.dense_weight
+        assert weight is not None
+        return columns, weight
 
     @property
     def _outliers(self) -> SparseOutliers | None:
-        rows, columns, values = self.outlier_rows, self.outlier_columns, self.outlier_values
-        return None if rows is None or columns is None or values is None else SparseOutliers(rows, columns, values)
+        rows = self.outlier_rows
+        if rows is None:
+            return None
+        columns, values = self.outlier_columns, self.outlier_values
+        assert columns is not None
+        assert values is not None
+        return SparseOutliers(rows, columns, values)
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight as stored; shares its tensors with the layer."""

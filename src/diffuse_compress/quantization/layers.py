@@ -359,8 +359,9 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         low_rank = self._low_rank
         if low_rank is not None:
             y = y + F.linear(F.linear(x, low_rank[0].to(x.dtype)), low_rank[1].to(x.dtype))
-        if self._dense_part is not None:
-            columns, weight = self._dense_part
+        dense_part = self._dense_part
+        if dense_part is not None:
+            columns, weight = dense_part
             y = y + F.linear(x.index_select(-1, columns), weight.to(x.dtype))
         return y
 

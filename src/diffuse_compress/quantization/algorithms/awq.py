@@ -43,7 +43,6 @@ __all__ = [
     "AbsMeanCollector",
     "Candidates",
     "RowCollector",
-    "best_scale",
     "clip_weight",
     "output_distance",
 ]
@@ -176,9 +175,10 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
     if inputs is None or not inputs.any():
         return
     reached = inputs > 0
-    magnitude = _relative_magnitude(layers, [layer.rest() for layer in layers])
+    judged = Candidates(work, layers)
+    magnitude = _relative_magnitude(layers, judged.weights)
 
-    def candidates() -> Iterator[torch.Tensor]:
+    def scales() -> Iterator[torch.Tensor]:
         yield torch.ones_like(inputs)  # the candidate that changes nothing is always among them
         for step in range(1, config.num_ratios):
             ratio = step / config.num_ratios
@@ -187,31 +187,13 @@ def _search_scale(work: BlockWork, layers: list[LayerWork], config: AWQConfig) -
             # A channel that was never seen keeps its weights: as small as its inputs they would all be rounded to 0.
             yield torch.where(reached, scale / (scale[reached].max() * scale[reached].min()).sqrt(), 1.0)
 
-    best = best_scale(work, layers, candidates())
+    best = judged.best(scales())
     if not torch.equal(best, torch.ones_like(best)):
         set_scale(work, layers, 1.0 / best, config.fold)
         for layer in layers:
             # A least-squares range would clip the very channels that were scaled up because they matter. Two-level
             # scales are searched together, and tried so.
             layer.ranges = None if _is_two_level(layer.scheme.weight) else layer.target()
-
-
-def best_scale(work: BlockWork, layers: Sequence[LayerWork], candidates: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Of some scales of the input that ``layers`` share, the one that changes least of what their parent returns.
-
-    Args:
-        work: the block, in which the layers are dense.
-        layers: without codes and scales.
-        candidates: fp32 [C], one at least; inputs are divided by them, and weights multiplied and rounded to nearest.
-    """
-    judged = Candidates(work, layers)
-    best, best_error = None, float("inf")
-    for scale in candidates:
-        error = judged.error(scale)
-        if best is None or error < best_error:
-            best, best_error = scale, error
-    assert best is not None
-    return best
 
 
 class Candidates:
@@ -244,6 +226,16 @@ class Candidates:
                 )
                 for index, call, output in self._observed
             )
+
+    def best(self, scales: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Of ``scales``, one at least, the first that changes the output least."""
+        best, best_error = None, float("inf")
+        for scale in scales:
+            error = self.error(scale)
+            if best is None or error < best_error:
+                best, best_error = scale, error
+        assert best is not None
+        return best
 
 
 def _relative_magnitude(layers: Sequence[LayerWork], weights: Sequence[torch.Tensor]) -> torch.Tensor:

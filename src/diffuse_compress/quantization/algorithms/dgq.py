@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from diffuse_compress.errors import ConfigError
-from diffuse_compress.quantization.algorithms.awq import best_scale
+from diffuse_compress.quantization.algorithms.awq import Candidates
 from diffuse_compress.quantization.algorithms.base import AlgorithmConfig, register_block, takes_scale
 from diffuse_compress.quantization.algorithms.block import BlockWork, LayerWork
 from diffuse_compress.quantization.algorithms.folding import check_fold, set_scale
@@ -133,7 +133,7 @@ def _smooth(work: BlockWork, layers: Sequence[LayerWork], config: DGQConfig) -> 
         for share in config.outlier_shares:
             yield clipping_scale(largest, share)
 
-    best = best_scale(work, layers, candidates())
+    best = Candidates(work, layers).best(candidates())
     if (best != 1).any():
         set_scale(work, layers, 1.0 / best, config.fold)
 
