@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from diffuse_compress_kernels.attention.reference import keep_mask
+from diffuse_compress_kernels.fp8_linear.op import FLOAT8_MAX, MIN_SCALE
 from diffuse_compress_kernels.triton_kernels.attention_tables import KEY_BLOCK
 
 __all__ = ["attend_plain", "key_codes", "query_codes", "value_codes"]
 
 INT8_MAX = 127
-FLOAT8_MAX = 448.0
 FLOAT8_SHARE = 256.0
-_SMALLEST = torch.finfo(torch.float32).tiny
 # Logits that stand in memory at a time.
 _BLOCK_ELEMENTS = 1 << 22
 
@@ -29,7 +28,7 @@ _BLOCK_ELEMENTS = 1 << 22
 def query_codes(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 [B, H, S, D], and fp32 [B, H, S, 1]."""
     values = query.float()
-    scale = (values.abs().amax(dim=-1, keepdim=True) / INT8_MAX).clamp(min=_SMALLEST)
+    scale = (values.abs().amax(dim=-1, keepdim=True) / INT8_MAX).clamp(min=MIN_SCALE)
     return (values / scale).round_().to(torch.int8), scale
 
 
@@ -43,7 +42,7 @@ def key_codes(key: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Te
         mean = values.sum(dim=2, keepdim=True) / lengths.clamp(1, keys).view(-1, 1, 1, 1)
     values = _counted(values - mean, lengths)
     padded = F.pad(values, (0, 0, 0, -keys % KEY_BLOCK)).unflatten(2, (-1, KEY_BLOCK))
-    scale = (padded.abs().amax(dim=(-1, -2)) / INT8_MAX).clamp(min=_SMALLEST)
+    scale = (padded.abs().amax(dim=(-1, -2)) / INT8_MAX).clamp(min=MIN_SCALE)
     codes = (padded / scale[..., None, None]).round_().to(torch.int8)
     return codes.flatten(2, 3)[:, :, :keys], scale
 
@@ -51,7 +50,7 @@ def key_codes(key: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Te
 def value_codes(value: torch.Tensor, lengths: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """float8_e4m3fn [B, H, S, D], and fp32 [B, H, 1, D]."""
     values = _counted(value.float(), lengths)
-    scale = (values.abs().amax(dim=2, keepdim=True) / FLOAT8_MAX).clamp(min=_SMALLEST)
+    scale = (values.abs().amax(dim=2, keepdim=True) / FLOAT8_MAX).clamp(min=MIN_SCALE)
     return (values / scale).clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn), scale
 
 
